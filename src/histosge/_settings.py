@@ -1,0 +1,107 @@
+"""Settings, logger and progress bars: the ground floor that every other room may use."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+logger = logging.getLogger("histosge")
+
+
+class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
+    """Write to whatever ``sys.stderr`` is now: Jupyter and pytest replace it after import."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+
+class _Level(logging.Formatter):
+    """Say the level only when it is one to look at."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno <= logging.INFO else f"{record.levelname}: {text}"
+
+
+if not logger.handlers:
+    _handler = _CurrentStderr()
+    _handler.setFormatter(_Level("%(message)s"))
+    logger.addHandler(_handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+@dataclass
+class Settings:
+    """What holds for every call in this session; each can be overridden by the argument of the same name.
+
+    Attributes
+    ----------
+    device
+        Where torch computes: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``. ``None`` takes a GPU if there is one.
+    progress
+        Show progress bars. ``None`` shows them where standard error is a terminal or a notebook.
+    verbosity
+        0 errors, 1 warnings, 2 what was done (default), 3 details.
+
+    Examples
+    --------
+    >>> import histosge as sge
+    >>> with sge.settings.override(verbosity=0):
+    ...     sdata = sge.datasets.synthetic()
+    """
+
+    device: str | None = None
+    progress: bool | None = None
+    verbosity: int = 2
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        names = [f.name for f in fields(self)]
+        if name not in names:
+            msg = f"histosge has no setting {name!r}. Settings are: {', '.join(names)}."
+            raise AttributeError(msg)
+        if name == "verbosity":
+            levels = {0: logging.ERROR, 1: logging.WARNING, 2: logging.INFO, 3: logging.DEBUG}
+            if value not in levels:
+                msg = f"settings.verbosity={value!r}: choose one of 0 (errors), 1 (warnings), 2 (info), 3 (details)."
+                raise ValueError(msg)
+            logger.setLevel(levels[value])
+        super().__setattr__(name, value)
+
+    @contextmanager
+    def override(self, **values: Any) -> Iterator[Settings]:
+        """Change settings inside a ``with`` block."""
+        before = {name: getattr(self, name) for name in values}
+        try:
+            for name, value in values.items():
+                setattr(self, name, value)
+            yield self
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
+
+
+settings = Settings()
+
+
+def progress_bar(
+    iterable: Iterable[Any] | None = None, *, desc: str, total: int | None, unit: str = "it", show: bool | None = None
+) -> tqdm[Any]:
+    """Open a progress bar, shown as ``show``, else as ``settings.progress``, else where somebody can see it."""
+    from tqdm.auto import tqdm
+
+    show = settings.progress if show is None else show
+    if show is None:
+        show = sys.stderr.isatty() or "ipykernel" in sys.modules
+    return tqdm(iterable, desc=desc, total=total, unit=unit, disable=not show, leave=False)
