@@ -1,0 +1,11 @@
+"""Heads: from embeddings, positions and measured neighbours to expression, one file each, behind one protocol.
+
+A head sees tensors only. All expression is log1p-normalised, all positions are in µm.
+"""
+
+from __future__ import annotations
+
+from histosge._heads._protocol import Head, Places, Spots
+from histosge._heads._registry import HEADS, get_head
+
+__all__ = ["HEADS", "Head", "Places", "Spots", "get_head"]

@@ -1,0 +1,200 @@
+"""``stain-texture``: stain and texture statistics of H&E, computed densely, without weights or a download.
+
+Colour deconvolution into haematoxylin, eosin and a residual (Ruifrok and Johnston, 2001); their amounts and
+histograms; energies in bands of scale (differences of Gaussians), for nuclei also the bright side alone; strength
+and coherence of edges from the structure tensor (Bigün and Granlund, 1987). Every map is averaged over discs of
+several sizes around a place. All statistics are invariant to turning and mirroring the section.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from histosge._encoders._spec import EncoderSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MPP = 2.0
+DISC_UM = (56.0, 112.0, 256.0)
+"""Diameters that every map is averaged over: a Visium spot, a tile of a pathology encoder, its surroundings."""
+CELL_PX = 4
+"""Maps are averaged over cells of this edge before the discs are: 8 µm, the size of a nucleus."""
+
+# optical density of haematoxylin, eosin and DAB in red, green and blue (Ruifrok and Johnston, 2001, table 2)
+_STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+_BANDS_PX = (1.0, 2.0, 4.0, 8.0)
+_WIDEST_BLUR_PX = 24
+_HISTOGRAM = {"haematoxylin": (0.0, 0.5, 6), "eosin": (0.0, 0.5, 6)}
+
+
+def _gaussian(maps: Tensor, sigma_px: float) -> Tensor:
+    """Blur (c, h, w); borders are repeated."""
+    reach = max(1, round(3 * sigma_px))
+    x = torch.arange(-reach, reach + 1, device=maps.device, dtype=maps.dtype)
+    weight = torch.exp(-0.5 * (x / sigma_px) ** 2)
+    weight = (weight / weight.sum()).view(1, 1, -1)
+    c, h, w = maps.shape
+    out = F.pad(maps, (reach, reach, reach, reach), mode="replicate")
+    out = F.conv1d(out.reshape(-1, 1, w + 2 * reach), weight).view(c, h + 2 * reach, w)
+    out = F.conv1d(out.transpose(1, 2).reshape(-1, 1, h + 2 * reach), weight)
+    return out.view(c, w, h).transpose(1, 2)
+
+
+def _blur_ladder(maps: Tensor) -> list[Tensor]:
+    """Blur (c, h, w) with every sigma of ``_BANDS_PX``; the wide ones on a coarser grid, from the next narrower one.
+
+    Returns maps of (c, h / 2**i, w / 2**i): the grid halves whenever sigma has reached two pixels of it.
+    """
+    ladder = [_gaussian(maps, _BANDS_PX[0])]
+    grid = 1.0
+    for narrow, wide in zip(_BANDS_PX, _BANDS_PX[1:], strict=False):
+        last = ladder[-1]
+        if narrow / grid >= 2:
+            last, grid = F.avg_pool2d(last[None], 2)[0], grid * 2
+        ladder.append(_gaussian(last, float(np.sqrt(wide**2 - narrow**2)) / grid))
+    return ladder
+
+
+class StainTexture:
+    """The built-in encoder: deterministic, the same on CPU and GPU to 1e-3 of a feature's spread."""
+
+    align_px = CELL_PX
+    # half the widest disc, cells to interpolate between, the reach of the widest blur
+    halo_px = int(max(DISC_UM) / MPP / 2) + 2 * CELL_PX + _WIDEST_BLUR_PX
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.names = [f"{name}_{disc:.0f}um" for disc in DISC_UM for name in _map_names()]
+        self.spec = EncoderSpec(
+            name="stain-texture",
+            mpp=MPP,
+            tile_px=int(max(DISC_UM) / MPP),
+            embed_dim=len(self.names),
+            licence="BSD-3-Clause",
+            commercial=True,
+            source="built-in",
+        )
+
+    def to(self, device: torch.device | str) -> Self:
+        """Compute on ``device``."""
+        self.device = torch.device(device)
+        return self
+
+    @torch.inference_mode()
+    def embed_block(self, block: Tensor, centres: Tensor) -> Tensor:
+        """Embed places of a block.
+
+        Parameters
+        ----------
+        block
+            (3, height, width) uint8, red, green, blue, at 2 µm per pixel.
+        centres
+            (n, 2) places (x, y) in pixels of the block, at least ``halo_px`` away from its border.
+
+        Returns
+        -------
+        (n, 120) float32.
+        """
+        h, w = (side - side % CELL_PX for side in block.shape[1:])
+        cells = _maps(block[:, :h, :w].to(self.device))  # (maps, h / cell, w / cell)
+        grid = (centres.to(self.device, torch.float32) / CELL_PX) * 2  # grid_sample wants [-1, 1] over the map
+        grid = grid / grid.new_tensor([cells.shape[2], cells.shape[1]]) - 1
+        pooled = []
+        for disc_um in DISC_UM:
+            kernel = _disc(disc_um / MPP / CELL_PX).to(cells)
+            mean = F.conv2d(cells[:, None], kernel[None, None], padding=kernel.shape[0] // 2)[:, 0]
+            at = F.grid_sample(
+                mean[None], grid[None, None], mode="bilinear", align_corners=False, padding_mode="border"
+            )
+            pooled.append(_summarise(at[0, :, 0].T))  # (n, maps)
+        return torch.cat(pooled, dim=1)
+
+
+def _disc(diameter: float) -> Tensor:
+    """Weights of a disc on whole cells, cells at the rim by the part of them that lies inside."""
+    reach = int(np.ceil(diameter / 2 + 0.5))
+    fine = 16
+    x = (np.arange((2 * reach + 1) * fine) + 0.5) / fine - reach - 0.5
+    inside = (x[:, None] ** 2 + x[None] ** 2 <= (diameter / 2) ** 2).astype(np.float64)
+    weight = inside.reshape(2 * reach + 1, fine, 2 * reach + 1, fine).mean(axis=(1, 3))
+    return torch.as_tensor(weight / weight.sum(), dtype=torch.float32)
+
+
+_CHANNELS = ("haematoxylin", "eosin", "residual", "density")
+
+
+def _map_names() -> list[str]:
+    bands = [f"{low:.0f}-{high:.0f}" for low, high in zip(_BANDS_PX, _BANDS_PX[1:], strict=False)]
+    return [
+        *(f"mean_{c}" for c in ("red", "green", "blue", *_CHANNELS)),
+        *(f"spread_{c}" for c in _CHANNELS),
+        *(f"energy_{b}_{c}" for b in bands for c in _CHANNELS[:2] + _CHANNELS[3:]),
+        *(f"nuclei_{b}" for b in bands),
+        *(f"{what}_{s}" for s in (2, 4) for what in ("edge", "coherence")),
+        *(f"{c}_{i}" for c, (_, _, n) in _HISTOGRAM.items() for i in range(n)),
+        "lumen",
+    ]
+
+
+def _maps(block: Tensor) -> Tensor:
+    """Compute every map of a (3, h, w) uint8 block, averaged over cells: (maps, h / CELL_PX, w / CELL_PX)."""
+    rgb = block.to(torch.float32) / 255
+    od = -torch.log10(rgb.clamp_min(1 / 255))  # (3, h, w)
+    unmix = torch.as_tensor(np.linalg.inv(_STAINS / np.linalg.norm(_STAINS, axis=1, keepdims=True)), dtype=od.dtype)
+    stains = torch.einsum("cs,chw->shw", unmix.to(od.device), od)
+    density = od.mean(dim=0, keepdim=True)
+    channels = torch.cat([stains, density])  # (4, h, w)
+    parts = [_cells(rgb), _cells(channels), _cells(channels**2)]
+
+    ladder = _blur_ladder(channels[[0, 1, 3]])
+    nuclei = []
+    for narrow, wide in zip(ladder, ladder[1:], strict=False):
+        if wide.shape != narrow.shape:
+            narrow = F.avg_pool2d(narrow[None], 2)[0]
+        band = narrow - wide  # (3, h, w)
+        parts.append(_cells(band.abs(), full=block.shape[1]))
+        nuclei.append(_cells(band[:1].clamp_min(0), full=block.shape[1]))
+    parts += nuclei
+
+    for narrow in ladder[1:3]:
+        smooth = narrow[2:]
+        gy, gx = torch.gradient(smooth, dim=(1, 2))
+        tensor = _cells(torch.cat([gx * gx, gy * gy, gx * gy]), full=block.shape[1])
+        parts.append(tensor)  # becomes edge and coherence once averaged
+
+    for i, (low, high, n) in enumerate(_HISTOGRAM.values()):
+        place = (channels[i : i + 1] - low) / (high - low) * (n - 1)
+        for level in range(n):
+            clipped = place.clamp(0, n - 1)
+            parts.append(_cells((1 - (clipped - level).abs()).clamp_min(0)))
+    parts.append(_cells(torch.sigmoid((0.06 - density) * 100)))
+    return torch.cat(parts)
+
+
+def _cells(maps: Tensor, full: int | None = None) -> Tensor:
+    """Average over cells; maps on a coarser grid than ``full`` rows have smaller cells."""
+    cell = CELL_PX if full is None else CELL_PX * maps.shape[1] // full
+    return F.avg_pool2d(maps[None], cell)[0] if cell > 1 else maps
+
+
+def _summarise(means: Tensor) -> Tensor:
+    """Turn averaged squares into spreads and averaged structure tensors into edge strength and coherence."""
+    n_mean = 3 + len(_CHANNELS)
+    mean = means[:, 3:n_mean]
+    second = means[:, n_mean : n_mean + len(_CHANNELS)]
+    spread = (second - mean**2).clamp_min(0).sqrt()
+    n_band = 4 * (len(_BANDS_PX) - 1)
+    start = n_mean + len(_CHANNELS)
+    bands = means[:, start : start + n_band]
+    edges = []
+    for i in range(2):
+        xx, yy, xy = means[:, start + n_band + 3 * i : start + n_band + 3 * i + 3].unbind(1)
+        trace = xx + yy
+        edges += [trace.clamp_min(0).sqrt(), ((xx - yy) ** 2 + 4 * xy**2).sqrt() / (trace + 1e-8)]
+    rest = means[:, start + n_band + 6 :]
+    return torch.cat([means[:, :n_mean], spread, bands, torch.stack(edges, 1), rest], dim=1)

@@ -1,0 +1,173 @@
+"""Held-out predictions and what they are worth. Nothing here is ever scored on what it was trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy import sparse, stats
+
+from histosge._geometry import nearest_spots
+from histosge._heads import Head, Places, Spots, get_head
+from histosge._settings import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.floating]
+    Bools = NDArray[np.bool_]
+
+MIN_SHARE = 0.1
+"""Genes seen in a smaller share of the spots are not chosen: there is nothing to predict them from."""
+
+
+def correlation(predicted: Floats, measured: Floats) -> Floats:
+    """Pearson correlation of each column; 0, not NaN, where a prediction or a measurement is constant."""
+    p = np.asarray(predicted, np.float64) - np.mean(predicted, axis=0, dtype=np.float64)
+    m = np.asarray(measured, np.float64) - np.mean(measured, axis=0, dtype=np.float64)
+    size = np.sqrt((p**2).sum(0) * (m**2).sum(0))
+    scale = np.sqrt((np.asarray(predicted, np.float64) ** 2).sum(0) * (np.asarray(measured, np.float64) ** 2).sum(0))
+    constant = size <= 1e-12 * scale  # rounding of a constant column, or an empty one
+    return np.where(constant, 0.0, (p * m).sum(0) / np.where(constant, 1.0, size))
+
+
+def morans_i(expression: Floats | sparse.spmatrix, xy: Floats, *, n_neighbours: int = 6) -> Floats:
+    """Moran's I (Moran, 1950) of every column on the graph of nearest neighbours, rows weighted alike; 0 if constant."""
+    n = len(xy)
+    index, _, present = nearest_spots(xy, xy, k=n_neighbours, exclude=np.arange(n))
+    weight = present / np.maximum(present.sum(1, keepdims=True), 1)
+    rows = np.repeat(np.arange(n), index.shape[1])
+    graph = sparse.csr_matrix((weight.ravel().astype(np.float32), (rows, index.ravel())), shape=(n, n))
+    columns = sparse.csc_matrix(expression)
+    found = np.zeros(columns.shape[1])
+    for start in range(0, columns.shape[1], 512):  # all genes at once need not fit in memory
+        part = np.asarray(columns[:, start : start + 512].todense(), dtype=np.float32)
+        z = part - part.mean(axis=0, dtype=np.float64).astype(np.float32)
+        power = (z.astype(np.float64) ** 2).sum(0)
+        agree = (z * (graph @ z)).sum(0, dtype=np.float64)
+        found[start : start + 512] = np.where(power > 1e-9, agree / np.where(power > 1e-9, power, 1), 0.0)
+    return found
+
+
+def choose_genes(expression: sparse.spmatrix, xy: Floats, *, n_genes: int) -> Bools:
+    """Choose the genes with the strongest spatial autocorrelation among those seen in a tenth of the spots.
+
+    What varies without any pattern in space cannot be predicted from the image or from neighbours: on small
+    sections genes of high dispersion are nearly all of that kind (docs/benchmarks.md).
+    """
+    columns = sparse.csc_matrix(expression)
+    seen = np.diff(columns.indptr) / columns.shape[0]
+    candidates = np.flatnonzero(seen >= MIN_SHARE)
+    if len(candidates) < n_genes:  # a small panel: take the rest in order too
+        candidates = np.flatnonzero(seen > 0)
+    strength = morans_i(columns[:, candidates], xy)
+    chosen = np.zeros(columns.shape[1], dtype=bool)
+    chosen[candidates[np.argsort(-strength, kind="stable")[:n_genes]]] = True
+    return chosen
+
+
+def random_folds(n_spots: int, *, n_folds: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Deal spots into folds of equal size at random."""
+    return rng.permutation(np.arange(n_spots) % n_folds)
+
+
+@dataclass(frozen=True)
+class CrossFit:
+    """Heads fitted on all folds but one each, and what each says of the fold it never saw."""
+
+    heads: list[Head]
+    held_out: Floats
+    """(n_spots, n_genes) log1p expression, each spot predicted by the head that was not trained on it"""
+    fold: NDArray[np.int64]
+    """(n_spots,)"""
+
+
+def cross_fit(
+    spots: Spots,
+    *,
+    head: str,
+    fold: NDArray[np.int64],
+    rng: np.random.Generator,
+    options: dict[str, object] | None = None,
+    progress: bool | None = None,
+) -> CrossFit:
+    """Fit one head per fold on the spots outside it, and predict the spots inside it from the others.
+
+    A held-out spot is hidden from the context as well: what is measured there reaches nothing that predicts it.
+    """
+    heads: list[Head] = []
+    held_out = torch.zeros_like(spots.expression, device="cpu")
+    for one in np.unique(fold):
+        known = spots.take(torch.as_tensor(np.flatnonzero(fold != one), device=spots.embedding.device))
+        rows = torch.as_tensor(np.flatnonzero(fold == one), device=spots.embedding.device)
+        fitted = get_head(head)(**(options or {})).fit(known, rng=rng, progress=progress)
+        answer = fitted.predict(Places.of(spots.take(rows), hidden=False), context=known)
+        held_out[rows.cpu()] = answer.clamp_min(0).cpu()
+        heads.append(fitted)
+    return CrossFit(heads, held_out.numpy(), fold)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Held-out scores of every gene."""
+
+    pcc: Floats
+    """(n_genes,) Pearson correlation, mean over folds"""
+    mse: Floats
+    """(n_genes,)"""
+    p_value: Floats
+    """(n_genes,) that the correlation is not above 0, one-sided t test"""
+
+    @property
+    def predictable(self) -> Bools:
+        """Which genes are predicted better than chance, at a false discovery rate of 5 % (Benjamini and Hochberg)."""
+        return stats.false_discovery_control(self.p_value) <= 0.05
+
+
+def score(predicted: Floats, measured: Floats, *, fold: NDArray[np.int64]) -> Scores:
+    """Score held-out predictions fold by fold: heads of different folds need not agree about the mean."""
+    folds = [np.flatnonzero(fold == one) for one in np.unique(fold)]
+    share = np.array([len(rows) for rows in folds]) / len(fold)
+    pcc = np.stack([correlation(predicted[rows], measured[rows]) for rows in folds])
+    mean_pcc = share @ pcc
+    # each fold's correlation has n - 2 degrees of freedom; the mean over folds has them all together
+    freedom = max(len(fold) - 2 * len(folds), 1)
+    clipped = np.clip(mean_pcc, -1 + 1e-12, 1 - 1e-12)
+    p_value = stats.t.sf(clipped * np.sqrt(freedom / (1 - clipped**2)), freedom)
+    mse = ((np.asarray(predicted, np.float64) - measured) ** 2).mean(0)
+    return Scores(mean_pcc, mse, p_value)
+
+
+def compare(
+    spots: Spots,
+    *,
+    heads: Sequence[str],
+    fold: NDArray[np.int64],
+    chosen: Callable[[int], Bools],
+    rng: np.random.Generator,
+) -> dict[str, dict[str, float]]:
+    """Score simple heads on the same folds: mean PCC and MSE over the genes that each fold's training spots chose."""
+    found = {}
+    for head in heads:
+        fitted = cross_fit(spots, head=head, fold=fold, rng=rng, progress=False)
+        found[head] = summary(fitted.held_out, spots.expression.cpu().numpy(), fold=fold, chosen=chosen)
+        logger.debug("held-out PCC of %s: %.3f", head, found[head]["pcc"])
+    return found
+
+
+def summary(
+    predicted: Floats, measured: Floats, *, fold: NDArray[np.int64], chosen: Callable[[int], Bools]
+) -> dict[str, float]:
+    """Mean score over the genes that the training spots of each fold chose, never looking at the held-out ones."""
+    pcc, mse, share = [], [], []
+    for one in np.unique(fold):
+        rows, genes = np.flatnonzero(fold == one), chosen(int(one))
+        p, m = predicted[np.ix_(rows, genes)], measured[np.ix_(rows, genes)]
+        pcc.append(correlation(p, m).mean())
+        mse.append(((p - m) ** 2).mean())
+        share.append(len(rows))
+    return {"pcc": float(np.average(pcc, weights=share)), "mse": float(np.average(mse, weights=share))}

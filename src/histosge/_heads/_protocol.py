@@ -1,0 +1,97 @@
+"""What every head takes and gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+
+import torch
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spots:
+    """Measured spots: what a head learns from, and the context it predicts with."""
+
+    embedding: Tensor
+    """(n, d) float32"""
+    expression: Tensor
+    """(n, g) float32, log1p-normalised"""
+    xy_um: Tensor
+    """(n, 2) float32; sections lie far apart, so that neighbours are always of one section"""
+    pitch_um: float
+    """Distance of neighbouring spots: the unit that heads see distances in."""
+
+    def __len__(self) -> int:
+        return len(self.embedding)
+
+    def take(self, rows: Tensor) -> Spots:
+        """Return some of the spots."""
+        return Spots(self.embedding[rows], self.expression[rows], self.xy_um[rows], self.pitch_um)
+
+    def to(self, device: torch.device | str) -> Spots:
+        """Move to ``device``."""
+        return Spots(self.embedding.to(device), self.expression.to(device), self.xy_um.to(device), self.pitch_um)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Places to predict at."""
+
+    embedding: Tensor
+    """(m, d) float32"""
+    xy_um: Tensor
+    """(m, 2) float32"""
+    own: Tensor
+    """(m,) int64, row of the context that was measured at this very place and is hidden from it; -1 for none"""
+
+    def __len__(self) -> int:
+        return len(self.embedding)
+
+    def take(self, rows: Tensor | slice) -> Places:
+        """Return some of the places."""
+        return Places(self.embedding[rows], self.xy_um[rows], self.own[rows])
+
+    @classmethod
+    def of(cls, spots: Spots, *, hidden: bool = True) -> Places:
+        """Predict at measured spots, their own measurement hidden (or not in the context at all)."""
+        n = len(spots)
+        own = torch.arange(n) if hidden else torch.full((n,), -1)
+        return cls(spots.embedding, spots.xy_um, own)
+
+
+class Head(Protocol):
+    """From embeddings, positions and measured neighbours to expression."""
+
+    name: ClassVar[str]
+
+    def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
+        """Learn from measured spots; every choice (scaling, components, early stopping) is made inside them."""
+        ...
+
+    def predict(self, places: Places, *, context: Spots) -> Tensor:
+        """Predict (m, g) log1p expression at ``places``, given the measured spots around them."""
+        ...
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Give configuration (for JSON) and weights (for safetensors)."""
+        ...
+
+    @classmethod
+    def from_state(cls, config: dict[str, Any], weights: dict[str, Tensor]) -> Self:
+        """Restore a fitted head."""
+        ...
+
+
+def standardiser(embedding: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and spread of every column; a constant column gets spread 1."""
+    mean, spread = embedding.mean(0), embedding.std(0)
+    return mean, torch.where(spread > 1e-6 * (mean.abs() + 1), spread, torch.ones_like(spread))
+
+
+def standardise(embedding: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+    """Scale columns and clip at five spreads, so that a fold or a pen mark in the image cannot run away."""
+    return ((embedding - mean) / spread).clamp(-5, 5)

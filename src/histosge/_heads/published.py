@@ -1,0 +1,181 @@
+"""The published HisToSGE network (Shi et al., 2024, arXiv 2407.20518), written from its description and repaired.
+
+As published: one pre-norm transformer layer over a window of spots' embeddings and positions, 4 heads of 64,
+MLP of 1024, then Linear(2048), ReLU, LayerNorm, Linear(genes), ReLU; mean squared error; rate 1e-3. Repaired:
+- a window is a place and its 49 nearest spots, not 50 consecutive rows of the table
+- positions are continuous waves in µm, not a table of integers that ends at 511
+- training stops on held-out spots instead of after 1000 epochs
+As published, measured expression of the neighbours is never an input: compare with ``in-context``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from histosge._geometry import nearest_spots
+from histosge._heads._protocol import Places, Spots, standardise, standardiser
+from histosge._training import Schedule, seeded, stopping_spots, train
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+_WIDTH, _HEADS, _MLP, _PROJECTION = 1024, 4, 1024, 2048
+_HEAD_DIM = 64
+_WAVES_PITCH = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+
+
+def encode_position(xy_pitch: Tensor) -> Tensor:
+    """Code absolute positions (n, 2) in pitches as waves: (n, 24). Continuous, any extent."""
+    wave = xy_pitch[:, :, None] * (2 * torch.pi / xy_pitch.new_tensor(_WAVES_PITCH))
+    wave = wave.flatten(1)
+    return torch.cat([wave.sin(), wave.cos()], dim=1)
+
+
+class _Network(nn.Module):
+    """B places, K neighbours, N spots, D embedding."""
+
+    def __init__(self, n_embedding: int, n_genes: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(n_embedding, _WIDTH)
+        self.position = nn.Linear(4 * len(_WAVES_PITCH), _WIDTH)
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(_WIDTH), nn.LayerNorm(_WIDTH)
+        self.query_key_value = nn.Linear(_WIDTH, 3 * _HEADS * _HEAD_DIM, bias=False)
+        self.merge = nn.Linear(_HEADS * _HEAD_DIM, _WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(_WIDTH, _MLP), nn.GELU(), nn.Linear(_MLP, _WIDTH))
+        self.project = nn.Sequential(
+            nn.LayerNorm(_WIDTH),
+            nn.Linear(_WIDTH, _PROJECTION),
+            nn.ReLU(),
+            nn.LayerNorm(_PROJECTION),
+            nn.Linear(_PROJECTION, n_genes),
+            nn.ReLU(),
+        )
+
+    def tokens(self, embedding: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (n, width) and their queries, keys and values (n, 3, heads, dim)."""
+        x = self.embed(embedding) + self.position(position)
+        return x, self.query_key_value(self.norm_attention(x)).view(len(x), 3, _HEADS, _HEAD_DIM)
+
+    def answer(self, x: Tensor, own: Tensor, keys: Tensor, values: Tensor, present: Tensor) -> Tensor:
+        """Let places (B) attend to themselves and to their neighbours (B, K), and project: (B, genes)."""
+        keys = torch.cat([own[:, None, 1], keys], dim=1)  # (B, 1 + K, heads, dim)
+        values = torch.cat([own[:, None, 2], values], dim=1)
+        seen = torch.cat([torch.ones_like(present[:, :1]), present], dim=1)
+        score = torch.einsum("bhc,bkhc->bhk", own[:, 0], keys) / _HEAD_DIM**0.5
+        weight = score.masked_fill(~seen[:, None], torch.finfo(score.dtype).min).softmax(-1)
+        x = x + self.merge(torch.einsum("bhk,bkhc->bhc", weight, values).flatten(1))
+        x = x + self.mlp(self.norm_mlp(x))
+        return self.project(x)
+
+
+class Published:
+    """The paper's network, its defects repaired.
+
+    Parameters
+    ----------
+    n_neighbours
+        Spots in a window beside the place itself.
+    n_steps
+        Most optimiser steps; early stopping usually ends training before.
+    """
+
+    name: ClassVar[str] = "published"
+
+    def __init__(self, *, n_neighbours: int = 49, n_steps: int = 300) -> None:
+        self.config: dict[str, Any] = {"n_neighbours": n_neighbours, "n_steps": n_steps}
+        self.scaling: dict[str, Tensor] = {}
+        self.network: _Network | None = None
+
+    def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
+        device = spots.embedding.device
+        learn, stop = (rows.to(device) for rows in stopping_spots(len(spots), rng=rng))
+        known = spots.take(learn)
+        with seeded(rng, device) as generator:
+            mean, spread = standardiser(known.embedding)
+            self.scaling = {"mean": mean, "spread": spread, "centre": known.xy_um.mean(0)}
+            self.network = _Network(spots.embedding.shape[1], spots.expression.shape[1]).to(device)
+            # start from the mean of every gene, which a final ReLU would else have to find first
+            nn.init.zeros_(self.network.project[-2].weight)
+            self.network.project[-2].bias.data.copy_(known.expression.mean(0))
+            inside = self._prepare(Places.of(known), known)
+            outside = self._prepare(Places.of(spots.take(stop), hidden=False), known)
+
+            def loss(batch: Tensor) -> Tensor:
+                rows = batch.to(device)
+                return nn.functional.mse_loss(self._run(inside, rows), known.expression[rows])
+
+            train(
+                self.network,
+                loss=loss,
+                stopping_loss=lambda: nn.functional.mse_loss(self._run(outside, None), spots.expression[stop]),
+                n_spots=len(learn),
+                schedule=Schedule(
+                    n_steps=self.config["n_steps"], batch_size=512, learning_rate=1e-3, weight_decay=0.0, patience=10
+                ),
+                generator=generator,
+                desc="training published head",
+                progress=progress,
+            )
+        return self
+
+    def predict(self, places: Places, *, context: Spots) -> Tensor:
+        if self.network is None:
+            msg = "head 'published' is not fitted: call fit() first."
+            raise RuntimeError(msg)
+        device = places.embedding.device
+        self.network.to(device).eval()
+        self.scaling = {name: tensor.to(device) for name, tensor in self.scaling.items()}
+        prepared = self._prepare(places, context)
+        with torch.inference_mode():
+            parts = torch.arange(len(places), device=device).split(1024)
+            return torch.cat([self._run(prepared, rows) for rows in parts])
+
+    def _prepare(self, places: Places, context: Spots) -> dict[str, Tensor]:
+        """Scale inputs and find the windows; for a spot among its own context the window leaves it out once."""
+        index, _, present = nearest_spots(
+            places.xy_um.cpu().numpy().astype(float),
+            context.xy_um.cpu().numpy().astype(float),
+            k=self.config["n_neighbours"],
+            exclude=places.own.cpu().numpy(),
+        )
+        device, s = places.embedding.device, self.scaling
+        return {
+            "place": standardise(places.embedding, s["mean"], s["spread"]),
+            "place_position": encode_position((places.xy_um - s["centre"]) / context.pitch_um),
+            "spots": standardise(context.embedding, s["mean"], s["spread"]),
+            "spots_position": encode_position((context.xy_um - s["centre"]) / context.pitch_um),
+            "near": torch.as_tensor(index, device=device),
+            "present": torch.as_tensor(present, device=device),
+        }
+
+    def _run(self, given: dict[str, Tensor], rows: Tensor | None) -> Tensor:
+        net = self.network
+        if net is None:
+            msg = "head 'published' is not fitted: call fit() first."
+            raise RuntimeError(msg)
+        rows = torch.arange(len(given["place"]), device=given["place"].device) if rows is None else rows
+        x, own = net.tokens(given["place"][rows], given["place_position"][rows])
+        # keys and values once per spot of the windows, not once per window
+        needed, where = given["near"][rows].unique(return_inverse=True)
+        _, spots = net.tokens(given["spots"][needed], given["spots_position"][needed])
+        return net.answer(x, own, spots[where, 1], spots[where, 2], given["present"][rows])
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if self.network is None:
+            msg = "head 'published' is not fitted: call fit() first."
+            raise RuntimeError(msg)
+        network = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        return self.config, network | {f"scaling.{name}": tensor for name, tensor in self.scaling.items()}
+
+    @classmethod
+    def from_state(cls, config: dict[str, Any], weights: dict[str, Tensor]) -> Self:
+        head = cls(**config)
+        head.scaling = {n.removeprefix("scaling."): t for n, t in weights.items() if n.startswith("scaling.")}
+        network = {n.removeprefix("network."): t for n, t in weights.items() if n.startswith("network.")}
+        head.network = _Network(network["embed.weight"].shape[1], network["project.4.weight"].shape[0])
+        head.network.load_state_dict(network)
+        return head

@@ -1,0 +1,353 @@
+"""A fitted model: heads of all folds, genes, recipe of the embedding, held-out scores; JSON and safetensors on disk."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import sparse
+
+from histosge._evaluation import choose_genes, compare, cross_fit, random_folds, score, summary
+from histosge._heads import Places, Spots, get_head
+from histosge._settings import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from histosge._heads import Head
+    from histosge._section import Section
+
+RIVALS = ("ridge", "nearest")
+"""Simple heads that are scored on the same folds every time."""
+_FORMAT = 1
+_FAR_UM = 2e5
+"""Sections of one model are laid this far apart, so that neighbours are always of one section."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How places were embedded: the same recipe makes comparable embeddings."""
+
+    encoder: dict[str, Any]
+    """The encoder's spec"""
+    tile_um: float
+    stack: tuple[str, ...] = ("pilm",)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and ``uns``."""
+        spec = {k: v for k, v in self.encoder.items() if v is not None}
+        return {"encoder": spec, "tile_um": float(self.tile_um), "stack": "+".join(self.stack)}
+
+
+@dataclass
+class Model:
+    """A trained head that predicts expression from embeddings and measured neighbours.
+
+    Made by :func:`histosge.tl.fit`; given to :func:`histosge.tl.predict`. It holds one fitted head for each fold of
+    the spots and predicts their mean.
+
+    Attributes
+    ----------
+    head
+        Name of the head.
+    genes
+        Genes it predicts, in order.
+    context_genes
+        Genes it reads from measured neighbours: those of ``genes``, and those that single folds chose beside them.
+    scores
+        One row a gene: ``held_out_pcc``, ``held_out_mse``, ``predictable``, ``highly_variable``.
+    held_out
+        Mean PCC and MSE on held-out spots, of this head and of the simple rivals on the same folds.
+    recipe
+        How places must be embedded: encoder, tile in µm, stacked maps.
+    info
+        Provenance: split, folds, spots, versions.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import histosge as sge
+    >>> sdata = sge.datasets.synthetic()
+    >>> model = sge.tl.fit(sdata, encoder="stain-texture", head="ridge", genes=20)
+    >>> folder = tempfile.mkdtemp()
+    >>> model.save(folder + "/model")
+    >>> sge.Model.load(folder + "/model").head
+    'ridge'
+    """
+
+    head: str
+    genes: pd.Index
+    context_genes: pd.Index
+    heads: list[Head]
+    scores: pd.DataFrame
+    held_out: dict[str, dict[str, float]]
+    recipe: Recipe
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        pcc = self.held_out[self.head]["pcc"]
+        return (
+            f"Model: {self.head} on {self.recipe.encoder['name']}, {len(self.genes)} genes, "
+            f"{len(self.heads)} folds, held-out PCC {pcc:.3f} (mean over genes)"
+        )
+
+    def predict(
+        self,
+        section: Section,
+        *,
+        spots: NDArray[np.float32],
+        places: NDArray[np.float32],
+        xy_px: NDArray[np.float64],
+        own: NDArray[np.int64],
+        device: torch.device,
+    ) -> NDArray[np.float32]:
+        """Predict at places of a section.
+
+        Parameters
+        ----------
+        section
+            The section, whose measured spots are the context.
+        spots
+            (n, d) embeddings of its spots.
+        places
+            (m, d) embeddings of the places.
+        xy_px
+            (m, 2) the places in pixels of the image.
+        own
+            (m,) row of the spot at each place, hidden from it; -1 for none.
+        device
+            Where to compute.
+
+        Returns
+        -------
+        (m, genes) float32, log1p-normalised expression, never negative.
+        """
+        missing = self.context_genes.difference(section.genes)
+        if len(missing):
+            msg = (
+                f"{len(missing)} of the {len(self.context_genes)} genes of this model are not in the table of section "
+                f"{section.spots_key!r} (for example {list(missing[:3])}). Fit on genes that all sections have: genes=."
+            )
+            raise ValueError(msg)
+        context = _spots(section, spots, section.dense(self.context_genes)).to(device)
+        columns = torch.as_tensor(self.context_genes.get_indexer(self.genes), device=device)
+        xy_um = torch.as_tensor(xy_px * section.mpp, dtype=torch.float32)
+        where = Places(torch.as_tensor(places), xy_um, torch.as_tensor(own))
+        where = Places(where.embedding.to(device), where.xy_um.to(device), where.own.to(device))
+        out = np.zeros((len(xy_px), len(self.genes)), np.float32)
+        for start in range(0, len(out), 16384):  # a part's (m, genes) for one head at a time
+            rows = slice(start, start + 16384)
+            total = sum(h.predict(where.take(rows), context=context) for h in self.heads)
+            out[rows] = (total[:, columns] / len(self.heads)).clamp_min(0).cpu().numpy()  # type: ignore[index]
+        return out
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the model to a folder: ``config.json``, ``scores.csv`` and ``model.safetensors``.
+
+        Parameters
+        ----------
+        path
+            The folder, made if it is not there.
+        overwrite
+            Whether a model that is there already may be replaced.
+        """
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        if (path / "config.json").exists() and not overwrite:
+            msg = f"{path} holds a model already. Pass overwrite=True to replace it, or choose another folder."
+            raise FileExistsError(msg)
+        path.mkdir(parents=True, exist_ok=True)
+        states = [head.state() for head in self.heads]
+        tensors = {
+            f"{i}.{name}": t.detach().cpu().contiguous() for i, (_, ws) in enumerate(states) for name, t in ws.items()
+        }
+        config = {
+            "format": _FORMAT,
+            "head": self.head,
+            "heads": [c for c, _ in states],
+            "held_out": self.held_out,
+            "recipe": self.recipe.to_dict(),
+            "context_genes": list(self.context_genes),
+            "info": self.info,
+        }
+        (path / "config.json").write_text(json.dumps(config, indent=1))
+        self.scores.to_csv(path / "scores.csv", index_label="gene")
+        save_file(tensors, path / "model.safetensors")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Model:
+        """Read a model from a folder.
+
+        Parameters
+        ----------
+        path
+            Folder that :meth:`save` wrote.
+
+        Returns
+        -------
+        The model, ready to predict.
+        """
+        from safetensors.torch import load_file
+
+        path = Path(path)
+        if not (path / "config.json").exists():
+            msg = f"{path} holds no model: there is no config.json. Pass a folder that Model.save() wrote."
+            raise FileNotFoundError(msg)
+        config = json.loads((path / "config.json").read_text())
+        if config.get("format") != _FORMAT:
+            msg = f"{path} has model format {config.get('format')!r}; this version of histosge reads {_FORMAT}. Fit it again."
+            raise ValueError(msg)
+        tensors = load_file(path / "model.safetensors") if (path / "model.safetensors").exists() else {}
+        heads = []
+        for i, c in enumerate(config["heads"]):
+            mine = {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
+            heads.append(get_head(config["head"]).from_state(c, mine))
+        scores = pd.read_csv(path / "scores.csv", index_col="gene", dtype={"gene": str}, keep_default_na=False)
+        recipe = config["recipe"]
+        return cls(
+            config["head"],
+            pd.Index(scores.index),
+            pd.Index(config["context_genes"]),
+            heads,
+            scores,
+            config["held_out"],
+            Recipe(recipe["encoder"], recipe["tile_um"], tuple(recipe["stack"].split("+"))),
+            config["info"],
+        )
+
+
+def fit_model(
+    sections: Sequence[Section],
+    embeddings: Sequence[NDArray[np.float32]],
+    *,
+    recipe: Recipe,
+    head: str,
+    genes: int | Sequence[str] | str,
+    n_folds: int,
+    rng: np.random.Generator,
+    device: torch.device,
+    head_options: dict[str, Any] | None = None,
+    progress: bool | None = None,
+) -> Model:
+    """Fit a head on every fold of the spots of one or more sections, and score it on the spots left out."""
+    get_head(head)  # an unknown name is said before an hour of work
+    if not isinstance(n_folds, int) or not 2 <= n_folds <= 20:
+        msg = f"n_folds={n_folds!r}: choose a whole number from 2 to 20."
+        raise ValueError(msg)
+    names = sections[0].genes
+    for other in sections[1:]:
+        names = names.intersection(other.genes, sort=False)
+    everything = sparse.vstack([s.expression[:, s.genes.get_indexer(names)] for s in sections]).tocsr()
+    spread_out = np.vstack([s.xy_um + [_FAR_UM * i, 0] for i, s in enumerate(sections)])
+    fold = random_folds(len(spread_out), n_folds=n_folds, rng=rng)
+
+    final, per_fold, highly_variable = _select(genes, names, everything, spread_out, fold)
+    union = np.flatnonzero(final | per_fold.any(axis=0))
+    dense = [s.dense(names[union]) for s in sections]
+    each = [
+        _spots(s, e, y, offset_um=_FAR_UM * i)
+        for i, (s, e, y) in enumerate(zip(sections, embeddings, dense, strict=True))
+    ]
+    spots = Spots(
+        torch.cat([s.embedding for s in each]),
+        torch.cat([s.expression for s in each]),
+        torch.cat([s.xy_um for s in each]),
+        float(np.mean([s.pitch_um for s in each])),
+    ).to(device)
+
+    logger.info("fitting %s on %d spots x %d genes, %d folds", head, len(spots), int(final.sum()), n_folds)
+    fitted = cross_fit(spots, head=head, fold=fold, rng=rng, options=head_options, progress=progress)
+    measured = spots.expression.cpu().numpy()
+
+    def chosen(one: int) -> NDArray[np.bool_]:
+        return per_fold[one][union]
+
+    held_out = {head: summary(fitted.held_out, measured, fold=fold, chosen=chosen)}
+    rivals = [r for r in RIVALS if r != head]
+    held_out |= compare(spots, heads=rivals, fold=fold, chosen=chosen, rng=rng)
+    _report(head, held_out)
+
+    gene_scores = score(fitted.held_out, measured, fold=fold)
+    keep = final[union]
+    scores = pd.DataFrame(
+        {
+            "highly_variable": highly_variable[union][keep],
+            "held_out_pcc": gene_scores.pcc[keep].astype(np.float32),
+            "held_out_mse": gene_scores.mse[keep].astype(np.float32),
+            "predictable": gene_scores.predictable[keep],
+        },
+        index=pd.Index(names[union][keep], name="gene"),
+    )
+    info = {
+        "split": f"random, {n_folds} folds, each spot predicted by a head that never saw it",
+        "n_folds": n_folds,
+        "n_spots": len(spots),
+        "n_sections": len(sections),
+        "pitch_um": spots.pitch_um,
+    }
+    scores.index.name = None
+    return Model(head, pd.Index(scores.index), pd.Index(names[union]), fitted.heads, scores, held_out, recipe, info)
+
+
+def _spots(
+    section: Section, embedding: NDArray[np.float32], expression: NDArray[np.float32], offset_um: float = 0.0
+) -> Spots:
+    xy = torch.as_tensor(section.xy_um + [offset_um, 0.0], dtype=torch.float32)
+    return Spots(torch.as_tensor(embedding), torch.as_tensor(expression), xy, section.pitch_um)
+
+
+def _select(
+    genes: int | Sequence[str] | str,
+    names: pd.Index,
+    expression: sparse.csr_matrix,
+    xy: NDArray[np.float64],
+    fold: NDArray[np.int64],
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Genes to predict; genes each fold's training spots would choose, (folds, genes); which vary most in space."""
+    n_folds = int(fold.max()) + 1
+    if isinstance(genes, (int, np.integer)) and not isinstance(genes, bool):
+        if genes < 1:
+            msg = f"genes={genes!r}: pass a number above 0, a list of gene names, or 'all'."
+            raise ValueError(msg)
+        n = min(int(genes), len(names))
+        final = choose_genes(expression, xy, n_genes=n)
+        per_fold = np.stack([choose_genes(expression[fold != f], xy[fold != f], n_genes=n) for f in range(n_folds)])
+        return final, per_fold, final
+    if isinstance(genes, str) and genes != "all":
+        msg = f"genes={genes!r}: pass a number, a list of gene names, or 'all' (one gene: genes=[{genes!r}])."
+        raise ValueError(msg)
+    if isinstance(genes, str):
+        final = np.diff(sparse.csc_matrix(expression).indptr) > 0
+    else:
+        wanted = pd.Index(list(genes)).astype(str)
+        missing = wanted.difference(names)
+        if len(missing) or len(wanted) == 0:
+            close = [c for m in missing[:3] for c in difflib.get_close_matches(m, names, n=1)]
+            hint = f" Similar names: {close}." if close else ""
+            msg = f"genes: {len(missing)} of {len(wanted)} names are not in the table ({list(missing[:5])}).{hint}"
+            raise ValueError(msg)
+        final = np.asarray(names.isin(wanted))
+    variable = final & choose_genes(expression, xy, n_genes=min(1000, len(names)))
+    # scanpy's PCA takes the highly variable genes: with none marked it would have nothing to work on
+    highly_variable = variable if variable.any() else final
+    return final, np.tile(final, (n_folds, 1)), highly_variable
+
+
+def _report(head: str, held_out: dict[str, dict[str, float]]) -> None:
+    told = ", ".join(f"{name} {s['pcc']:.3f}" for name, s in held_out.items())
+    logger.info("held-out PCC, mean over genes: %s", told)
+    better = [n for n, s in held_out.items() if n != head and s["pcc"] >= held_out[head]["pcc"]]
+    if better:
+        logger.warning(
+            "head %r does not beat %s on held-out spots (PCC %.3f): consider head=%r",
+            head, " and ".join(better), held_out[head]["pcc"], max(better, key=lambda n: held_out[n]["pcc"]),
+        )  # fmt: skip

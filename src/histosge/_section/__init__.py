@@ -1,0 +1,35 @@
+"""The only room that reads and writes ``SpatialData``: sdata → :class:`Section`; arrays → elements and tables."""
+
+from __future__ import annotations
+
+from histosge._section._read import MIN_SPOTS, TARGET_SUM, Section, centroids, read_section
+from histosge._section._write import (
+    Targets,
+    commit,
+    embedding_table,
+    find_embedding,
+    lay_targets,
+    make_table,
+    predicted_table,
+    read_targets,
+    shapes_element,
+    to_image,
+)
+
+__all__ = [
+    "MIN_SPOTS",
+    "TARGET_SUM",
+    "Section",
+    "Targets",
+    "centroids",
+    "commit",
+    "embedding_table",
+    "find_embedding",
+    "lay_targets",
+    "make_table",
+    "predicted_table",
+    "read_section",
+    "read_targets",
+    "shapes_element",
+    "to_image",
+]

@@ -1,0 +1,481 @@
+"""``SpatialData`` → :class:`Section`. All places are in pixels (x, y) of the image's finest scale."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from histosge import _keys
+from histosge._geometry import (
+    Lattice,
+    NotALattice,
+    Technology,
+    estimate_lattice,
+    nearest_spots,
+    recognise,
+    similarity_scale,
+)
+from histosge._settings import logger
+from histosge._tiles import LazyImage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from anndata import AnnData
+    from geopandas import GeoDataFrame
+    from numpy.typing import NDArray
+    from spatialdata import SpatialData
+
+MIN_SPOTS = 30
+TARGET_SUM = 1e4
+"""Counts of a spot are scaled to this sum before log1p, as in the paper."""
+_THUMBNAILS = ("_hires_image", "_lowres_image")
+_RGB_NAMES = {"r": 0, "g": 1, "b": 2, "a": 3, "red": 0, "green": 1, "blue": 2, "alpha": 3}
+
+
+@dataclass(frozen=True)
+class Section:
+    """One tissue section: image, spots and their expression in one coordinate system."""
+
+    image: LazyImage
+    image_key: str
+    spots_key: str
+    table_key: str
+    coordinate_system: str
+    to_image: NDArray[np.float64]
+    """(3, 3), from the spots' own coordinates to pixels of the image"""
+    instances: pd.Index
+    """(n,) names of the measured spots in the shapes element"""
+    xy_px: NDArray[np.float64]
+    """(n, 2)"""
+    expression: sparse.csr_matrix
+    """(n, genes) float32, log1p-normalised"""
+    genes: pd.Index
+    log_normalised: bool
+    """Whether the table held log-normalised values already"""
+    mpp: float
+    pitch_um: float
+    spot_um: float
+    lattice: Lattice | None
+    technology: str
+    mpp_source: str
+    n_left_out: int = field(default=0)
+    """Spots without counts or outside the tissue, by the table's own word"""
+
+    @property
+    def xy_um(self) -> NDArray[np.float64]:
+        return self.xy_px * self.mpp
+
+    def dense(self, genes: Iterable[str]) -> NDArray[np.float32]:
+        """Expression of some genes: (n, len(genes)) float32."""
+        columns = self.genes.get_indexer(pd.Index(list(genes)))
+        return np.asarray(self.expression[:, columns].todense(), dtype=np.float32)
+
+
+def read_section(
+    sdata: SpatialData,
+    *,
+    image_key: str | None = None,
+    spots_key: str | None = None,
+    table_key: str | None = None,
+    layer: str | None = None,
+    coordinate_system: str | None = None,
+    mpp: float | None = None,
+    pitch_um: float | None = None,
+) -> Section:
+    """Read image, spots and counts, and find the physical scale."""
+    _check_scale("mpp", mpp)
+    _check_scale("pitch_um", pitch_um)
+    image_key = _image_key(sdata, image_key)
+    spots_key, table_key = _spots_and_table(sdata, spots_key, table_key)
+    coordinate_system = _coordinate_system(sdata, image_key, spots_key, coordinate_system)
+    image = _lazy_image(sdata.images[image_key], image_key)
+    to_image = _affine(
+        sdata.shapes[spots_key], sdata.images[image_key], coordinate_system, source_key=spots_key, target_key=image_key
+    )
+
+    table = sdata.tables[table_key]
+    rows, instances, left_out = _rows(table, sdata.shapes[spots_key], spots_key, table_key)
+    element = sdata.shapes[spots_key].loc[instances]
+    xy_px = apply(to_image, centroids(element))
+    counts = _counts(table, layer, rows, table_key)
+    total = np.asarray(counts.sum(axis=1)).ravel()
+    if not (total > 0).any():
+        msg = f"the table {table_key!r} holds no counts at all. Name the layer that does: layer={list(table.layers)}."
+        raise ValueError(msg)
+    if (total == 0).any():
+        logger.warning("leaving out %d of %d spots that have no counts", (total == 0).sum(), len(total))
+        keep = total > 0
+        left_out += int((~keep).sum())
+        counts, instances, xy_px, element = counts[keep], instances[keep], xy_px[keep], element[keep]
+    if len(xy_px) < MIN_SPOTS:
+        msg = (
+            f"{len(xy_px)} measured spots are too few to learn from; at least {MIN_SPOTS} are needed. "
+            f"Check that the table {table_key!r} annotates the spots {spots_key!r}, or add sections."
+        )
+        raise ValueError(msg)
+    _check_inside(image, xy_px, spots_key, image_key, coordinate_system)
+
+    drawn_px = _drawn_size(element) * _scale(to_image, spots_key, image_key)
+    lattice, why = None, ""
+    try:
+        lattice = estimate_lattice(xy_px)
+    except NotALattice as err:
+        why = str(err)
+    mpp, pitch, spot_um, technology, source = _physical_scale(
+        spots_key, table_key, lattice, why, xy_px, drawn_px=drawn_px, mpp=mpp, pitch_um=pitch_um
+    )
+    expression, logged = _log_normalise(counts, table)
+    section = Section(
+        image=image,
+        image_key=image_key,
+        spots_key=spots_key,
+        table_key=table_key,
+        coordinate_system=coordinate_system,
+        to_image=to_image,
+        instances=instances,
+        xy_px=xy_px,
+        expression=expression,
+        genes=pd.Index(table.var_names.astype(str)),
+        log_normalised=logged,
+        mpp=mpp,
+        pitch_um=pitch,
+        spot_um=spot_um,
+        lattice=lattice,
+        technology=technology,
+        mpp_source=source,
+        n_left_out=left_out,
+    )
+    if not section.genes.is_unique:
+        twice = list(section.genes[section.genes.duplicated()][:3])
+        msg = f"var_names of table {table_key!r} are not unique (for example {twice}). Call `var_names_make_unique()`."
+        raise ValueError(msg)
+    logger.info(
+        "section %r: %d %s spots x %d genes, %.4g µm per pixel (%s)",
+        spots_key, len(xy_px), technology, len(section.genes), mpp, source,
+    )  # fmt: skip
+    return section
+
+
+def _check_scale(argument: str, value: float | None) -> None:
+    if value is not None and not (np.isfinite(value) and 0.01 <= value <= 10_000):
+        msg = f"{argument}={value!r} is not a length in µm. Pass a positive number, or None to take it from the spots."
+        raise ValueError(msg)
+
+
+def _image_key(sdata: SpatialData, key: str | None) -> str:
+    names = list(sdata.images)
+    if key is not None:
+        if key not in names:
+            msg = f"image_key={key!r} is not among the images of this SpatialData: {names}."
+            raise KeyError(msg)
+        return key
+    if not names:
+        msg = (
+            "this SpatialData has no image. Read the section with its H&E image, "
+            "for example `spatialdata_io.visium(path, fullres_image_file=...)`."
+        )
+        raise ValueError(msg)
+    full = [n for n in names if not n.endswith(_THUMBNAILS)] or names  # Space Ranger's thumbnails give way
+    if len(full) > 1:
+        msg = f"this SpatialData has {len(full)} images; say which one is the H&E image: image_key= one of {full}."
+        raise ValueError(msg)
+    return full[0]
+
+
+def ours(table: AnnData) -> bool:
+    """Whether histosge wrote this table."""
+    return _keys.UNS in table.uns
+
+
+def _regions(table: AnnData) -> list[str]:
+    from spatialdata.models import get_table_keys
+
+    if "spatialdata_attrs" not in table.uns:
+        return []
+    region, _, _ = get_table_keys(table)
+    return [region] if isinstance(region, str) else list(region)
+
+
+def _spots_and_table(sdata: SpatialData, spots_key: str | None, table_key: str | None) -> tuple[str, str]:
+    if table_key is not None and table_key not in sdata.tables:
+        msg = f"table_key={table_key!r} is not among the tables of this SpatialData: {list(sdata.tables)}."
+        raise KeyError(msg)
+    if spots_key is not None and spots_key not in sdata.shapes:
+        msg = f"spots_key={spots_key!r} is not among the shapes of this SpatialData: {list(sdata.shapes)}."
+        raise KeyError(msg)
+    tables = {
+        name: [r for r in _regions(t) if r in sdata.shapes]
+        for name, t in sdata.tables.items()
+        if (table_key is None and not ours(t)) or name == table_key
+    }
+    pairs = [(r, name) for name, regions in tables.items() for r in regions if spots_key in (None, r)]
+    if not pairs:
+        what = f"the shapes {spots_key!r}" if spots_key else "any shapes element"
+        by = f"table {table_key!r}" if table_key else f"tables {list(tables)}"
+        annotated = {name: _regions(sdata.tables[name]) for name in tables}
+        msg = (
+            f"no measured spots found: {by} annotate {annotated}, and not {what} of {list(sdata.shapes)}. "
+            "Link them with `TableModel.parse(adata, region=..., region_key=..., instance_key=...)`."
+        )
+        raise ValueError(msg)
+    if len(pairs) > 1:
+        spots, names = sorted({p[0] for p in pairs}), sorted({p[1] for p in pairs})
+        msg = (
+            f"several spots or tables to choose from; say which: spots_key= one of {spots}, table_key= one of {names}."
+        )
+        raise ValueError(msg)
+    return pairs[0]
+
+
+def _coordinate_system(sdata: SpatialData, image_key: str, spots_key: str, wanted: str | None) -> str:
+    from spatialdata.transformations import get_transformation
+
+    systems = [set(get_transformation(sdata[k], get_all=True)) for k in (image_key, spots_key)]
+    common = sorted(systems[0] & systems[1])
+    if wanted is not None:
+        if wanted not in common:
+            msg = (
+                f"coordinate_system={wanted!r} does not hold both the image {image_key!r} ({sorted(systems[0])}) "
+                f"and the spots {spots_key!r} ({sorted(systems[1])}). Choose one of {common}."
+            )
+            raise ValueError(msg)
+        return wanted
+    if not common:
+        msg = (
+            f"image {image_key!r} ({sorted(systems[0])}) and spots {spots_key!r} ({sorted(systems[1])}) share no "
+            "coordinate system. Align them with `spatialdata.transformations.set_transformation`."
+        )
+        raise ValueError(msg)
+    return common[0]  # transformations of one alignment agree, whichever system they go through
+
+
+def _affine(source: Any, target: Any, system: str, *, source_key: str, target_key: str) -> NDArray[np.float64]:
+    """Matrix from an element's own coordinates to another's."""
+    from spatialdata.transformations import get_transformation
+
+    source_matrix, target_matrix = (
+        np.asarray(get_transformation(e, to_coordinate_system=system).to_affine_matrix(("x", "y"), ("x", "y")))
+        for e in (source, target)
+    )
+    matrix = np.linalg.solve(target_matrix, source_matrix)
+    _scale(matrix, source_key, target_key)
+    return matrix
+
+
+def _scale(matrix: NDArray[np.float64], source_key: str, target_key: str) -> float:
+    scale = similarity_scale(matrix)
+    if scale is None:
+        stretch = np.linalg.svd(matrix[:2, :2], compute_uv=False)
+        msg = (
+            f"the transformation from {source_key!r} to the image {target_key!r} stretches or shears "
+            f"(scales {stretch[0]:.4g} and {stretch[1]:.4g}), so that no single µm per pixel holds. "
+            "Use one that only scales, turns and shifts."
+        )
+        raise ValueError(msg)
+    return scale
+
+
+def apply(matrix: NDArray[np.float64], xy: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Apply a (3, 3) affine matrix to (n, 2) places."""
+    return xy @ matrix[:2, :2].T + matrix[:2, 2]
+
+
+def centroids(element: GeoDataFrame) -> NDArray[np.float64]:
+    """Centres of circles or polygons, in the element's own coordinates: (n, 2)."""
+    points = element.geometry if (element.geom_type == "Point").all() else element.geometry.centroid
+    return np.column_stack([points.x.to_numpy(), points.y.to_numpy()]).astype(float)
+
+
+def _drawn_size(element: GeoDataFrame) -> float:
+    """Drawn diameter of a circle, or edge of a square of the same area, in the element's own coordinates."""
+    if "radius" in element.columns and (element.geom_type == "Point").all():
+        return float(2 * np.median(element["radius"]))
+    return float(np.sqrt(np.median(element.geometry.area)))
+
+
+def _lazy_image(element: Any, key: str) -> LazyImage:
+    """Take the finest scale of an image, lazily, as RGB."""
+    from spatialdata import get_pyramid_levels
+    from xarray import DataTree
+
+    array = get_pyramid_levels(element, n=0) if isinstance(element, DataTree) else element
+    array = array.transpose("c", "y", "x")
+    names = [str(c).lower() for c in array.coords["c"].values] if "c" in array.coords else []
+    if array.sizes["c"] not in (3, 4):
+        msg = (
+            f"image {key!r} has {array.sizes['c']} channels ({names}); an H&E image has 3 (RGB) or 4 (RGBA). "
+            "Pass image_key= of a colour image."
+        )
+        raise ValueError(msg)
+    data = array.data
+    if names and not all(n.isdigit() for n in names):
+        if set(names) - set(_RGB_NAMES) or len({_RGB_NAMES[n] for n in names}) != len(names):
+            msg = (
+                f"image {key!r} has channels {names}, which are not red, green and blue: it does not look like H&E. "
+                "Pass image_key= of a colour image, or rename its channels to r, g, b."
+            )
+            raise ValueError(msg)
+        order = np.argsort([_RGB_NAMES[n] for n in names])
+        if list(order) != list(range(len(names))):
+            data = data[order]
+    dtype = np.dtype(array.dtype)
+    if dtype == np.uint8:
+        return LazyImage(data)
+    if dtype != np.uint16 and dtype.kind != "f":
+        msg = (
+            f"image {key!r} has dtype {dtype}; pass an RGB image of dtype uint8, uint16 or float (0 to 1, or 0 to 255)."
+        )
+        raise ValueError(msg)
+    step = max(1, max(array.sizes["y"], array.sizes["x"]) // 1000)
+    sample = np.asarray(data[:, ::step, ::step])
+    low, high = float(np.nanmin(sample)), float(np.nanmax(sample))
+    if dtype.kind == "f" and (low < 0 or high > 255 or not np.isfinite(sample).all()):
+        msg = f"image {key!r} has values from {low:.4g} to {high:.4g}; a float image goes from 0 to 1 or from 0 to 255."
+        raise ValueError(msg)
+    white = 1.0 if dtype.kind == "f" and high <= 1 else 255.0 if high <= 255 else 65535.0
+    logger.info("converting image %r from %s (white = %g) to uint8", key, dtype, white)
+    return LazyImage(data, white=white)
+
+
+def _rows(table: AnnData, element: GeoDataFrame, spots_key: str, table_key: str) -> tuple[Any, pd.Index, int]:
+    """Which rows of the table belong to the spots, and which spots these are: matched by name, never by position."""
+    from spatialdata.models import get_table_keys
+
+    _, region_key, instance_key = get_table_keys(table)
+    rows = np.flatnonzero((table.obs[region_key].astype(str) == spots_key).to_numpy())
+    left_out = 0
+    if "in_tissue" in table.obs:
+        inside = pd.to_numeric(table.obs["in_tissue"], errors="coerce").fillna(1).to_numpy()[rows] > 0
+        left_out = int((~inside).sum())
+        if left_out:
+            logger.info("leaving out %d spots with obs['in_tissue'] = 0", left_out)
+        rows = rows[inside]
+    instances = pd.Index(table.obs[instance_key].to_numpy()[rows])
+    known = instances.isin(element.index)
+    if not known.any():
+        msg = (
+            f"table {table_key!r} does not annotate the spots {spots_key!r}: none of its {len(instances)} "
+            f"{instance_key!r} values (for example {list(instances[:2])}) is in the element's index "
+            f"(for example {list(element.index[:2])})."
+        )
+        raise ValueError(msg)
+    if not known.all():
+        logger.warning("leaving out %d rows of table %r that have no spot", (~known).sum(), table_key)
+    return rows[known], instances[known], left_out
+
+
+def _counts(table: AnnData, layer: str | None, rows: Any, table_key: str) -> sparse.csr_matrix:
+    if layer is not None and layer not in table.layers:
+        msg = f"layer={layer!r} is not among the layers of table {table_key!r}: {list(table.layers)} (None means X)."
+        raise KeyError(msg)
+    matrix = table.X if layer is None else table.layers[layer]
+    if matrix is None or matrix.shape[1] == 0:
+        msg = f"table {table_key!r} has no values in {'X' if layer is None else layer}. Name a layer: {list(table.layers)}."
+        raise ValueError(msg)
+    part = matrix[rows]
+    part = part.compute() if hasattr(part, "compute") else part
+    part = sparse.csr_matrix(part).astype(np.float64)
+    bad = ~np.isfinite(part.data)
+    if bad.any():
+        where = np.unique(part.nonzero()[0][bad[part.data != 0]]) if not np.isnan(part.data).any() else []
+        msg = (
+            f"counts of table {table_key!r} hold {bad.sum()} values that are NaN or infinite"
+            f"{f' (in {len(where)} spots)' if len(where) else ''}. Remove or replace them first."
+        )
+        raise ValueError(msg)
+    if (part.data < 0).any():
+        msg = (
+            f"counts of table {table_key!r} hold {(part.data < 0).sum()} negative values (least {part.data.min():.4g}). "
+            f"Pass raw counts or log-normalised values, not scaled ones: layer= one of {list(table.layers)}."
+        )
+        raise ValueError(msg)
+    return part
+
+
+def _log_normalise(counts: sparse.csr_matrix, table: AnnData) -> tuple[sparse.csr_matrix, bool]:
+    """Scale every spot to ``TARGET_SUM`` and take log1p, unless that was done before."""
+    values = counts.data
+    whole = bool(np.all(values == np.rint(values)))
+    logged = not whole and (values.max() < 20 or "log1p" in table.uns)
+    if logged:
+        logger.info("values are log-normalised already (not whole, largest %.3g): taken as they are", values.max())
+        return counts.astype(np.float32), True
+    if not whole:
+        logger.info("values are not whole numbers (largest %.4g): treated as corrected counts", values.max())
+    total = np.asarray(counts.sum(axis=1)).ravel()
+    scaled = sparse.diags(TARGET_SUM / total) @ counts
+    return sparse.csr_matrix(scaled.log1p()).astype(np.float32), False
+
+
+def _check_inside(image: LazyImage, xy_px: NDArray[np.float64], spots: str, image_key: str, system: str) -> None:
+    outside = (xy_px < 0).any(1) | (xy_px > [image.width_px, image.height_px]).any(1)
+    if outside.any():
+        low, high = xy_px.min(0), xy_px.max(0)
+        msg = (
+            f"{outside.sum()} of {len(xy_px)} spots of {spots!r} lie outside the image {image_key!r}: they span "
+            f"x {low[0]:.0f} to {high[0]:.0f}, y {low[1]:.0f} to {high[1]:.0f} px, the image is {image.width_px} x "
+            f"{image.height_px} px. Is it the image these spots were aligned to? "
+            f"Check image_key= and coordinate_system= (used {system!r})."
+        )
+        raise ValueError(msg)
+
+
+def _physical_scale(
+    spots_key: str,
+    table_key: str,
+    lattice: Lattice | None,
+    why_not: str,
+    xy_px: NDArray[np.float64],
+    *,
+    drawn_px: float,
+    mpp: float | None,
+    pitch_um: float | None,
+) -> tuple[float, float, float, str, str]:
+    """mpp, pitch in µm, spot size in µm, technology, and where the scale comes from."""
+    found: Technology | None = None
+    if lattice is not None:
+        named = re.search(r"square_(\d{3})um", f"{spots_key} {table_key}")
+        found = recognise(lattice, spot_px=drawn_px, bin_um=float(int(named.group(1))) if named else None)
+    if lattice is None:
+        if mpp is None:
+            msg = (
+                f"the physical scale of {spots_key!r} cannot be told from its spots: {why_not} "
+                "Pass mpp=, the µm per pixel of the image."
+            )
+            raise ValueError(msg)
+        dist = nearest_spots(xy_px, xy_px, k=1, exclude=np.arange(len(xy_px)))[1]
+        return mpp, float(np.median(dist)) * mpp, drawn_px * mpp, "irregular", "given"
+    if mpp is None:
+        pitch = pitch_um or (found.pitch_um if found else None)
+        if pitch is None:
+            msg = (
+                f"the bins of {spots_key!r} touch each other on a square lattice, and their size cannot be told from "
+                "their name. Pass pitch_um= (for example 8 for 8 µm bins) or mpp=."
+            )
+            raise ValueError(msg)
+        mpp = pitch / lattice.pitch_px
+        source = "pitch_um given" if pitch_um else f"from the pitch, {lattice.pitch_px:.1f} px = {pitch:g} µm"
+    else:
+        source = "given"
+        pitch = lattice.pitch_px * mpp
+        if pitch_um is not None and abs(pitch / pitch_um - 1) > 0.02:
+            msg = (
+                f"mpp={mpp:g} and pitch_um={pitch_um:g} contradict each other: the spots lie {lattice.pitch_px:.1f} px "
+                f"apart, which is {pitch:.1f} µm at that mpp. Pass one of the two."
+            )
+            raise ValueError(msg)
+        if found and abs(pitch / found.pitch_um - 1) > 0.1:
+            logger.warning(
+                "mpp=%g makes the pitch of these %s spots %.1f µm, where %g µm is usual",
+                mpp, found.name, pitch, found.pitch_um,
+            )  # fmt: skip
+    usual = found is not None and abs(pitch / found.pitch_um - 1) < 0.1
+    if usual and found is not None:
+        return mpp, pitch, found.spot_um, found.name, source
+    return mpp, pitch, drawn_px * mpp, f"{lattice.kind} lattice of {pitch:.3g} µm", source

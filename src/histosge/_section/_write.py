@@ -1,0 +1,276 @@
+"""Arrays → elements and tables of ``SpatialData``. Everything is made and checked before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from histosge import _keys
+from histosge._geometry import Places, in_mask, nearest_spots, refine, square_bins, tissue_mask
+from histosge._section._read import _affine, _regions, _scale, apply, centroids, ours
+from histosge._settings import logger
+from histosge._tiles import thumbnail
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from geopandas import GeoDataFrame
+    from numpy.typing import NDArray
+    from spatialdata import SpatialData
+
+    from histosge._section._read import Section
+
+TISSUE = ("auto", "spots")
+_SAME_PLACE_PITCH = 0.01
+"""A target this near to a spot, in pitches, is the spot itself."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Places to predict at, and the rows of the shapes element that they are."""
+
+    key: str
+    instances: pd.Index
+    xy_px: NDArray[np.float64]
+    """(n, 2)"""
+    own: NDArray[np.int64]
+    """(n,) row of the section's spot at this very place, -1 for none"""
+    in_tissue: NDArray[np.bool_]
+    array_row: NDArray[np.int64] | None
+    array_col: NDArray[np.int64] | None
+    tissue: str
+    """How tissue was told"""
+
+    def __len__(self) -> int:
+        return len(self.xy_px)
+
+
+def _in_tissue(section: Section, xy_px: NDArray[np.float64], *, tissue: str) -> tuple[NDArray[np.bool_], str]:
+    """Tell which places lie on tissue: dark enough in the image, and for ``"auto"`` inside it."""
+    inside = ((xy_px >= 0) & (xy_px < [section.image.width_px, section.image.height_px])).all(1)
+    if tissue == "spots":
+        return inside, "within reach of a measured spot"
+    small, factor = thumbnail(section.image, max_px=1024)
+    cell_um = factor * section.mpp
+    mask, share = tissue_mask(small, section.xy_px / factor, blur_cells=max(15.0 / cell_um, 0.5))
+    how = "optical density of the image"
+    if share < 0.95:
+        how += f", threshold lowered to the spots' own (Otsu's would have kept {share:.0%} of them)"
+    return inside & in_mask(xy_px, mask, px_per_cell=(factor, factor)), how
+
+
+def lay_targets(
+    section: Section, *, key: str, upsample: int | None, bin_um: float | None, tissue: str = "auto"
+) -> tuple[Targets, Places]:
+    """Lay places between the spots, or square bins, and keep those on tissue; the spots' own are always kept."""
+    if tissue not in TISSUE:
+        msg = (
+            f"tissue={tissue!r}: choose 'auto' (dark enough in the image and within reach of a spot) "
+            "or 'spots' (within reach of a spot)."
+        )
+        raise ValueError(msg)
+    if bin_um is not None:
+        reach_um = section.pitch_um / np.sqrt(2)
+        if not 0 < bin_um <= section.pitch_um:
+            msg = (
+                f"bin_um={bin_um!r}: bins must be wider than 0 and no wider than the spots' pitch "
+                f"({section.pitch_um:g} µm); below that, there is nothing to resolve."
+            )
+            raise ValueError(msg)
+        places = square_bins(section.xy_px, bin_px=bin_um / section.mpp, margin_px=reach_um / section.mpp)
+    elif section.lattice is None:
+        msg = (
+            f"upsample={upsample}: the spots of {section.spots_key!r} lie on no lattice, so that there is no 'between' "
+            "to fill. Pass bin_um= or target_key= instead."
+        )
+        raise ValueError(msg)
+    else:
+        places = refine(section.lattice, section.xy_px, upsample=4 if upsample is None else upsample)
+    on_tissue, how = _in_tissue(section, places.xy_px, tissue=tissue)
+    places = places.keep(on_tissue | (places.spot >= 0))
+    targets = Targets(
+        key,
+        pd.RangeIndex(len(places)),
+        places.xy_px,
+        places.spot,
+        np.ones(len(places), dtype=bool),
+        places.array_row,
+        places.array_col,
+        how,
+    )
+    return targets, places
+
+
+def to_image(sdata: SpatialData, section: Section, key: str) -> NDArray[np.float64]:
+    """Matrix (3, 3) from a shapes element's own coordinates to pixels of the section's image."""
+    image = sdata.images[section.image_key]
+    return _affine(sdata.shapes[key], image, section.coordinate_system, source_key=key, target_key=section.image_key)
+
+
+def read_targets(sdata: SpatialData, section: Section, key: str) -> Targets:
+    """Take the places of any shapes element."""
+    if key not in sdata.shapes:
+        msg = f"target_key={key!r} is not among the shapes of this SpatialData: {list(sdata.shapes)}."
+        raise KeyError(msg)
+    element = sdata.shapes[key]
+    if not element.index.is_unique:
+        msg = f"target_key={key!r}: its index has doubles, so that rows cannot be told apart. Reset the index."
+        raise ValueError(msg)
+    xy_px = apply(to_image(sdata, section, key), centroids(element))
+    outside = (xy_px < 0).any(1) | (xy_px > [section.image.width_px, section.image.height_px]).any(1)
+    if outside.any():
+        msg = (
+            f"target_key={key!r}: {outside.sum()} of {len(xy_px)} places lie outside the image "
+            f"{section.image_key!r} (for example {list(element.index[outside][:3])}). Remove them first."
+        )
+        raise ValueError(msg)
+    near, dist, _ = nearest_spots(xy_px, section.xy_px, k=1)
+    same = dist[:, 0] * section.mpp <= _SAME_PLACE_PITCH * section.pitch_um
+    in_tissue, how = _in_tissue(section, xy_px, tissue="auto")
+    grid = {c: element[c].to_numpy(np.int64) if c in element.columns else None for c in ("array_row", "array_col")}
+    own = np.where(same, near[:, 0], -1)
+    return Targets(key, element.index, xy_px, own, in_tissue, grid["array_row"], grid["array_col"], how)
+
+
+def shapes_element(sdata: SpatialData, section: Section, places: Places, *, square: bool) -> GeoDataFrame:
+    """Make circles or squares in the spots' own coordinates, with all their transformations."""
+    import geopandas as gpd
+    import shapely
+    from spatialdata.models import ShapesModel
+    from spatialdata.transformations import get_transformation
+
+    back = np.linalg.inv(section.to_image)
+    transformations = get_transformation(sdata.shapes[section.spots_key], get_all=True)
+    if square:
+        half = places.size_px / 2
+        corner = np.array([[-half, -half], [half, -half], [half, half], [-half, half]])
+        ring = apply(back, (places.xy_px[:, None] + corner[None]).reshape(-1, 2)).reshape(-1, 4, 2)
+        frame = gpd.GeoDataFrame(geometry=shapely.polygons(ring))
+    else:
+        frame = gpd.GeoDataFrame(geometry=shapely.points(apply(back, places.xy_px)))
+        frame["radius"] = places.size_px / 2 * _scale(back, section.image_key, section.spots_key)
+    frame["array_row"], frame["array_col"] = places.array_row, places.array_col
+    frame["is_spot"] = places.spot >= 0
+    return ShapesModel.parse(frame, transformations=transformations)
+
+
+def make_table(adata: AnnData, *, region: str, instances: pd.Index) -> AnnData:
+    """Link a table to the shapes element its rows describe."""
+    from spatialdata.models import TableModel
+
+    adata.obs[_keys.REGION] = pd.Categorical([region] * adata.n_obs)
+    adata.obs[_keys.INSTANCE] = np.asarray(instances)
+    return TableModel.parse(adata, region=region, region_key=_keys.REGION, instance_key=_keys.INSTANCE)
+
+
+def predicted_table(
+    section: Section,
+    targets: Targets,
+    *,
+    expression: NDArray[np.float32],
+    var: pd.DataFrame,
+    provenance: dict[str, Any],
+) -> AnnData:
+    """Make the table of predicted expression."""
+    import anndata as ad
+
+    _, dist, _ = nearest_spots(targets.xy_px, section.xy_px, k=1)
+    distance_um = dist[:, 0] * section.mpp
+    # contiguous bins leave no gap: the corner of a bin belongs to it as well
+    radius_um = section.spot_um / (np.sqrt(2) if section.technology == "visium-hd" else 2)
+    obs = pd.DataFrame(index=pd.Index([f"{targets.key}-{i}" for i in targets.instances], dtype=str))
+    if targets.array_row is not None and targets.array_col is not None:
+        obs["array_row"], obs["array_col"] = targets.array_row, targets.array_col
+    obs["in_tissue"] = targets.in_tissue
+    obs["is_spot"] = targets.own >= 0
+    obs["in_spot"] = distance_um <= radius_um
+    obs["distance_to_spot_um"] = distance_um.astype(np.float32)
+    adata = ad.AnnData(X=expression, obs=obs, var=var)
+    adata.obsm["spatial"] = targets.xy_px
+    adata.uns[_keys.UNS] = provenance
+    # scanpy asks here whether, and to what base, values are logarithms; natural is written as no base at all
+    adata.uns["log1p"] = {}
+    return make_table(adata, region=targets.key, instances=targets.instances)
+
+
+def embedding_table(
+    targets: Targets, *, encoder: str, values: NDArray[np.float32], provenance: dict[str, Any]
+) -> AnnData:
+    """Make the table that holds the embeddings of some shapes."""
+    import anndata as ad
+
+    obs = pd.DataFrame(index=pd.Index([f"{targets.key}-{i}" for i in targets.instances], dtype=str))
+    adata = ad.AnnData(obs=obs)
+    adata.obsm[_keys.embedding(encoder)] = values
+    adata.obsm["spatial"] = targets.xy_px
+    adata.uns[_keys.UNS] = provenance
+    return make_table(adata, region=targets.key, instances=targets.instances)
+
+
+def find_embedding(
+    sdata: SpatialData,
+    *,
+    target_key: str,
+    encoder: str,
+    instances: pd.Index,
+    xy_px: NDArray[np.float64],
+    provenance: dict[str, Any],
+) -> NDArray[np.float32] | None:
+    """Embeddings made before of the same places in the same way, in the order of ``instances``; else ``None``."""
+    name = _keys.embedding_table(target_key, encoder)
+    if name not in sdata.tables or not ours(sdata.tables[name]):
+        return None
+    table = sdata.tables[name]
+    same = {k: table.uns[_keys.UNS].get(k) == v for k, v in provenance.items()}
+    rows = pd.Index(table.obs[_keys.INSTANCE]).get_indexer(instances)
+    moved = (rows >= 0).all() and not np.allclose(table.obsm["spatial"][rows], xy_px, atol=1e-3)
+    if not all(same.values()) or (rows < 0).any() or moved:
+        other = [k for k, v in same.items() if not v] or ["places"]
+        logger.info("table %r was made with other %s: embedding again", name, ", ".join(other))
+        return None
+    return np.asarray(table.obsm[_keys.embedding(encoder)], dtype=np.float32)[rows]
+
+
+def commit(
+    sdata: SpatialData,
+    *,
+    shapes: dict[str, GeoDataFrame] | None = None,
+    tables: dict[str, AnnData | None] | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Write everything or, where it would touch what is not ours, nothing; ``dry_run`` only checks."""
+    shapes, tables = shapes or {}, tables or {}
+    for key in [*shapes, *tables]:
+        _keys.check("key_added", key)
+    for key in tables:
+        if key in sdata.tables and not ours(sdata.tables[key]):
+            msg = f"key_added={key!r} is a table that histosge did not write; choose another name, or remove it first."
+            raise ValueError(msg)
+    for key in shapes:
+        others = [n for n, t in sdata.tables.items() if key in _regions(t) and not ours(t)]
+        if key in sdata.shapes and (others or "array_row" not in sdata.shapes[key].columns):
+            by = f" (annotated by {others})" if others else ""
+            msg = f"shapes {key!r} were not laid by histosge{by}; choose another key_added=, or remove them first."
+            raise ValueError(msg)
+    for key in [*shapes, *tables]:
+        if key in sdata and key not in sdata.tables and key not in sdata.shapes:
+            msg = f"key_added={key!r} is taken by another element of this SpatialData; choose another name."
+            raise ValueError(msg)
+    if dry_run:
+        return
+    for name, holder in (("shapes", shapes), ("tables", tables)):
+        for key, element in holder.items():
+            existing = getattr(sdata, name)
+            if key in existing:
+                logger.warning("replacing sdata.%s[%r] of an earlier run", name, key)
+                # tables of ours on the old places describe places that are no more
+                stale = [
+                    n for n, t in sdata.tables.items() if name == "shapes" and _regions(t) == [key] and n not in tables
+                ]
+                for old in stale:
+                    logger.warning("removing sdata.tables[%r], which describes the replaced places", old)
+                    del sdata.tables[old]
+                del existing[key]
+            existing[key] = element

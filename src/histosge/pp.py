@@ -1,0 +1,112 @@
+"""Prepare a section: places to predict at."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from histosge import _keys
+from histosge._section import commit, lay_targets, read_section, shapes_element
+from histosge._settings import logger
+
+if TYPE_CHECKING:
+    from geopandas import GeoDataFrame
+    from spatialdata import SpatialData
+
+__all__ = ["targets"]
+
+
+def targets(
+    sdata: SpatialData,
+    *,
+    upsample: int | None = None,
+    bin_um: float | None = None,
+    tissue: Literal["auto", "spots"] = "auto",
+    image_key: str | None = None,
+    spots_key: str | None = None,
+    table_key: str | None = None,
+    layer: str | None = None,
+    coordinate_system: str | None = None,
+    mpp: float | None = None,
+    pitch_um: float | None = None,
+    key_added: str = "histosge",
+    inplace: bool = True,
+) -> GeoDataFrame | None:
+    """Lay the places to predict at: a lattice between the spots, or square bins.
+
+    The lattice is estimated from the spots themselves, whatever their rotation, scale and technology, and contains
+    the spots' own places. Places off the tissue are left out.
+
+    Parameters
+    ----------
+    sdata
+        Section with an H&E image and measured spots.
+    upsample
+        Places per measured spot: 2, 4, 8 or 16. With neither this nor ``bin_um``, 4 as in the paper.
+    bin_um
+        Edge of square bins in µm, instead of ``upsample``.
+    tissue
+        ``"auto"`` keeps places within reach of a spot where the image is about as dark as at the spots;
+        ``"spots"`` keeps all places within reach of a spot.
+    image_key
+        H&E image in ``sdata.images``. ``None`` takes the only one.
+    spots_key
+        Measured spots in ``sdata.shapes``. ``None`` takes the only ones that a table annotates.
+    table_key
+        Table with the counts of the spots. ``None`` takes the only one.
+    layer
+        Layer of the table that holds the counts. ``None`` takes ``X``.
+    coordinate_system
+        Coordinate system that aligns image and spots. ``None`` takes one that holds both.
+    mpp
+        µm per pixel of the image. ``None`` takes it from the pitch of the spots.
+    pitch_um
+        Distance of neighbouring spots in µm. ``None`` takes the technology's: Visium 100, ST 200.
+    key_added
+        The shapes are named ``"{key_added}_targets"``.
+    inplace
+        Write into ``sdata``, or return the shapes.
+
+    Returns
+    -------
+    ``None``, or with ``inplace=False`` the shapes. Written:
+
+    ``sdata.shapes["{key_added}_targets"]``
+        Circles (lattice) or squares (bins), integer index, with all transformations of the spots, and the columns
+        ``array_row`` (int64), ``array_col`` (int64) and ``is_spot`` (bool).
+
+    Raises
+    ------
+    ValueError
+        Where the section cannot be read, both or impossible ``upsample`` and ``bin_um`` are given, or the key is
+        taken by something that histosge did not write.
+
+    Examples
+    --------
+    >>> import histosge as sge
+    >>> sdata = sge.datasets.synthetic()
+    >>> sge.pp.targets(sdata, upsample=4)
+    >>> bool(sdata.shapes["histosge_targets"]["is_spot"].any())
+    True
+    """
+    _keys.check("key_added", key_added)
+    if upsample is not None and bin_um is not None:
+        msg = f"upsample={upsample!r} and bin_um={bin_um!r} are two ways to lay places: pass one of them."
+        raise ValueError(msg)
+    section = read_section(
+        sdata,
+        image_key=image_key,
+        spots_key=spots_key,
+        table_key=table_key,
+        layer=layer,
+        coordinate_system=coordinate_system,
+        mpp=mpp,
+        pitch_um=pitch_um,
+    )
+    name = _keys.targets(key_added)
+    laid, places = lay_targets(section, key=name, upsample=upsample, bin_um=bin_um, tissue=tissue)
+    element = shapes_element(sdata, section, places, square=bin_um is not None)
+    if not inplace:
+        return element
+    commit(sdata, shapes={name: element})
+    logger.info("added %d places to sdata.shapes[%r] (tissue: %s)", len(laid), name, laid.tissue)
+    return None

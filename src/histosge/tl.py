@@ -1,0 +1,598 @@
+"""Embed, fit, predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from time import time
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from histosge import _keys
+from histosge._embedding import STACKS, resolve_device
+from histosge._embedding import embed as embed_places
+from histosge._encoders import load_encoder
+from histosge._model import Model, Recipe, fit_model
+from histosge._section import (
+    Section,
+    Targets,
+    commit,
+    embedding_table,
+    find_embedding,
+    lay_targets,
+    predicted_table,
+    read_section,
+    read_targets,
+    shapes_element,
+)
+from histosge._settings import logger
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from numpy.typing import NDArray
+    from spatialdata import SpatialData
+
+__all__ = ["embed", "fit", "predict"]
+
+DEFAULT_ENCODER = "h-optimus-0"
+_COARSEST_PILM_MPP = 1.5
+
+
+def embed(
+    sdata: SpatialData,
+    *,
+    target_key: str | None = None,
+    encoder: Any = DEFAULT_ENCODER,
+    tile_um: float | None = None,
+    stack: Sequence[str] = ("pilm",),
+    image_key: str | None = None,
+    spots_key: str | None = None,
+    table_key: str | None = None,
+    layer: str | None = None,
+    coordinate_system: str | None = None,
+    mpp: float | None = None,
+    pitch_um: float | None = None,
+    device: str | None = None,
+    batch_size: int = 64,
+    progress: bool | None = None,
+    inplace: bool = True,
+) -> AnnData | None:
+    """Embed places of the H&E image with a pathology image large model.
+
+    Each place is the centre of a tile at the physical scale the encoder was trained at. The image is read block by
+    block; its size does not matter for memory.
+
+    Parameters
+    ----------
+    sdata
+        Section with an H&E image and measured spots.
+    target_key
+        Shapes to embed. ``None`` takes the measured spots.
+    encoder
+        Name of an encoder (see :func:`histosge.encoders`), or one that :func:`histosge.load_encoder` made.
+    tile_um
+        Edge of a tile in µm. ``None`` takes the encoder's own, at which it was trained.
+    stack
+        Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
+    image_key
+        H&E image in ``sdata.images``. ``None`` takes the only one.
+    spots_key
+        Measured spots in ``sdata.shapes``. ``None`` takes the only ones that a table annotates.
+    table_key
+        Table with the counts of the spots. ``None`` takes the only one.
+    layer
+        Layer of the table that holds the counts. ``None`` takes ``X``.
+    coordinate_system
+        Coordinate system that aligns image and spots. ``None`` takes one that holds both.
+    mpp
+        µm per pixel of the image. ``None`` takes it from the pitch of the spots.
+    pitch_um
+        Distance of neighbouring spots in µm. ``None`` takes the technology's: Visium 100, ST 200.
+    device
+        Where to compute. ``None`` takes ``settings.device``, else a GPU if there is one.
+    batch_size
+        Tiles per forward pass.
+    progress
+        Show the progress bar. ``None`` follows ``settings.progress``.
+    inplace
+        Write into ``sdata``, or return the table.
+
+    Returns
+    -------
+    ``None``, or with ``inplace=False`` the table. Written:
+
+    ``sdata.tables["{target}_{encoder}"]``
+        Annotates the target shapes, one row each, with ``obsm["X_{encoder}"]`` (n, d) float32 embeddings,
+        ``obsm["spatial"]`` (n, 2) float64 (x, y) in pixels of the image, and ``uns["histosge"]`` provenance.
+
+    Raises
+    ------
+    ValueError
+        Where the section cannot be read, the encoder is unknown, or the image is too coarse for it.
+    RuntimeError
+        Where the encoder's weights cannot be had, or memory runs out (``batch_size``).
+
+    Examples
+    --------
+    >>> import histosge as sge
+    >>> sdata = sge.datasets.synthetic()
+    >>> sge.tl.embed(sdata, encoder="stain-texture")
+    >>> sdata.tables["spots_stain-texture"].obsm["X_stain-texture"].shape[1]
+    120
+    """
+    section = read_section(
+        sdata,
+        image_key=image_key,
+        spots_key=spots_key,
+        table_key=table_key,
+        layer=layer,
+        coordinate_system=coordinate_system,
+        mpp=mpp,
+        pitch_um=pitch_um,
+    )
+    encoder, recipe = _prepare(section, encoder, tile_um=tile_um, stack=stack)
+    if target_key is None:
+        target_key = section.spots_key
+    targets = _own_spots(section) if target_key == section.spots_key else read_targets(sdata, section, target_key)
+    where = resolve_device(device)
+    values = _embed(sdata, section, targets, encoder, recipe, device=where, batch_size=batch_size, progress=progress)
+    table = embedding_table(
+        targets, encoder=encoder.spec.name, values=values, provenance=_embedding_provenance(section, recipe)
+    )
+    if not inplace:
+        return table
+    name = _keys.embedding_table(target_key, encoder.spec.name)
+    commit(sdata, tables={name: table})
+    logger.info("added %d embeddings x %d to sdata.tables[%r]", *values.shape, name)
+    return None
+
+
+def fit(
+    sdata: SpatialData | Sequence[SpatialData],
+    *,
+    encoder: Any = DEFAULT_ENCODER,
+    head: str = "in-context",
+    genes: int | Sequence[str] | str = 1000,
+    tile_um: float | None = None,
+    stack: Sequence[str] = ("pilm",),
+    n_folds: int = 5,
+    head_options: dict[str, Any] | None = None,
+    image_key: str | None = None,
+    spots_key: str | None = None,
+    table_key: str | None = None,
+    layer: str | None = None,
+    coordinate_system: str | None = None,
+    mpp: float | None = None,
+    pitch_um: float | None = None,
+    device: str | None = None,
+    batch_size: int = 64,
+    rng: int | np.random.Generator | None = 0,
+    progress: bool | None = None,
+) -> Model:
+    """Train a head on the measured spots of one or more sections.
+
+    The spots are dealt into folds; for each fold a head is trained on all others, with early stopping on spots of
+    its own, and predicts the fold it never saw. The model is the mean of these heads; its scores are the held-out
+    ones, beside those of ridge regression and inverse-distance interpolation on the same folds. Genes are chosen,
+    and everything is scaled, inside the training spots of each fold.
+
+    Parameters
+    ----------
+    sdata
+        Section with an H&E image and measured spots, or a list of sections.
+    encoder
+        Name of an encoder (see :func:`histosge.encoders`), or one that :func:`histosge.load_encoder` made.
+    head
+        ``"in-context"`` (attention over measured neighbours, the default), ``"published"`` (the paper's network,
+        repaired), ``"ridge"``, ``"nearest"`` or ``"mean"``.
+    genes
+        Number of genes, chosen by spatial autocorrelation; a list of names; or ``"all"`` that were seen.
+    tile_um
+        Edge of a tile in µm. ``None`` takes the encoder's own, at which it was trained.
+    stack
+        Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
+    n_folds
+        Folds of the spots, 2 to 20.
+    head_options
+        Arguments of the head, for example ``{"n_neighbours": 30}``.
+    image_key
+        H&E image in ``sdata.images``. ``None`` takes the only one.
+    spots_key
+        Measured spots in ``sdata.shapes``. ``None`` takes the only ones that a table annotates.
+    table_key
+        Table with the counts of the spots. ``None`` takes the only one.
+    layer
+        Layer of the table that holds the counts. ``None`` takes ``X``.
+    coordinate_system
+        Coordinate system that aligns image and spots. ``None`` takes one that holds both.
+    mpp
+        µm per pixel of the image. ``None`` takes it from the pitch of the spots.
+    pitch_um
+        Distance of neighbouring spots in µm. ``None`` takes the technology's: Visium 100, ST 200.
+    device
+        Where to compute. ``None`` takes ``settings.device``, else a GPU if there is one.
+    batch_size
+        Tiles per forward pass of the encoder.
+    rng
+        Seed or generator. The same seed gives the same model on the same machine.
+    progress
+        Show progress bars. ``None`` follows ``settings.progress``.
+
+    Returns
+    -------
+    The model, with held-out scores in ``model.scores`` and ``model.held_out``. Nothing is written into ``sdata``.
+
+    Raises
+    ------
+    ValueError
+        Where a section cannot be read, or a head, gene or encoder is unknown.
+
+    Examples
+    --------
+    >>> import histosge as sge
+    >>> sdata = sge.datasets.synthetic()
+    >>> model = sge.tl.fit(sdata, encoder="stain-texture", genes=20, n_folds=2)
+    >>> model.held_out["in-context"]["pcc"] > model.held_out["nearest"]["pcc"]
+    True
+    """
+    several = list(sdata) if isinstance(sdata, Sequence) else [sdata]
+    if not several:
+        msg = "sdata is an empty list: pass at least one section."
+        raise ValueError(msg)
+    sections, values = [], []
+    where = resolve_device(device)
+    for one in several:
+        section = read_section(
+            one,
+            image_key=image_key,
+            spots_key=spots_key,
+            table_key=table_key,
+            layer=layer,
+            coordinate_system=coordinate_system,
+            mpp=mpp,
+            pitch_um=pitch_um,
+        )
+        encoder, recipe = _prepare(section, encoder, tile_um=tile_um, stack=stack)
+        sections.append(section)
+        spots = _own_spots(section)
+        values.append(
+            _embed(one, section, spots, encoder, recipe, device=where, batch_size=batch_size, progress=progress)
+        )
+    return fit_model(
+        sections,
+        values,
+        recipe=recipe,
+        head=head,
+        genes=genes,
+        n_folds=n_folds,
+        rng=np.random.default_rng(rng),
+        device=where,
+        head_options=head_options,
+        progress=progress,
+    )
+
+
+def predict(
+    sdata: SpatialData,
+    *,
+    image_key: str | None = None,
+    spots_key: str | None = None,
+    table_key: str | None = None,
+    layer: str | None = None,
+    coordinate_system: str | None = None,
+    mpp: float | None = None,
+    pitch_um: float | None = None,
+    encoder: Any = DEFAULT_ENCODER,
+    tile_um: float | None = None,
+    stack: Sequence[str] = ("pilm",),
+    head: str = "in-context",
+    genes: int | Sequence[str] | str = 1000,
+    n_folds: int = 5,
+    head_options: dict[str, Any] | None = None,
+    model: Model | None = None,
+    upsample: int | None = None,
+    bin_um: float | None = None,
+    target_key: str | None = None,
+    tissue: str = "auto",
+    key_added: str = "histosge",
+    device: str | None = None,
+    batch_size: int = 64,
+    rng: int | np.random.Generator | None = 0,
+    progress: bool | None = None,
+    inplace: bool = True,
+) -> AnnData | None:
+    """Predict expression between the spots, or at any places, from the H&E image and the measured spots.
+
+    Lays the places, embeds them, trains the head and writes the table; what was made before with the same settings
+    (:func:`histosge.tl.embed`, ``model=``) is used again.
+
+    Parameters
+    ----------
+    sdata
+        Section with an H&E image and measured spots.
+    image_key
+        H&E image in ``sdata.images``. ``None`` takes the only one.
+    spots_key
+        Measured spots in ``sdata.shapes``. ``None`` takes the only ones that a table annotates.
+    table_key
+        Table with the counts of the spots. ``None`` takes the only one.
+    layer
+        Layer of the table that holds the counts. ``None`` takes ``X``.
+    coordinate_system
+        Coordinate system that aligns image and spots. ``None`` takes one that holds both.
+    mpp
+        µm per pixel of the image. ``None`` takes it from the pitch of the spots.
+    pitch_um
+        Distance of neighbouring spots in µm. ``None`` takes the technology's: Visium 100, ST 200.
+    encoder
+        Name of an encoder (see :func:`histosge.encoders`), or one that :func:`histosge.load_encoder` made. With
+        ``model=``, the model's own.
+    tile_um
+        Edge of a tile in µm. ``None`` takes the encoder's own, at which it was trained.
+    stack
+        Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
+    head
+        ``"in-context"``, ``"published"``, ``"ridge"``, ``"nearest"`` or ``"mean"``; see :func:`histosge.tl.fit`.
+    genes
+        Number of genes, chosen by spatial autocorrelation; a list of names; or ``"all"`` that were seen.
+    n_folds
+        Folds of the spots for training and held-out scores, 2 to 20.
+    head_options
+        Arguments of the head.
+    model
+        A model fitted before, on this or other sections; ``head``, ``genes`` and ``n_folds`` are then its own.
+    upsample
+        Places per measured spot: 2, 4, 8 or 16. With neither this, ``bin_um`` nor ``target_key``, 4 as in the paper.
+    bin_um
+        Edge of square bins in µm.
+    target_key
+        Any shapes of ``sdata`` to predict at: other spots, cells, bins.
+    tissue
+        ``"auto"`` or ``"spots"``; see :func:`histosge.pp.targets`.
+    key_added
+        Name of the table written.
+    device
+        Where to compute. ``None`` takes ``settings.device``, else a GPU if there is one.
+    batch_size
+        Tiles per forward pass of the encoder.
+    rng
+        Seed or generator. The same seed gives the same table on the same machine.
+    progress
+        Show progress bars. ``None`` follows ``settings.progress``.
+    inplace
+        Write into ``sdata``, or return the table and write nothing.
+
+    Returns
+    -------
+    ``None``, or with ``inplace=False`` the table. Written:
+
+    ``sdata.shapes["{key_added}_targets"]``
+        Circles or squares, as of :func:`histosge.pp.targets`; not with ``target_key``.
+    ``sdata.tables["{key_added}"]``
+        Annotates these shapes by ``obs["region"]`` and ``obs["instance_id"]``. ``X`` (n, genes) float32: expected
+        log1p expression at 10,000 counts. ``obs``: ``array_row``, ``array_col`` (int64, where the places form a
+        grid), ``in_tissue``, ``is_spot`` (the place is a measured spot, predicted with its own measurement
+        hidden), ``in_spot`` (its centre lies inside a physical spot; bool), ``distance_to_spot_um`` (float32, to the
+        nearest spot's centre). ``obsm["spatial"]`` (n, 2) float64, (x, y) in pixels of the image.
+        ``var``: ``highly_variable`` (bool), ``held_out_pcc``, ``held_out_mse`` (float32, on spots the head never
+        saw), ``predictable`` (bool, at a false discovery rate of 5 %). ``uns["histosge"]``: encoder, head, scale,
+        seed, split, versions and held-out scores of the head and its rivals.
+
+    Raises
+    ------
+    ValueError
+        Where the section cannot be read, an argument is out of range, or ``key_added`` is taken by something that
+        histosge did not write. ``sdata`` is then as it was.
+    RuntimeError
+        Where the encoder's weights cannot be had, or memory runs out (``batch_size``).
+
+    Notes
+    -----
+    The method is HisToSGE's (Shi et al., 2024, arXiv 2407.20518) with the measured neighbours as context;
+    ``head="published"`` is the paper's own network.
+
+    Examples
+    --------
+    >>> import histosge as sge
+    >>> sdata = sge.datasets.synthetic()
+    >>> sge.tl.predict(sdata, encoder="stain-texture", genes=20, n_folds=2)
+    >>> sdata.tables["histosge"].n_vars
+    20
+    """
+    start = time()
+    _keys.check("key_added", key_added)
+    given = {
+        k: v for k, v in {"upsample": upsample, "bin_um": bin_um, "target_key": target_key}.items() if v is not None
+    }
+    if len(given) > 1:
+        msg = f"{' and '.join(f'{k}={v!r}' for k, v in given.items())} are ways to say where to predict: pass one of them."
+        raise ValueError(msg)
+    seed = rng if isinstance(rng, int) else "generator"
+    generator = np.random.default_rng(rng)
+    section = read_section(
+        sdata,
+        image_key=image_key,
+        spots_key=spots_key,
+        table_key=table_key,
+        layer=layer,
+        coordinate_system=coordinate_system,
+        mpp=mpp,
+        pitch_um=pitch_um,
+    )
+    if model is not None:
+        encoder, tile_um, stack = _of_model(model, encoder)
+    encoder, recipe = _prepare(section, encoder, tile_um=tile_um, stack=stack)
+    where = resolve_device(device)
+
+    shapes = {}
+    if target_key is None:
+        target_key = _keys.targets(key_added)
+        targets, places = lay_targets(section, key=target_key, upsample=upsample, bin_um=bin_um, tissue=tissue)
+        shapes[target_key] = shapes_element(sdata, section, places, square=bin_um is not None)
+    else:
+        targets = read_targets(sdata, section, target_key)
+    if inplace:
+        commit(sdata, shapes=shapes, tables={key_added: None}, dry_run=True)  # say it before the work, not after
+
+    do_embed = {"device": where, "batch_size": batch_size, "progress": progress}
+    at_targets = _embed(sdata, section, targets, encoder, recipe, **do_embed)
+    own = targets.own >= 0
+    if len(np.unique(targets.own[own])) == len(section.xy_px):  # every spot is among the targets: embedded already
+        at_spots = np.empty((len(section.xy_px), at_targets.shape[1]), np.float32)
+        at_spots[targets.own[own]] = at_targets[own]
+    else:
+        at_spots = _embed(sdata, section, _own_spots(section), encoder, recipe, **do_embed)
+
+    if model is None:
+        model = fit_model(
+            [section],
+            [at_spots],
+            recipe=recipe,
+            head=head,
+            genes=genes,
+            n_folds=n_folds,
+            rng=generator,
+            device=where,
+            head_options=head_options,
+            progress=progress,
+        )
+    expression = model.predict(
+        section, spots=at_spots, places=at_targets, xy_px=targets.xy_px, own=targets.own, device=where
+    )
+    table = predicted_table(
+        section,
+        targets,
+        expression=expression,
+        var=model.scores.copy(),
+        provenance=_provenance(section, targets, model, seed),
+    )
+    if not inplace:
+        return table
+    commit(sdata, shapes=shapes, tables={key_added: table})
+    logger.info(
+        "added %d places x %d genes to sdata.tables[%r] (%d genes predictable), %.0f s",
+        *expression.shape, key_added, int(model.scores["predictable"].sum()), time() - start,
+    )  # fmt: skip
+    return None
+
+
+def _prepare(section: Section, encoder: Any, *, tile_um: float | None, stack: Sequence[str]) -> tuple[Any, Recipe]:
+    """Load the encoder, if it is not loaded, and settle how places are embedded."""
+    stack = (stack,) if isinstance(stack, str) else tuple(stack)
+    if not stack or set(stack) - set(STACKS):
+        msg = f"stack={stack!r}: choose any of {STACKS}."
+        raise ValueError(msg)
+    coarse = section.mpp > _COARSEST_PILM_MPP
+    if coarse and encoder != "stain-texture" and getattr(getattr(encoder, "spec", None), "name", "") != "stain-texture":
+        msg = (
+            f"image {section.image_key!r} has {section.mpp:.3g} µm per pixel, far too coarse for a pathology encoder "
+            f"(at most {_COARSEST_PILM_MPP}): it is probably the hires image. Read the section with the full-resolution "
+            "image, `spatialdata_io.visium(path, fullres_image_file=...)`, or use encoder='stain-texture'."
+        )
+        raise ValueError(msg)
+    loaded = load_encoder(encoder)
+    if tile_um is not None and not 1 <= tile_um <= 10_000:
+        msg = f"tile_um={tile_um!r} is not the edge of a tile in µm. Pass a positive number, or None for the encoder's own."
+        raise ValueError(msg)
+    spec = loaded.spec
+    if tile_um is not None and hasattr(loaded, "embed_block"):
+        msg = f"tile_um={tile_um!r}: encoder {spec.name!r} looks at several scales of its own. Leave tile_um out."
+        raise ValueError(msg)
+    return loaded, Recipe(spec.to_dict(), float(tile_um or spec.tile_um), stack)
+
+
+def _of_model(model: Model, encoder: Any) -> tuple[Any, float | None, tuple[str, ...]]:
+    """Encoder, tile and stack that a fitted model needs."""
+    wanted = model.recipe.encoder
+    name = getattr(getattr(encoder, "spec", None), "name", encoder)
+    if name not in (wanted["name"], DEFAULT_ENCODER):
+        msg = f"encoder={name!r}, but the model was trained on embeddings of {wanted['name']!r}. Leave encoder= out."
+        raise ValueError(msg)
+    use = encoder if not isinstance(encoder, str) else wanted["name"]
+    own_tile = wanted["mpp"] * wanted["tile_px"]
+    tile_um = None if abs(model.recipe.tile_um - own_tile) < 1e-6 else model.recipe.tile_um
+    return use, tile_um, model.recipe.stack
+
+
+def _own_spots(section: Section) -> Targets:
+    """Take the measured spots as places."""
+    n = len(section.xy_px)
+    return Targets(
+        section.spots_key,
+        section.instances,
+        section.xy_px,
+        np.arange(n),
+        np.ones(n, bool),
+        None,
+        None,
+        "measured spots",
+    )
+
+
+def _embed(
+    sdata: SpatialData,
+    section: Section,
+    targets: Targets,
+    encoder: Any,
+    recipe: Recipe,
+    *,
+    device: Any,
+    batch_size: int,
+    progress: bool | None,
+) -> NDArray[np.float32]:
+    """Take embeddings that are there already, or make them."""
+    if not isinstance(batch_size, int) or batch_size < 1:
+        msg = f"batch_size={batch_size!r}: pass a whole number of tiles above 0."
+        raise ValueError(msg)
+    name = encoder.spec.name
+    found = find_embedding(
+        sdata,
+        target_key=targets.key,
+        encoder=name,
+        instances=targets.instances,
+        xy_px=targets.xy_px,
+        provenance=_embedding_provenance(section, recipe),
+    )
+    if found is not None:
+        logger.info("using the embeddings of sdata.tables[%r]", _keys.embedding_table(targets.key, name))
+        return found
+    start = time()
+    logger.info("embedding %d places with %s on %s", len(targets), name, device)
+    own_tile = abs(recipe.tile_um - encoder.spec.tile_um) < 1e-6
+    values = embed_places(
+        section.image,
+        targets.xy_px,
+        mpp=section.mpp,
+        encoder=encoder,
+        tile_um=None if own_tile else recipe.tile_um,
+        stack=recipe.stack,
+        device=device,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    logger.info("    finished (%.0f s)", time() - start)
+    return values
+
+
+def _embedding_provenance(section: Section, recipe: Recipe) -> dict[str, Any]:
+    return {**recipe.to_dict(), "image": section.image_key, "mpp": float(section.mpp)}
+
+
+def _provenance(section: Section, targets: Targets, model: Model, seed: int | str) -> dict[str, Any]:
+    return {
+        **_embedding_provenance(section, model.recipe),
+        "head": model.head,
+        "held_out": cast("dict[str, Any]", model.held_out),
+        **model.info,
+        "seed": seed,
+        "spots": section.spots_key,
+        "table": section.table_key,
+        "coordinate_system": section.coordinate_system,
+        "technology": section.technology,
+        "mpp_source": section.mpp_source,
+        "input": "log-normalised" if section.log_normalised else "counts, normalised to 10,000 and log1p",
+        "tissue": targets.tissue,
+        "unit": "log1p of counts per 10,000",
+        "versions": {name: version(name) for name in ("histosge", "torch", "spatialdata", "anndata")},
+    }
