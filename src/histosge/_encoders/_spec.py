@@ -1,0 +1,95 @@
+"""What is known of an encoder before it is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SOURCES = ("built-in", "lazyslide-models", "timm", "user")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec:
+    """What an encoder needs to be fed rightly: scale, tile size, colours; and who may use it.
+
+    Attributes
+    ----------
+    name
+        Name, as in :func:`histosge.encoders`.
+    mpp
+        µm per pixel it was trained at; tiles are resampled to it.
+    tile_px
+        Edge of its input in pixels.
+    embed_dim
+        Length of an embedding.
+    mean, std
+        Mean and spread of red, green and blue (0 to 1) that it was trained with.
+    licence
+        Licence of the weights.
+    gated
+        Whether access to the weights must be asked for.
+    commercial
+        Whether commercial use is allowed; ``None`` where it is not known.
+    source
+        ``"built-in"``, ``"lazyslide-models"``, ``"timm"`` or ``"user"``.
+    url
+        Page of the weights.
+    revision
+        Commit of the weights on the hub, where one was asked for.
+    n_parameters
+        Number of parameters, as its authors state it.
+
+    Examples
+    --------
+    >>> import histosge as sge
+    >>> spec = sge.EncoderSpec(name="mine", mpp=0.5, tile_px=224, embed_dim=384)
+    >>> spec.tile_um
+    112.0
+    """
+
+    name: str
+    mpp: float
+    tile_px: int
+    embed_dim: int
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    licence: str = "unknown"
+    gated: bool = False
+    commercial: bool | None = None
+    source: Literal["built-in", "lazyslide-models", "timm", "user"] = "user"
+    url: str | None = None
+    revision: str | None = None
+    n_parameters: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            msg = f"EncoderSpec: name={self.name!r} must be a word."
+            raise ValueError(msg)
+        if not 0.01 <= self.mpp <= 100:
+            msg = f"EncoderSpec {self.name!r}: mpp={self.mpp!r} is not a number of µm per pixel (0.5 is usual)."
+            raise ValueError(msg)
+        for field in ("tile_px", "embed_dim"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                msg = f"EncoderSpec {self.name!r}: {field}={value!r} must be a whole number above 0."
+                raise ValueError(msg)
+        for field in ("mean", "std"):
+            value = tuple(getattr(self, field))
+            if len(value) != 3 or (field == "std" and min(value) <= 0):
+                msg = f"EncoderSpec {self.name!r}: {field}={value!r} must be three numbers, for red, green and blue."
+                raise ValueError(msg)
+            object.__setattr__(self, field, tuple(float(v) for v in value))
+        if self.source not in SOURCES:
+            msg = f"EncoderSpec {self.name!r}: source={self.source!r} must be one of {SOURCES}."
+            raise ValueError(msg)
+
+    @property
+    def tile_um(self) -> float:
+        """Edge of a tile in µm."""
+        return self.mpp * self.tile_px
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and ``uns``."""
+        values = {k: v for k, v in asdict(self).items() if v is not None}
+        return values | {"mean": list(self.mean), "std": list(self.std)}

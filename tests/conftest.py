@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "agg"
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_workers_share_two_cores():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def _section_once():
+    import histosge as sge
+
+    return sge.datasets.synthetic(n_rows=12, n_cols=12, n_genes=20, mpp=2.0)
+
+
+@pytest.fixture
+def sdata(_section_once):
+    """A small synthetic section; elements are shared, holders are not: add, replace and delete as you like."""
+    from spatialdata import SpatialData
+
+    s = _section_once
+    return SpatialData(
+        images=dict(s.images), shapes=dict(s.shapes), tables={name: table.copy() for name, table in s.tables.items()}
+    )
