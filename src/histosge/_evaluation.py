@@ -38,7 +38,8 @@ def correlation(predicted: Floats, measured: Floats) -> Floats:
 def morans_i(expression: Floats | sparse.spmatrix, xy: Floats, *, n_neighbours: int = 6) -> Floats:
     """Moran's I (Moran, 1950) of every column on the graph of nearest neighbours, rows weighted alike; 0 if constant."""
     n = len(xy)
-    index, _, present = nearest_spots(xy, xy, k=n_neighbours, exclude=np.arange(n))
+    place = np.asarray(xy, np.float64)
+    index, _, present = nearest_spots(place, place, k=n_neighbours, exclude=np.arange(n))
     weight = present / np.maximum(present.sum(1, keepdims=True), 1)
     rows = np.repeat(np.arange(n), index.shape[1])
     graph = sparse.csr_matrix((weight.ravel().astype(np.float32), (rows, index.ravel())), shape=(n, n))

@@ -6,7 +6,7 @@ import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -328,7 +328,7 @@ def _select(
     if isinstance(genes, str):
         final = np.diff(sparse.csc_matrix(expression).indptr) > 0
     else:
-        wanted = pd.Index(list(genes)).astype(str)
+        wanted = pd.Index(list(cast("Sequence[str]", genes))).astype(str)
         missing = wanted.difference(names)
         if len(missing) or len(wanted) == 0:
             close = [c for m in missing[:3] for c in difflib.get_close_matches(m, names, n=1)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +12,8 @@ from histosge._section import to_image as places_in_image
 from histosge._tiles import thumbnail
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anndata import AnnData
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
@@ -168,7 +169,7 @@ def _draw(
     else:
         names = sorted(set(values.astype(str)), key=lambda v: (len(v), v))
         colours = plt.get_cmap("tab20")(np.arange(len(names)) % 20)
-        discs.set_facecolor(colours[[names.index(v) for v in values.astype(str)]])
+        discs.set_facecolor(list(map(tuple, colours[[names.index(v) for v in values.astype(str)]])))
         ax.add_collection(discs)
         handles = [plt.Line2D([], [], marker="o", ls="", color=c, label=n) for n, c in zip(names, colours, strict=True)]
         ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, handletextpad=0.1)

@@ -435,7 +435,7 @@ def predict(
     if inplace:
         commit(sdata, shapes=shapes, tables={key_added: None}, dry_run=True)  # say it before the work, not after
 
-    do_embed = {"device": where, "batch_size": batch_size, "progress": progress}
+    do_embed: dict[str, Any] = {"device": where, "batch_size": batch_size, "progress": progress}
     at_targets = _embed(sdata, section, targets, encoder, recipe, **do_embed)
     own = targets.own >= 0
     if len(np.unique(targets.own[own])) == len(section.xy_px):  # every spot is among the targets: embedded already
@@ -483,8 +483,8 @@ def _prepare(section: Section, encoder: Any, *, tile_um: float | None, stack: Se
     if not stack or set(stack) - set(STACKS):
         msg = f"stack={stack!r}: choose any of {STACKS}."
         raise ValueError(msg)
-    coarse = section.mpp > _COARSEST_PILM_MPP
-    if coarse and encoder != "stain-texture" and getattr(getattr(encoder, "spec", None), "name", "") != "stain-texture":
+    name = getattr(getattr(encoder, "spec", None), "name", encoder)
+    if section.mpp > _COARSEST_PILM_MPP and name != "stain-texture":
         msg = (
             f"image {section.image_key!r} has {section.mpp:.3g} µm per pixel, far too coarse for a pathology encoder "
             f"(at most {_COARSEST_PILM_MPP}): it is probably the hires image. Read the section with the full-resolution "
@@ -510,6 +510,20 @@ def _of_model(model: Model, encoder: Any) -> tuple[Any, float | None, tuple[str,
         msg = f"encoder={name!r}, but the model was trained on embeddings of {wanted['name']!r}. Leave encoder= out."
         raise ValueError(msg)
     use = encoder if not isinstance(encoder, str) else wanted["name"]
+    if isinstance(use, str) and wanted["source"] not in ("built-in", "lazyslide-models"):
+        msg = (
+            f"the model was trained on embeddings of {wanted['name']!r}, which is not in the list of encoders: pass the "
+            "same one, encoder=histosge.load_encoder(...)."
+        )
+        raise ValueError(msg)
+    use = load_encoder(use)
+    differs = [k for k in ("mpp", "tile_px", "embed_dim") if getattr(use.spec, k) != wanted[k]]
+    if differs:
+        told = ", ".join(f"{k} {getattr(use.spec, k)} instead of {wanted[k]}" for k in differs)
+        msg = (
+            f"encoder {wanted['name']!r} is not the one the model was trained with: {told}. Pass that one as encoder=."
+        )
+        raise ValueError(msg)
     own_tile = wanted["mpp"] * wanted["tile_px"]
     tile_um = None if abs(model.recipe.tile_um - own_tile) < 1e-6 else model.recipe.tile_um
     return use, tile_um, model.recipe.stack

@@ -57,10 +57,11 @@ class _Network(nn.Module):
         self.image_path = nn.Linear(n_embedding, n_components)
         self.mix = nn.Parameter(torch.zeros(n_heads, n_components))
         self.neighbour_path = nn.Parameter(torch.full((n_components,), 0.5))
-        self.correction = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_components))
+        last = nn.Linear(width, n_components)
+        self.correction = nn.Sequential(nn.LayerNorm(width), last)
         nn.init.normal_(self.image_path.weight, std=0.005)
-        nn.init.zeros_(self.correction[1].weight)
-        nn.init.zeros_(self.correction[1].bias)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, place: Tensor, spots: Tensor, components: Tensor, step: Tensor, present: Tensor) -> Tensor:
         b, k, _ = spots.shape

@@ -47,13 +47,9 @@ class _Network(nn.Module):
         self.merge = nn.Linear(_HEADS * _HEAD_DIM, _WIDTH)
         self.mlp = nn.Sequential(nn.Linear(_WIDTH, _MLP), nn.GELU(), nn.Linear(_MLP, _WIDTH))
         self.project = nn.Sequential(
-            nn.LayerNorm(_WIDTH),
-            nn.Linear(_WIDTH, _PROJECTION),
-            nn.ReLU(),
-            nn.LayerNorm(_PROJECTION),
-            nn.Linear(_PROJECTION, n_genes),
-            nn.ReLU(),
+            nn.LayerNorm(_WIDTH), nn.Linear(_WIDTH, _PROJECTION), nn.ReLU(), nn.LayerNorm(_PROJECTION)
         )
+        self.genes = nn.Linear(_PROJECTION, n_genes)
 
     def tokens(self, embedding: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (n, width) and their queries, keys and values (n, 3, heads, dim)."""
@@ -69,7 +65,7 @@ class _Network(nn.Module):
         weight = score.masked_fill(~seen[:, None], torch.finfo(score.dtype).min).softmax(-1)
         x = x + self.merge(torch.einsum("bhk,bkhc->bhc", weight, values).flatten(1))
         x = x + self.mlp(self.norm_mlp(x))
-        return self.project(x)
+        return self.genes(self.project(x)).relu()
 
 
 class Published:
@@ -99,8 +95,8 @@ class Published:
             self.scaling = {"mean": mean, "spread": spread, "centre": known.xy_um.mean(0)}
             self.network = _Network(spots.embedding.shape[1], spots.expression.shape[1]).to(device)
             # start from the mean of every gene, which a final ReLU would else have to find first
-            nn.init.zeros_(self.network.project[-2].weight)
-            self.network.project[-2].bias.data.copy_(known.expression.mean(0))
+            nn.init.zeros_(self.network.genes.weight)
+            self.network.genes.bias.data.copy_(known.expression.mean(0))
             inside = self._prepare(Places.of(known), known)
             outside = self._prepare(Places.of(spots.take(stop), hidden=False), known)
 
@@ -176,6 +172,6 @@ class Published:
         head = cls(**config)
         head.scaling = {n.removeprefix("scaling."): t for n, t in weights.items() if n.startswith("scaling.")}
         network = {n.removeprefix("network."): t for n, t in weights.items() if n.startswith("network.")}
-        head.network = _Network(network["embed.weight"].shape[1], network["project.4.weight"].shape[0])
+        head.network = _Network(network["embed.weight"].shape[1], network["genes.weight"].shape[0])
         head.network.load_state_dict(network)
         return head

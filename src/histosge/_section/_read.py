@@ -383,10 +383,10 @@ def _counts(table: AnnData, layer: str | None, rows: Any, table_key: str) -> spa
     part = sparse.csr_matrix(part).astype(np.float64)
     bad = ~np.isfinite(part.data)
     if bad.any():
-        where = np.unique(part.nonzero()[0][bad[part.data != 0]]) if not np.isnan(part.data).any() else []
+        spots = np.unique(np.repeat(np.arange(part.shape[0]), np.diff(part.indptr))[bad])
         msg = (
-            f"counts of table {table_key!r} hold {bad.sum()} values that are NaN or infinite"
-            f"{f' (in {len(where)} spots)' if len(where) else ''}. Remove or replace them first."
+            f"counts of table {table_key!r} hold {bad.sum()} values that are NaN or infinite, in {len(spots)} spots. "
+            "Remove or replace them first, or name another layer=."
         )
         raise ValueError(msg)
     if (part.data < 0).any():

@@ -49,7 +49,7 @@ class Targets:
 
 def _in_tissue(section: Section, xy_px: NDArray[np.float64], *, tissue: str) -> tuple[NDArray[np.bool_], str]:
     """Tell which places lie on tissue: dark enough in the image, and for ``"auto"`` inside it."""
-    inside = ((xy_px >= 0) & (xy_px < [section.image.width_px, section.image.height_px])).all(1)
+    inside = np.asarray(((xy_px >= 0) & (xy_px < [section.image.width_px, section.image.height_px])).all(1))
     if tissue == "spots":
         return inside, "within reach of a measured spot"
     small, factor = thumbnail(section.image, max_px=1024)
@@ -141,7 +141,7 @@ def shapes_element(sdata: SpatialData, section: Section, places: Places, *, squa
     from spatialdata.models import ShapesModel
     from spatialdata.transformations import get_transformation
 
-    back = np.linalg.inv(section.to_image)
+    back = np.asarray(np.linalg.inv(section.to_image), np.float64)
     transformations = get_transformation(sdata.shapes[section.spots_key], get_all=True)
     if square:
         half = places.size_px / 2
