@@ -1,18 +1,6 @@
 from __future__ import annotations
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["MPLBACKEND"] = "agg"
-
 import pytest
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _two_workers_share_two_cores():
-    import torch
-
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

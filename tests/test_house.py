@@ -117,7 +117,7 @@ def test_docstring_names_each_parameter(name):
     text = sections(function.__doc__ or "").get("Parameters", "")
     if name in METHODS and not text:
         return  # one line is enough for a method that explains itself
-    typed = [line for line in text.splitlines() if re.match(r"[*\\\w, ]+\s*:(\s|$)", line)]
+    typed = [line for line in text.splitlines() if re.match(r"[*\\\w][*\\\w, ]*\s*:(\s|$)", line)]
     assert typed == [], f"{name}: types belong in the signature"
     assert sorted(documented(text)) == sorted(p.name for p in own_parameters(function))
 

@@ -15,6 +15,7 @@ from scipy import sparse
 
 from histosge._evaluation import choose_genes, compare, cross_fit, random_folds, score, summary
 from histosge._heads import Places, Spots, get_head
+from histosge._recipe import Recipe
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -30,21 +31,6 @@ RIVALS = ("ridge", "nearest")
 _FORMAT = 1
 _FAR_UM = 2e5
 """Sections of one model are laid this far apart, so that neighbours are always of one section."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How places were embedded: the same recipe makes comparable embeddings."""
-
-    encoder: dict[str, Any]
-    """The encoder's spec"""
-    tile_um: float
-    stack: tuple[str, ...] = ("pilm",)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON and ``uns``."""
-        spec = {k: v for k, v in self.encoder.items() if v is not None}
-        return {"encoder": spec, "tile_um": float(self.tile_um), "stack": "+".join(self.stack)}
 
 
 @dataclass

@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from histosge import _keys
-from histosge._embedding import STACKS, resolve_device
-from histosge._embedding import embed as embed_places
-from histosge._encoders import load_encoder
-from histosge._model import Model, Recipe, fit_model
+from histosge._embedding import resolve_device
+from histosge._model import Model, fit_model
+from histosge._recipe import DEFAULT_ENCODER, again, embed_targets, own_spots, prepare
+from histosge._recipe import provenance as recipe_provenance
 from histosge._section import (
     Section,
     Targets,
     commit,
     embedding_table,
-    find_embedding,
     lay_targets,
     predicted_table,
     read_section,
@@ -30,13 +29,9 @@ from histosge._settings import logger
 
 if TYPE_CHECKING:
     from anndata import AnnData
-    from numpy.typing import NDArray
     from spatialdata import SpatialData
 
 __all__ = ["embed", "fit", "predict"]
-
-DEFAULT_ENCODER = "h-optimus-0"
-_COARSEST_PILM_MPP = 1.5
 
 
 def embed(
@@ -131,14 +126,16 @@ def embed(
         mpp=mpp,
         pitch_um=pitch_um,
     )
-    encoder, recipe = _prepare(section, encoder, tile_um=tile_um, stack=stack)
+    encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack)
     if target_key is None:
         target_key = section.spots_key
-    targets = _own_spots(section) if target_key == section.spots_key else read_targets(sdata, section, target_key)
+    targets = own_spots(section) if target_key == section.spots_key else read_targets(sdata, section, target_key)
     where = resolve_device(device)
-    values = _embed(sdata, section, targets, encoder, recipe, device=where, batch_size=batch_size, progress=progress)
+    values = embed_targets(
+        sdata, section, targets, encoder, recipe, device=where, batch_size=batch_size, progress=progress
+    )
     table = embedding_table(
-        targets, encoder=encoder.spec.name, values=values, provenance=_embedding_provenance(section, recipe)
+        targets, encoder=encoder.spec.name, values=values, provenance=recipe_provenance(section, recipe)
     )
     if not inplace:
         return table
@@ -232,9 +229,9 @@ def fit(
     --------
     >>> import histosge as sge
     >>> sdata = sge.datasets.synthetic()
-    >>> model = sge.tl.fit(sdata, encoder="stain-texture", genes=20, n_folds=2)
-    >>> model.held_out["in-context"]["pcc"] > model.held_out["nearest"]["pcc"]
-    True
+    >>> model = sge.tl.fit(sdata, encoder="stain-texture", head="ridge", genes=20)
+    >>> sorted(model.held_out)
+    ['nearest', 'ridge']
     """
     several = list(sdata) if isinstance(sdata, Sequence) else [sdata]
     if not several:
@@ -253,11 +250,11 @@ def fit(
             mpp=mpp,
             pitch_um=pitch_um,
         )
-        encoder, recipe = _prepare(section, encoder, tile_um=tile_um, stack=stack)
+        encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack)
         sections.append(section)
-        spots = _own_spots(section)
+        spots = own_spots(section)
         values.append(
-            _embed(one, section, spots, encoder, recipe, device=where, batch_size=batch_size, progress=progress)
+            embed_targets(one, section, spots, encoder, recipe, device=where, batch_size=batch_size, progress=progress)
         )
     return fit_model(
         sections,
@@ -396,7 +393,7 @@ def predict(
     --------
     >>> import histosge as sge
     >>> sdata = sge.datasets.synthetic()
-    >>> sge.tl.predict(sdata, encoder="stain-texture", genes=20, n_folds=2)
+    >>> sge.tl.predict(sdata, encoder="stain-texture", head="ridge", genes=20)
     >>> sdata.tables["histosge"].n_vars
     20
     """
@@ -421,8 +418,8 @@ def predict(
         pitch_um=pitch_um,
     )
     if model is not None:
-        encoder, tile_um, stack = _of_model(model, encoder)
-    encoder, recipe = _prepare(section, encoder, tile_um=tile_um, stack=stack)
+        encoder, tile_um, stack = again(model.recipe, encoder)
+    encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack)
     where = resolve_device(device)
 
     shapes = {}
@@ -436,13 +433,13 @@ def predict(
         commit(sdata, shapes=shapes, tables={key_added: None}, dry_run=True)  # say it before the work, not after
 
     do_embed: dict[str, Any] = {"device": where, "batch_size": batch_size, "progress": progress}
-    at_targets = _embed(sdata, section, targets, encoder, recipe, **do_embed)
+    at_targets = embed_targets(sdata, section, targets, encoder, recipe, **do_embed)
     own = targets.own >= 0
     if len(np.unique(targets.own[own])) == len(section.xy_px):  # every spot is among the targets: embedded already
         at_spots = np.empty((len(section.xy_px), at_targets.shape[1]), np.float32)
         at_spots[targets.own[own]] = at_targets[own]
     else:
-        at_spots = _embed(sdata, section, _own_spots(section), encoder, recipe, **do_embed)
+        at_spots = embed_targets(sdata, section, own_spots(section), encoder, recipe, **do_embed)
 
     if model is None:
         model = fit_model(
@@ -477,125 +474,9 @@ def predict(
     return None
 
 
-def _prepare(section: Section, encoder: Any, *, tile_um: float | None, stack: Sequence[str]) -> tuple[Any, Recipe]:
-    """Load the encoder, if it is not loaded, and settle how places are embedded."""
-    stack = (stack,) if isinstance(stack, str) else tuple(stack)
-    if not stack or set(stack) - set(STACKS):
-        msg = f"stack={stack!r}: choose any of {STACKS}."
-        raise ValueError(msg)
-    name = getattr(getattr(encoder, "spec", None), "name", encoder)
-    if section.mpp > _COARSEST_PILM_MPP and name != "stain-texture":
-        msg = (
-            f"image {section.image_key!r} has {section.mpp:.3g} µm per pixel, far too coarse for a pathology encoder "
-            f"(at most {_COARSEST_PILM_MPP}): it is probably the hires image. Read the section with the full-resolution "
-            "image, `spatialdata_io.visium(path, fullres_image_file=...)`, or use encoder='stain-texture'."
-        )
-        raise ValueError(msg)
-    loaded = load_encoder(encoder)
-    if tile_um is not None and not 1 <= tile_um <= 10_000:
-        msg = f"tile_um={tile_um!r} is not the edge of a tile in µm. Pass a positive number, or None for the encoder's own."
-        raise ValueError(msg)
-    spec = loaded.spec
-    if tile_um is not None and hasattr(loaded, "embed_block"):
-        msg = f"tile_um={tile_um!r}: encoder {spec.name!r} looks at several scales of its own. Leave tile_um out."
-        raise ValueError(msg)
-    return loaded, Recipe(spec.to_dict(), float(tile_um or spec.tile_um), stack)
-
-
-def _of_model(model: Model, encoder: Any) -> tuple[Any, float | None, tuple[str, ...]]:
-    """Encoder, tile and stack that a fitted model needs."""
-    wanted = model.recipe.encoder
-    name = getattr(getattr(encoder, "spec", None), "name", encoder)
-    if name not in (wanted["name"], DEFAULT_ENCODER):
-        msg = f"encoder={name!r}, but the model was trained on embeddings of {wanted['name']!r}. Leave encoder= out."
-        raise ValueError(msg)
-    use = encoder if not isinstance(encoder, str) else wanted["name"]
-    if isinstance(use, str) and wanted["source"] not in ("built-in", "lazyslide-models"):
-        msg = (
-            f"the model was trained on embeddings of {wanted['name']!r}, which is not in the list of encoders: pass the "
-            "same one, encoder=histosge.load_encoder(...)."
-        )
-        raise ValueError(msg)
-    use = load_encoder(use)
-    differs = [k for k in ("mpp", "tile_px", "embed_dim") if getattr(use.spec, k) != wanted[k]]
-    if differs:
-        told = ", ".join(f"{k} {getattr(use.spec, k)} instead of {wanted[k]}" for k in differs)
-        msg = (
-            f"encoder {wanted['name']!r} is not the one the model was trained with: {told}. Pass that one as encoder=."
-        )
-        raise ValueError(msg)
-    own_tile = wanted["mpp"] * wanted["tile_px"]
-    tile_um = None if abs(model.recipe.tile_um - own_tile) < 1e-6 else model.recipe.tile_um
-    return use, tile_um, model.recipe.stack
-
-
-def _own_spots(section: Section) -> Targets:
-    """Take the measured spots as places."""
-    n = len(section.xy_px)
-    return Targets(
-        section.spots_key,
-        section.instances,
-        section.xy_px,
-        np.arange(n),
-        np.ones(n, bool),
-        None,
-        None,
-        "measured spots",
-    )
-
-
-def _embed(
-    sdata: SpatialData,
-    section: Section,
-    targets: Targets,
-    encoder: Any,
-    recipe: Recipe,
-    *,
-    device: Any,
-    batch_size: int,
-    progress: bool | None,
-) -> NDArray[np.float32]:
-    """Take embeddings that are there already, or make them."""
-    if not isinstance(batch_size, int) or batch_size < 1:
-        msg = f"batch_size={batch_size!r}: pass a whole number of tiles above 0."
-        raise ValueError(msg)
-    name = encoder.spec.name
-    found = find_embedding(
-        sdata,
-        target_key=targets.key,
-        encoder=name,
-        instances=targets.instances,
-        xy_px=targets.xy_px,
-        provenance=_embedding_provenance(section, recipe),
-    )
-    if found is not None:
-        logger.info("using the embeddings of sdata.tables[%r]", _keys.embedding_table(targets.key, name))
-        return found
-    start = time()
-    logger.info("embedding %d places with %s on %s", len(targets), name, device)
-    own_tile = abs(recipe.tile_um - encoder.spec.tile_um) < 1e-6
-    values = embed_places(
-        section.image,
-        targets.xy_px,
-        mpp=section.mpp,
-        encoder=encoder,
-        tile_um=None if own_tile else recipe.tile_um,
-        stack=recipe.stack,
-        device=device,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    logger.info("    finished (%.0f s)", time() - start)
-    return values
-
-
-def _embedding_provenance(section: Section, recipe: Recipe) -> dict[str, Any]:
-    return {**recipe.to_dict(), "image": section.image_key, "mpp": float(section.mpp)}
-
-
 def _provenance(section: Section, targets: Targets, model: Model, seed: int | str) -> dict[str, Any]:
     return {
-        **_embedding_provenance(section, model.recipe),
+        **recipe_provenance(section, model.recipe),
         "head": model.head,
         "held_out": cast("dict[str, Any]", model.held_out),
         **model.info,

@@ -95,8 +95,9 @@ def encoders() -> pd.DataFrame:
     Examples
     --------
     >>> import histosge as sge
-    >>> sge.encoders().loc["uni", ["mpp", "embed_dim", "gated"]].tolist()
-    [0.5, 1024, True]
+    >>> uni = sge.encoders().loc["uni"]
+    >>> float(uni["mpp"]), int(uni["embed_dim"]), bool(uni["gated"])
+    (0.5, 1024, True)
     """
     import pandas as pd
 

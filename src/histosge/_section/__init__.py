@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from histosge._section._read import MIN_SPOTS, TARGET_SUM, Section, centroids, read_section
+from histosge._section._counts import TARGET_SUM
+from histosge._section._read import MIN_SPOTS, Section, centroids, read_section
 from histosge._section._write import (
     Targets,
     commit,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
 from histosge import _keys
 from histosge._geometry import (
@@ -20,8 +19,9 @@ from histosge._geometry import (
     recognise,
     similarity_scale,
 )
+from histosge._section._counts import log_normalise, match_rows, read_counts
+from histosge._section._image import find_image, lazy_image
 from histosge._settings import logger
-from histosge._tiles import LazyImage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,13 +29,12 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from geopandas import GeoDataFrame
     from numpy.typing import NDArray
+    from scipy import sparse
     from spatialdata import SpatialData
 
+    from histosge._tiles import LazyImage
+
 MIN_SPOTS = 30
-TARGET_SUM = 1e4
-"""Counts of a spot are scaled to this sum before log1p, as in the paper."""
-_THUMBNAILS = ("_hires_image", "_lowres_image")
-_RGB_NAMES = {"r": 0, "g": 1, "b": 2, "a": 3, "red": 0, "green": 1, "blue": 2, "alpha": 3}
 
 
 @dataclass(frozen=True)
@@ -91,19 +90,19 @@ def read_section(
     """Read image, spots and counts, and find the physical scale."""
     _check_scale("mpp", mpp)
     _check_scale("pitch_um", pitch_um)
-    image_key = _image_key(sdata, image_key)
+    image_key = find_image(sdata, image_key)
     spots_key, table_key = _spots_and_table(sdata, spots_key, table_key)
     coordinate_system = _coordinate_system(sdata, image_key, spots_key, coordinate_system)
-    image = _lazy_image(sdata.images[image_key], image_key)
+    image = lazy_image(sdata.images[image_key], image_key)
     to_image = _affine(
         sdata.shapes[spots_key], sdata.images[image_key], coordinate_system, source_key=spots_key, target_key=image_key
     )
 
     table = sdata.tables[table_key]
-    rows, instances, left_out = _rows(table, sdata.shapes[spots_key], spots_key, table_key)
+    rows, instances, left_out = match_rows(table, sdata.shapes[spots_key], spots_key, table_key)
     element = sdata.shapes[spots_key].loc[instances]
     xy_px = apply(to_image, centroids(element))
-    counts = _counts(table, layer, rows, table_key)
+    counts = read_counts(table, layer, rows, table_key)
     total = np.asarray(counts.sum(axis=1)).ravel()
     if not (total > 0).any():
         msg = f"the table {table_key!r} holds no counts at all. Name the layer that does: layer={list(table.layers)}."
@@ -130,7 +129,7 @@ def read_section(
     mpp, pitch, spot_um, technology, source = _physical_scale(
         spots_key, table_key, lattice, why, xy_px, drawn_px=drawn_px, mpp=mpp, pitch_um=pitch_um
     )
-    expression, logged = _log_normalise(counts, table)
+    expression, logged = log_normalise(counts, table)
     section = Section(
         image=image,
         image_key=image_key,
@@ -166,26 +165,6 @@ def _check_scale(argument: str, value: float | None) -> None:
     if value is not None and not (np.isfinite(value) and 0.01 <= value <= 10_000):
         msg = f"{argument}={value!r} is not a length in µm. Pass a positive number, or None to take it from the spots."
         raise ValueError(msg)
-
-
-def _image_key(sdata: SpatialData, key: str | None) -> str:
-    names = list(sdata.images)
-    if key is not None:
-        if key not in names:
-            msg = f"image_key={key!r} is not among the images of this SpatialData: {names}."
-            raise KeyError(msg)
-        return key
-    if not names:
-        msg = (
-            "this SpatialData has no image. Read the section with its H&E image, "
-            "for example `spatialdata_io.visium(path, fullres_image_file=...)`."
-        )
-        raise ValueError(msg)
-    full = [n for n in names if not n.endswith(_THUMBNAILS)] or names  # Space Ranger's thumbnails give way
-    if len(full) > 1:
-        msg = f"this SpatialData has {len(full)} images; say which one is the H&E image: image_key= one of {full}."
-        raise ValueError(msg)
-    return full[0]
 
 
 def ours(table: AnnData) -> bool:
@@ -297,120 +276,6 @@ def _drawn_size(element: GeoDataFrame) -> float:
     if "radius" in element.columns and (element.geom_type == "Point").all():
         return float(2 * np.median(element["radius"]))
     return float(np.sqrt(np.median(element.geometry.area)))
-
-
-def _lazy_image(element: Any, key: str) -> LazyImage:
-    """Take the finest scale of an image, lazily, as RGB."""
-    from spatialdata import get_pyramid_levels
-    from xarray import DataTree
-
-    array = get_pyramid_levels(element, n=0) if isinstance(element, DataTree) else element
-    array = array.transpose("c", "y", "x")
-    names = [str(c).lower() for c in array.coords["c"].values] if "c" in array.coords else []
-    if array.sizes["c"] not in (3, 4):
-        msg = (
-            f"image {key!r} has {array.sizes['c']} channels ({names}); an H&E image has 3 (RGB) or 4 (RGBA). "
-            "Pass image_key= of a colour image."
-        )
-        raise ValueError(msg)
-    data = array.data
-    if names and not all(n.isdigit() for n in names):
-        if set(names) - set(_RGB_NAMES) or len({_RGB_NAMES[n] for n in names}) != len(names):
-            msg = (
-                f"image {key!r} has channels {names}, which are not red, green and blue: it does not look like H&E. "
-                "Pass image_key= of a colour image, or rename its channels to r, g, b."
-            )
-            raise ValueError(msg)
-        order = np.argsort([_RGB_NAMES[n] for n in names])
-        if list(order) != list(range(len(names))):
-            data = data[order]
-    dtype = np.dtype(array.dtype)
-    if dtype == np.uint8:
-        return LazyImage(data)
-    if dtype != np.uint16 and dtype.kind != "f":
-        msg = (
-            f"image {key!r} has dtype {dtype}; pass an RGB image of dtype uint8, uint16 or float (0 to 1, or 0 to 255)."
-        )
-        raise ValueError(msg)
-    step = max(1, max(array.sizes["y"], array.sizes["x"]) // 1000)
-    sample = np.asarray(data[:, ::step, ::step])
-    low, high = float(np.nanmin(sample)), float(np.nanmax(sample))
-    if dtype.kind == "f" and (low < 0 or high > 255 or not np.isfinite(sample).all()):
-        msg = f"image {key!r} has values from {low:.4g} to {high:.4g}; a float image goes from 0 to 1 or from 0 to 255."
-        raise ValueError(msg)
-    white = 1.0 if dtype.kind == "f" and high <= 1 else 255.0 if high <= 255 else 65535.0
-    logger.info("converting image %r from %s (white = %g) to uint8", key, dtype, white)
-    return LazyImage(data, white=white)
-
-
-def _rows(table: AnnData, element: GeoDataFrame, spots_key: str, table_key: str) -> tuple[Any, pd.Index, int]:
-    """Which rows of the table belong to the spots, and which spots these are: matched by name, never by position."""
-    from spatialdata.models import get_table_keys
-
-    _, region_key, instance_key = get_table_keys(table)
-    rows = np.flatnonzero((table.obs[region_key].astype(str) == spots_key).to_numpy())
-    left_out = 0
-    if "in_tissue" in table.obs:
-        inside = pd.to_numeric(table.obs["in_tissue"], errors="coerce").fillna(1).to_numpy()[rows] > 0
-        left_out = int((~inside).sum())
-        if left_out:
-            logger.info("leaving out %d spots with obs['in_tissue'] = 0", left_out)
-        rows = rows[inside]
-    instances = pd.Index(table.obs[instance_key].to_numpy()[rows])
-    known = instances.isin(element.index)
-    if not known.any():
-        msg = (
-            f"table {table_key!r} does not annotate the spots {spots_key!r}: none of its {len(instances)} "
-            f"{instance_key!r} values (for example {list(instances[:2])}) is in the element's index "
-            f"(for example {list(element.index[:2])})."
-        )
-        raise ValueError(msg)
-    if not known.all():
-        logger.warning("leaving out %d rows of table %r that have no spot", (~known).sum(), table_key)
-    return rows[known], instances[known], left_out
-
-
-def _counts(table: AnnData, layer: str | None, rows: Any, table_key: str) -> sparse.csr_matrix:
-    if layer is not None and layer not in table.layers:
-        msg = f"layer={layer!r} is not among the layers of table {table_key!r}: {list(table.layers)} (None means X)."
-        raise KeyError(msg)
-    matrix = table.X if layer is None else table.layers[layer]
-    if matrix is None or matrix.shape[1] == 0:
-        msg = f"table {table_key!r} has no values in {'X' if layer is None else layer}. Name a layer: {list(table.layers)}."
-        raise ValueError(msg)
-    part = matrix[rows]
-    part = part.compute() if hasattr(part, "compute") else part
-    part = sparse.csr_matrix(part).astype(np.float64)
-    bad = ~np.isfinite(part.data)
-    if bad.any():
-        spots = np.unique(np.repeat(np.arange(part.shape[0]), np.diff(part.indptr))[bad])
-        msg = (
-            f"counts of table {table_key!r} hold {bad.sum()} values that are NaN or infinite, in {len(spots)} spots. "
-            "Remove or replace them first, or name another layer=."
-        )
-        raise ValueError(msg)
-    if (part.data < 0).any():
-        msg = (
-            f"counts of table {table_key!r} hold {(part.data < 0).sum()} negative values (least {part.data.min():.4g}). "
-            f"Pass raw counts or log-normalised values, not scaled ones: layer= one of {list(table.layers)}."
-        )
-        raise ValueError(msg)
-    return part
-
-
-def _log_normalise(counts: sparse.csr_matrix, table: AnnData) -> tuple[sparse.csr_matrix, bool]:
-    """Scale every spot to ``TARGET_SUM`` and take log1p, unless that was done before."""
-    values = counts.data
-    whole = bool(np.all(values == np.rint(values)))
-    logged = not whole and (values.max() < 20 or "log1p" in table.uns)
-    if logged:
-        logger.info("values are log-normalised already (not whole, largest %.3g): taken as they are", values.max())
-        return counts.astype(np.float32), True
-    if not whole:
-        logger.info("values are not whole numbers (largest %.4g): treated as corrected counts", values.max())
-    total = np.asarray(counts.sum(axis=1)).ravel()
-    scaled = sparse.diags(TARGET_SUM / total) @ counts
-    return sparse.csr_matrix(scaled.log1p()).astype(np.float32), False
 
 
 def _check_inside(image: LazyImage, xy_px: NDArray[np.float64], spots: str, image_key: str, system: str) -> None:

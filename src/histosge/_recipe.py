@@ -1,0 +1,155 @@
+"""How the places of a section are embedded: which encoder, at which scale, what is stacked; made once, used again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from histosge import _keys
+from histosge._embedding import STACKS, embed
+from histosge._encoders import load_encoder
+from histosge._section import Section, Targets, find_embedding
+from histosge._settings import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from spatialdata import SpatialData
+
+DEFAULT_ENCODER = "h-optimus-0"
+_COARSEST_PILM_MPP = 1.5
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How places were embedded: the same recipe makes comparable embeddings."""
+
+    encoder: dict[str, Any]
+    """The encoder's spec"""
+    tile_um: float
+    stack: tuple[str, ...] = ("pilm",)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and ``uns``."""
+        spec = {k: v for k, v in self.encoder.items() if v is not None}
+        return {"encoder": spec, "tile_um": float(self.tile_um), "stack": "+".join(self.stack)}
+
+
+def prepare(section: Section, encoder: Any, *, tile_um: float | None, stack: Sequence[str]) -> tuple[Any, Recipe]:
+    """Load the encoder, if it is not loaded, and settle how places are embedded."""
+    stack = (stack,) if isinstance(stack, str) else tuple(stack)
+    if not stack or set(stack) - set(STACKS):
+        msg = f"stack={stack!r}: choose any of {STACKS}."
+        raise ValueError(msg)
+    name = getattr(getattr(encoder, "spec", None), "name", encoder)
+    if section.mpp > _COARSEST_PILM_MPP and name != "stain-texture":
+        msg = (
+            f"image {section.image_key!r} has {section.mpp:.3g} µm per pixel, far too coarse for a pathology encoder "
+            f"(at most {_COARSEST_PILM_MPP}): it is probably the hires image. Read the section with the full-resolution "
+            "image, `spatialdata_io.visium(path, fullres_image_file=...)`, or use encoder='stain-texture'."
+        )
+        raise ValueError(msg)
+    loaded = load_encoder(encoder)
+    if tile_um is not None and not 1 <= tile_um <= 10_000:
+        msg = f"tile_um={tile_um!r} is not the edge of a tile in µm. Pass a positive number, or None for the encoder's own."
+        raise ValueError(msg)
+    spec = loaded.spec
+    if tile_um is not None and hasattr(loaded, "embed_block"):
+        msg = f"tile_um={tile_um!r}: encoder {spec.name!r} looks at several scales of its own. Leave tile_um out."
+        raise ValueError(msg)
+    return loaded, Recipe(spec.to_dict(), float(tile_um or spec.tile_um), stack)
+
+
+def again(recipe: Recipe, encoder: Any) -> tuple[Any, float | None, tuple[str, ...]]:
+    """Encoder, tile and stack that a fitted model needs."""
+    wanted = recipe.encoder
+    name = getattr(getattr(encoder, "spec", None), "name", encoder)
+    if name not in (wanted["name"], DEFAULT_ENCODER):
+        msg = f"encoder={name!r}, but the model was trained on embeddings of {wanted['name']!r}. Leave encoder= out."
+        raise ValueError(msg)
+    use = encoder if not isinstance(encoder, str) else wanted["name"]
+    if isinstance(use, str) and wanted["source"] not in ("built-in", "lazyslide-models"):
+        msg = (
+            f"the model was trained on embeddings of {wanted['name']!r}, which is not in the list of encoders: pass the "
+            "same one, encoder=histosge.load_encoder(...)."
+        )
+        raise ValueError(msg)
+    use = load_encoder(use)
+    differs = [k for k in ("mpp", "tile_px", "embed_dim") if getattr(use.spec, k) != wanted[k]]
+    if differs:
+        told = ", ".join(f"{k} {getattr(use.spec, k)} instead of {wanted[k]}" for k in differs)
+        msg = (
+            f"encoder {wanted['name']!r} is not the one the model was trained with: {told}. Pass that one as encoder=."
+        )
+        raise ValueError(msg)
+    own_tile = wanted["mpp"] * wanted["tile_px"]
+    tile_um = None if abs(recipe.tile_um - own_tile) < 1e-6 else recipe.tile_um
+    return use, tile_um, recipe.stack
+
+
+def own_spots(section: Section) -> Targets:
+    """Take the measured spots as places."""
+    n = len(section.xy_px)
+    return Targets(
+        section.spots_key,
+        section.instances,
+        section.xy_px,
+        np.arange(n),
+        np.ones(n, bool),
+        None,
+        None,
+        "measured spots",
+    )
+
+
+def embed_targets(
+    sdata: SpatialData,
+    section: Section,
+    targets: Targets,
+    encoder: Any,
+    recipe: Recipe,
+    *,
+    device: Any,
+    batch_size: int,
+    progress: bool | None,
+) -> NDArray[np.float32]:
+    """Take embeddings that are there already, or make them."""
+    if not isinstance(batch_size, int) or batch_size < 1:
+        msg = f"batch_size={batch_size!r}: pass a whole number of tiles above 0."
+        raise ValueError(msg)
+    name = encoder.spec.name
+    found = find_embedding(
+        sdata,
+        target_key=targets.key,
+        encoder=name,
+        instances=targets.instances,
+        xy_px=targets.xy_px,
+        provenance=provenance(section, recipe),
+    )
+    if found is not None:
+        logger.info("using the embeddings of sdata.tables[%r]", _keys.embedding_table(targets.key, name))
+        return found
+    start = time()
+    logger.info("embedding %d places with %s on %s", len(targets), name, device)
+    own_tile = abs(recipe.tile_um - encoder.spec.tile_um) < 1e-6
+    values = embed(
+        section.image,
+        targets.xy_px,
+        mpp=section.mpp,
+        encoder=encoder,
+        tile_um=None if own_tile else recipe.tile_um,
+        stack=recipe.stack,
+        device=device,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    logger.info("    finished (%.0f s)", time() - start)
+    return values
+
+
+def provenance(section: Section, recipe: Recipe) -> dict[str, Any]:
+    return {**recipe.to_dict(), "image": section.image_key, "mpp": float(section.mpp)}

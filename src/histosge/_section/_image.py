@@ -1,0 +1,80 @@
+"""Images of ``SpatialData`` → lazy RGB."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from histosge._settings import logger
+from histosge._tiles import LazyImage
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+_THUMBNAILS = ("_hires_image", "_lowres_image")
+_RGB_NAMES = {"r": 0, "g": 1, "b": 2, "a": 3, "red": 0, "green": 1, "blue": 2, "alpha": 3}
+
+
+def find_image(sdata: SpatialData, key: str | None) -> str:
+    names = list(sdata.images)
+    if key is not None:
+        if key not in names:
+            msg = f"image_key={key!r} is not among the images of this SpatialData: {names}."
+            raise KeyError(msg)
+        return key
+    if not names:
+        msg = (
+            "this SpatialData has no image. Read the section with its H&E image, "
+            "for example `spatialdata_io.visium(path, fullres_image_file=...)`."
+        )
+        raise ValueError(msg)
+    full = [n for n in names if not n.endswith(_THUMBNAILS)] or names  # Space Ranger's thumbnails give way
+    if len(full) > 1:
+        msg = f"this SpatialData has {len(full)} images; say which one is the H&E image: image_key= one of {full}."
+        raise ValueError(msg)
+    return full[0]
+
+
+def lazy_image(element: Any, key: str) -> LazyImage:
+    """Take the finest scale of an image, lazily, as RGB."""
+    from spatialdata import get_pyramid_levels
+    from xarray import DataTree
+
+    array = get_pyramid_levels(element, n=0) if isinstance(element, DataTree) else element
+    array = array.transpose("c", "y", "x")
+    names = [str(c).lower() for c in array.coords["c"].values] if "c" in array.coords else []
+    if array.sizes["c"] not in (3, 4):
+        msg = (
+            f"image {key!r} has {array.sizes['c']} channels ({names}); an H&E image has 3 (RGB) or 4 (RGBA). "
+            "Pass image_key= of a colour image."
+        )
+        raise ValueError(msg)
+    data = array.data
+    if names and not all(n.isdigit() for n in names):
+        if set(names) - set(_RGB_NAMES) or len({_RGB_NAMES[n] for n in names}) != len(names):
+            msg = (
+                f"image {key!r} has channels {names}, which are not red, green and blue: it does not look like H&E. "
+                "Pass image_key= of a colour image, or rename its channels to r, g, b."
+            )
+            raise ValueError(msg)
+        order = np.argsort([_RGB_NAMES[n] for n in names])
+        if list(order) != list(range(len(names))):
+            data = data[order]
+    dtype = np.dtype(array.dtype)
+    if dtype == np.uint8:
+        return LazyImage(data)
+    if dtype != np.uint16 and dtype.kind != "f":
+        msg = (
+            f"image {key!r} has dtype {dtype}; pass an RGB image of dtype uint8, uint16 or float (0 to 1, or 0 to 255)."
+        )
+        raise ValueError(msg)
+    step = max(1, max(array.sizes["y"], array.sizes["x"]) // 1000)
+    sample = np.asarray(data[:, ::step, ::step])
+    low, high = float(np.nanmin(sample)), float(np.nanmax(sample))
+    if dtype.kind == "f" and (low < 0 or high > 255 or not np.isfinite(sample).all()):
+        msg = f"image {key!r} has values from {low:.4g} to {high:.4g}; a float image goes from 0 to 1 or from 0 to 255."
+        raise ValueError(msg)
+    white = 1.0 if dtype.kind == "f" and high <= 1 else 255.0 if high <= 255 else 65535.0
+    logger.info("converting image %r from %s (white = %g) to uint8", key, dtype, white)
+    return LazyImage(data, white=white)
