@@ -495,7 +495,8 @@ def test_other_errors_are_not_swallowed(monkeypatch):
     import timm
 
     def create_model(*_, **__):
-        raise TypeError("of timm's own")
+        msg = "of timm's own"
+        raise TypeError(msg)
 
     monkeypatch.setattr(timm, "create_model", create_model)
     with pytest.raises(TypeError, match="of timm's own"):
@@ -530,7 +531,8 @@ def test_revision_reaches_the_hub(failing_hub):
 
 
 @pytest.mark.parametrize(
-    ("alias", "name"), [("uni2-h", "uni2"), ("UNI2-h", "uni2"), ("hoptimus0", "h-optimus-0"), ("H-optimus0", "h-optimus-0")]
+    ("alias", "name"),
+    [("uni2-h", "uni2"), ("UNI2-h", "uni2"), ("hoptimus0", "h-optimus-0"), ("H-optimus0", "h-optimus-0")],
 )
 def test_alias(failing_hub, alias, name):
     failing_hub("LocalEntryNotFoundError")

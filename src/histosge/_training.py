@@ -39,6 +39,20 @@ def seeded(rng: np.random.Generator, device: torch.device) -> Iterator[torch.Gen
         yield torch.Generator().manual_seed(seed)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one core inside the block: for small networks threads cost more than they bring.
+
+    Measured on two cores, one of them busy: 7 s with one thread, 7 to 29 s with two (docs/benchmarks.md).
+    """
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n)
+
+
 def stopping_spots(n: int, *, rng: np.random.Generator, fraction: float = 0.1) -> tuple[Tensor, Tensor]:
     """Split ``n`` spots into those to learn from and those that say when to stop."""
     order = torch.as_tensor(rng.permutation(n))
@@ -82,7 +96,9 @@ def train(
     -------
     Loss on the stopping spots after each epoch.
     """
-    optimiser = torch.optim.AdamW(module.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+    optimiser = torch.optim.AdamW(
+        module.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True
+    )
     per_epoch = -(-n_spots // schedule.batch_size)
     n_epochs = max(1, round(schedule.n_steps / per_epoch))
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, schedule.learning_rate, total_steps=n_epochs * per_epoch)

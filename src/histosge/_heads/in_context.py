@@ -19,7 +19,7 @@ from torch import nn
 
 from histosge._geometry import nearest_spots
 from histosge._heads._protocol import Places, Spots, standardise, standardiser
-from histosge._training import Schedule, seeded, stopping_spots, train
+from histosge._training import Schedule, one_thread, seeded, stopping_spots, train
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,7 @@ class _Network(nn.Module):
         self.position = nn.Linear(N_POSITION, 2 * width)
         self.merge = nn.Linear(width, width)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, width)
+            nn.Linear(width, 2 * width), nn.GELU("tanh"), nn.Dropout(dropout), nn.Linear(2 * width, width)
         )
         self.dropout = nn.Dropout(dropout)
         self.image_path = nn.Linear(n_embedding, n_components)
@@ -63,14 +63,12 @@ class _Network(nn.Module):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
-    def forward(self, place: Tensor, spots: Tensor, components: Tensor, step: Tensor, present: Tensor) -> Tensor:
+    def forward(self, place: Tensor, spots: Tensor, components: Tensor, position: Tensor, present: Tensor) -> Tensor:
         b, k, _ = spots.shape
         x = self.dropout(self.embed(place))  # (B, W)
         tokens = self.dropout(self.embed(spots) + self.express(components))  # (B, K, W)
         key, value = (
-            (self.key_value(self.norm_spot(tokens)) + self.position(encode_position(step)))
-            .view(b, k, 2, self.n_heads, -1)
-            .unbind(2)
+            (self.key_value(self.norm_spot(tokens)) + self.position(position)).view(b, k, 2, self.n_heads, -1).unbind(2)
         )  # (B, K, H, W / H) each
         query = self.query(self.norm_place(x)).view(b, self.n_heads, -1)
         score = torch.einsum("bhc,bkhc->bhk", query, key) / query.shape[-1] ** 0.5
@@ -129,7 +127,7 @@ class InContext:
         device = spots.embedding.device
         learn, stop = stopping_spots(len(spots), rng=rng)
         learn, stop = learn.to(device), stop.to(device)
-        with seeded(rng, device) as generator:
+        with seeded(rng, device) as generator, one_thread():
             self._scale(spots.take(learn))
             image, components = self._image(spots.embedding), self._components(spots.expression)
             self.network = self._build(image.shape[1], components.shape[1]).to(device)
@@ -137,12 +135,12 @@ class InContext:
             own = torch.full((len(spots),), -1, device=device)
             own[learn] = torch.arange(len(learn), device=device)
             context = self._neighbours(Places(spots.embedding, spots.xy_um, own), spots.take(learn))
-            near, step, present = learn[context[0]], context[1], context[2]
+            near, position, present = learn[context[0]], context[1], context[2]
             weight = self.scaling["component_spread"] ** 2
             weight = weight / weight.sum()
 
             def error(rows: Tensor, seen: Tensor) -> Tensor:
-                answer = self.network(image[rows], image[near[rows]], components[near[rows]], step[rows], seen)  # type: ignore[misc]
+                answer = self.network(image[rows], image[near[rows]], components[near[rows]], position[rows], seen)  # type: ignore[misc]
                 return ((answer - components[rows]) ** 2 @ weight).mean()
 
             def loss(batch: Tensor) -> Tensor:
@@ -169,14 +167,14 @@ class InContext:
         device = places.embedding.device
         self.network.to(device).eval()
         self.scaling = {name: tensor.to(device) for name, tensor in self.scaling.items()}
-        near, step, present = self._neighbours(places, context)
+        near, position, present = self._neighbours(places, context)
         image, spots = self._image(places.embedding), self._image(context.embedding)
         components = self._components(context.expression)
         answers = []
         with torch.inference_mode():
             for rows in torch.arange(len(places), device=device).split(4096):
                 n = near[rows]
-                answers.append(self.network(image[rows], spots[n], components[n], step[rows], present[rows]))
+                answers.append(self.network(image[rows], spots[n], components[n], position[rows], present[rows]))
         answer = torch.cat(answers) * self.scaling["component_spread"]
         return answer @ self.scaling["component_genes"] + self.scaling["gene_mean"]  # (m, g)
 
@@ -223,7 +221,7 @@ class InContext:
             msg = "head 'in-context' got no measured spots as context."
             raise ValueError(msg)
         step = (context.xy_um[near] - places.xy_um[:, None]) / context.pitch_um  # (m, k, 2)
-        return near, step, seen
+        return near, encode_position(step), seen
 
     def _build(self, n_embedding: int, n_components: int) -> _Network:
         c = self.config
