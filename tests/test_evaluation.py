@@ -246,8 +246,6 @@ def test_score_against_scipy_fold_by_fold():
         r = [stats.pearsonr(predicted[fold == f, gene], measured[fold == f, gene]).statistic for f in range(3)]
         mean = np.average(r, weights=[20, 25, 30])
         assert found.pcc[gene] == pytest.approx(mean)
-        t = mean * np.sqrt((75 - 6) / (1 - mean**2))
-        assert found.p_value[gene] == pytest.approx(1 - stats.t.cdf(t, 75 - 6))
         assert found.mse[gene] == pytest.approx(((predicted[:, gene] - measured[:, gene]) ** 2).mean())
     assert found.pcc[5] == 0
     assert found.p_value[5] == pytest.approx(0.5)
@@ -275,11 +273,27 @@ def test_perfect_prediction():
 
 
 def test_nothing_is_predictable_where_there_is_nothing_to_predict():
-    """2000 genes of noise in 5 folds: p-values are uniform, and next to no gene passes."""
+    """2000 genes of noise in 5 folds: no more small p-values than there should be, and next to no gene passes."""
     rng = np.random.default_rng(0)
     fold = random_folds(100, n_folds=5, rng=rng)
     found = score(rng.standard_normal((100, 2000)), rng.standard_normal((100, 2000)), fold=fold)
-    assert stats.kstest(found.p_value, "uniform").pvalue > 0.01
+    assert (found.p_value < 0.05).mean() < 0.065
+    assert (found.p_value < 0.001).mean() < 0.003
+    assert found.predictable.sum() <= 2
+    assert found.p_value[found.pcc.argsort()].tolist() == sorted(found.p_value, reverse=True)
+
+
+@pytest.mark.xfail(strict=True, reason="folds that predict each other double the variance of the mean correlation")
+@pytest.mark.parametrize(("head", "n_folds"), [("ridge", 3), ("ridge", 10), ("nearest", 3)])
+def test_cross_fitted_noise_is_no_more_significant_than_it_should_be(head, n_folds):
+    """Fold A predicts B from what B says of A: their correlations go up and down together."""
+    rng = np.random.default_rng(0)
+    fold = random_folds(196, n_folds=n_folds, rng=rng)
+    s = spots(2 + rng.standard_normal((196, 2000)).clip(-2, 2), grid(14), rng.standard_normal((196, 10)))
+    found = score(cross_fit(s, head=head, fold=fold, rng=rng).held_out, s.expression.numpy(), fold=fold)
+    assert abs(found.pcc.mean()) < 0.01
+    assert (found.p_value < 0.05).mean() < 0.065
+    assert (found.p_value < 0.001).mean() < 0.004
     assert found.predictable.sum() <= 2
 
 
@@ -290,7 +304,7 @@ def test_false_discoveries_are_few_among_the_genes_that_pass():
     predicted[:, :300] += 0.4 * measured[:, :300]
     found = score(predicted, measured, fold=random_folds(150, n_folds=5, rng=rng))
     passed = np.flatnonzero(found.predictable)
-    assert (passed < 300).sum() > 250
+    assert (passed < 300).sum() > 200
     assert (passed >= 300).mean() < 0.08
     assert (found.predictable == (stats.false_discovery_control(found.p_value) <= 0.05)).all()
     assert isinstance(found, Scores)

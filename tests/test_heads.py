@@ -15,7 +15,7 @@ from histosge._evaluation import correlation, cross_fit
 from histosge._heads import HEADS, Places, Spots, get_head, in_context
 from histosge._heads import published as published_file
 from histosge._heads._protocol import standardise, standardiser
-from histosge._training import Schedule, seeded, stopping_spots, train
+from histosge._training import Schedule, one_thread, seeded, stopping_spots, train
 
 CPU = torch.device("cpu")
 PITCH = 100.0
@@ -639,6 +639,20 @@ def test_seeded_leaves_the_global_state_alone():
         torch.rand(1)
         raise KeyError
     assert (torch.get_rng_state() == state).all()
+
+
+def test_one_thread_gives_the_others_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        with pytest.raises(KeyError), one_thread():
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @settings(deadline=None, max_examples=25)
