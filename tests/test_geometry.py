@@ -426,7 +426,8 @@ def test_nearest_spots_leaves_out_one_spot_not_one_place():
 def test_nearest_spots_without_spots():
     index, dist, present = nearest_spots(np.zeros((3, 2)), np.zeros((0, 2)), k=4)
     assert index.shape == (3, 4)
-    assert not (index.any() or dist.any() or present.any())
+    for found in (index, dist, present):
+        assert not found.any()
 
 
 # --------------------------------------------------------------------------------------------------------- mask

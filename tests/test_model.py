@@ -26,7 +26,7 @@ from histosge._training import Schedule
 CPU = torch.device("cpu")
 SPEC = EncoderSpec(name="by-hand", mpp=0.5, tile_px=224, embed_dim=10)
 RECIPE = Recipe(SPEC.to_dict(), 112.0, ("pilm", "rgb"))
-OPTIONS = {"published": {"n_steps": 6}}
+OPTIONS = {"published": {"n_steps": 3}}
 every_head = pytest.mark.parametrize("head", sorted(HEADS))
 
 

@@ -208,10 +208,8 @@ def test_blocks_are_read_lazily_and_once():
     """A slide of 4 gigapixels with spots in two corners: little more than their surroundings is read."""
     slide = Counting(65_536, 65_536)
     xy = np.vstack([places(50, 900, 900), places(50, 900, 900, seed=1) + 64_000])
-    out = 0
-    for block in blocks(LazyImage(slide), xy, scale=1.0, halo_px=96, block_px=1024):
-        out += 1
-        assert len(slide.read) == out  # one read a block, when it is asked for
+    for i, block in enumerate(blocks(LazyImage(slide), xy, scale=1.0, halo_px=96, block_px=1024)):
+        assert len(slide.read) == i + 1  # one read a block, when it is asked for
         x, y = np.floor(xy[block.rows[0]]).astype(int)
         col, row = np.floor(block.xy_px[0]).astype(int)
         assert block.pixels[row, col].tolist() == [x % 251, y % 241, y // 256]

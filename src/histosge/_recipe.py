@@ -152,4 +152,7 @@ def embed_targets(
 
 
 def provenance(section: Section, recipe: Recipe) -> dict[str, Any]:
-    return {**recipe.to_dict(), "image": section.image_key, "mpp": float(section.mpp)}
+    """What goes into ``uns``, where lists come back from disk as arrays: they are arrays from the start."""
+    made = recipe.to_dict()
+    made["encoder"] = {k: np.array(v) if isinstance(v, list) else v for k, v in made["encoder"].items()}
+    return {**made, "image": section.image_key, "mpp": float(section.mpp)}

@@ -223,7 +223,7 @@ def find_embedding(
     if name not in sdata.tables or not ours(sdata.tables[name]):
         return None
     table = sdata.tables[name]
-    same = {k: table.uns[_keys.UNS].get(k) == v for k, v in provenance.items()}
+    same = {k: _alike(table.uns[_keys.UNS].get(k), v) for k, v in provenance.items()}
     rows = pd.Index(table.obs[_keys.INSTANCE]).get_indexer(instances)
     moved = (rows >= 0).all() and not np.allclose(table.obsm["spatial"][rows], xy_px, atol=1e-3)
     if not all(same.values()) or (rows < 0).any() or moved:
@@ -231,6 +231,13 @@ def find_embedding(
         logger.info("table %r was made with other %s: embedding again", name, ", ".join(other))
         return None
     return np.asarray(table.obsm[_keys.embedding(encoder)], dtype=np.float32)[rows]
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Compare what was written into ``uns`` with what came back from disk, where numbers are numpy's."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_alike(a[k], b[k]) for k in a)
+    return np.array_equal(a, b)
 
 
 def commit(
