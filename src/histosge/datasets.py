@@ -100,7 +100,7 @@ def synthetic(*, n_rows: int = 20, n_cols: int = 20, n_genes: int = 60, mpp: flo
         c_coords=["r", "g", "b"],
         scale_factors=[2],
         chunks=(3, 512, 512),
-        transformations={"synthetic": Scale([mpp, mpp], axes=("x", "y"))},
+        transformations={"synthetic": Scale([1.0, mpp, mpp], axes=("c", "y", "x"))},
     )
     shuffled = random.permutation(n)
     adata = ad.AnnData(
