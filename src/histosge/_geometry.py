@@ -19,6 +19,9 @@ Ints = NDArray[np.int64]
 UPSAMPLE = (2, 4, 8, 16)
 """Allowed numbers of places per measured spot."""
 
+_CUT_OUT = 8
+"""A pixel darker than this in every colour was blacked out, not stained."""
+
 _FOLD = {"hexagonal": 6, "square": 4}
 # area of the unit cell over pitch squared
 _CELL = {"hexagonal": np.sqrt(3) / 2, "square": 1.0}
@@ -338,6 +341,7 @@ def tissue_mask(
     from skimage.filters import threshold_otsu
 
     density = -np.log10((thumbnail.astype(np.float32) + 1) / 256).mean(axis=-1)
+    density[thumbnail.max(axis=-1) < _CUT_OUT] = 0  # no stain is that black: the background was cut out
     density = gaussian_filter(density, blur_cells)
     col = np.clip(np.floor(spots_cell[:, 0]).astype(int), 0, density.shape[1] - 1)
     row = np.clip(np.floor(spots_cell[:, 1]).astype(int), 0, density.shape[0] - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from time import time
 
@@ -20,6 +21,8 @@ from histosge._settings import logger, settings
 def main(*, quiet: bool) -> None:
     """Super-resolved spatial transcriptomics from H&E images and Visium-like spots."""
     settings.verbosity = 1 if quiet else 2
+    # about a default of zarr's to come, once for every array: nothing that whoever types this could do
+    warnings.filterwarnings("ignore", message="zarr v3 autosharding")
 
 
 def _fail(err: Exception) -> None:

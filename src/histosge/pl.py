@@ -96,6 +96,7 @@ def expression(
         coordinate_system=made["coordinate_system"],
         layer=layer,
         mpp=float(made["mpp"]),
+        report=False,
     )
     small, factor = thumbnail(section.image, max_px=1500)
     region = table.obs[_keys.REGION].iloc[0]

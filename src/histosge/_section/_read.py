@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -86,8 +87,9 @@ def read_section(
     coordinate_system: str | None = None,
     mpp: float | None = None,
     pitch_um: float | None = None,
+    report: bool = True,
 ) -> Section:
-    """Read image, spots and counts, and find the physical scale."""
+    """Read image, spots and counts, and find the physical scale; ``report`` logs what was found."""
     _check_scale("mpp", mpp)
     _check_scale("pitch_um", pitch_um)
     image_key = find_image(sdata, image_key)
@@ -154,7 +156,8 @@ def read_section(
         twice = list(section.genes[section.genes.duplicated()][:3])
         msg = f"var_names of table {table_key!r} are not unique (for example {twice}). Call `var_names_make_unique()`."
         raise ValueError(msg)
-    logger.info(
+    logger.log(
+        logging.INFO if report else logging.DEBUG,
         "section %r: %d %s spots x %d genes, %.4g µm per pixel (%s)",
         spots_key, len(xy_px), technology, len(section.genes), mpp, source,
     )  # fmt: skip

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from histosge._section._read import Section
 
 TISSUE = ("auto", "spots")
+_TISSUE_BLUR_PITCH = 0.25
 _SAME_PLACE_PITCH = 0.01
 """A target this near to a spot, in pitches, is the spot itself."""
 
@@ -54,7 +55,10 @@ def _in_tissue(section: Section, xy_px: NDArray[np.float64], *, tissue: str) -> 
         return inside, "within reach of a measured spot"
     small, factor = thumbnail(section.image, max_px=1024)
     cell_um = factor * section.mpp
-    mask, share = tissue_mask(small, section.xy_px / factor, blur_cells=max(15.0 / cell_um, 0.5))
+    # a place stands for about as much tissue as a spot covers, pale stroma included
+    mask, share = tissue_mask(
+        small, section.xy_px / factor, blur_cells=max(_TISSUE_BLUR_PITCH * section.pitch_um / cell_um, 0.5)
+    )
     how = "optical density of the image"
     if share < 0.95:
         how += f", threshold lowered to the spots' own (Otsu's would have kept {share:.0%} of them)"
