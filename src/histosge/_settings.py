@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -100,7 +101,9 @@ def progress_bar(
     iterable: Iterable[Any] | None = None, *, desc: str, total: int | None, unit: str = "it", show: bool | None = None
 ) -> tqdm[Any]:
     """Open a progress bar, shown as ``show``, else as ``settings.progress``, else where somebody can see it."""
-    from tqdm.auto import tqdm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a notebook without ipywidgets gets a bar of characters, which is fine
+        from tqdm.auto import tqdm
 
     show = settings.progress if show is None else show
     if show is None:
