@@ -208,7 +208,6 @@ def test_out_of_memory_with_a_single_tile(gradient):
         embed(gradient, places(2), mpp=1.0, encoder=Sees(fits=0), device=CPU, batch_size=1)
 
 
-@pytest.mark.xfail(strict=True, reason="half of batch_size= is tried, not half of the tiles there are")
 def test_out_of_memory_with_fewer_places_than_a_batch(gradient):
     """10 places and batch_size=32: half of 32 are the same 10 tiles again."""
     encoder = Sees(fits=5)

@@ -150,7 +150,6 @@ def test_rare_genes_are_not_chosen():
     assert choose_genes(nothing, xy, n_genes=74).tolist() == [True] * 71 + [False] * 3
 
 
-@pytest.mark.xfail(strict=True, reason="stored zeros count as seen: indptr counts entries, not values")
 def test_stored_zeros_are_not_expression():
     """A sparse table may store zeros: after subtraction, thinning or a mask."""
     expression, xy = counts()
@@ -283,7 +282,6 @@ def test_nothing_is_predictable_where_there_is_nothing_to_predict():
     assert found.p_value[found.pcc.argsort()].tolist() == sorted(found.p_value, reverse=True)
 
 
-@pytest.mark.xfail(strict=True, reason="folds that predict each other double the variance of the mean correlation")
 @pytest.mark.parametrize(("head", "n_folds"), [("ridge", 3), ("ridge", 10), ("nearest", 3)])
 def test_cross_fitted_noise_is_no_more_significant_than_it_should_be(head, n_folds):
     """Fold A predicts B from what B says of A: their correlations go up and down together."""

@@ -118,11 +118,11 @@ def test_lattice_survives_jitter(given_, jitter):
 
 @pytest.mark.parametrize("kind", ["hexagonal", "square"])
 def test_lattice_of_a_whole_slide_does_not_drift(kind):
-    """5000 spots, 78 rows: half a percent of error in the first step would add up to a third of a pitch."""
-    xy = lay(kind, n=71, pitch=137.3, degrees=1.7, missing=0.4, jitter=0.03, seed=3)
+    """71 rows: the first guess of the step is 0.4 % too long, which would add up to a quarter of a pitch."""
+    xy = lay(kind, n=71, pitch=137.3, degrees=1.7, missing=0.4, jitter=0.12, seed=3)
     found = estimate_lattice(xy)
     assert found.pitch_px == pytest.approx(137.3, rel=1e-3)
-    assert found.residual < 0.03
+    assert found.residual < 0.09  # a jitter of 0.12 at most is 0.085 in root mean square
     assert np.ptp(found.index[:, 1]) == 70
 
 
@@ -195,7 +195,6 @@ def test_stretched_lattice_is_refused(kind, degrees):
         estimate_lattice(xy)
 
 
-@pytest.mark.xfail(strict=True, reason="only the lengths of the two steps are compared, not the angle between them")
 @pytest.mark.parametrize(("kind", "direction"), [("square", 45), ("hexagonal", 30)])
 def test_lattice_stretched_along_its_diagonal_is_refused(kind, direction):
     """Both steps stay equally long, and yet one direction is 12 % longer than the other."""
@@ -325,7 +324,6 @@ def test_refine_leaves_large_holes_open():
     assert np.hypot(*(places.xy_px - centre).T).min() > 20
 
 
-@pytest.mark.xfail(strict=True, reason="half of the neighbours is enough: every second row of a zigzag edge grows")
 def test_refine_does_not_grow_the_edge():
     """What lies beyond the edge of the array is no hole."""
     xy = lay("hexagonal", n=9, pitch=10)

@@ -173,7 +173,6 @@ def test_state_round_trip(name, small):
     [
         pytest.param(
             "in-context",
-            marks=pytest.mark.xfail(strict=True, reason="image_axes is a transposed view: other sums after loading"),
         ),
         "published",
         "ridge",
@@ -256,7 +255,6 @@ def test_order_of_the_context_does_not_matter(name, small):
     [
         pytest.param(
             "in-context",
-            marks=pytest.mark.xfail(strict=True, reason="view(b, k, 2, heads, -1) cannot infer -1 for b = 0"),
         ),
         "published",
         "ridge",

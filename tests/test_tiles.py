@@ -145,7 +145,6 @@ def test_a_place_sees_the_same_pixels_in_any_block_when_resampled(scale):
         assert error.mean() < 0.5
 
 
-@pytest.mark.xfail(strict=True, reason="np.rint rounds halves to even, which depends on where the block begins")
 @pytest.mark.parametrize(("tile_px", "half"), [(6, 0.5), (5, 0.0)])
 def test_a_place_on_half_a_pixel_sees_the_same_pixels_in_any_block(tile_px, half):
     """An odd tile around a whole pixel, or an even one around half a pixel, begins on half a pixel."""

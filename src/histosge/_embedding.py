@@ -130,7 +130,7 @@ def _embed_tiles(image, xy_px, *, encoder, scale, device, batch_size):  # type: 
                         "a smaller encoder, or device='cpu'."
                     )
                     raise RuntimeError(msg) from err
-                size, halved = max(1, size // 2), True
+                size, halved = max(1, len(some) // 2), True
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
                 logger.warning(

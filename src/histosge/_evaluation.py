@@ -60,7 +60,8 @@ def choose_genes(expression: sparse.spmatrix, xy: Floats, *, n_genes: int) -> Bo
     What varies without any pattern in space cannot be predicted from the image or from neighbours: on small
     sections genes of high dispersion are nearly all of that kind (docs/benchmarks.md).
     """
-    columns = sparse.csc_matrix(expression)
+    columns = sparse.csc_matrix(expression, copy=True)
+    columns.eliminate_zeros()
     seen = np.diff(columns.indptr) / columns.shape[0]
     candidates = np.flatnonzero(seen >= MIN_SHARE)
     if len(candidates) < n_genes:  # a small panel: take the rest in order too
@@ -135,8 +136,10 @@ def score(predicted: Floats, measured: Floats, *, fold: NDArray[np.int64]) -> Sc
     share = np.array([len(rows) for rows in folds]) / len(fold)
     pcc = np.stack([correlation(predicted[rows], measured[rows]) for rows in folds])
     mean_pcc = share @ pcc
-    # each fold's correlation has n - 2 degrees of freedom; the mean over folds has them all together
-    freedom = max(len(fold) - 2 * len(folds), 1)
+    # each fold's correlation has n - 2 degrees of freedom, and the mean over folds would have them all; but folds
+    # predict each other (A from B's measurements, B from A's), which on pure noise doubles the variance of the mean
+    freedom = float(len(fold) - 2 * len(folds))
+    freedom = max(freedom / 2 if len(folds) > 1 else freedom, 1.0)
     clipped = np.clip(mean_pcc, -1 + 1e-12, 1 - 1e-12)
     p_value = stats.t.sf(clipped * np.sqrt(freedom / (1 - clipped**2)), freedom)
     mse = ((np.asarray(predicted, np.float64) - measured) ** 2).mean(0)

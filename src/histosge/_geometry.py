@@ -149,8 +149,10 @@ def estimate_lattice(xy_px: Floats) -> Lattice:
             f"and puts {doubled:.1%} of them on another spot's place."
         )
         raise NotALattice(msg)
-    lengths = np.hypot(basis[:, 0], basis[:, 1])
-    if lengths.max() / lengths.min() > 1.05:
+    # the longest and shortest pitch in any direction, along the diagonals of the lattice too
+    ideal = np.array([[1.0, 0.0], [np.cos(turn), np.sin(turn)]])
+    lengths = np.linalg.svd(np.linalg.solve(ideal, basis), compute_uv=False)
+    if lengths[0] / lengths[1] > 1.05:
         msg = (
             f"the {kind} lattice of the spots is stretched: neighbours lie {lengths[0]:.1f} px apart in one direction "
             f"and {lengths[1]:.1f} px in the other, so that no single µm per pixel holds."
@@ -227,14 +229,13 @@ def refine(lattice: Lattice, xy_px: Floats, *, upsample: int) -> Places:
     spot = np.full(len(unique), -1, dtype=np.int64)
     own = inverse.reshape(len(parents), len(grid))[: len(xy_px), np.flatnonzero((grid == 0).all(1))[0]]
     spot[own] = np.arange(len(xy_px))
-    xy[own] = xy_px
     unique = unique - unique.min(axis=0)
     size = float(np.hypot(fine_basis[:, 0], fine_basis[:, 1]).min())
     return Places(xy, unique[:, 1], unique[:, 0], size, spot)
 
 
 def _fill_single_holes(lattice: Lattice, xy_px: Floats) -> tuple[Ints, Floats]:
-    """Append lattice places without a spot of which at least half of the neighbours have one."""
+    """Append lattice places without a spot of which more than half of the neighbours have one."""
     steps = _STEPS[lattice.kind]
     around = (lattice.index[:, None] + steps[None]).reshape(-1, 2)
     guess = (xy_px[:, None] + (steps @ lattice.basis)[None]).reshape(-1, 2)
@@ -242,7 +243,8 @@ def _fill_single_holes(lattice: Lattice, xy_px: Floats) -> tuple[Ints, Floats]:
     inverse = inverse.reshape(-1)
     place = np.column_stack([np.bincount(inverse, guess[:, i]) / count for i in (0, 1)])
     taken = {tuple(i) for i in lattice.index.tolist()}
-    hole = np.array([tuple(i) not in taken for i in unique.tolist()], dtype=bool) & (count >= len(steps) / 2)
+    # more than half: the zigzag edge of a hexagonal array has places with exactly half of their neighbours
+    hole = np.array([tuple(i) not in taken for i in unique.tolist()], dtype=bool) & (count > len(steps) / 2)
     return np.vstack([lattice.index, unique[hole]]), np.vstack([xy_px, place[hole]])
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -29,8 +30,12 @@ if TYPE_CHECKING:
 RIVALS = ("ridge", "nearest")
 """Simple heads that are scored on the same folds every time."""
 _FORMAT = 1
-_FAR_UM = 2e5
-"""Sections of one model are laid this far apart, so that neighbours are always of one section."""
+_FAR_UM = 204_800.0
+"""Sections of one model are laid this far apart, so that neighbours are always of one section.
+
+A whole number of the published head's longest waves (128 pitches) for pitches of 2, 8, 16, 100 and 200 µm, so that a
+section has the same position code in training and in prediction.
+"""
 
 
 @dataclass
@@ -198,6 +203,8 @@ class Model:
             mine = {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
             heads.append(get_head(config["head"]).from_state(c, mine))
         scores = pd.read_csv(path / "scores.csv", index_col="gene", dtype={"gene": str}, keep_default_na=False)
+        scores.index.name = None
+        scores = scores.astype({"held_out_pcc": np.float32, "held_out_mse": np.float32})
         recipe = config["recipe"]
         return cls(
             config["head"],
@@ -226,12 +233,15 @@ def fit_model(
 ) -> Model:
     """Fit a head on every fold of the spots of one or more sections, and score it on the spots left out."""
     get_head(head)  # an unknown name is said before an hour of work
-    if not isinstance(n_folds, int) or not 2 <= n_folds <= 20:
+    if not isinstance(n_folds, (int, np.integer)) or not 2 <= n_folds <= 20:
         msg = f"n_folds={n_folds!r}: choose a whole number from 2 to 20."
         raise ValueError(msg)
     names = sections[0].genes
     for other in sections[1:]:
         names = names.intersection(other.genes, sort=False)
+    if len(names) == 0:
+        msg = "the sections have no gene in common, so that nothing can be learnt from them together."
+        raise ValueError(msg)
     everything = sparse.vstack([s.expression[:, s.genes.get_indexer(names)] for s in sections]).tocsr()
     spread_out = np.vstack([s.xy_um + [_FAR_UM * i, 0] for i, s in enumerate(sections)])
     fold = random_folds(len(spread_out), n_folds=n_folds, rng=rng)
@@ -308,15 +318,18 @@ def _select(
         final = choose_genes(expression, xy, n_genes=n)
         per_fold = np.stack([choose_genes(expression[fold != f], xy[fold != f], n_genes=n) for f in range(n_folds)])
         return final, per_fold, final
+    if not isinstance(genes, str) and (not isinstance(genes, Collection) or len(genes) == 0):
+        msg = f"genes={genes!r}: pass a number above 0, a list of gene names, or 'all'."
+        raise ValueError(msg)
     if isinstance(genes, str) and genes != "all":
         msg = f"genes={genes!r}: pass a number, a list of gene names, or 'all' (one gene: genes=[{genes!r}])."
         raise ValueError(msg)
     if isinstance(genes, str):
-        final = np.diff(sparse.csc_matrix(expression).indptr) > 0
+        final = np.asarray((expression > 0).sum(axis=0)).ravel() > 0
     else:
-        wanted = pd.Index(list(cast("Sequence[str]", genes))).astype(str)
+        wanted = pd.Index([str(g) for g in genes])
         missing = wanted.difference(names)
-        if len(missing) or len(wanted) == 0:
+        if len(missing):
             close = [c for m in missing[:3] for c in difflib.get_close_matches(m, names, n=1)]
             hint = f" Similar names: {close}." if close else ""
             msg = f"genes: {len(missing)} of {len(wanted)} names are not in the table ({list(missing[:5])}).{hint}"

@@ -136,7 +136,8 @@ def _read_resampled(image: LazyImage, x0: int, y0: int, x1: int, y1: int, *, sca
 
 def cut(block: Block, *, tile_px: int) -> UInt8:
     """Cut the tile around each place of a block: (m, tile_px, tile_px, 3)."""
-    start = np.rint(block.xy_px - tile_px / 2).astype(np.int64)  # (m, 2), (x, y)
+    # halves always round up: rint would round them by the block's own offset
+    start = np.floor(block.xy_px - tile_px / 2 + 0.5).astype(np.int64)  # (m, 2), (x, y)
     windows = np.lib.stride_tricks.sliding_window_view(block.pixels, (tile_px, tile_px), axis=(0, 1))
     # (rows, cols, 3, tile, tile) → only the wanted ones are copied
     return np.moveaxis(windows[start[:, 1], start[:, 0]], 1, -1)

@@ -68,13 +68,15 @@ class _Network(nn.Module):
         x = self.dropout(self.embed(place))  # (B, W)
         tokens = self.dropout(self.embed(spots) + self.express(components))  # (B, K, W)
         key, value = (
-            (self.key_value(self.norm_spot(tokens)) + self.position(position)).view(b, k, 2, self.n_heads, -1).unbind(2)
+            (self.key_value(self.norm_spot(tokens)) + self.position(position))
+            .view(b, k, 2, self.n_heads, x.shape[-1] // self.n_heads)
+            .unbind(2)
         )  # (B, K, H, W / H) each
-        query = self.query(self.norm_place(x)).view(b, self.n_heads, -1)
+        query = self.query(self.norm_place(x)).view(b, self.n_heads, x.shape[-1] // self.n_heads)
         score = torch.einsum("bhc,bkhc->bhk", query, key) / query.shape[-1] ** 0.5
         weight = score.masked_fill(~present[:, None], torch.finfo(score.dtype).min).softmax(-1)
         weight = weight * present[:, None]  # no context at all: nothing is read, instead of an even mean of nothing
-        read = torch.einsum("bhk,bkhc->bhc", self.dropout(weight), value).reshape(b, -1)
+        read = torch.einsum("bhk,bkhc->bhc", self.dropout(weight), value).flatten(1)
         x = x + self.dropout(self.merge(read))
         x = x + self.dropout(self.mlp(self.norm_mlp(x)))
         neighbours = torch.einsum("bhk,bkq,hq->bq", weight, components, self.mix.softmax(0))
@@ -170,7 +172,7 @@ class InContext:
         near, position, present = self._neighbours(places, context)
         image, spots = self._image(places.embedding), self._image(context.embedding)
         components = self._components(context.expression)
-        answers = []
+        answers = [components.new_zeros(0, components.shape[1])]
         with torch.inference_mode():
             for rows in torch.arange(len(places), device=device).split(4096):
                 n = near[rows]
@@ -256,6 +258,6 @@ def _principal(values: Tensor, n_components: int) -> tuple[Tensor, Tensor, Tenso
     mean = values.mean(0)
     centred = values - mean
     _, size, axes = torch.svd_lowrank(centred, q=min(n_components + 10, *centred.shape), niter=4)
-    axes, size = axes.T[:n_components], size[:n_components]
+    axes, size = axes.T[:n_components].contiguous(), size[:n_components]
     largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
     return mean, axes * largest.sign(), size / max(len(values) - 1, 1) ** 0.5
