@@ -122,7 +122,7 @@ def test_truth_anywhere(sdata):
     np.testing.assert_allclose(a, b, atol=1e-9)
     assert np.abs(a.iloc[1] - a.iloc[2]).max() < 0.05
     assert np.abs(a.iloc[0] - a.iloc[1]).max() > 0.1
-    np.testing.assert_allclose(np.expm1(a).sum(1), 1e4)
+    np.testing.assert_allclose(np.expm1(a).sum(axis=1), 1e4)
 
 
 @pytest.mark.xfail(strict=True, reason="bug: SpatialData's advice to sort the index comes through as a warning")

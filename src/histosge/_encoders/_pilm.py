@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import difflib
+import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from histosge._encoders._hub import PAGES, commit, explained
 from histosge._encoders._spec import EncoderSpec
+from histosge._settings import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-
-class EncoderAccessError(RuntimeError):
-    """The weights of an encoder cannot be had."""
+_ONE_FILE = ("uni", "uni2")
+"""Made by timm, but lazyslide-models also takes their bare checkpoint, which many clusters hold."""
 
 
 class TileEncoder:
     """An encoder of tiles.
+
+    Tiles come at the scale and size of the spec, so nothing is resized or cropped: where a model's own transform cuts
+    a border off (GigaPath: 224 of 256 px), ``tile_px`` is what is left after that.
 
     Parameters
     ----------
     spec
         What it is fed with.
     forward
-        From prepared tiles to embeddings.
+        From normalised tiles to embeddings.
     module
-        What is moved between devices.
-    prepares_itself
-        It takes raw uint8 tiles and scales and normalises them itself.
+        The network.
+    owner
+        What is moved between devices, where that is more than the network.
+    half
+        Whether it computes in bfloat16 on CUDA.
     """
 
     def __init__(
-        self, spec: EncoderSpec, forward: Callable[[Tensor], Any], module: Any, *, prepares_itself: bool = False
+        self,
+        spec: EncoderSpec,
+        forward: Callable[[Tensor], Any],
+        module: nn.Module,
+        *,
+        owner: Any = None,
+        half: bool = True,
     ) -> None:
         self.spec = spec
         self._forward = forward
         self._module = module
-        self._prepares_itself = prepares_itself
+        self._owner = module if owner is None else owner
+        self._half = half
+        self._channels_last = False
         self._mean = torch.tensor(spec.mean).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(spec.std).view(1, 3, 1, 1) * 255
 
@@ -51,11 +66,14 @@ class TileEncoder:
 
     def to(self, device: torch.device | str) -> Self:
         """Move to ``device``."""
-        self._module.to(device)
+        self._owner.to(device)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
+        convolves = any(isinstance(part, nn.BatchNorm2d) for part in self._module.modules())
+        self._channels_last = convolves and torch.device(device).type == "cuda"
+        if self._channels_last:
+            self._module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
-    @torch.inference_mode()
     def embed(self, tiles: Tensor) -> Tensor:
         """Embed tiles.
 
@@ -68,17 +86,150 @@ class TileEncoder:
         -------
         (n, embed_dim) float32.
         """
-        prepared = tiles if self._prepares_itself else (tiles.float() - self._mean) / self._std
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=tiles.device.type == "cuda"):
-            out = self._forward(prepared)
-        out = torch.as_tensor(out)
-        if out.shape != (len(tiles), self.spec.embed_dim):
+        spec, n = self.spec, len(tiles)
+        if tiles.dtype != torch.uint8 or tiles.shape[1:] != (3, spec.tile_px, spec.tile_px):
             msg = (
-                f"encoder {self.spec.name!r} gave an array of shape {tuple(out.shape)} for {len(tiles)} tiles; "
-                f"its spec says {(len(tiles), self.spec.embed_dim)}. Give the spec the right embed_dim, or pool the tokens."
+                f"encoder {spec.name!r} takes uint8 tiles of shape (n, 3, {spec.tile_px}, {spec.tile_px}), red, green, "
+                f"blue; not {tiles.dtype} of shape {tuple(tiles.shape)}."
             )
             raise ValueError(msg)
-        return out.float()
+        if n == 0:
+            return torch.zeros(0, spec.embed_dim, device=tiles.device)
+        half = self._half and tiles.device.type == "cuda"
+        with torch.inference_mode():
+            x = (tiles.float() - self._mean) / self._std  # (n, 3, h, w)
+            if self._channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=half):
+                out = self._forward(x)
+        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        if shape != (n, spec.embed_dim):
+            what = f"an array of shape {shape}" if isinstance(shape, tuple) else f"a {shape}, not an array,"
+            msg = (
+                f"encoder {spec.name!r} gave {what} for {n} tiles; its spec says {(n, spec.embed_dim)}. "
+                "Give the spec the right embed_dim, or pool the tokens."
+            )
+            raise ValueError(msg)
+        return out.float().clone()  # copied outside of inference mode: a head may be trained on it
+
+
+def own(module: nn.Module, spec: EncoderSpec) -> TileEncoder:
+    """Wrap a module of the user's; it stops training."""
+    return TileEncoder(spec, module.eval(), module)
+
+
+# ------------------------------------------------------------------------------------------------- lazyslide-models
+
+
+def load_registered(
+    spec: EncoderSpec, *, how: str, repo: str, weights: str | Path | None, revision: str | None
+) -> TileEncoder:
+    """Load an encoder of lazyslide-models' registry, keeping its own pooling and colour statistics.
+
+    ``how`` says where its weights can come from: ``timm`` and ``transformers`` (``remote-code``, if the repository
+    brings its own) from a folder or any revision, ``file:NAME`` from that file, ``folder`` from a folder, ``hub`` and
+    ``exported`` from the hub and its cache only.
+    """
+    from lazyslide_models import MODEL_REGISTRY
+
+    kind, _, filename = how.partition(":")
+    takes_weights = kind not in ("hub", "exported")
+    refused = [] if takes_weights or weights is None else ["weights="]
+    refused += [] if (takes_weights and kind != "folder") or revision is None else ["revision="]
+    if refused:
+        msg = (
+            f"encoder {spec.name!r} is loaded by a library that takes no {' or '.join(refused)}. Put the wanted files "
+            f"into the hub's cache (`hf download {repo}`, then point HF_HOME to it on the other machine)."
+        )
+        raise ValueError(msg)
+    spec = replace(spec, revision=revision)
+    source = None if weights is None else _local(weights, filename, one_file=kind == "file" or spec.name in _ONE_FILE)
+    logger.info("loading encoder %s (%s parameters) from %s", spec.name, spec.n_parameters or "?", source or "the hub")
+    with explained(spec, weights=weights, takes_weights=takes_weights), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="As from v0.8.2")  # on a change of their own, years ago
+        model = _make(MODEL_REGISTRY[spec.name], spec, kind, filename, repo=repo, source=source, revision=revision)
+    module = model.model
+    width = getattr(module, "num_features", None) or getattr(getattr(module, "config", None), "hidden_size", None)
+    if isinstance(width, int) and spec.embed_dim not in (width, 2 * width, 3 * width):  # class token, patch mean, RGB
+        msg = (
+            f"weights={str(weights)!r} are not those of encoder {spec.name!r}: their network is {width} wide, the "
+            f"embedding of {spec.name!r} has {spec.embed_dim} numbers. Pass the folder of {spec.url}."
+        )
+        raise ValueError(msg)
+    mean, std = _own_colours(model)
+    found = commit(repo, revision) if weights is None else None
+    spec = replace(spec, mean=mean, std=std, revision=found)
+    if kind == "exported":  # its graph is fixed, in float32 and for evaluation
+        return TileEncoder(spec, model.encode_image, module, owner=model, half=False)
+    module.eval()
+    return TileEncoder(spec, model.encode_image, module, owner=model)
+
+
+def _make(
+    cls: Any, spec: EncoderSpec, kind: str, filename: str, *, repo: str, source: Path | None, revision: str | None
+) -> Any:
+    if source is None and revision is None:
+        return cls()
+    if kind == "file":
+        from huggingface_hub import hf_hub_download
+
+        return cls(model_path=str(source or hf_hub_download(repo, filename, revision=revision)))
+    if kind == "folder" or (source is not None and source.is_file()):
+        return cls(model_path=str(source))
+    if kind == "timm":
+        return _made_by_timm(cls, f"local-dir:{source}" if source else f"hf-hub:{repo}@{revision}")()
+    from transformers import AutoImageProcessor, AutoModel
+
+    # their constructors know one repository each; what they do beside loading it is done here
+    options = {"trust_remote_code": kind == "remote-code"} | ({} if source else {"revision": revision})
+    fixed = {"add_pooling_layer": False} if spec.name == "phikon" else {}
+    model = cls.__new__(cls)
+    model.model = AutoModel.from_pretrained(str(source or repo), **options, **fixed)
+    model.num_prefix_tokens = 1 + int(getattr(model.model.config, "num_register_tokens", 0) or 0)
+    if model.get_transform() is None:
+        model.img_processor = AutoImageProcessor.from_pretrained(str(source or repo), **options)
+    return model
+
+
+def _made_by_timm(cls: Any, source: str) -> Any:
+    """Derive a class that asks timm for ``source`` where ``cls`` names its repository on the hub.
+
+    The derived class stands before ``TimmModel`` in the order of methods, so that it is handed what ``cls`` asks for:
+    the architecture's options stay those of ``cls``.
+    """
+    from lazyslide_models import TimmModel
+
+    class Redirected(TimmModel):
+        def __init__(self, name: str, *args: Any, **kwargs: Any) -> None:
+            super().__init__(source if name.startswith(("hf-hub:", "hf_hub:")) else name, *args, **kwargs)
+
+    return type(cls.__name__, (cls, Redirected), {})
+
+
+class _Prepared:
+    """Stands for a transformers processor once tiles are normalised on the device."""
+
+    def __call__(self, images: Tensor, **_: Any) -> dict[str, Tensor]:
+        return {"pixel_values": images}
+
+
+def _own_colours(model: Any) -> tuple[Any, Any]:
+    """Take the colour statistics of a model's own transform, or of its processor, whose place is then taken."""
+    for step in getattr(model.get_transform(), "transforms", []):
+        if type(step).__name__ == "Normalize":
+            return tuple(float(v) for v in step.mean), tuple(float(v) for v in step.std)
+    for name in ("img_processor", "processor"):
+        processor = getattr(model, name, None)
+        images: Any = getattr(processor, "image_processor", processor)
+        if getattr(images, "image_mean", None) is not None:
+            setattr(model, name, _Prepared())
+            unit = 255 * float(images.rescale_factor)  # 1 where pixels are scaled to 0...1
+            return tuple(v / unit for v in images.image_mean), tuple(v / unit for v in images.image_std)
+    msg = f"{type(model).__name__} of lazyslide-models does not say with which colours it was trained."
+    raise RuntimeError(msg)
+
+
+# -------------------------------------------------------------------------------------------------------------- timm
 
 
 def is_timm(name: str) -> bool:
@@ -88,142 +239,98 @@ def is_timm(name: str) -> bool:
     return timm.is_model(name.split(".")[0])
 
 
-def load_registered(spec: EncoderSpec, *, weights: str | Path | None, revision: str | None) -> TileEncoder:
-    """Load an encoder of lazyslide-models' registry, keeping its own pooling and colour statistics."""
-    from lazyslide_models._model_registry import MODEL_REGISTRY
-    from lazyslide_models.base import TimmModel
-
-    cls = MODEL_REGISTRY[spec.name]
-    by_timm = issubclass(cls, TimmModel)
-    if revision is not None or (weights is not None and not by_timm):
-        what = "revision=" if revision is not None else "weights="
-        msg = (
-            f"encoder {spec.name!r} is loaded by a library that takes no {what}. Put the wanted files into the hub's "
-            "cache (`hf download`, then point HF_HOME to it on the other machine)."
-        )
-        raise ValueError(msg)
-    with _explained(spec, weights):
-        if weights is not None:
-            with _timm_from_folder(_folder(weights)):
-                model: Any = cls()
-        else:
-            model = cls()
-    module = model.model
-    module.eval()
-    transform = model.get_transform()
-    mean, std = _normalisation(transform)
-    spec = replace(spec, mean=mean or spec.mean, std=std or spec.std, revision=_cached_revision(spec.url))
-    return TileEncoder(spec, model.encode_image, module, prepares_itself=transform is None)
-
-
-def load_timm(name: str, *, mpp: float, weights: str | Path | None, revision: str | None) -> TileEncoder:
+def load_timm(name: str, *, mpp: float | None, weights: str | Path | None, revision: str | None) -> TileEncoder:
     """Load any model of timm, with its pooled output and its own colour statistics."""
     import timm
     from timm.data import resolve_model_data_config
 
-    source = f"{name}@{revision}" if revision else name
-    if revision and not name.startswith("hf-hub:"):
-        msg = f"revision={revision!r}: only models named 'hf-hub:ORG/NAME' have revisions (encoder={name!r})."
+    repo = name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else None
+    if revision is not None and (repo is None or weights is not None):
+        msg = (
+            f"revision={revision!r}: only models named 'hf-hub:ORG/NAME', without weights=, have revisions ({name!r})."
+        )
         raise ValueError(msg)
-    url = "https://huggingface.co/" + name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else None
-    asked = EncoderSpec(name=name, mpp=mpp, tile_px=224, embed_dim=1, source="timm", url=url, revision=revision)
-    with _explained(asked, weights):
-        if weights is not None:
-            source = f"local-dir:{_folder(weights)}"
-        model: Any = timm.create_model(source, pretrained=True, num_classes=0).eval()
+    asked: dict[str, Any] = {}
+    source = f"{name}@{revision}" if revision else name
+    if repo is None:
+        _known_to_timm(name, weights)
+        repo = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
+    if weights is not None:
+        local = _local(weights, "", one_file=not name.startswith("hf-hub:"))
+        if local.is_file():
+            asked["pretrained_cfg_overlay"] = {"file": str(local)}
+        else:
+            _same_architecture(name, local)
+            source = f"local-dir:{local}"
+    url = None if repo is None else PAGES + repo
+    spec = EncoderSpec(
+        name=name,
+        mpp=0.5 if mpp is None else mpp,
+        mpp_source="convention" if mpp is None else "given",
+        tile_px=224,
+        embed_dim=1,
+        source="timm",
+        url=url,
+        revision=revision,
+    )
+    if mpp is None:
+        logger.info("encoder %r does not say at which scale it was trained: taking 0.5 µm per pixel (mpp=)", name)
+    with explained(spec, weights=weights, takes_weights=True):
+        model: Any = timm.create_model(source, pretrained=True, num_classes=0, **asked).eval()
     data = resolve_model_data_config(model)
+    _, height, width = data["input_size"]
+    if height != width:
+        msg = f"encoder {name!r} takes images of {height} x {width} px; histosge cuts square tiles only."
+        raise ValueError(msg)
     spec = replace(
-        asked,
-        tile_px=int(data["input_size"][1]),
-        embed_dim=int(getattr(model, "num_features", 0) or model.head_hidden_size),
+        spec,
+        tile_px=int(height),
+        embed_dim=int(getattr(model, "head_hidden_size", None) or model.num_features),  # what num_classes=0 gives
         mean=data["mean"],
         std=data["std"],
         licence=str(model.pretrained_cfg.get("license") or "unknown"),
-        revision=revision or _cached_revision(url),
+        revision=commit(repo, revision) if weights is None and repo is not None else None,
     )
     return TileEncoder(spec, model, model)
 
 
-def _normalisation(transform: Any) -> tuple[Any, Any]:
-    """Colour statistics of a model's own transform."""
-    for step in getattr(transform, "transforms", []):
-        if hasattr(step, "mean") and hasattr(step, "std"):
-            return tuple(float(v) for v in step.mean), tuple(float(v) for v in step.std)
-    return None, None
-
-
-def _folder(weights: str | Path) -> Path:
-    folder = Path(weights)
-    has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
-    if not (folder / "config.json").is_file() or not has_weights:
-        msg = (
-            f"weights={str(weights)!r} is not a folder in the hub's layout: it must hold config.json and "
-            "model.safetensors or pytorch_model.bin, as `hf download ORG/NAME --local-dir FOLDER` makes it."
-        )
-        raise FileNotFoundError(msg)
-    return folder
-
-
-@contextmanager
-def _timm_from_folder(folder: Path) -> Iterator[None]:
-    """Let a model of lazyslide-models, whose hub name is fixed, be made by timm from a local folder."""
+def _known_to_timm(name: str, weights: str | Path | None) -> None:
     import timm
 
-    create = timm.create_model
-
-    def from_folder(_name: str, **kwargs: Any) -> nn.Module:
-        return create(f"local-dir:{folder}", **kwargs)
-
-    with mock.patch.object(timm, "create_model", from_folder):
-        yield
-
-
-def _cached_revision(url: str | None) -> str | None:
-    """Commit of the weights in the hub's cache, read from the path of what was just loaded."""
-    if url is None:
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(url.removeprefix("https://huggingface.co/"), "config.json")
-    return Path(found).parent.name if isinstance(found, str) else None
+    if not is_timm(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(repr(f'timm:{c}') for c in close)}?" if close else ""
+        msg = f"encoder='timm:{name}' is unknown to timm.{hint} List its models with `timm.list_models()`."
+        raise ValueError(msg)
+    architecture, _, tag = name.partition(".")
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    if (tag and tag not in tags) or (not tags and weights is None):
+        trained = f"those are {', '.join(repr(f'{architecture}.{t}') for t in tags)}" if tags else "there are none"
+        msg = f"encoder='timm:{name}': timm has no such trained weights of {architecture!r}; {trained}."
+        raise ValueError(msg)
 
 
-@contextmanager
-def _explained(spec: EncoderSpec, weights: str | Path | None) -> Iterator[None]:
-    """Turn what the hub says into what to do. Never another encoder instead."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+def _same_architecture(name: str, folder: Path) -> None:
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architecture")
+    if not name.startswith("hf-hub:") and found != name.split(".")[0]:
+        msg = f"encoder='timm:{name}', but weights={str(folder)!r} holds {found!r}. Name that one, or pass another folder."
+        raise ValueError(msg)
 
-    page = spec.url or "https://huggingface.co"
-    instead = (
-        "Or use an open one: encoder='h-optimus-0' needs no permission, 'stain-texture' no download; "
-        "a local folder goes by histosge.load_encoder(..., weights=FOLDER)."
-    )
-    try:
-        yield
-    except GatedRepoError as err:
+
+def _local(weights: str | Path, filename: str, *, one_file: bool) -> Path:
+    """Find local weights: a folder in the hub's layout, or one file where that is enough."""
+    path = Path(weights).expanduser()
+    if one_file and path.is_file():
+        return path
+    if filename and (path / filename).is_file():
+        return path / filename
+    has_weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+    if filename or not (path / "config.json").is_file() or not has_weights:
+        needed = repr(filename) if filename else "config.json and model.safetensors or pytorch_model.bin"
+        also = ", nor the file of weights itself" if one_file else ""
         msg = (
-            f"encoder {spec.name!r} is gated and this machine has no access. Ask for it at {page}, wait for the "
-            f"approval, then log in with `hf auth login`. {instead}"
+            f"weights={str(weights)!r} is not a folder in the hub's layout{also}: it must hold {needed}, as "
+            "`hf download ORG/NAME --local-dir FOLDER` makes it."
         )
-        raise EncoderAccessError(msg) from err
-    except RepositoryNotFoundError as err:
-        msg = (
-            f"the hub shows no weights of encoder {spec.name!r} at {page} to this machine: the name is wrong, or it is "
-            f"gated and you are not logged in. Ask for access there and log in with `hf auth login`. {instead}"
-        )
-        raise EncoderAccessError(msg) from err
-    except HfHubHTTPError as err:
-        status = getattr(getattr(err, "response", None), "status_code", "unknown")
-        msg = (
-            f"the hub answered with HTTP status {status} for encoder {spec.name!r} ({page}). Try again later. {instead}"
-        )
-        raise EncoderAccessError(msg) from err
-    except OSError as err:
-        if weights is not None:
-            raise
-        msg = (
-            f"the weights of encoder {spec.name!r} are not in the hub's cache and {page} cannot be reached. Check the "
-            "network; on a machine without one, copy a filled cache and point HF_HOME to it, or pass a folder, "
-            f"histosge.load_encoder({spec.name!r}, weights=FOLDER). The encoder 'stain-texture' needs no download."
-        )
-        raise EncoderAccessError(msg) from err
+        raise FileNotFoundError(msg)
+    return path

@@ -7,11 +7,12 @@ what must be known before a model is loaded; a test compares it with the install
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
+from histosge._encoders._hub import PAGES
 from histosge._encoders._spec import EncoderSpec
-from histosge._settings import logger
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,67 +21,122 @@ if TYPE_CHECKING:
 
 DEFAULT = "h-optimus-0"
 BUILT_IN = "stain-texture"
-_ALIASES = {"uni2-h": "uni2", "hoptimus0": "h-optimus-0", "h-optimus0": "h-optimus-0", "phikon-v2": "phikonv2"}
 
-_NC, _LUNIT, _OWKIN = "CC-BY-NC-ND-4.0", "lunit-non-commercial", "Owkin non-commercial license"
-_RUDOLF, _WAIV = "CC-BY-NC-ND-4.0 with supplementary terms", "Waiv custom non-commercial license"
-_HF = "https://huggingface.co/"
-# name: (mpp, embedding, licence, gated, commercial, page, parameters). All take 224 px tiles. 0.5 µm per pixel (20x) is
-# what the model cards train at or, where they mix magnifications (virchow2, midnight, rudolfv2, lunit), the one in
-# their middle that benchmarks use; CTransPath and CHIEF were trained at 10x
-_TABLE: dict[str, tuple[float, int, str, bool, bool, str | None, str | None]] = {
-    "chief": (1.0, 768, "AGPL-3.0", False, False, None, "27.5M"),
-    "conch-madeleine": (0.5, 512, _NC, True, False, "MahmoodLab/conch", "395.2M"),
-    "crisp": (0.5, 2560, "MIT; CC-BY-NC-ND-4.0", True, False, "FTZhou/CRISP", "631.2M"),
-    "crown": (0.5, 1024, "Apache-2.0", True, True, "LexieK/Crown", None),
-    "ctranspath": (1.0, 768, "GPL-3.0", False, False, None, "27.5M"),
-    "genbio-pathfm": (0.5, 4608, "GenBio AI Community License", False, False, "genbio-ai/genbio-pathfm", "1.1B"),
-    "gigapath": (0.5, 1536, "Apache 2.0 with conditions", True, False, "prov-gigapath/prov-gigapath", "1.13B"),
-    "gigapath-flash": (0.5, 384, "Apache 2.0", True, False, "prov-gigapath/prov-gigapath-flash", "21.7M"),
-    "gpfm": (0.5, 1024, "CC BY-NC-ND 4.0", False, False, "majiabo/GPFM", "303M"),
-    "h-optimus-0": (0.5, 1536, "Apache 2.0", False, True, "bioptimus/H-optimus-0", "1.13B"),
-    "h-optimus-1": (0.5, 1536, _NC, True, False, "bioptimus/H-optimus-1", "1.13B"),
-    "h0-mini": (0.5, 1536, _NC, True, False, "bioptimus/H0-mini", "85.7M"),
-    "hibou-b": (0.5, 768, "Apache 2.0", True, True, "histai/hibou-b", "85.7M"),
-    "hibou-l": (0.5, 1024, "Apache 2.0", True, True, "histai/hibou-l", "303.7M"),
-    "lunit-bt": (0.5, 2048, _LUNIT, False, False, "1aurent/resnet50.lunit_bt", "23.6M"),
-    "lunit-mocov2": (0.5, 2048, _LUNIT, False, False, "1aurent/resnet50.lunit_mocov2", "23.6M"),
-    "lunit-swav": (0.5, 2048, _LUNIT, False, False, "1aurent/resnet50.lunit_swav", "23.6M"),
-    "lunit-dino-s8": (0.5, 384, _LUNIT, False, False, "1aurent/vit_small_patch8_224.lunit_dino", "21.7M"),
-    "lunit-dino-s8-moozy": (0.5, 384, _LUNIT, False, False, "1aurent/vit_small_patch8_224.lunit_dino", "21.7M"),
-    "lunit-dino-s16": (0.5, 384, _LUNIT, False, False, "1aurent/vit_small_patch16_224.lunit_dino", "21.1M"),
-    "mascaret": (0.5, 1536, _WAIV, True, False, "wearewaiv/mascaret", "1.14B"),
-    "midnight": (0.5, 3072, "MIT", True, True, "kaiko-ai/midnight", "1.14B"),
-    "mstar": (0.5, 1024, _NC, True, False, "Wangyh/mSTAR", "303.4M"),
-    "open-midnight": (0.5, 1536, "Apache 2.0", True, True, "SophontAI/OpenMidnight", "1.1B"),
-    "path_orchestra": (0.5, 1024, _NC, True, False, "AI4Pathology/PathOrchestra", None),
-    "phaet": (0.5, 1024, _WAIV, True, False, "wearewaiv/phaet", "303.4M"),
-    "phikon": (0.5, 768, _OWKIN, False, False, "owkin/phikon", "85.8M"),
-    "phikonv2": (0.5, 1024, _OWKIN, False, False, "owkin/phikon-v2", "303.4M"),
-    "rudolfv2-s": (0.5, 384, _RUDOLF, True, False, "Aignostics/RudolfV-2-S", "21.4M"),
-    "rudolfv2-b": (0.5, 768, _RUDOLF, True, False, "Aignostics/RudolfV-2-B", "85.2M"),
-    "rudolfv2": (0.5, 1536, _RUDOLF, True, False, "Aignostics/RudolfV-2", "1.13B"),
-    "uni": (0.5, 1024, _NC, True, False, "MahmoodLab/UNI", "303.4M"),
-    "uni2": (0.5, 1536, _NC, True, False, "MahmoodLab/UNI2-h", "681.4M"),
-    "virchow": (0.5, 2560, "Apache 2.0", True, True, "paige-ai/Virchow", "631.2M"),
-    "virchow2": (0.5, 2560, _NC, True, False, "paige-ai/Virchow2", "631.2M"),
-}
+
+class Row(NamedTuple):
+    """An encoder of lazyslide-models."""
+
+    repo: str
+    """On the hub, spelt as it is asked for: the cache is looked up by it"""
+    how: str
+    """Where its weights can come from: see :func:`histosge._encoders._pilm.load_registered`"""
+    mpp: float
+    mpp_source: str
+    tile_px: int
+    embed_dim: int
+    gated: bool
+    commercial: bool
+    n_parameters: str | None
+    licence: str
+
+
+# µm per pixel: what its authors state; where they mix scales (virchow2, midnight, rudolfv2: 0.25 to 2; lunit: 0.25 and
+# 0.5; musk: 0.25 to 1) the one of them that benchmarks use; where they cut tiles of another size and shrink them to the
+# input (CONCH: 512 px at 20x to 448; conch-madeleine: 256 px at 10x to 224), the pixels the network sees. CTransPath
+# saw 20x, but its authors, and CHIEF after them, recommend 10x. Collected in November 2026 from model cards and from the
+# tables of TRIDENT (README), slide2vec (encoders/models) and raw2features (docs/models.md), which agree but for GPFM
+# (card: 512 px at 40x, shrunk to 224, 0.57; all three feed 0.5).
+# Access: lazyslide-models 0.1.0 calls h-optimus-0 open and midnight gated; on the hub it is the other way round by the
+# same tables and by lazyslide-models' own notes (docs/model-candidates.md, "gated: auto").
+_TEXT = """
+# name              repository                               how                    µm/px    known by      px  dim  gated commercial parameters licence
+h-optimus-0         bioptimus/H-optimus-0                    timm                   0.5      stated        224 1536 yes   yes        1.13B      Apache 2.0
+h-optimus-1         bioptimus/H-optimus-1                    timm                   0.5      stated        224 1536 yes   no         1.13B      CC-BY-NC-ND-4.0
+h0-mini             bioptimus/H0-mini                        timm                   0.5      magnification 224 1536 yes   no         85.7M      CC-BY-NC-ND-4.0
+uni                 MahmoodLab/uni                           timm                   0.5      magnification 224 1024 yes   no         303.4M     CC-BY-NC-ND-4.0
+uni2                MahmoodLab/UNI2-h                        timm                   0.5      convention    224 1536 yes   no         681.4M     CC-BY-NC-ND-4.0
+virchow             paige-ai/Virchow                         timm                   0.5      stated        224 2560 yes   yes        631.2M     Apache 2.0
+virchow2            paige-ai/Virchow2                        timm                   0.5      stated        224 2560 yes   no         631.2M     CC-BY-NC-ND-4.0
+crisp               FTZhou/CRISP                             file:CRISP.pth         0.5      convention    224 2560 yes   no         631.2M     MIT; CC-BY-NC-ND-4.0
+crown               LexieK/Crown                             file:CROWN.pth         0.5      convention    224 1024 yes   yes        -          Apache-2.0
+gigapath            prov-gigapath/prov-gigapath              timm                   0.5      stated        224 1536 yes   no         1.13B      Apache 2.0 with conditions
+gigapath-flash      prov-gigapath/prov-gigapath-flash        file:pytorch_model.bin 0.5      stated        224 384  yes   no         21.7M      Apache 2.0
+gpfm                majiabo/GPFM                             hub                    0.5      magnification 224 1024 no    no         303M       CC BY-NC-ND 4.0
+genbio-pathfm       genbio-ai/genbio-pathfm                  remote-code            0.5      convention    224 4608 no    no         1.1B       GenBio AI Community License
+hibou-b             histai/hibou-b                           remote-code            0.5      convention    224 768  yes   yes        85.7M      Apache 2.0
+hibou-l             histai/hibou-l                           remote-code            0.5      convention    224 1024 yes   yes        303.7M     Apache 2.0
+lunit-bt            1aurent/resnet50.lunit_bt                timm                   0.5      stated        224 2048 no    no         23.6M      lunit-non-commercial
+lunit-mocov2        1aurent/resnet50.lunit_mocov2            timm                   0.5      stated        224 2048 no    no         23.6M      lunit-non-commercial
+lunit-swav          1aurent/resnet50.lunit_swav              timm                   0.5      stated        224 2048 no    no         23.6M      lunit-non-commercial
+lunit-dino-s8       1aurent/vit_small_patch8_224.lunit_dino  timm                   0.5      stated        224 384  no    no         21.7M      lunit-non-commercial
+lunit-dino-s8-moozy 1aurent/vit_small_patch8_224.lunit_dino  timm                   0.5      stated        224 384  no    no         21.7M      lunit-non-commercial
+lunit-dino-s16      1aurent/vit_small_patch16_224.lunit_dino timm                   0.5      stated        224 384  no    no         21.1M      lunit-non-commercial
+midnight            kaiko-ai/midnight                        transformers           0.5      stated        224 3072 no    yes        1.14B      MIT
+open-midnight       SophontAI/OpenMidnight                   hub                    0.5      convention    224 1536 yes   yes        1.1B       Apache 2.0
+mstar               Wangyh/mSTAR                             timm                   0.5      magnification 224 1024 yes   no         303.4M     CC-BY-NC-ND-4.0
+path_orchestra      AI4Pathology/PathOrchestra               timm                   0.5      convention    224 1024 yes   no         -          CC-BY-NC-ND-4.0
+phikon              owkin/phikon                             transformers           0.5      stated        224 768  no    no         85.8M      Owkin non-commercial license
+phikonv2            owkin/phikon-v2                          transformers           0.5      stated        224 1024 no    no         303.4M     Owkin non-commercial license
+rudolfv2-s          Aignostics/RudolfV-2-S                   remote-code            0.5      stated        224 384  yes   no         21.4M      CC-BY-NC-ND-4.0 with supplementary terms
+rudolfv2-b          Aignostics/RudolfV-2-B                   remote-code            0.5      stated        224 768  yes   no         85.2M      CC-BY-NC-ND-4.0 with supplementary terms
+rudolfv2            Aignostics/RudolfV-2                     remote-code            0.5      stated        224 1536 yes   no         1.13B      CC-BY-NC-ND-4.0 with supplementary terms
+mascaret            wearewaiv/mascaret                       remote-code            0.5      convention    224 1536 yes   no         1.14B      Waiv custom non-commercial license
+phaet               wearewaiv/phaet                          remote-code            0.5      convention    224 1024 yes   no         303.4M     Waiv custom non-commercial license
+ctranspath          RendeiroLab/LazySlide-models-gpl         exported               1.0      magnification 224 768  no    no         27.5M      GPL-3.0
+chief               RendeiroLab/LazySlide-models-gpl         exported               1.0      magnification 224 768  no    no         27.5M      AGPL-3.0
+conch               MahmoodLab/conch                         file:pytorch_model.bin 0.571429 magnification 448 512  yes   no         395.2M     CC-BY-NC-ND-4.0
+conch-madeleine     MahmoodLab/conch                         file:pytorch_model.bin 1.142857 magnification 224 512  yes   no         395.2M     CC-BY-NC-ND-4.0
+conch_v1.5          MahmoodLab/TITAN                         hub                    0.571429 magnification 448 768  yes   no         158.9M     CC-BY-NC-ND-4.0
+keep                Astaxanthin/KEEP                         hub                    0.5      convention    224 768  no    yes        -          MIT
+musk                xiangjx/musk                             hub                    0.5      convention    384 1024 yes   no         675.2M     CC-BY-NC-ND-4.0
+omiclip             WangGuangyuLab/Loki                      file:checkpoint.pt     0.5      convention    224 768  yes   yes        638.5M     BSD-3-Clause
+plip                vinid/plip                               folder                 0.5      convention    224 512  no    no         87.8M      Non-commercial
+quiltnet-b16        wisdomik/QuiltNet-B-16                   hub                    0.5      convention    224 512  no    yes        -          MIT
+quiltnet-b16-pmb    wisdomik/QuiltNet-B-16-PMB               hub                    0.5      convention    224 512  no    yes        -          MIT
+quiltnet-b32        wisdomik/QuiltNet-B-32                   hub                    0.5      convention    224 512  no    yes        -          MIT
+"""
+
+
+def _rows() -> dict[str, Row]:
+    rows = {}
+    for line in _TEXT.strip().splitlines()[1:]:
+        name, repo, how, mpp, known_by, px, dim, gated, commercial, n_parameters, licence = line.split(maxsplit=10)
+        n = None if n_parameters == "-" else n_parameters
+        rows[name] = Row(
+            repo, how, float(mpp), known_by, int(px), int(dim), gated == "yes", commercial == "yes", n, licence
+        )
+    return rows
+
+
+_TABLE = _rows()
+
+
+def _plain(name: str) -> str:
+    """Spelling without case and marks: ``H-Optimus-0`` is ``hoptimus0``."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+_ALIASES = {"uni2-h": "uni2", "prov-gigapath": "gigapath", "midnight-12k": "midnight", "titan": "conch_v1.5"}
+_BY_PLAIN = {_plain(name): name for name in (BUILT_IN, *_TABLE)} | {_plain(k): v for k, v in _ALIASES.items()}
+# a page stands for the first encoder of it: lunit-dino-s8 and conch, not what MOOZY and MADELEINE make of them
+_BY_REPO = {row.repo.lower(): name for name, row in reversed(_TABLE.items()) if row.how != "exported"}
 
 
 def registered(name: str) -> EncoderSpec:
     """Spec of an encoder of the table, as far as it is known without loading it."""
-    mpp, embed_dim, licence, gated, commercial, repo, n_parameters = _TABLE[name]
+    row = _TABLE[name]
     return EncoderSpec(
         name=name,
-        mpp=mpp,
-        tile_px=224,
-        embed_dim=embed_dim,
-        licence=licence,
-        gated=gated,
-        commercial=commercial,
+        mpp=row.mpp,
+        mpp_source=cast("Literal['stated', 'magnification', 'convention']", row.mpp_source),
+        tile_px=row.tile_px,
+        embed_dim=row.embed_dim,
+        licence=row.licence,
+        gated=row.gated,
+        commercial=row.commercial,
         source="lazyslide-models",
-        url=None if repo is None else _HF + repo,
-        n_parameters=n_parameters,
+        url=PAGES + row.repo,
+        n_parameters=row.n_parameters,
     )
 
 
@@ -89,8 +145,9 @@ def encoders() -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame indexed by name: ``mpp`` (µm per pixel), ``tile_px``, ``tile_um``, ``embed_dim``, ``parameters``,
-    ``licence``, ``gated`` (access must be asked for), ``commercial``, ``source``, ``url``.
+    DataFrame indexed by name: ``mpp`` (µm per pixel), ``mpp_source`` (how that is known), ``tile_px``, ``tile_um``,
+    ``embed_dim``, ``parameters``, ``licence``, ``gated`` (access must be asked for), ``commercial``, ``source``,
+    ``url``.
 
     Examples
     --------
@@ -107,6 +164,7 @@ def encoders() -> pd.DataFrame:
     rows = [
         {
             "mpp": s.mpp,
+            "mpp_source": s.mpp_source,
             "tile_px": s.tile_px,
             "tile_um": s.tile_um,
             "embed_dim": s.embed_dim,
@@ -141,11 +199,12 @@ def load_encoder(
         Local folder in the hub's layout (``config.json`` and ``model.safetensors``), for machines without network.
         A copied hub cache needs no ``weights``: point ``HF_HOME`` to it.
     revision
-        Commit, branch or tag on the hub, for models of timm.
+        Commit, branch or tag on the hub.
     mpp
         µm per pixel to feed the encoder with. ``None`` takes what it was trained at; for other models of timm 0.5.
     spec
         What your own module needs. It is given normalised tiles (n, 3, tile_px, tile_px) and returns (n, embed_dim).
+        The module is put into evaluation mode, and moved to the device that computes.
 
     Returns
     -------
@@ -154,9 +213,11 @@ def load_encoder(
     Raises
     ------
     ValueError
-        Where the name is unknown, or arguments do not go together.
+        Where the name is unknown, arguments do not go together, or weights are another encoder's.
     RuntimeError
-        Where the weights cannot be had: no access, no network, no such folder. There is no fallback to another.
+        Where the weights cannot be had: no access, no network. There is no fallback to another encoder.
+    FileNotFoundError
+        Where ``weights`` is no such folder.
 
     Examples
     --------
@@ -164,45 +225,49 @@ def load_encoder(
     >>> sge.load_encoder("stain-texture").spec.embed_dim
     120
     """
-    if hasattr(encoder, "spec") and (hasattr(encoder, "embed") or hasattr(encoder, "embed_block")):
-        return encoder
+    options = {"weights": weights, "revision": revision, "mpp": mpp}
+    given = ", ".join(f"{k}=" for k, v in options.items() if v is not None)
     if not isinstance(encoder, str):
+        if given:
+            msg = f"{given} is for encoders that are loaded by name; encoder={encoder!r:.80} is not a name."
+            raise ValueError(msg)
+        if spec is None and hasattr(encoder, "spec") and (hasattr(encoder, "embed") or hasattr(encoder, "embed_block")):
+            return encoder
         return _own_module(encoder, spec)
     if spec is not None:
         msg = f"spec= describes a module of your own; encoder={encoder!r} is a name and has a spec already."
         raise ValueError(msg)
-    name = _ALIASES.get(encoder.lower(), encoder)
+    name = _BY_PLAIN.get(_plain(encoder)) or _BY_REPO.get(encoder.lower().removeprefix("hf-hub:"))
     if name == BUILT_IN:
         from histosge._encoders.stain_texture import StainTexture
 
-        if weights is not None or revision is not None or mpp is not None:
-            msg = "encoder='stain-texture' is built in: it takes no weights=, revision= or mpp=."
+        if given:
+            msg = f"encoder='stain-texture' is built in: it takes no weights=, revision= or mpp=; not {given}."
             raise ValueError(msg)
         return StainTexture()
     from histosge._encoders import _pilm
 
-    if name in _TABLE:
-        known = registered(name)
-        known = known if mpp is None else replace(known, mpp=float(mpp))
-        return _pilm.load_registered(known, weights=weights, revision=revision)
-    timm_name = name.removeprefix("timm:")
-    if not (name.startswith("timm:") or timm_name.startswith("hf-hub:")) and not _pilm.is_timm(name):
-        close = difflib.get_close_matches(name.lower(), [*_TABLE, *_ALIASES, BUILT_IN], n=3, cutoff=0.5)
+    if name is not None:
+        known, row = registered(name), _TABLE[name]
+        known = known if mpp is None else replace(known, mpp=float(mpp), mpp_source="given")
+        return _pilm.load_registered(known, how=row.how, repo=row.repo, weights=weights, revision=revision)
+    timm_name = encoder.removeprefix("timm:").replace("hf_hub:", "hf-hub:")
+    if not encoder.startswith("timm:") and not timm_name.startswith("hf-hub:") and not _pilm.is_timm(encoder):
+        names = {_plain(n): n for n in (*_TABLE, *_ALIASES, BUILT_IN)}
+        close = [names[n] for n in difflib.get_close_matches(_plain(encoder), names, n=3, cutoff=0.5)]
         hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
         msg = (
             f"encoder={encoder!r} is unknown.{hint} List the encoders with `histosge.encoders()`, name any model of "
             "timm as 'timm:NAME' or 'hf-hub:ORG/NAME', or pass a module of your own to `histosge.load_encoder`."
         )
         raise ValueError(msg)
-    if mpp is None:
-        logger.info("encoder %r does not say at which scale it was trained: taking 0.5 µm per pixel (mpp=)", name)
-    return _pilm.load_timm(timm_name, mpp=0.5 if mpp is None else float(mpp), weights=weights, revision=revision)
+    return _pilm.load_timm(timm_name, mpp=None if mpp is None else float(mpp), weights=weights, revision=revision)
 
 
 def _own_module(module: Any, spec: EncoderSpec | None) -> Any:
     from torch import nn
 
-    from histosge._encoders._pilm import TileEncoder
+    from histosge._encoders import _pilm
 
     if not isinstance(module, nn.Module):
         msg = (
@@ -216,4 +281,4 @@ def _own_module(module: Any, spec: EncoderSpec | None) -> Any:
             "so that it is fed at the right scale. Make it with `histosge.load_encoder(module, spec=...)`."
         )
         raise ValueError(msg)
-    return TileEncoder(spec, module.eval(), module)
+    return _pilm.own(module, spec)

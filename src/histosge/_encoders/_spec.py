@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any, Literal
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SOURCES = ("built-in", "lazyslide-models", "timm", "user")
+MPP_SOURCES = ("stated", "magnification", "convention", "given")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +21,17 @@ class EncoderSpec:
         Name, as in :func:`histosge.encoders`.
     mpp
         µm per pixel it was trained at; tiles are resampled to it.
+    mpp_source
+        How ``mpp`` is known: ``"stated"`` by its authors; from the ``"magnification"`` they state (20x is 0.5);
+        ``"convention"``, what its users take where they state neither; ``"given"`` by you.
     tile_px
         Edge of its input in pixels.
     embed_dim
         Length of an embedding.
-    mean, std
-        Mean and spread of red, green and blue (0 to 1) that it was trained with.
+    mean
+        Mean of red, green and blue (0 to 1) that it was trained with.
+    std
+        Spread of red, green and blue.
     licence
         Licence of the weights.
     gated
@@ -36,7 +43,7 @@ class EncoderSpec:
     url
         Page of the weights.
     revision
-        Commit of the weights on the hub, where one was asked for.
+        Commit of the weights on the hub, where they came from there.
     n_parameters
         Number of parameters, as its authors state it.
 
@@ -52,6 +59,7 @@ class EncoderSpec:
     mpp: float
     tile_px: int
     embed_dim: int
+    mpp_source: Literal["stated", "magnification", "convention", "given"] = "given"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     licence: str = "unknown"
@@ -66,23 +74,24 @@ class EncoderSpec:
         if not isinstance(self.name, str) or not self.name:
             msg = f"EncoderSpec: name={self.name!r} must be a word."
             raise ValueError(msg)
-        if not 0.01 <= self.mpp <= 100:
+        if not isinstance(self.mpp, int | float) or not 0.01 <= self.mpp <= 100:
             msg = f"EncoderSpec {self.name!r}: mpp={self.mpp!r} is not a number of µm per pixel (0.5 is usual)."
             raise ValueError(msg)
         for field in ("tile_px", "embed_dim"):
             value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 msg = f"EncoderSpec {self.name!r}: {field}={value!r} must be a whole number above 0."
                 raise ValueError(msg)
         for field in ("mean", "std"):
-            value = tuple(getattr(self, field))
-            if len(value) != 3 or (field == "std" and min(value) <= 0):
+            value = tuple(float(v) for v in getattr(self, field))
+            if len(value) != 3 or not all(map(isfinite, value)) or (field == "std" and min(value) <= 0):
                 msg = f"EncoderSpec {self.name!r}: {field}={value!r} must be three numbers, for red, green and blue."
                 raise ValueError(msg)
-            object.__setattr__(self, field, tuple(float(v) for v in value))
-        if self.source not in SOURCES:
-            msg = f"EncoderSpec {self.name!r}: source={self.source!r} must be one of {SOURCES}."
-            raise ValueError(msg)
+            object.__setattr__(self, field, value)
+        for field, allowed in (("source", SOURCES), ("mpp_source", MPP_SOURCES)):
+            if getattr(self, field) not in allowed:
+                msg = f"EncoderSpec {self.name!r}: {field}={getattr(self, field)!r} must be one of {allowed}."
+                raise ValueError(msg)
 
     @property
     def tile_um(self) -> float:

@@ -1,0 +1,115 @@
+"""What the Hugging Face hub answers, turned into what to do."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.error import URLError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from histosge._encoders._spec import EncoderSpec
+
+PAGES = "https://huggingface.co/"
+OPEN = ("midnight", "phikon", "lunit-dino-s16")
+"""Encoders that need no permission, large to small, to name where another is refused; a test holds them to the list."""
+_CLIENTS = ("httpcore", "httpx", "httpx2", "requests", "urllib3")  # huggingface_hub changed its client twice
+
+
+class EncoderAccessError(RuntimeError):
+    """The weights of an encoder cannot be had: no permission, no network, nothing there."""
+
+
+@contextmanager
+def explained(spec: EncoderSpec, *, weights: object, takes_weights: bool) -> Iterator[None]:
+    """Say what to do where loading fails. Never another encoder instead."""
+    try:
+        yield
+    except Exception as err:
+        # transformers, lazyslide-models and timm each wrap the hub's own error in one of theirs
+        chain = list(_chain(err))
+        if weights is not None and not isinstance(err, ImportError):
+            msg = (
+                f"the weights in {str(weights)!r} could not be read as those of encoder {spec.name!r} "
+                f"({type(err).__name__}). Check that they are its own and complete."
+            )
+            raise ValueError(msg) from err
+        said = _answer(chain, spec, takes_weights=takes_weights)
+        if said is None:
+            raise
+        raise EncoderAccessError(said) from err
+
+
+def commit(repo: str, revision: str | None) -> str | None:
+    """Look up, in the hub's cache, the commit that ``revision`` stood for when it was fetched."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if revision is not None and len(revision) == 40:
+        return revision
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+    ref = folder / "refs" / (revision or "main")
+    return ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
+
+
+def _chain(err: BaseException) -> Iterator[BaseException]:
+    seen: list[BaseException] = []
+    at: BaseException | None = err
+    while at is not None and at not in seen:
+        yield at
+        seen.append(at)
+        at = at.__cause__ or at.__context__
+
+
+def _answer(chain: list[BaseException], spec: EncoderSpec, *, takes_weights: bool) -> str | None:
+    from huggingface_hub import constants, errors
+
+    def among(*kinds: type[BaseException]) -> BaseException | None:
+        return next((e for e in chain if isinstance(e, kinds)), None)
+
+    page = spec.url or PAGES
+    folder = f", or pass a folder, histosge.load_encoder({spec.name!r}, weights=FOLDER)" if takes_weights else ""
+    others = ", ".join(repr(name) for name in OPEN if name != spec.name)
+    instead = f"Encoders that need no permission: {others}; no download either: 'stain-texture'."
+    elsewhere = f"On a machine without network, copy a filled cache and point HF_HOME to it{folder}."
+
+    http = among(errors.HfHubHTTPError)
+    status = getattr(getattr(http, "response", None), "status_code", None)
+    missing_file = among(errors.EntryNotFoundError)
+    # a file that is not in the cache because there is no network is an EntryNotFoundError as well
+    unreachable = among(errors.LocalEntryNotFoundError, ConnectionError, TimeoutError, URLError) or next(
+        (e for e in chain if type(e).__module__.split(".")[0] in _CLIENTS), None
+    )
+    if among(errors.GatedRepoError) or status == 403:
+        return (
+            f"encoder {spec.name!r} is gated and this machine has no access. Ask for it at {page}, wait for the "
+            f"approval, then log in with `hf auth login`. {elsewhere} {instead}"
+        )
+    if among(errors.RepositoryNotFoundError) or status == 401:
+        return (
+            f"the hub shows no weights of encoder {spec.name!r} at {page} to this machine: the name is wrong, or it is "
+            f"gated and you are not logged in. Ask for access there and log in with `hf auth login`. {elsewhere} {instead}"
+        )
+    if among(errors.RevisionNotFoundError):
+        return (
+            f"the hub has no revision {spec.revision!r} of encoder {spec.name!r}: see {page} for its commits and tags."
+        )
+    if missing_file and not unreachable:
+        return (
+            f"the hub's folder of encoder {spec.name!r}, {page}, does not hold what is needed (config.json and weights "
+            f"that timm can read). {instead}"
+        )
+    if http is not None:
+        return (
+            f"the hub answered with HTTP status {status} for encoder {spec.name!r} ({page}). Try again later. "
+            f"{elsewhere} {instead}"
+        )
+    if unreachable:
+        why = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+        return (
+            f"the weights of encoder {spec.name!r} are not in the hub's cache and {page} cannot be reached{why}. Check "
+            f"the network. {elsewhere} The encoder 'stain-texture' needs no download."
+        )
+    return None
