@@ -160,9 +160,6 @@ def test_results_are_overwritten_if_told(source, tmp_path):
     assert "second" in sd.read_zarr(out).tables
 
 
-@pytest.mark.xfail(
-    strict=True, reason="bug: the old results are deleted before it is known that there will be new ones"
-)
 def test_a_failed_run_keeps_the_old_results(source, tmp_path):
     out = shutil.copytree(source, tmp_path / "out.zarr")
     before = files(out)
@@ -186,10 +183,7 @@ def test_input_is_never_the_output(source, tmp_path, overwrite):
     "overwrite",
     [
         [],
-        pytest.param(
-            ["--overwrite"],
-            marks=pytest.mark.xfail(strict=True, reason="bug: the input is deleted with the store it lies in"),
-        ),
+        ["--overwrite"],
     ],
 )
 def test_output_is_never_around_the_input(tmp_path, overwrite):
@@ -244,7 +238,6 @@ def test_weights(source, tmp_path):
     assert "is not a folder in the hub's layout" in told
 
 
-@pytest.mark.xfail(strict=True, reason="bug: ImportError (an encoder's library is missing) ends in a traceback")
 def test_missing_library_is_told(source, tmp_path, monkeypatch):
     def predict(*_, **__):
         msg = "'hibou' requires transformers < 5.0"
@@ -254,7 +247,6 @@ def test_missing_library_is_told(source, tmp_path, monkeypatch):
     assert "transformers < 5.0" in fails("predict", source, tmp_path / "o.zarr", "--encoder", "hibou-b")
 
 
-@pytest.mark.xfail(strict=True, reason="bug: of an error of the operating system only its number is told")
 def test_error_of_the_system_is_told(source, tmp_path, monkeypatch):
     def predict(*_, **__):
         raise OSError(28, "No space left on device", "out.zarr")

@@ -125,7 +125,6 @@ def test_truth_anywhere(sdata):
     np.testing.assert_allclose(np.expm1(a).sum(axis=1), 1e4)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: SpatialData's advice to sort the index comes through as a warning")
 def test_truth_of_shapes_in_any_order(sdata):
     wanted = sge.datasets.synthetic_truth(sdata)
     sdata.shapes["other"] = sdata.shapes["spots"].iloc[::-1]

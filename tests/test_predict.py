@@ -940,14 +940,10 @@ def test_no_such_device(sdata, device):
 
 
 @pytest.mark.parametrize("key", ["spots", "TABLE", "Spots"])
-@pytest.mark.xfail(
-    strict=True, reason="bug: found out after all the work, by SpatialData, with the targets written already"
-)
 def test_key_taken_by_shapes_or_in_another_case(sdata, key):
     refuses(sdata, f"key_added='{key}' is taken", **FAST | {"key_added": key})
 
 
-@pytest.mark.xfail(strict=True, reason="bug: found out after all the work, by SpatialData")
 def test_key_of_the_targets_taken_by_a_table(sdata):
     sdata.tables[NAME] = sdata.tables["table"].copy()
     refuses(sdata, rf"{NAME}.* is taken", table_key="table", **FAST)
@@ -957,11 +953,8 @@ def test_key_of_the_targets_taken_by_a_table(sdata):
     "wrong",
     [{"head": "typo"}, {"n_folds": 1}, {"genes": ["TYPO"]}, {"genes": 0}, {"key_added": "table"}, {"batch_size": 0}],
 )
-def test_mistakes_are_told_before_the_work(sdata, wrong, count_embeddings, request):
+def test_mistakes_are_told_before_the_work(sdata, wrong, count_embeddings):
     """Embedding may take an hour: a typo is not told after it."""
-    if wrong.keys() & {"head", "n_folds", "genes"}:
-        reason = "bug: head, n_folds and genes are looked at after the embedding"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     with pytest.raises(ValueError, match="TYPO|typo|n_folds|genes|table|batch_size"):
         sge.tl.predict(sdata, **FAST | wrong)
     assert count_embeddings == []

@@ -335,7 +335,6 @@ def test_not_an_image_of_colours(sdata, make, names, match):
     predict_refuses(sdata, match)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: three channels r, g, a are taken for red, green and blue")
 @pytest.mark.parametrize("names", [("r", "g", "a"), ("g", "b", "a")])
 def test_a_colour_is_missing(sdata, names):
     add_image(sdata, pixels(sdata), names=names)
@@ -534,9 +533,6 @@ def test_in_tissue(sdata, values, categorical, log):
     assert "leaving out 5 spots with obs['in_tissue'] = 0" in log.text
 
 
-@pytest.mark.xfail(
-    strict=True, reason="bug: in_tissue of 'True'/'False' (a bool column through CSV) is read as all inside"
-)
 def test_in_tissue_in_words(sdata):
     sdata.tables["table"].obs["in_tissue"] = ["False"] * 5 + ["True"] * 133
     assert len(read_section(sdata).instances) == 133
@@ -549,7 +545,6 @@ def test_instances_that_do_not_match(sdata):
     predict_refuses(sdata, match)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the message speaks of the lattice and of mpp=, not of the doubled names")
 @pytest.mark.parametrize("which", ["rows", "shapes"])
 def test_a_spot_twice(sdata, which):
     if which == "rows":
@@ -823,7 +818,6 @@ def test_irregular_spots():
         sge.pp.targets(sdata, mpp=0.5, upsample=4)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: upsample=None is named as upsample=None")
 def test_irregular_spots_by_default():
     sdata, _ = square_section(kind="circles", jitter=1.5, image_px=300)
     with pytest.raises(ValueError, match=r"upsample=4.*lie on no lattice"):

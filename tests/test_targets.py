@@ -142,7 +142,6 @@ def test_all_transformations_of_the_spots(sdata):
             )
 
 
-@pytest.mark.xfail(strict=True, reason="bug: targets and spots share one dict of transformations")
 def test_transformations_are_the_targets_own():
     """Moving the targets later moves nothing else."""
     from spatialdata.transformations import set_transformation
@@ -233,7 +232,6 @@ def test_tables_of_replaced_places_go_with_them(sdata, log):
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: embeddings of the very same places are thrown away")
 def test_same_places_keep_their_tables(sdata, log):
     """Laying the very same places again must not throw away what may be hours of embedding."""
     sge.pp.targets(sdata, upsample=2)
@@ -267,7 +265,7 @@ def test_shapes_that_others_annotate_are_not_replaced(sdata):
 
 @pytest.mark.parametrize(
     "kind",
-    ["images", pytest.param("tables", marks=pytest.mark.xfail(strict=True, reason="bug: SpatialData's own KeyError"))],
+    ["images", "tables"],
 )
 def test_name_taken_by_another_kind(sdata, kind):
     holder = getattr(sdata, kind)

@@ -218,6 +218,39 @@ class Model:
         )
 
 
+def check_arguments(
+    *, head: str, genes: int | Sequence[str] | str, n_folds: int, sections: Sequence[Section]
+) -> pd.Index:
+    """Say what is wrong with the arguments of :func:`fit_model` before an hour of embedding; give the common genes."""
+    get_head(head)
+    if isinstance(n_folds, bool) or not isinstance(n_folds, (int, np.integer)) or not 2 <= n_folds <= 20:
+        msg = f"n_folds={n_folds!r}: choose a whole number from 2 to 20."
+        raise ValueError(msg)
+    names = sections[0].genes
+    for other in sections[1:]:
+        names = names.intersection(other.genes, sort=False)
+    if len(names) == 0:
+        msg = "the sections have no gene in common, so that nothing can be learnt from them together."
+        raise ValueError(msg)
+    number = isinstance(genes, (int, np.integer)) and not isinstance(genes, bool)
+    several = isinstance(genes, Collection) and not isinstance(genes, str) and len(genes) > 0
+    if not (number and genes >= 1) and not several and not isinstance(genes, str):  # type: ignore[operator]
+        msg = f"genes={genes!r}: pass a number above 0, a list of gene names, or 'all'."
+        raise ValueError(msg)
+    if isinstance(genes, str) and genes != "all":
+        msg = f"genes={genes!r}: pass a number, a list of gene names, or 'all' (one gene: genes=[{genes!r}])."
+        raise ValueError(msg)
+    if several:
+        wanted = pd.Index([str(g) for g in cast("Sequence[str]", genes)])
+        missing = wanted.difference(names)
+        if len(missing):
+            close = [c for m in missing[:3] for c in difflib.get_close_matches(m, names, n=1)]
+            hint = f" Similar names: {close}." if close else ""
+            msg = f"genes: {len(missing)} of {len(wanted)} names are not in the table ({list(missing[:5])}).{hint}"
+            raise ValueError(msg)
+    return names
+
+
 def fit_model(
     sections: Sequence[Section],
     embeddings: Sequence[NDArray[np.float32]],
@@ -232,16 +265,7 @@ def fit_model(
     progress: bool | None = None,
 ) -> Model:
     """Fit a head on every fold of the spots of one or more sections, and score it on the spots left out."""
-    get_head(head)  # an unknown name is said before an hour of work
-    if not isinstance(n_folds, (int, np.integer)) or not 2 <= n_folds <= 20:
-        msg = f"n_folds={n_folds!r}: choose a whole number from 2 to 20."
-        raise ValueError(msg)
-    names = sections[0].genes
-    for other in sections[1:]:
-        names = names.intersection(other.genes, sort=False)
-    if len(names) == 0:
-        msg = "the sections have no gene in common, so that nothing can be learnt from them together."
-        raise ValueError(msg)
+    names = check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections)
     everything = sparse.vstack([s.expression[:, s.genes.get_indexer(names)] for s in sections]).tocsr()
     spread_out = np.vstack([s.xy_um + [_FAR_UM * i, 0] for i, s in enumerate(sections)])
     fold = random_folds(len(spread_out), n_folds=n_folds, rng=rng)
@@ -310,31 +334,15 @@ def _select(
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
     """Genes to predict; genes each fold's training spots would choose, (folds, genes); which vary most in space."""
     n_folds = int(fold.max()) + 1
-    if isinstance(genes, (int, np.integer)) and not isinstance(genes, bool):
-        if genes < 1:
-            msg = f"genes={genes!r}: pass a number above 0, a list of gene names, or 'all'."
-            raise ValueError(msg)
+    if isinstance(genes, (int, np.integer)):
         n = min(int(genes), len(names))
         final = choose_genes(expression, xy, n_genes=n)
         per_fold = np.stack([choose_genes(expression[fold != f], xy[fold != f], n_genes=n) for f in range(n_folds)])
         return final, per_fold, final
-    if not isinstance(genes, str) and (not isinstance(genes, Collection) or len(genes) == 0):
-        msg = f"genes={genes!r}: pass a number above 0, a list of gene names, or 'all'."
-        raise ValueError(msg)
-    if isinstance(genes, str) and genes != "all":
-        msg = f"genes={genes!r}: pass a number, a list of gene names, or 'all' (one gene: genes=[{genes!r}])."
-        raise ValueError(msg)
     if isinstance(genes, str):
         final = np.asarray((expression > 0).sum(axis=0)).ravel() > 0
     else:
-        wanted = pd.Index([str(g) for g in genes])
-        missing = wanted.difference(names)
-        if len(missing):
-            close = [c for m in missing[:3] for c in difflib.get_close_matches(m, names, n=1)]
-            hint = f" Similar names: {close}." if close else ""
-            msg = f"genes: {len(missing)} of {len(wanted)} names are not in the table ({list(missing[:5])}).{hint}"
-            raise ValueError(msg)
-        final = np.asarray(names.isin(wanted))
+        final = np.asarray(names.isin([str(g) for g in genes]))
     variable = final & choose_genes(expression, xy, n_genes=min(1000, len(names)))
     # scanpy's PCA takes the highly variable genes: with none marked it would have nothing to work on
     highly_variable = variable if variable.any() else final

@@ -27,19 +27,19 @@ def main(*, quiet: bool) -> None:
 
 def _fail(err: Exception) -> None:
     """End with the message a user can act on, without a traceback."""
-    click.echo(f"histosge: {err.args[0] if err.args else err}", err=True)
+    # a KeyError would print its message in quotes; an error of the system has its number first
+    click.echo(f"histosge: {err.args[0] if isinstance(err, KeyError) and err.args else err}", err=True)
     sys.exit(1)
 
 
-def _prepare_folder(path: Path, *, overwrite: bool, marks: tuple[str, ...]) -> None:
-    """Make room for results; a folder is only ever replaced if it looks like one of ours."""
+def _refuse_foreign(path: Path, *, overwrite: bool, marks: tuple[str, ...]) -> None:
+    """Refuse to write where something is; with ``overwrite``, where that does not look like results of ours."""
     if not path.exists():
         return
     if not overwrite or not any((path / mark).exists() for mark in marks):
         hint = "pass --overwrite to replace it" if not overwrite else "it does not look like results of histosge"
         msg = f"{path} exists already: {hint}, or choose another name."
         raise FileExistsError(msg)
-    shutil.rmtree(path)
 
 
 @main.command()
@@ -61,9 +61,10 @@ def demo(*, out: Path, seed: int) -> None:
 
     start = time()
     try:
-        _prepare_folder(out, overwrite=True, marks=("section.zarr", "expression.png"))
+        _refuse_foreign(out, overwrite=True, marks=("section.zarr", "expression.png"))
     except FileExistsError as err:
         _fail(err)
+    shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     sdata = sge.datasets.synthetic(rng=seed)
     click.echo("1. a synthetic section: H&E image, Visium-like spots, Poisson counts, truth known everywhere")
@@ -133,16 +134,21 @@ def predict(
 
     wanted: int | str | list[str] = int(genes) if genes.isdigit() else genes if genes == "all" else genes.split(",")
     try:
-        if target.resolve() == source.resolve():
-            msg = f"OUT.zarr is IN.zarr ({target}): choose another name, nothing of the input is overwritten."
+        if source.resolve().is_relative_to(target.resolve()):
+            msg = f"OUT.zarr is or holds IN.zarr ({target}): choose another name, nothing of the input is overwritten."
             raise ValueError(msg)
-        _prepare_folder(target, overwrite=overwrite, marks=("zarr.json", ".zgroup", ".zattrs"))
+        _refuse_foreign(target, overwrite=overwrite, marks=("zarr.json", ".zgroup", ".zattrs"))
         sdata = sd.read_zarr(source)
         if weights is not None:
             options["encoder"] = sge.load_encoder(options["encoder"], weights=weights)
         sge.tl.predict(sdata, genes=wanted, rng=seed, **options)  # type: ignore[arg-type]
-        sdata.write(target)
-    except (ValueError, KeyError, RuntimeError, OSError) as err:
+        fresh = target.with_name(f".{target.name}.part")  # what was there stays until there is something better
+        shutil.rmtree(fresh, ignore_errors=True)
+        sdata.write(fresh)
+        if target.exists():
+            shutil.rmtree(target)
+        fresh.rename(target)
+    except (ValueError, KeyError, RuntimeError, OSError, ImportError) as err:
         _fail(err)
     logger.info("wrote %s", target)
 

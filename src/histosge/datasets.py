@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from histosge._section import centroids
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from spatialdata import SpatialData
@@ -144,7 +146,7 @@ def synthetic_truth(sdata: SpatialData, *, target_key: str = "spots") -> pd.Data
     >>> sge.datasets.synthetic_truth(sdata).shape[1]
     60
     """
-    from spatialdata import get_centroids
+    from spatialdata.transformations import get_transformation
 
     tables = [t for t in sdata.tables.values() if _UNS in t.uns]
     if not tables:
@@ -155,11 +157,11 @@ def synthetic_truth(sdata: SpatialData, *, target_key: str = "spots") -> pd.Data
         raise KeyError(msg)
     params = {k: int(v) for k, v in tables[0].uns[_UNS].items()}
     fields, _ = _fields(params)
-    place = get_centroids(sdata.shapes[target_key], coordinate_system="synthetic").compute()
-    rate = _rates(fields, params, place[["x", "y"]].to_numpy())
-    index = sdata.shapes[target_key].index
+    element = sdata.shapes[target_key]
+    matrix = get_transformation(element, to_coordinate_system="synthetic").to_affine_matrix(("x", "y"), ("x", "y"))
+    rate = _rates(fields, params, centroids(element) @ matrix[:2, :2].T + matrix[:2, 2])
     log_rate = np.log1p(1e4 * rate / rate.sum(1, keepdims=True))
-    return pd.DataFrame(log_rate, index=place.index, columns=_gene_names(params["n_genes"])).loc[index]
+    return pd.DataFrame(log_rate, index=element.index, columns=_gene_names(params["n_genes"]))
 
 
 def _gene_names(n: int) -> list[str]:

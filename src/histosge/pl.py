@@ -45,7 +45,7 @@ def expression(
     obs
         Column of the predicted table's ``obs`` to draw as well, for example ``"leiden"``.
     layer
-        Layer of the measured table that holds the counts. ``None`` takes ``X``.
+        Layer of the measured table that holds the counts. ``None`` takes the one that was predicted from.
     cmap
         Colour map of the expression.
     panel_size
@@ -94,7 +94,7 @@ def expression(
         spots_key=made["spots"],
         table_key=made["table"],
         coordinate_system=made["coordinate_system"],
-        layer=layer,
+        layer=layer if layer is not None else made.get("layer"),
         mpp=float(made["mpp"]),
         report=False,
     )
@@ -122,7 +122,7 @@ def expression(
         _draw(row[1], spots, measured, cmap=cmap, title=f"{gene}, measured")
         _draw(row[2], shapes, predicted, cmap=cmap, title=f"{gene}, predicted (held-out PCC {pcc:.2f})")
         if obs is not None:
-            _draw(row[3], shapes, table.obs[obs].to_numpy(), cmap=cmap, title=obs)
+            _draw(row[3], shapes, table.obs[obs].to_numpy(), cmap=cmap, title=obs, label=obs)
         low, high = section.xy_px.min(0), section.xy_px.max(0)
         margin = section.pitch_um / section.mpp
         for ax in row:
@@ -152,7 +152,13 @@ def _outlines(
 
 
 def _draw(
-    ax: Axes, shapes: tuple[NDArray[np.float64], NDArray[np.float64]], values: Any, *, cmap: str, title: str
+    ax: Axes,
+    shapes: tuple[NDArray[np.float64], NDArray[np.float64]],
+    values: Any,
+    *,
+    cmap: str,
+    title: str,
+    label: str = "log1p expression",
 ) -> None:
     """Draw discs in data coordinates, coloured by numbers or by category."""
     import matplotlib.pyplot as plt
@@ -166,7 +172,7 @@ def _draw(
     if values.dtype.kind in "fiu":
         discs.set(array=values.astype(float), cmap=cmap, clim=tuple(np.percentile(values, [1, 99])))
         ax.add_collection(discs)
-        ax.figure.colorbar(discs, ax=ax, shrink=0.7, label="log1p expression")
+        ax.figure.colorbar(discs, ax=ax, shrink=0.7, label=label)
     else:
         names = sorted(set(values.astype(str)), key=lambda v: (len(v), v))
         colours = plt.get_cmap("tab20")(np.arange(len(names)) % 20)

@@ -11,7 +11,7 @@ import numpy as np
 
 from histosge import _keys
 from histosge._embedding import resolve_device
-from histosge._model import Model, fit_model
+from histosge._model import Model, check_arguments, fit_model
 from histosge._recipe import DEFAULT_ENCODER, again, embed_targets, own_spots, prepare
 from histosge._recipe import provenance as recipe_provenance
 from histosge._section import (
@@ -237,10 +237,9 @@ def fit(
     if not several:
         msg = "sdata is an empty list: pass at least one section."
         raise ValueError(msg)
-    sections, values = [], []
     where = resolve_device(device)
-    for one in several:
-        section = read_section(
+    sections = [
+        read_section(
             one,
             image_key=image_key,
             spots_key=spots_key,
@@ -250,8 +249,12 @@ def fit(
             mpp=mpp,
             pitch_um=pitch_um,
         )
+        for one in several
+    ]
+    check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections)
+    values = []
+    for one, section in zip(several, sections, strict=True):
         encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack)
-        sections.append(section)
         spots = own_spots(section)
         values.append(
             embed_targets(one, section, spots, encoder, recipe, device=where, batch_size=batch_size, progress=progress)
@@ -417,7 +420,9 @@ def predict(
         mpp=mpp,
         pitch_um=pitch_um,
     )
-    if model is not None:
+    if model is None:
+        check_arguments(head=head, genes=genes, n_folds=n_folds, sections=[section])
+    else:
         encoder, tile_um, stack = again(model.recipe, encoder)
     encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack)
     where = resolve_device(device)
@@ -462,7 +467,7 @@ def predict(
         targets,
         expression=expression,
         var=model.scores.copy(),
-        provenance=_provenance(section, targets, model, seed),
+        provenance=_provenance(section, targets, model, seed, layer),
     )
     if not inplace:
         return table
@@ -474,7 +479,7 @@ def predict(
     return None
 
 
-def _provenance(section: Section, targets: Targets, model: Model, seed: int | str) -> dict[str, Any]:
+def _provenance(section: Section, targets: Targets, model: Model, seed: int | str, layer: str | None) -> dict[str, Any]:
     return {
         **recipe_provenance(section, model.recipe),
         "head": model.head,
@@ -483,6 +488,7 @@ def _provenance(section: Section, targets: Targets, model: Model, seed: int | st
         "seed": seed,
         "spots": section.spots_key,
         "table": section.table_key,
+        **({} if layer is None else {"layer": layer}),
         "coordinate_system": section.coordinate_system,
         "technology": section.technology,
         "mpp_source": section.mpp_source,

@@ -26,12 +26,18 @@ def match_rows(table: AnnData, element: GeoDataFrame, spots_key: str, table_key:
     rows = np.flatnonzero((table.obs[region_key].astype(str) == spots_key).to_numpy())
     left_out = 0
     if "in_tissue" in table.obs:
-        inside = pd.to_numeric(table.obs["in_tissue"], errors="coerce").fillna(1).to_numpy()[rows] > 0
+        words = table.obs["in_tissue"].astype(str).str.lower().replace({"true": "1", "false": "0"})
+        inside = pd.to_numeric(words, errors="coerce").fillna(1).to_numpy()[rows] > 0
         left_out = int((~inside).sum())
         if left_out:
             logger.info("leaving out %d spots with obs['in_tissue'] = 0", left_out)
         rows = rows[inside]
     instances = pd.Index(table.obs[instance_key].to_numpy()[rows])
+    for what, names in ((f"the spots {spots_key!r}", element.index), (f"rows of table {table_key!r}", instances)):
+        if not names.is_unique:
+            twice = list(names[names.duplicated()][:3])
+            msg = f"{what}: names are not unique, so that rows cannot be matched (for example {twice}). Rename or drop them."
+            raise ValueError(msg)
     known = instances.isin(element.index)
     if not known.any():
         msg = (

@@ -52,7 +52,7 @@ def lazy_image(element: Any, key: str) -> LazyImage:
         raise ValueError(msg)
     data = array.data
     if names and not all(n.isdigit() for n in names):
-        if set(names) - set(_RGB_NAMES) or len({_RGB_NAMES[n] for n in names}) != len(names):
+        if sorted(_RGB_NAMES.get(n, -1) for n in names) != list(range(len(names))):
             msg = (
                 f"image {key!r} has channels {names}, which are not red, green and blue: it does not look like H&E. "
                 "Pass image_key= of a colour image, or rename its channels to r, g, b."

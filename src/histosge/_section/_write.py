@@ -86,7 +86,7 @@ def lay_targets(
         places = square_bins(section.xy_px, bin_px=bin_um / section.mpp, margin_px=reach_um / section.mpp)
     elif section.lattice is None:
         msg = (
-            f"upsample={upsample}: the spots of {section.spots_key!r} lie on no lattice, so that there is no 'between' "
+            f"upsample={upsample or 4}: the spots of {section.spots_key!r} lie on no lattice, so that there is no 'between' "
             "to fill. Pass bin_um= or target_key= instead."
         )
         raise ValueError(msg)
@@ -146,7 +146,8 @@ def shapes_element(sdata: SpatialData, section: Section, places: Places, *, squa
     from spatialdata.transformations import get_transformation
 
     back = np.asarray(np.linalg.inv(section.to_image), np.float64)
-    transformations = get_transformation(sdata.shapes[section.spots_key], get_all=True)
+    # a dict of its own: moving the places later must not move the spots
+    transformations = dict(get_transformation(sdata.shapes[section.spots_key], get_all=True))
     if square:
         half = places.size_px / 2
         corner = np.array([[-half, -half], [half, -half], [half, half], [-half, half]])
@@ -237,6 +238,17 @@ def find_embedding(
     return np.asarray(table.obsm[_keys.embedding(encoder)], dtype=np.float32)[rows]
 
 
+def _same_places(old: GeoDataFrame, new: GeoDataFrame) -> bool:
+    """Whether two shapes elements are the same, transformations included."""
+    from spatialdata.transformations import get_transformation
+
+    if len(old) != len(new) or set(old.columns) != set(new.columns):
+        return False
+    return old.equals(new[old.columns]) and get_transformation(old, get_all=True) == get_transformation(
+        new, get_all=True
+    )
+
+
 def _alike(a: Any, b: Any) -> bool:
     """Compare what was written into ``uns`` with what came back from disk, where numbers are numpy's."""
     if isinstance(a, dict) and isinstance(b, dict):
@@ -265,15 +277,23 @@ def commit(
             by = f" (annotated by {others})" if others else ""
             msg = f"shapes {key!r} were not laid by histosge{by}; choose another key_added=, or remove them first."
             raise ValueError(msg)
-    for key in [*shapes, *tables]:
-        if key in sdata and key not in sdata.tables and key not in sdata.shapes:
-            msg = f"key_added={key!r} is taken by another element of this SpatialData; choose another name."
-            raise ValueError(msg)
+    for kind, keys in (("shapes", shapes), ("tables", tables)):
+        for key in keys:
+            # SpatialData tells names apart by neither kind nor case
+            taken = [(k, name) for k, name, _ in sdata.gen_elements() if name.lower() == key.lower()]
+            if any((k, name) != (kind, key) for k, name in taken):
+                msg = (
+                    f"key_added={key!r} is taken by another element of this SpatialData "
+                    f"({', '.join(f'{k}[{name!r}]' for k, name in taken)}); choose another name."
+                )
+                raise ValueError(msg)
     if dry_run:
         return
     for name, holder in (("shapes", shapes), ("tables", tables)):
         for key, element in holder.items():
             existing = getattr(sdata, name)
+            if key in existing and name == "shapes" and _same_places(existing[key], element):
+                continue  # tables on these places stay true
             if key in existing:
                 logger.warning("replacing sdata.%s[%r] of an earlier run", name, key)
                 # tables of ours on the old places describe places that are no more
