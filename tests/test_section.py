@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from importlib.metadata import version
 
 import anndata as ad
 import geopandas as gpd
@@ -12,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import shapely
-from packaging.version import Version
 from scipy import sparse
 from spatialdata import SpatialData, get_pyramid_levels
 from spatialdata.models import Image2DModel, ShapesModel, TableModel
@@ -614,11 +612,6 @@ def test_wrong_keys(sdata):
     )
 
 
-@pytest.mark.xfail(
-    Version(version("anndata")) >= Version("0.13"),
-    strict=True,
-    reason="bug: anndata 0.13 lists X as layer None, and so do we",
-)
 def test_only_layers_are_listed(sdata):
     sdata.tables["table"].layers["counts"] = sdata.tables["table"].X.copy()
     predict_refuses(sdata, r"layers of table 'table': \['counts'\]", KeyError, layer="raw")

@@ -18,6 +18,11 @@ TARGET_SUM = 1e4
 """Counts of a spot are scaled to this sum before log1p, as in the paper."""
 
 
+def named_layers(table: AnnData) -> list[str]:
+    """Names of the layers; anndata 0.13 lists ``X`` among them, as ``None``."""
+    return [name for name in table.layers if name is not None]
+
+
 def match_rows(table: AnnData, element: GeoDataFrame, spots_key: str, table_key: str) -> tuple[Any, pd.Index, int]:
     """Which rows of the table belong to the spots, and which spots these are: matched by name, never by position."""
     from spatialdata.models import get_table_keys
@@ -53,11 +58,11 @@ def match_rows(table: AnnData, element: GeoDataFrame, spots_key: str, table_key:
 
 def read_counts(table: AnnData, layer: str | None, rows: Any, table_key: str) -> sparse.csr_matrix:
     if layer is not None and layer not in table.layers:
-        msg = f"layer={layer!r} is not among the layers of table {table_key!r}: {list(table.layers)} (None means X)."
+        msg = f"layer={layer!r} is not among the layers of table {table_key!r}: {named_layers(table)} (None means X)."
         raise KeyError(msg)
     matrix = table.X if layer is None else table.layers[layer]
     if matrix is None or matrix.shape[1] == 0:
-        msg = f"table {table_key!r} has no values in {'X' if layer is None else layer}. Name a layer: {list(table.layers)}."
+        msg = f"table {table_key!r} has no values in {'X' if layer is None else layer}. Name a layer: {named_layers(table)}."
         raise ValueError(msg)
     part = matrix[rows]
     part = part.compute() if hasattr(part, "compute") else part
@@ -73,7 +78,7 @@ def read_counts(table: AnnData, layer: str | None, rows: Any, table_key: str) ->
     if (part.data < 0).any():
         msg = (
             f"counts of table {table_key!r} hold {(part.data < 0).sum()} negative values (least {part.data.min():.4g}). "
-            f"Pass raw counts or log-normalised values, not scaled ones: layer= one of {list(table.layers)}."
+            f"Pass raw counts or log-normalised values, not scaled ones: layer= one of {named_layers(table)}."
         )
         raise ValueError(msg)
     return part

@@ -20,7 +20,7 @@ from histosge._geometry import (
     recognise,
     similarity_scale,
 )
-from histosge._section._counts import log_normalise, match_rows, read_counts
+from histosge._section._counts import log_normalise, match_rows, named_layers, read_counts
 from histosge._section._image import find_image, lazy_image
 from histosge._settings import logger
 
@@ -107,7 +107,7 @@ def read_section(
     counts = read_counts(table, layer, rows, table_key)
     total = np.asarray(counts.sum(axis=1)).ravel()
     if not (total > 0).any():
-        msg = f"the table {table_key!r} holds no counts at all. Name the layer that does: layer={list(table.layers)}."
+        msg = f"the table {table_key!r} holds no counts at all. Name the layer that does: layer={named_layers(table)}."
         raise ValueError(msg)
     if (total == 0).any():
         logger.warning("leaving out %d of %d spots that have no counts", (total == 0).sum(), len(total))
