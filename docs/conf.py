@@ -73,7 +73,10 @@ nitpick_ignore_regex = [
     # other projects: a link where there is an inventory, plain text where there is none
     (r"py:.*", r"(anndata|collections|dask|geopandas|matplotlib|networkx|numpy|pandas|pathlib|scipy)(\..*)?"),
     (r"py:.*", r"(shapely|spatialdata|torch|types|typing|xarray|np|os)(\..*)?"),
-    (r"py:.*", r"(None|Any|Path|bool|bytes|complex|dict|float|frozenset|int|list|object|set|str|tuple|type|ellipsis|Ellipsis)"),
+    (
+        r"py:.*",
+        r"(None|Any|Path|bool|bytes|complex|dict|float|frozenset|int|list|object|set|str|tuple|type|ellipsis|Ellipsis)",
+    ),
     (r"py:exc", r"[A-Z]\w*(Error|Warning)"),
     # rooms: a public signature may name one of their types, which has no page
     (r"py:.*", r"(histosge\.)?_.*"),

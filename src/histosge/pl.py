@@ -179,7 +179,17 @@ def _draw(
         discs.set_facecolor(list(map(tuple, colours[[names.index(v) for v in values.astype(str)]])))
         ax.add_collection(discs)
         handles = [plt.Line2D([], [], marker="o", ls="", color=c, label=n) for n, c in zip(names, colours, strict=True)]
-        ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, handletextpad=0.1)
+        ax.legend(
+            handles=handles,
+            loc="upper left",
+            bbox_to_anchor=(1, 1),
+            frameon=False,
+            handletextpad=0.1,
+            # a legend taller than its panel would push all panels together
+            ncols=-(-len(names) // 12),
+            fontsize=8,
+            columnspacing=0.5,
+        )
     ax.set_title(title)
     ax.set_facecolor("white")
 
