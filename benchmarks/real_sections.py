@@ -74,7 +74,7 @@ def seurat_genes(table, n_top: int = 1000) -> list[str]:
     return list(known.var_names[known.var["highly_variable"]])
 
 
-def heads(name: str, seeds: int, which: list[str]) -> None:
+def heads(name: str, seeds: int, which: list[str], choices: list[str]) -> None:
     """Train on a random half of the spots, score on the other half; genes chosen in the training half."""
     import histosge as sge
     from histosge._evaluation import correlation
@@ -88,7 +88,8 @@ def heads(name: str, seeds: int, which: list[str]) -> None:
                 sge.tl.embed(sdata, target_key=target, encoder="stain-texture")
             counts = np.asarray(held.X.todense() if hasattr(held.X, "todense") else held.X, dtype=float)
             measured = np.log1p(1e4 * counts / counts.sum(1, keepdims=True))
-            for choice, genes in (("dispersion", seurat_genes(sdata["table"])), ("default", 1000)):
+            for choice in choices:
+                genes = seurat_genes(sdata["table"]) if choice == "dispersion" else 1000
                 for head in which:
                     start = time()
                     model = sge.tl.fit(sdata, encoder="stain-texture", head=head, genes=genes, rng=seed)
@@ -109,13 +110,14 @@ def main() -> None:
     parser.add_argument("--sections", nargs="+", default=["mouse_colon_visium", "her2st/C2"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--heads", nargs="+", default=["in-context", "published", "ridge", "nearest", "mean"])
+    parser.add_argument("--genes", nargs="+", default=["dispersion", "default"], choices=["dispersion", "default"])
     parser.add_argument("--skip-heads", action="store_true")
     parser.add_argument("--skip-path", action="store_true")
     options = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     for name in options.sections:
         jobs = [] if options.skip_path else [(whole_path, (name,))]
-        jobs += [] if options.skip_heads else [(heads, (name, options.seeds, options.heads))]
+        jobs += [] if options.skip_heads else [(heads, (name, options.seeds, options.heads, options.genes))]
         for job, arguments in jobs:
             process = spawn.Process(target=job, args=arguments)
             process.start()
