@@ -57,7 +57,7 @@ def demo(*, out: Path, seed: int) -> None:
     import scanpy as sc
 
     import histosge as sge
-    from histosge._evaluation import correlation
+    from histosge._metrics import correlation
 
     start = time()
     try:

@@ -1,0 +1,9 @@
+"""Compute: embed, fit, predict, evaluate, find domains."""
+
+from __future__ import annotations
+
+from histosge.tl._embed import embed
+from histosge.tl._fit import fit
+from histosge.tl._predict import predict
+
+__all__ = ["embed", "fit", "predict"]

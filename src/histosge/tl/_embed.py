@@ -1,0 +1,126 @@
+"""Embed places of the image."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from histosge import _keys
+from histosge._embedding import resolve_device
+from histosge._recipe import DEFAULT_ENCODER, embed_targets, own_spots, prepare, provenance
+from histosge._section import commit, embedding_table, read_section, read_targets
+from histosge._settings import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+
+def embed(
+    sdata: SpatialData,
+    *,
+    target_key: str | None = None,
+    encoder: Any = DEFAULT_ENCODER,
+    tile_um: float | None = None,
+    stack: Sequence[str] = ("pilm",),
+    image_key: str | None = None,
+    spots_key: str | None = None,
+    table_key: str | None = None,
+    layer: str | None = None,
+    coordinate_system: str | None = None,
+    mpp: float | None = None,
+    pitch_um: float | None = None,
+    device: str | None = None,
+    batch_size: int = 64,
+    progress: bool | None = None,
+    inplace: bool = True,
+) -> AnnData | None:
+    """Embed places of the H&E image with a pathology image large model.
+
+    Each place is the centre of a tile at the physical scale the encoder was trained at. The image is read block by
+    block; its size does not matter for memory.
+
+    Parameters
+    ----------
+    sdata
+        Section with an H&E image and measured spots.
+    target_key
+        Shapes to embed. ``None`` takes the measured spots.
+    encoder
+        Name of an encoder (see :func:`histosge.encoders`), or one that :func:`histosge.load_encoder` made.
+    tile_um
+        Edge of a tile in µm. ``None`` takes the encoder's own, at which it was trained.
+    stack
+        Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
+    image_key
+        H&E image in ``sdata.images``. ``None`` takes the only one.
+    spots_key
+        Measured spots in ``sdata.shapes``. ``None`` takes the only ones that a table annotates.
+    table_key
+        Table with the counts of the spots. ``None`` takes the only one.
+    layer
+        Layer of the table that holds the counts. ``None`` takes ``X``.
+    coordinate_system
+        Coordinate system that aligns image and spots. ``None`` takes one that holds both.
+    mpp
+        µm per pixel of the image. ``None`` takes it from the pitch of the spots.
+    pitch_um
+        Distance of neighbouring spots in µm. ``None`` takes the technology's: Visium 100, ST 200.
+    device
+        Where to compute. ``None`` takes ``settings.device``, else a GPU if there is one.
+    batch_size
+        Tiles per forward pass.
+    progress
+        Show the progress bar. ``None`` follows ``settings.progress``.
+    inplace
+        Write into ``sdata``, or return the table.
+
+    Returns
+    -------
+    ``None``, or with ``inplace=False`` the table. Written:
+
+    ``sdata.tables["{target}_{encoder}"]``
+        Annotates the target shapes, one row each, with ``obsm["X_{encoder}"]`` (n, d) float32 embeddings,
+        ``obsm["spatial"]`` (n, 2) float64 (x, y) in pixels of the image, and ``uns["histosge"]`` provenance.
+
+    Raises
+    ------
+    ValueError
+        Where the section cannot be read, the encoder is unknown, or the image is too coarse for it.
+    RuntimeError
+        Where the encoder's weights cannot be had, or memory runs out (``batch_size``).
+
+    Examples
+    --------
+    >>> import histosge as sge
+    >>> sdata = sge.datasets.synthetic()
+    >>> sge.tl.embed(sdata, encoder="stain-texture")
+    >>> sdata.tables["spots_stain-texture"].obsm["X_stain-texture"].shape[1]
+    120
+    """
+    section = read_section(
+        sdata,
+        image_key=image_key,
+        spots_key=spots_key,
+        table_key=table_key,
+        layer=layer,
+        coordinate_system=coordinate_system,
+        mpp=mpp,
+        pitch_um=pitch_um,
+    )
+    encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack)
+    if target_key is None:
+        target_key = section.spots_key
+    targets = own_spots(section) if target_key == section.spots_key else read_targets(sdata, section, target_key)
+    where = resolve_device(device)
+    values = embed_targets(
+        sdata, section, targets, encoder, recipe, device=where, batch_size=batch_size, progress=progress
+    )
+    table = embedding_table(targets, encoder=encoder.spec.name, values=values, provenance=provenance(section, recipe))
+    if not inplace:
+        return table
+    name = _keys.embedding_table(target_key, encoder.spec.name)
+    commit(sdata, tables={name: table})
+    logger.info("added %d embeddings x %d to sdata.tables[%r]", *values.shape, name)
+    return None

@@ -1,0 +1,144 @@
+"""Train a head on the measured spots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from histosge._embedding import resolve_device
+from histosge._model import Model, check_arguments, fit_model
+from histosge._recipe import DEFAULT_ENCODER, embed_targets, own_spots, prepare
+from histosge._section import read_section
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+
+def fit(
+    sdata: SpatialData | Sequence[SpatialData],
+    *,
+    encoder: Any = DEFAULT_ENCODER,
+    head: str = "in-context",
+    genes: int | Sequence[str] | str = 1000,
+    tile_um: float | None = None,
+    stack: Sequence[str] = ("pilm",),
+    n_folds: int = 5,
+    head_options: dict[str, Any] | None = None,
+    image_key: str | None = None,
+    spots_key: str | None = None,
+    table_key: str | None = None,
+    layer: str | None = None,
+    coordinate_system: str | None = None,
+    mpp: float | None = None,
+    pitch_um: float | None = None,
+    device: str | None = None,
+    batch_size: int = 64,
+    rng: int | np.random.Generator | None = 0,
+    progress: bool | None = None,
+) -> Model:
+    """Train a head on the measured spots of one or more sections.
+
+    The spots are dealt into folds; for each fold a head is trained on all others, with early stopping on spots of
+    its own, and predicts the fold it never saw. The model is the mean of these heads; its scores are the held-out
+    ones, beside those of ridge regression and inverse-distance interpolation on the same folds. Genes are chosen,
+    and everything is scaled, inside the training spots of each fold.
+
+    Parameters
+    ----------
+    sdata
+        Section with an H&E image and measured spots, or a list of sections.
+    encoder
+        Name of an encoder (see :func:`histosge.encoders`), or one that :func:`histosge.load_encoder` made.
+    head
+        ``"in-context"`` (attention over measured neighbours, the default), ``"published"`` (the paper's network,
+        repaired), ``"ridge"``, ``"nearest"`` or ``"mean"``.
+    genes
+        Number of genes, chosen by spatial autocorrelation; a list of names; or ``"all"`` that were seen.
+    tile_um
+        Edge of a tile in µm. ``None`` takes the encoder's own, at which it was trained.
+    stack
+        Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
+    n_folds
+        Folds of the spots, 2 to 20.
+    head_options
+        Arguments of the head, for example ``{"n_neighbours": 30}``.
+    image_key
+        H&E image in ``sdata.images``. ``None`` takes the only one.
+    spots_key
+        Measured spots in ``sdata.shapes``. ``None`` takes the only ones that a table annotates.
+    table_key
+        Table with the counts of the spots. ``None`` takes the only one.
+    layer
+        Layer of the table that holds the counts. ``None`` takes ``X``.
+    coordinate_system
+        Coordinate system that aligns image and spots. ``None`` takes one that holds both.
+    mpp
+        µm per pixel of the image. ``None`` takes it from the pitch of the spots.
+    pitch_um
+        Distance of neighbouring spots in µm. ``None`` takes the technology's: Visium 100, ST 200.
+    device
+        Where to compute. ``None`` takes ``settings.device``, else a GPU if there is one.
+    batch_size
+        Tiles per forward pass of the encoder.
+    rng
+        Seed or generator. The same seed gives the same model on the same machine.
+    progress
+        Show progress bars. ``None`` follows ``settings.progress``.
+
+    Returns
+    -------
+    The model, with held-out scores in ``model.scores`` and ``model.held_out``. Nothing is written into ``sdata``.
+
+    Raises
+    ------
+    ValueError
+        Where a section cannot be read, or a head, gene or encoder is unknown.
+
+    Examples
+    --------
+    >>> import histosge as sge
+    >>> sdata = sge.datasets.synthetic()
+    >>> model = sge.tl.fit(sdata, encoder="stain-texture", head="ridge", genes=20)
+    >>> sorted(model.held_out)
+    ['nearest', 'ridge']
+    """
+    several = list(sdata) if isinstance(sdata, Sequence) else [sdata]
+    if not several:
+        msg = "sdata is an empty list: pass at least one section."
+        raise ValueError(msg)
+    where = resolve_device(device)
+    sections = [
+        read_section(
+            one,
+            image_key=image_key,
+            spots_key=spots_key,
+            table_key=table_key,
+            layer=layer,
+            coordinate_system=coordinate_system,
+            mpp=mpp,
+            pitch_um=pitch_um,
+        )
+        for one in several
+    ]
+    check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections)
+    values = []
+    for one, section in zip(several, sections, strict=True):
+        encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack)
+        spots = own_spots(section)
+        values.append(
+            embed_targets(one, section, spots, encoder, recipe, device=where, batch_size=batch_size, progress=progress)
+        )
+    return fit_model(
+        sections,
+        values,
+        recipe=recipe,
+        head=head,
+        genes=genes,
+        n_folds=n_folds,
+        rng=np.random.default_rng(rng),
+        device=where,
+        head_options=head_options,
+        progress=progress,
+    )
