@@ -142,6 +142,33 @@ def test_all_genes_at_the_spots(source, tmp_path):
     assert sd.read_zarr(tmp_path / "out.zarr").tables["histosge"].n_vars == 8
 
 
+@pytest.mark.parametrize(("level", "wanted"), [("0.5", 0.5), ("none", None), (None, 0.9)])
+def test_level_arrives(source, tmp_path, level, wanted):
+    options = [] if level is None else ["--level", level]
+    done = run("predict", source, tmp_path / "out.zarr", *FAST, *options)
+    assert done.exit_code == 0, done.output
+    table = sd.read_zarr(tmp_path / "out.zarr").tables["histosge"]
+    assert table.uns["histosge"].get("level") == wanted
+    assert {name for name in table.layers if name} == (set() if wanted is None else {"sd", "lower", "upper"})
+    if wanted is not None:
+        assert (table.layers["lower"] <= table.X).all()
+        assert (table.layers["upper"] >= table.X).all()
+
+
+def test_level_that_is_no_number(source, tmp_path):
+    told = fails("predict", source, tmp_path / "out.zarr", *FAST, "--level", "high", code=2)
+    assert "'high' is neither a number between 0 and 1, such as 0.9, nor 'none'" in told
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_several_heads_arrive(source, tmp_path):
+    done = run("predict", source, tmp_path / "out.zarr", *FAST, "--head", "ridge+nearest")
+    assert done.exit_code == 0, done.output
+    told = sd.read_zarr(tmp_path / "out.zarr").tables["histosge"].uns["histosge"]
+    assert told["head"] == "ridge+nearest"
+    assert set(told["held_out"]) == {"ridge+nearest", "ridge", "nearest"}
+
+
 def test_nothing_is_overwritten(source, tmp_path):
     out = tmp_path / "out.zarr"
     out.mkdir()
@@ -212,6 +239,8 @@ def test_output_is_never_around_the_input(tmp_path, overwrite):
         (["--upsample", "4", "--bin-um", "8"], "pass one of them"),
         (["--key-added", "a b"], "key_added='a b' is not a valid name"),
         (["--device", "gpu"], "device='gpu' is not a device torch knows"),
+        (["--level", "1.5"], "level=1.5: choose a share between 0 and 1, such as 0.9"),
+        (["--level", "nan"], "level=nan: choose a share between 0 and 1"),
         (["--batch-size", "0"], "batch_size=0: pass a whole number"),
     ],
 )

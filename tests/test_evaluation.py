@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import sparse, stats
 
 from histosge._evaluation import (
@@ -15,14 +13,12 @@ from histosge._evaluation import (
     choose_genes,
     compare,
     cross_fit,
-    random_folds,
     score,
     summary,
 )
-from histosge._heads import Spots
+from histosge._heads import HEADS, Places, Spots, get_head
 from histosge._metrics import morans_i
-
-properties = settings(deadline=None, max_examples=25)
+from histosge._splits import random_folds
 
 
 def grid(n=10):
@@ -82,26 +78,6 @@ def test_stored_zeros_are_not_expression():
     assert (choose_genes(stored, xy, n_genes=70) == want).all()
 
 
-# -------------------------------------------------------------------------------------------------------- folds
-
-
-@properties
-@given(st.integers(30, 500), st.integers(2, 20), st.integers(0, 99))
-def test_folds_are_of_equal_size(n, n_folds, seed):
-    fold = random_folds(n, n_folds=n_folds, rng=np.random.default_rng(seed))
-    sizes = np.bincount(fold)
-    assert len(fold) == n
-    assert len(sizes) == n_folds
-    assert np.ptp(sizes) <= 1
-    assert (fold == random_folds(n, n_folds=n_folds, rng=np.random.default_rng(seed))).all()
-
-
-def test_folds_are_random():
-    folds = [random_folds(100, n_folds=5, rng=np.random.default_rng(seed)) for seed in (0, 1)]
-    assert 0.1 < (folds[0] == folds[1]).mean() < 0.35
-    assert abs(stats.pearsonr(folds[0], np.arange(100)).statistic) < 0.3
-
-
 # ----------------------------------------------------------------------------------------------------- cross-fit
 
 
@@ -110,18 +86,87 @@ def spots(expression, xy, embedding=None):
     return Spots(*(torch.as_tensor(np.asarray(a), dtype=torch.float32) for a in (embedding, expression, xy)), 100.0)
 
 
+def noise_spots(n=6, n_genes=4):
+    rng = np.random.default_rng(0)
+    return spots(rng.random((n * n, n_genes)), grid(n)), np.arange(n * n) % 3
+
+
+def fit(s, head, fold, **more):
+    return cross_fit(s, head=head, fold=fold, rng=np.random.default_rng(0), progress=False, **more)
+
+
 def test_cross_fit_predicts_each_spot_from_the_other_folds():
     """With the gene mean this is known exactly."""
-    xy = grid(6)
-    expression = np.random.default_rng(0).random((36, 4))
-    fold = np.arange(36) % 3
-    found = cross_fit(spots(expression, xy), head="mean", fold=fold, rng=np.random.default_rng(0))
-    assert len(found.heads) == 3
+    s, fold = noise_spots()
+    found = fit(s, "mean", fold)
+    expression = s.expression.numpy()
     assert (found.fold == fold).all()
     for one in range(3):
-        expected = expression[fold != one].mean(0)
-        assert np.allclose(found.held_out[fold == one], expected, atol=1e-6)
-        assert np.allclose(found.heads[one].mean, expected, atol=1e-6)
+        assert np.allclose(found.held_out[fold == one], expression[fold != one].mean(0), atol=1e-6)
+
+
+def test_a_head_that_is_not_a_network_goes_on_fitted_on_all_spots():
+    s, fold = noise_spots()
+    [(weight, head)] = fit(s, "mean", fold).heads
+    assert weight == 1
+    assert np.allclose(head.mean, s.expression.mean(0), atol=1e-6)
+
+
+def test_networks_of_all_folds_go_on():
+    """Each is the one that predicted its fold."""
+    s, fold = noise_spots()
+    found = fit(s, "coordinates", fold, options={"n_steps": 20})
+    assert [weight for weight, _ in found.heads] == pytest.approx([1 / 3] * 3)
+    for one, (_, head) in enumerate(found.heads):
+        rows = torch.as_tensor(np.flatnonzero(fold == one))
+        said = head.predict(_places(s.take(rows)), context=s.take(torch.as_tensor(np.flatnonzero(fold != one))))
+        assert np.allclose(found.held_out[fold == one], said.clamp_min(0), atol=1e-6)
+
+
+def test_which_heads_are_networks():
+    assert {name for name in HEADS if get_head(name).averaged} == {"in-context", "published", "coordinates"}
+
+
+def test_held_out_of_joined_heads_is_the_mean_of_theirs():
+    s, fold = noise_spots()
+    found = fit(s, "ridge + nearest+mean", fold, options={"nearest": {"n_neighbours": 3}})
+    assert list(found.parts) == ["ridge", "nearest", "mean"]
+    for name, part in found.parts.items():
+        alone = fit(s, name, fold, options={"n_neighbours": 3} if name == "nearest" else None)
+        assert (part == alone.held_out).all()
+        assert alone.parts.keys() == {name}
+        assert (alone.parts[name] == alone.held_out).all()
+    mean = (found.parts["ridge"] + found.parts["nearest"] + found.parts["mean"]) / 3
+    assert np.allclose(found.held_out, mean, atol=1e-6)
+    assert not np.allclose(found.held_out, found.parts["ridge"], atol=0.01)
+    assert found.held_out.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("head", "weights"),
+    [
+        ("ridge", [("ridge", 1)]),
+        ("ridge+nearest", [("ridge", 1 / 2), ("nearest", 1 / 2)]),
+        ("coordinates+kriging", [("coordinates", 1 / 6)] * 3 + [("kriging", 1 / 2)]),
+        ("mean+coordinates+ridge", [("mean", 1 / 3), *[("coordinates", 1 / 9)] * 3, ("ridge", 1 / 3)]),
+    ],
+)
+def test_every_name_weighs_the_same_however_many_heads_it_has(head, weights):
+    s, fold = noise_spots()
+    options = {"coordinates": {"n_steps": 5}} if "coordinates" in head else None
+    found = fit(s, head, fold, options=options)
+    assert [h.name for _, h in found.heads] == [name for name, _ in weights]
+    assert [w for w, _ in found.heads] == pytest.approx([w for _, w in weights])
+    assert sum(w for w, _ in found.heads) == pytest.approx(1)
+
+
+def test_no_heads_for_new_places_unless_they_are_wanted():
+    s, fold = noise_spots()
+    options = {"coordinates": {"n_steps": 5}}
+    wanted, not_wanted = (fit(s, "coordinates+ridge", fold, options=options, final=f) for f in (True, False))
+    assert len(wanted.heads) == 4
+    assert not_wanted.heads == []
+    assert (wanted.held_out == not_wanted.held_out).all()
 
 
 def test_cross_fit_is_never_negative():
@@ -131,23 +176,40 @@ def test_cross_fit_is_never_negative():
     expression = np.clip(embedding[:, :2] - 0.5, 0, None)
     s = spots(expression, rng.random((60, 2)) * 1000, embedding)
     found = cross_fit(s, head="ridge", fold=np.arange(60) % 3, rng=rng)
-    raw = found.heads[0].predict(_places(s), context=s)
+    raw = found.heads[0][1].predict(_places(s), context=s)
     assert raw.min() < -0.05
     assert found.held_out.min() == 0
 
 
 def _places(s):
-    from histosge._heads import Places
-
     return Places.of(s, hidden=False)
 
 
 def test_cross_fit_passes_options_on():
-    s = spots(np.random.default_rng(0).random((40, 2)), grid(7)[:40])
-    found = cross_fit(
-        s, head="nearest", fold=np.arange(40) % 2, rng=np.random.default_rng(0), options={"n_neighbours": 3}
+    s, fold = noise_spots()
+    assert [h.n_neighbours for _, h in fit(s, "nearest", fold, options={"n_neighbours": 3}).heads] == [3]
+    both = fit(s, "mean+nearest", fold, options={"nearest": {"n_neighbours": 4}})
+    assert both.heads[1][1].n_neighbours == 4
+
+
+def test_options_of_joined_heads_go_by_name():
+    s, fold = noise_spots()
+    message = (
+        r"head_options of \['n_neighbours'\]: head 'ridge\+nearest' takes options by name, .* \{'ridge': \{\.\.\.\}\}"
     )
-    assert [h.n_neighbours for h in found.heads] == [3, 3]
+    with pytest.raises(ValueError, match=message):
+        fit(s, "ridge+nearest", fold, options={"n_neighbours": 3, "nearest": {}})
+
+
+def test_unknown_heads_are_refused_before_anything_is_fitted(monkeypatch):
+    s, fold = noise_spots()
+
+    def never(*_, **__):
+        pytest.fail("was fitted")
+
+    monkeypatch.setattr(get_head("mean"), "fit", never)
+    with pytest.raises(ValueError, match="head='rigde' is unknown"):
+        fit(s, "mean+rigde", fold)
 
 
 # ------------------------------------------------------------------------------------------------------- scores

@@ -1,4 +1,4 @@
-"""The five heads on sections whose expression has a known cause, and the training loop under them."""
+"""The heads on sections whose expression has a known cause, and the training loop under them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import Kernel
 from torch import nn
 
-from histosge._evaluation import correlation, cross_fit
-from histosge._heads import HEADS, Places, Spots, get_head, in_context
+from histosge._evaluation import correlation, cross_fit, score
+from histosge._heads import DEFAULT_HEAD, HEADS, Places, Spots, get_head, in_context, kriging, parts_of
 from histosge._heads import published as published_file
-from histosge._heads._protocol import standardise, standardiser
+from histosge._heads._space import principal, standardise, standardiser
 from histosge._training import Schedule, one_thread, seeded, stopping_spots, train
 
 CPU = torch.device("cpu")
@@ -22,8 +24,9 @@ PITCH = 100.0
 N_GENES = 8
 # genes: 0-2 follow the image, 3-5 a smooth field that the image does not show, 6 is constant, 7 is noise
 IMAGE, SPACE, CONSTANT, NOISE = slice(0, 3), slice(3, 6), 6, 7
-FEW_STEPS = {"published": {"n_steps": 4}}
-SEES_NEIGHBOURS = ("in-context", "nearest")
+FEW_STEPS = {"published": {"n_steps": 4}, "coordinates": {"n_steps": 40}}
+SEES_NEIGHBOURS = ("in-context", "kriging", "nearest")
+NETWORKS = ("in-context", "published", "coordinates")
 every_head = pytest.mark.parametrize("name", sorted(HEADS))
 
 
@@ -101,7 +104,7 @@ def scores(head, known, held_out):
 
 
 def test_registry():
-    assert set(HEADS) == {"in-context", "published", "ridge", "nearest", "mean"}
+    assert set(HEADS) == {"in-context", "kriging", "published", "ridge", "coordinates", "nearest", "mean"}
     for name, head in HEADS.items():
         assert get_head(name) is head
         assert head.name == name
@@ -117,10 +120,35 @@ def test_unknown_head_names_the_closest(wrong, meant):
 
 
 def test_unknown_head_without_a_closest():
-    with pytest.raises(ValueError, match=r"head='xyz' is unknown\. Choose one of \['in-context', 'mean'"):
+    with pytest.raises(
+        ValueError,
+        match=r"head='xyz' is unknown\. Choose one of \['coordinates', 'in-context', 'kriging', .* with '\+'",
+    ):
         get_head("xyz")
     with pytest.raises(ValueError, match="head=None is unknown"):
         get_head(None)
+
+
+def test_parts_are_named_in_the_order_given():
+    assert parts_of("ridge") == ("ridge",)
+    assert parts_of("ridge+in-context + mean") == ("ridge", "in-context", "mean")
+    assert parts_of(DEFAULT_HEAD) == ("in-context", "kriging")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("ridge+krigin", r"head='krigin' is unknown\. Did you mean 'kriging'\?"),
+        ("ridge+", "head='' is unknown"),
+        ("+", "head='' is unknown"),
+        ("", "head='' is unknown"),
+        ("ridge+mean+ridge", r"head='ridge\+mean\+ridge' names a head twice\. Name each once"),
+        (None, "head='None' is unknown"),
+    ],
+)
+def test_impossible_parts_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        parts_of(wrong)
 
 
 @every_head
@@ -147,7 +175,7 @@ def test_same_seed_same_head(name, small):
     assert (torch.get_rng_state() == before).all()
     torch.manual_seed(2)
     assert (fit(name, small, seed=5).predict(Places.of(small), context=small) == one).all()
-    if name in ("in-context", "published"):
+    if name in NETWORKS:
         assert (fit(name, small, seed=6).predict(Places.of(small), context=small) != one).any()
 
 
@@ -168,18 +196,7 @@ def test_state_round_trip(name, small):
     assert again == config
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            "in-context",
-        ),
-        "published",
-        "ridge",
-        "nearest",
-        "mean",
-    ],
-)
+@every_head
 @pytest.mark.usefixtures("few_steps")
 def test_a_restored_head_gives_the_very_same_numbers(name, small):
     head = fit(name, small)
@@ -190,7 +207,7 @@ def test_a_restored_head_gives_the_very_same_numbers(name, small):
     assert (one == other).all()
 
 
-@pytest.mark.parametrize("name", ["in-context", "published", "ridge", "mean"])
+@pytest.mark.parametrize("name", sorted(set(HEADS) - {"nearest"}))
 def test_not_fitted(name, small):
     head = get_head(name)()
     for use in (lambda: head.predict(Places.of(small), context=small), head.state):
@@ -217,7 +234,7 @@ def test_a_place_does_not_see_its_own_measurement(name, small):
     assert (unmasked[0] != unmasked[1]).any() == (name in SEES_NEIGHBOURS)
 
 
-@every_head
+@pytest.mark.parametrize("name", [*sorted(HEADS), DEFAULT_HEAD])
 @pytest.mark.usefixtures("few_steps")
 def test_nothing_of_a_held_out_spot_reaches_its_fold(name, small):
     """The leak that makes scores worthless: held-out measurements changed, held-out predictions must not."""
@@ -227,9 +244,8 @@ def test_nothing_of_a_held_out_spot_reaches_its_fold(name, small):
 
     def held_out(s):
         options = FEW_STEPS.get(name)
-        return cross_fit(
-            s, head=name, fold=fold, rng=np.random.default_rng(0), options=options, progress=False
-        ).held_out
+        rng = np.random.default_rng(0)
+        return cross_fit(s, head=name, fold=fold, rng=rng, options=options, progress=False, final=False).held_out
 
     before, after = held_out(small), held_out(with_expression(small, expression))
     assert (after[fold == 0] == before[fold == 0]).all()
@@ -250,18 +266,7 @@ def test_order_of_the_context_does_not_matter(name, small):
     assert torch.allclose(one, other, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            "in-context",
-        ),
-        "published",
-        "ridge",
-        "nearest",
-        "mean",
-    ],
-)
+@every_head
 @pytest.mark.usefixtures("few_steps")
 def test_no_places_no_rows(name, small):
     none = Places.of(small).take(slice(0, 0))
@@ -301,13 +306,24 @@ def test_nothing_to_learn_from(name, small):
     assert torch.allclose(out, torch.ones(40, 3), atol=0.3)
 
 
-@pytest.mark.parametrize("name", ["in-context", "ridge", "nearest"])
+@pytest.mark.parametrize("name", [DEFAULT_HEAD, *sorted(set(HEADS) - set(parts_of(DEFAULT_HEAD)))])
 def test_permuted_labels_are_not_predicted(name, spots):
-    """Expression of another spot: what is left is noise, of 1 / sqrt(n) for each gene."""
-    order = torch.as_tensor(np.random.default_rng(7).permutation(len(spots)))
-    known, held_out = split(with_expression(spots, spots.expression[order]))
-    found = scores(fit(name, known), known, held_out)
-    assert abs(np.delete(found, CONSTANT).mean()) < 2.5 / np.sqrt(len(held_out) * 3)
+    """Expression of another spot: what is left is noise, of 1 / sqrt(n) for each gene, twice its variance in folds."""
+    options = {"n_steps": 20} if name == "published" else None
+    rng = np.random.default_rng(7)
+    order, fold = torch.as_tensor(rng.permutation(len(spots))), np.arange(len(spots)) % 2
+    noise, truth = with_expression(spots, spots.expression[order]), spots
+    varies = np.arange(N_GENES) != CONSTANT
+    limit = 3 * np.sqrt(2 / (len(spots) * varies.sum()))
+
+    def found(s):
+        fitted = cross_fit(s, head=name, fold=fold, rng=rng, options=options, progress=False, final=False)
+        said = {"all": fitted.held_out, **fitted.parts}
+        return {n: score(p, s.expression.numpy(), fold=fold).pcc[varies].mean() for n, p in said.items()}
+
+    assert all(abs(pcc) < limit for pcc in found(noise).values())
+    if name != "mean":  # … which is not because it cannot predict
+        assert all(pcc > limit for pcc in found(truth).values())
 
 
 # ---------------------------------------------------------------------------------------------- the simple ones
@@ -459,6 +475,36 @@ def test_in_context_without_any_visible_neighbour(trained):
         head.predict(places, context=known.take(torch.arange(0)))
 
 
+def test_in_context_does_not_read_spots_beyond_twenty_pitches(trained):
+    """Other sections, and the far side of a hole."""
+    head, known, held_out = trained
+    place = Places.of(held_out, hidden=False).take(slice(0, 1))
+
+    def said(pitches, *, raised=0.0):
+        one = known.take(torch.arange(1))
+        one = dataclasses.replace(one, xy_um=place.xy_um + torch.tensor([pitches * PITCH, 0.0]))
+        return head.predict(place, context=with_expression(one, one.expression + raised))
+
+    assert (said(20.1) == said(20.1, raised=5)).all()
+    assert (said(19.9) != said(19.9, raised=5)).any()
+    assert (said(20.1) == said(3000)).all()
+
+
+def test_in_context_far_from_all_spots_answers_as_without_any(trained):
+    head, known, held_out = trained
+    places = Places.of(dataclasses.replace(held_out, xy_um=held_out.xy_um + 1e5), hidden=False)
+    far = head.predict(places, context=known)
+    one = held_out.take(torch.arange(1))  # … of which the only one is the place itself
+    alone = [head.predict(dataclasses.replace(p, own=torch.tensor([0])), context=one) for p in each(places)]
+    assert torch.allclose(far, torch.cat(alone), atol=1e-5)
+    near = head.predict(Places.of(held_out, hidden=False), context=known)
+    assert (far - near).abs().mean() > 0.05
+
+
+def each(places):
+    return [places.take(slice(i, i + 1)) for i in range(len(places))]
+
+
 @pytest.mark.parametrize("shift", [(12_345.0, -678.0), (2e5, 0.0)])
 def test_in_context_is_the_same_anywhere(trained, shift):
     """Only relative positions are seen."""
@@ -501,13 +547,288 @@ def test_position_code_tells_directions_apart():
 def test_principal_components_against_exact_svd():
     values = torch.as_tensor(np.random.default_rng(0).standard_normal((60, 30)) @ np.diag(0.8 ** np.arange(30.0)))
     torch.manual_seed(0)
-    mean, axes, spread = in_context._principal(values, 5)
+    mean, axes, spread = principal(values, 5)
     _, size, exact = torch.linalg.svd(values - values.mean(0), full_matrices=False)
     assert torch.allclose(mean, values.mean(0))
     assert torch.allclose(spread, size[:5] / 59**0.5, rtol=1e-4)
     assert torch.allclose((axes * exact[:5]).sum(1).abs(), torch.ones(5, dtype=values.dtype), atol=1e-3)
     # the sign is fixed by the largest entry
     assert (axes.gather(1, axes.abs().argmax(1, keepdim=True)) > 0).all()
+
+
+# ------------------------------------------------------------------------------------------------------- kriging
+
+
+class Covariance(Kernel):
+    """Kriging's covariance in float64: positions in pitches are the first two columns, the image is the others."""
+
+    def __init__(self, lengths, shares):
+        self.lengths, self.shares = lengths, shares
+
+    def __call__(self, a, b=None, eval_gradient=False):
+        b = a if b is None else b
+        apart = np.hypot(*(a[:, None, :2] - b[None, :, :2]).transpose(2, 0, 1))
+        unlike = ((a[:, None, 2:] - b[None, :, 2:]) ** 2).sum(-1)
+        near, image, both_near, both_image = self.lengths
+        return (
+            self.shares[0] * np.exp(-apart / near)
+            + self.shares[1] * np.exp(-unlike / (2 * image**2))
+            + self.shares[2] * np.exp(-apart / both_near) * np.exp(-unlike / (2 * both_image**2))
+            + self.shares[3] * a[:, 2:] @ b[:, 2:].T
+        )
+
+    def diag(self, a):
+        return self.shares[:3].sum() + self.shares[3] * (a[:, 2:] ** 2).sum(1)
+
+    def is_stationary(self):
+        return False
+
+
+def oracle(head, spots, q):
+    """scikit-learn's Gaussian process of component ``q``, lengths and shares as they are."""
+    lengths, shares = (head.parameters[name].double().exp().numpy() for name in ("lengths", "shares"))
+    process = GaussianProcessRegressor(Covariance(lengths, shares[:4, q]), alpha=shares[4, q] + 1e-4, optimizer=None)
+    return process.fit(inputs(head, spots), components(head, spots)[:, q])
+
+
+def inputs(head, where):
+    """Positions in pitches, and image components over their common spread, in float64."""
+    s = {name: tensor.double() for name, tensor in head.space.state().items()}
+    scaled = ((where.embedding.double() - s["mean"]) / s["spread"]).clamp(-5, 5)
+    image = (scaled - s["image_mean"]) @ s["image_axes"].T / s["image_spread"].norm()
+    return np.hstack([where.xy_um.double().numpy() / PITCH, image.numpy()])
+
+
+def components(head, spots):
+    s = {name: tensor.double() for name, tensor in head.space.state().items()}
+    return ((spots.expression.double() - s["gene_mean"]) @ s["gene_axes"].T / s["gene_spread"]).numpy()
+
+
+def to_genes(head, components):
+    s = {name: tensor.double().numpy() for name, tensor in head.space.state().items()}
+    return (components * s["gene_spread"]) @ s["gene_axes"] + s["gene_mean"]
+
+
+@pytest.fixture(scope="module")
+def kriged(spots):
+    """Kriging, with the spots it knows and those it does not."""
+    known, held_out = split(spots)
+    return fit("kriging", known), known, held_out
+
+
+def test_kriging_against_scikit_learn_at_new_places(kriged):
+    head, known, held_out = kriged
+    moved = dataclasses.replace(held_out, xy_um=held_out.xy_um + torch.tensor([31.0, -17.0]))
+    out = head.predict(Places.of(moved, hidden=False), context=known)
+    n = len(head.space.gene_axes)
+    expected = np.column_stack([oracle(head, known, q).predict(inputs(head, moved)) for q in range(n)])
+    assert np.abs(expected).max() > 1
+    assert np.abs(out.numpy() - to_genes(head, expected)).max() < 1e-3
+
+
+def test_kriging_of_another_context_against_scikit_learn(kriged):
+    """Lengths and shares are of the spots learnt from, and what is measured is of the context alone."""
+    head, known, held_out = kriged
+    out = head.predict(Places.of(known, hidden=False), context=held_out)
+    n = len(head.space.gene_axes)
+    expected = np.column_stack([oracle(head, held_out, q).predict(inputs(head, known)) for q in range(n)])
+    assert np.abs(out.numpy() - to_genes(head, expected)).max() < 1e-3
+
+
+def test_kriging_leaves_a_spot_out_as_if_it_had_never_been_there(kriged):
+    """All at once, by one inverse, what refitting without each of the spots says, lengths and shares held."""
+    head, known, _ = kriged
+    at_once = head.predict(Places.of(known), context=known).numpy()
+    n = len(head.space.gene_axes)
+    for i in range(0, len(known), 9):
+        rest, alone = known.take(torch.arange(len(known)) != i), known.take(torch.tensor([i]))
+        without = head.predict(Places.of(alone, hidden=False), context=rest).numpy()[0]
+        assert np.abs(at_once[i] - without).max() < 1e-4
+        if i < 20:
+            expected = np.array([oracle(head, rest, q).predict(inputs(head, alone))[0] for q in range(n)])
+            assert np.abs(at_once[i] - to_genes(head, expected)).max() < 1e-3
+
+
+def test_kriging_marginal_likelihood_goes_up(spots):
+    def likelihood(n_steps):
+        head = fit("kriging", spots, n_steps=n_steps, n_components=6)
+        return sum(oracle(head, spots, q).log_marginal_likelihood_value_ for q in range(6))
+
+    found = [likelihood(n) for n in (0, 3, 10, 30)]
+    assert found == sorted(found)
+    assert found[-1] > found[0] + 100
+
+
+@pytest.mark.parametrize(
+    ("genes", "of_it"),
+    [(IMAGE, (1, 3)), (SPACE, (0,)), (slice(NOISE, NOISE + 1), (4,))],
+    ids=["image", "space", "noise"],
+)
+def test_kriging_finds_what_expression_comes_from(spots, genes, of_it):
+    """Shares of space, image, both, linear image, noise: the cause of the expression has most of its variance."""
+    only = with_expression(spots, spots.expression[:, genes])
+    share = fit("kriging", only).parameters["shares"].exp()
+    assert (share[list(of_it)].sum(0) > 0.6 * share.sum(0)).all()
+
+
+def test_kriging_uses_image_and_neighbours(kriged):
+    head, known, held_out = kriged
+    found = scores(head, known, held_out)
+    assert found[IMAGE].min() > 0.9
+    assert found[SPACE].min() > 0.9
+
+
+def test_kriging_without_context_says_the_prior_mean(kriged):
+    head, known, held_out = kriged
+    mean = known.expression.mean(0)
+    none = head.predict(Places.of(held_out, hidden=False), context=known.take(torch.arange(0)))
+    assert torch.allclose(none, mean.expand(len(held_out), -1), atol=1e-5)
+    one = known.take(torch.arange(1))  # … and so do a hidden spot alone
+    assert torch.allclose(head.predict(Places.of(one), context=one), mean[None], atol=1e-5)
+    # far from everything and unlike nothing: back towards the mean in what the image does not show
+    far = dataclasses.replace(held_out, xy_um=held_out.xy_um + 1e6)
+    out = head.predict(Places.of(far, hidden=False), context=known)
+    assert out[:, SPACE].std(0).max() < 0.5 * held_out.expression[:, SPACE].std(0).min()
+
+
+def test_kriging_reads_the_context_it_is_given(kriged):
+    """What was worked out is kept for one context, and never taken for another."""
+    head, known, held_out = kriged
+    places = Places.of(held_out, hidden=False)
+    before = head.predict(places, context=known)
+    raised = with_expression(known, known.expression + torch.eye(N_GENES)[4])
+    after = head.predict(places, context=raised)
+    assert (after - before)[:, 4].mean() > 0.3
+    assert (head.predict(places, context=known) == before).all()
+    # leaving out is worked out when it is first asked for
+    fresh = get_head("kriging").from_state(*head.state())
+    assert (fresh.predict(places, context=known) == before).all()
+    hidden = fresh.predict(Places.of(known), context=known)
+    assert torch.allclose(hidden, head.predict(Places.of(known), context=known), atol=1e-5)
+    assert (hidden - fresh.predict(Places.of(known, hidden=False), context=known)).abs().max() > 0.05
+
+
+def test_kriging_of_a_context_in_parts_is_that_at_once(kriged, monkeypatch):
+    head, known, held_out = kriged
+    places, counted = Places.of(held_out, hidden=False), []
+    at_once = head.predict(places, context=known)
+    fresh = get_head("kriging").from_state(*head.state())
+    condition = fresh._condition
+    monkeypatch.setattr(fresh, "_condition", lambda *a, **k: counted.append(1) or condition(*a, **k))
+    parts = [fresh.predict(places.take(slice(i, i + 7)), context=known) for i in range(0, len(places), 7)]
+    assert torch.allclose(torch.cat(parts), at_once, atol=1e-5)
+    assert len(counted) == 1
+
+
+def test_kriging_fitted_again_forgets_the_context(small):
+    head = fit("kriging", small, n_steps=0)
+    places = Places.of(small)
+    head.predict(places, context=small)
+    head.config["n_steps"] = 30
+    again = head.fit(small, rng=np.random.default_rng(0), progress=False).predict(places, context=small)
+    assert (again == fit("kriging", small).predict(places, context=small)).all()
+
+
+def test_kriging_learns_from_a_sample_of_the_spots(small):
+    drawn = [fit("kriging", small, n_sample=25, seed=seed).parameters["lengths"] for seed in (0, 0, 1)]
+    assert (drawn[0] == drawn[1]).all()
+    assert (drawn[0] != drawn[2]).any()
+
+
+def in_parts(monkeypatch, *, n_near):
+    """Have kriging predict in parts, each from so many spots."""
+    monkeypatch.setattr(kriging, "_MOST_SPOTS", 50)
+    monkeypatch.setattr(kriging, "_NEAR_SPOTS", n_near)
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """A head, the 675 spots it knows, and 150 others among them."""
+    known, held_out = (s.take(torch.arange(n)) for s, n in zip(split(section(30, 30), seed=1), (675, 150), strict=True))
+    return fit("kriging", known, n_sample=150), known, held_out
+
+
+def test_kriging_in_parts_that_see_all_spots_is_exact(wide, monkeypatch):
+    head, known, held_out = wide
+    places = [Places.of(held_out, hidden=False), Places.of(known)]
+    exact = [head.predict(p, context=known) for p in places]
+    in_parts(monkeypatch, n_near=1000)
+    for one, other in zip(exact, [head.predict(p, context=known) for p in places], strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_kriging_in_parts_is_nearly_exact(wide, monkeypatch):
+    """Few places spread over many spots: every part has the spots around all of its places, not around its middle."""
+    head, known, held_out = wide
+    places = Places.of(held_out, hidden=False)
+    exact = head.predict(places, context=known)
+    in_parts(monkeypatch, n_near=250)
+    parts = list(kriging._parts(places, known))
+    assert len(parts) > 3
+    assert sorted(torch.cat([rows for rows, _ in parts]).tolist()) == list(range(len(places)))
+    gap = (head.predict(places, context=known) - exact)[:, :6]
+    assert gap.square().mean().sqrt() < 0.1 * held_out.expression[:, :6].std(0).min()
+    assert gap.abs().max() < 0.25
+
+
+def test_kriging_in_parts_hides_what_was_measured(wide, monkeypatch):
+    head, known, _ = wide
+    in_parts(monkeypatch, n_near=250)
+    places = Places.of(known)
+    before = head.predict(places, context=known)
+    for i in (0, 97, 400):
+        expression = known.expression.clone()
+        expression[i] += 3
+        after = head.predict(places, context=with_expression(known, expression))
+        assert (after[i] == before[i]).all()
+        nearest = (known.xy_um - known.xy_um[i]).norm(dim=1).argsort()[1]
+        assert (after[nearest] != before[nearest]).any()
+    open_ = head.predict(Places.of(known, hidden=False), context=known)
+    assert (open_ - before).abs().max() > 0.1
+
+
+def test_kriging_in_parts_tells_sections_apart(wide, monkeypatch):
+    """The middle of places of two sections lies in neither: no part may be cut so."""
+    head, known, held_out = wide
+    shift = torch.tensor([3e5, 0.0])
+
+    def twice(s):
+        return Spots(s.embedding.repeat(2, 1), s.expression.repeat(2, 1), torch.cat([s.xy_um, s.xy_um + shift]), PITCH)
+
+    alone = head.predict(Places.of(held_out, hidden=False), context=known)
+    in_parts(monkeypatch, n_near=500)
+    found = head.predict(Places.of(twice(held_out), hidden=False), context=twice(known))
+    for half in found.chunk(2):
+        assert (half - alone).abs().mean() < 0.02
+
+
+# --------------------------------------------------------------------------------------------------- coordinates
+
+
+def test_coordinates_learn_a_smooth_field_and_nothing_of_the_image(spots):
+    known, held_out = split(spots)
+    found = scores(fit("coordinates", known, n_steps=600), known, held_out)
+    assert found[SPACE].mean() > 0.6
+    assert np.abs(found[IMAGE]).max() < 0.5
+
+
+def test_coordinates_look_at_neither_image_nor_context(small):
+    head = fit("coordinates", small)
+    places = Places.of(small)
+    before = head.predict(places, context=small)
+    other = dataclasses.replace(places, embedding=places.embedding.flip(0) * 9)
+    assert (head.predict(other, context=with_expression(small, small.expression + 5)) == before).all()
+    assert (head.predict(places, context=small.take(torch.arange(0))) == before).all()
+    blind = fit("coordinates", dataclasses.replace(small, embedding=torch.zeros_like(small.embedding)))
+    assert (blind.predict(places, context=small) == before).all()
+    moved = dataclasses.replace(places, xy_um=places.xy_um + PITCH)
+    assert (head.predict(moved, context=small) != before).any(1).all()
+
+
+def test_coordinates_far_away_are_finite(small):
+    far = dataclasses.replace(Places.of(small), xy_um=small.xy_um * 1e5 - 3e8)
+    out = fit("coordinates", small).predict(far, context=small)
+    assert torch.isfinite(out).all()
 
 
 # ----------------------------------------------------------------------------------------------------- published

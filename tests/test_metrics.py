@@ -7,8 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse, stats
+from skimage import metrics
 
-from histosge._metrics import correlation, morans_i
+from histosge import datasets
+from histosge._metrics import (
+    _mean_of_neighbours,
+    _similarity_map,
+    correlation,
+    gene_agreement,
+    morans_i,
+    noise_ceiling,
+    rank_correlation,
+    structural_similarity,
+    thin,
+)
 
 properties = settings(deadline=None, max_examples=25)
 
@@ -96,3 +108,283 @@ def test_morans_i_of_many_genes():
     found = morans_i(values, xy)
     for gene in (0, 511, 512, 1023, 1024, 1099):
         assert found[gene] == pytest.approx(moran_by_hand(values[:, gene].astype(float), xy, 6), abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- rank correlation
+
+
+@properties
+@given(st.integers(3, 60), st.integers(2, 9))
+def test_rank_correlation_against_scipy_with_ties(n, n_values):
+    rng = np.random.default_rng(n)
+    measured = rng.integers(0, n_values, (n, 4)).astype(float)
+    predicted = np.exp(measured + rng.integers(0, n_values, (n, 4)))
+    measured[0], measured[1], predicted[0], predicted[1] = 0, 1, 1, 2  # never constant
+    expected = [stats.spearmanr(p, m).statistic for p, m in zip(predicted.T, measured.T, strict=True)]
+    assert rank_correlation(predicted, measured) == pytest.approx(expected, abs=1e-9)
+
+
+def test_rank_correlation_of_a_constant_is_zero():
+    varying = np.random.default_rng(0).random((30, 2)).astype(np.float32)
+    constant = np.full((30, 2), 0.1, np.float32)
+    for p, m in ((constant, varying), (varying, constant), (constant, constant)):
+        assert rank_correlation(p, m).tolist() == [0, 0]
+
+
+def test_rank_correlation_sees_order_only():
+    x = np.random.default_rng(0).random((30, 2))
+    assert rank_correlation(np.exp(9 * x), x) == pytest.approx([1, 1])
+    assert rank_correlation(-(x**3), x) == pytest.approx([-1, -1])
+
+
+# --------------------------------------------------------------------------------------------------- gene agreement
+
+
+def agreement_by_hand(predicted, measured):
+    p, m = np.corrcoef(predicted.T), np.corrcoef(measured.T)
+    genes = np.arange(len(p))
+    return [stats.pearsonr(p[i, genes != i], m[i, genes != i]).statistic for i in genes]
+
+
+@pytest.mark.parametrize("n_genes", [3, 40, 530])  # also more than one block
+def test_gene_agreement_against_the_two_matrices(n_genes):
+    rng = np.random.default_rng(0)
+    measured = rng.standard_normal((80, 5)) @ rng.standard_normal((5, n_genes)) + rng.standard_normal((80, n_genes))
+    predicted = 0.4 * measured + rng.standard_normal((80, n_genes))
+    assert gene_agreement(predicted, measured) == pytest.approx(agreement_by_hand(predicted, measured), abs=1e-4)
+
+
+def test_gene_agreement_is_kept_by_any_scale_and_lost_by_shuffling():
+    rng = np.random.default_rng(0)
+    measured = rng.standard_normal((200, 4)) @ rng.standard_normal((4, 60))
+    assert gene_agreement(3 * measured + 7, measured) == pytest.approx(np.ones(60), abs=1e-5)
+    shuffled = np.column_stack([rng.permutation(column) for column in measured.T])
+    assert abs(gene_agreement(shuffled, measured).mean()) < 0.1
+
+
+def test_a_constant_gene_correlates_with_none():
+    rng = np.random.default_rng(0)
+    measured = rng.standard_normal((50, 3)) @ rng.standard_normal((3, 8))
+    predicted = (measured + rng.standard_normal((50, 8))).astype(np.float32)
+    predicted[:, 2] = 0.1
+    found = gene_agreement(predicted, measured)
+    assert found[2] == 0
+    kept = np.arange(8) != 2
+    p, m = np.zeros((8, 8)), np.corrcoef(measured.T)
+    p[np.ix_(kept, kept)] = np.corrcoef(predicted[:, kept].T)
+    for gene in np.flatnonzero(kept):
+        others = np.arange(8) != gene
+        assert found[gene] == pytest.approx(stats.pearsonr(p[gene, others], m[gene, others]).statistic, abs=1e-4)
+
+
+@pytest.mark.parametrize("n_genes", [1, 2])
+def test_gene_agreement_needs_three_genes(n_genes):
+    x = np.random.default_rng(0).random((20, n_genes))
+    assert gene_agreement(x, x).tolist() == [0] * n_genes
+
+
+# -------------------------------------------------------------------------------------------- structural similarity
+
+
+def test_structural_similarity_against_skimage_inside_a_square_grid():
+    """Eight neighbours and the spot itself are its window of 3 x 3."""
+    side, rng = 14, np.random.default_rng(0)
+    y, x = np.indices((side, side))
+    measured = np.stack([np.sin(x / 3) + 0.3 * rng.random((side, side)), 5 + rng.poisson(2, (side, side))], -1)
+    predicted = 0.6 * measured + 0.2 * rng.random(measured.shape)
+    xy = 100.0 * np.column_stack([x.ravel(), y.ravel()])
+    window = _mean_of_neighbours(xy, n_neighbours=8, itself=True)
+    found = _similarity_map(predicted.reshape(-1, 2), measured.reshape(-1, 2), mean=window).reshape(side, side, 2)
+    for gene in range(2):
+        _, expected = metrics.structural_similarity(
+            predicted[..., gene],
+            measured[..., gene],
+            win_size=3,
+            gaussian_weights=False,
+            use_sample_covariance=False,
+            data_range=np.ptp(measured[..., gene]),
+            full=True,
+        )
+        assert found[1:-1, 1:-1, gene] == pytest.approx(expected[1:-1, 1:-1], abs=1e-9)
+    whole = structural_similarity(predicted.reshape(-1, 2), measured.reshape(-1, 2), xy=xy, n_neighbours=8)
+    assert whole == pytest.approx(found.mean((0, 1)))
+
+
+def test_structural_similarity_of_known_predictions():
+    xy, rng = grid(12), np.random.default_rng(0)
+    measured = 3 + np.sin(xy[:, :1] / 200) + rng.random((144, 600))
+    same = structural_similarity(measured, measured, xy=xy)
+    assert same == pytest.approx(np.ones(600))
+    flat = structural_similarity(np.broadcast_to(measured.mean(0), measured.shape), measured, xy=xy)
+    shrunk = structural_similarity(0.5 * (measured + measured.mean(0)), measured, xy=xy)
+    shuffled = structural_similarity(rng.permutation(measured), measured, xy=xy)
+    assert (flat < 0.2).all()
+    assert (shuffled < 0.3).all()
+    assert ((shrunk > 0.5) & (shrunk < 0.95)).all()  # right in all but how much it varies: that costs
+    one = structural_similarity(0.5 * measured[:, [599]], measured[:, [599]], xy=xy)  # the second block is in its place
+    assert structural_similarity(0.5 * measured, measured, xy=xy)[599] == pytest.approx(one[0])
+
+
+def test_structural_similarity_of_a_constant_measurement_is_zero():
+    x = np.random.default_rng(0).random((100, 2))
+    assert structural_similarity(x, np.full((100, 2), 0.1), xy=grid()).tolist() == [0, 0]
+    assert structural_similarity(x[:1], x[:1], xy=grid()[:1]).tolist() == [0, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------- thin
+
+
+@properties
+@given(st.integers(1, 40), st.integers(1, 20), st.sampled_from([np.float32, np.float64, np.int32]), st.integers(0, 99))
+def test_the_halves_add_up_to_the_counts(n, n_genes, dtype, seed):
+    rng = np.random.default_rng(seed)
+    counts = sparse.csr_matrix(rng.poisson(1.5, (n, n_genes)).astype(dtype))
+    before = counts.toarray()
+    half, other = thin(counts, rng=np.random.default_rng(seed))
+    assert ((half + other).toarray() == before).all()
+    assert (counts.toarray() == before).all()
+    for part in (half, other):
+        assert part.dtype == dtype
+        assert part.format == "csr"
+        assert (part.data > 0).all()
+    assert (thin(counts, rng=np.random.default_rng(seed))[0] != half).nnz == 0
+
+
+def test_halves_of_poisson_counts_are_independent():
+    rng = np.random.default_rng(0)
+    half, other = (part.toarray() for part in thin(sparse.csr_matrix(rng.poisson(4, (3000, 40))), rng=rng))
+    assert half.mean() == pytest.approx(2, abs=0.02)
+    assert half.var() == pytest.approx(2, abs=0.04)
+    assert abs(correlation(half, other).mean()) < 0.01
+
+
+def test_entries_stored_twice_are_split_as_one():
+    counts = sparse.csr_matrix((np.array([3.0, 4.0]), np.array([1, 1]), np.array([0, 2])), shape=(1, 3))
+    half, other = thin(counts, rng=np.random.default_rng(0))
+    assert (half + other).toarray().tolist() == [[0, 7, 0]]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0.5, r"counts hold 1 values that are not whole numbers \(for example 0\.5\).*Pass raw counts: not normalised"),
+        (-2.0, r"counts hold 1 values that are negative, NaN or infinite \(for example -2\)\. Pass raw counts"),
+        (np.nan, r"counts hold 1 values that are negative, NaN or infinite \(for example nan\)"),
+        (np.inf, r"counts hold 1 values that are negative, NaN or infinite \(for example inf\)"),
+    ],
+)
+def test_only_counts_can_be_split(value, message):
+    with pytest.raises(ValueError, match=message):
+        thin(sparse.csr_matrix([[1.0, value], [0.0, 2.0]]), rng=np.random.default_rng(0))
+
+
+# ---------------------------------------------------------------------------------------------------- noise ceiling
+
+
+def poisson_genes(n, mean, spread, *, n_genes=150, follows=0.0, seed=0):
+    """Counts with library sizes from 500 to 20,000 and log-normal rates, and the true ceiling of every gene."""
+    rng = np.random.default_rng(seed)
+    total = np.exp(rng.uniform(np.log(500), np.log(20_000), n))
+    z = rng.standard_normal((n, n_genes))
+    z = follows * stats.zscore(np.log(total))[:, None] + np.sqrt(1 - follows**2) * z
+    rate = np.exp(np.broadcast_to(spread, n_genes) * z)
+    rate *= mean / total.mean() / rate.mean(0)
+    counts = rng.poisson(rate * total[:, None])
+    measured = np.log1p(1e4 * counts / total[:, None])
+    return sparse.csr_matrix(counts), total, correlation(np.log1p(1e4 * rate), measured)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_noise_ceiling_of_the_synthetic_section(seed):
+    """The mean over its genes, a fifth of them without a pattern, and that of single genes."""
+    sdata = datasets.synthetic(rng=seed, mpp=4.0)
+    table = sdata.tables["table"]
+    # a spot catches the mean of its disc, not what is expected at its centre
+    params = {name: int(value) for name, value in table.uns["synthetic"].items()}
+    fields, _ = datasets._fields(params)
+    xy_um = table.obsm["spatial"] * 4.0
+    disc = datasets._disc_points(datasets._SPOT_UM / 2)
+    rate = datasets._rates(fields, params, (xy_um[:, None] + disc).reshape(-1, 2)).reshape(len(xy_um), len(disc), -1)
+    rate = rate.mean(1)
+    rate /= rate.sum(1, keepdims=True)
+    # these are the rows of the table: the spots' centres agree with the truth that the package gives
+    centre = datasets._rates(fields, params, xy_um)
+    truth = datasets.synthetic_truth(sdata).loc[table.obs["spot_id"]].to_numpy()
+    assert np.allclose(np.log1p(1e4 * centre / centre.sum(1, keepdims=True)), truth)
+
+    counts = table.X
+    measured = np.log1p(1e4 * counts.toarray() / counts.sum(1).A1[:, None])
+    true = correlation(np.log1p(1e4 * rate), measured)
+    found = noise_ceiling(counts)
+    assert found.mean() == pytest.approx(true.mean(), abs=0.03)
+    assert np.sqrt(((found - true) ** 2).mean()) < 0.05
+    assert correlation(found[:, None], true[:, None])[0] > 0.95
+
+
+@pytest.mark.parametrize(("n", "n_genes"), [(200, 300), (2500, 60)])
+@pytest.mark.parametrize("mean", [0.2, 1, 5, 50])
+def test_noise_ceiling_at_any_depth(n, n_genes, mean):
+    """Three genes in ten have no pattern: their true ceiling is 0."""
+    spread = np.tile([0.0, 0.3, 0.7, 1.0, 0.7, 0.0, 0.3, 1.0, 0.0, 0.7], n_genes // 10)
+    counts, total, true = poisson_genes(n, mean, spread, n_genes=n_genes)
+    found = noise_ceiling(counts, total=total)
+    assert (true[spread == 0] == 0).all()
+    assert found.mean() == pytest.approx(true.mean(), abs=0.03)
+
+
+def test_halves_stepped_up_to_full_depth_say_too_much():
+    """Why the ceiling is not found by Spearman and Brown's formula."""
+    counts, total, true = poisson_genes(2500, 5, np.tile([0.0, 0.7], 30), n_genes=60)
+    halves = [np.log1p(2e4 * half.toarray() / total[:, None]) for half in thin(counts, rng=np.random.default_rng(0))]
+    r = correlation(*halves)
+    assert np.sqrt(2 * r / (1 + r)).mean() > true.mean() + 0.2
+    assert noise_ceiling(counts, total=total).mean() == pytest.approx(true.mean(), abs=0.03)
+
+
+@pytest.mark.parametrize("mean", [0.2, 5])
+def test_noise_ceiling_of_genes_that_follow_library_size(mean):
+    """Where cells are crowded there are more counts, and other genes."""
+    counts, total, true = poisson_genes(2500, mean, 0.7, n_genes=60, follows=0.5)
+    assert noise_ceiling(counts, total=total).mean() == pytest.approx(true.mean(), abs=0.03)
+
+
+def test_noise_ceiling_of_genes_without_a_pattern_is_small():
+    for n, n_genes, most in ((200, 300, 0.12), (2500, 60, 0.07)):
+        for mean in (0.2, 5):
+            counts, total, _ = poisson_genes(n, mean, 0.0, n_genes=n_genes)
+            assert noise_ceiling(counts, total=total).mean() < most
+
+
+def test_noise_ceiling_by_the_sum_that_counts_are_normalised_to():
+    """Normalised to far below 1, log1p is a straight line; far above, a logarithm, and zeros stand out."""
+    rng = np.random.default_rng(0)
+    total = rng.lognormal(np.log(8000), 0.5, 2000)
+    rate = np.exp(0.7 * rng.standard_normal((2000, 40))) * 20 / total.mean()
+    counts = rng.poisson(rate * total[:, None])
+    for target_sum in (1.0, 1e4, 1e6):
+        true = correlation(np.log1p(target_sum * rate), np.log1p(target_sum * counts / total[:, None]))
+        found = noise_ceiling(sparse.csr_matrix(counts), total=total, target_sum=target_sum)
+        assert found.mean() == pytest.approx(true.mean(), abs=0.03)
+
+
+def test_noise_ceiling_stays_in_range():
+    """Genes never seen, seen once, or with many counts; a few genes with the total of all are as good as all."""
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(np.exp(rng.normal(0, 1, (100, 6))) * [0, 0.01, 0.1, 1, 100, 1e5])
+    counts[:, 1] = np.arange(100) == 7
+    found = noise_ceiling(sparse.csr_matrix(counts))
+    assert found[0] == 0
+    assert ((found >= 0) & (found <= 1)).all()
+    assert found[4] > 0.9
+    total = counts.sum(1)
+    assert noise_ceiling(sparse.csr_matrix(counts[:, [4, 2]]), total=total) == pytest.approx(found[[4, 2]], abs=1e-5)
+    assert noise_ceiling(sparse.csr_matrix((100, 3)), total=total).tolist() == [0, 0, 0]
+
+
+def test_noise_ceiling_needs_counts_in_every_spot():
+    counts = np.ones((5, 3))
+    counts[2] = 0
+    with pytest.raises(ValueError, match=r"total: 1 of 5 spots have no counts\. Leave them out first"):
+        noise_ceiling(sparse.csr_matrix(counts))
+    with pytest.raises(ValueError, match="counts hold 3 values that are negative"):
+        noise_ceiling(sparse.csr_matrix(counts - [[0], [0], [1], [0], [0]]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.collections import EllipseCollection
 from PIL import Image
@@ -184,3 +185,190 @@ def test_refused(predicted, wrong, match):
 def test_nothing_predicted(sdata):
     with pytest.raises(KeyError, match=r"key='histosge' is not a table .*there are \[\]"):
         sge.pl.expression(sdata, "GENE000")
+
+
+# -------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.fixture(scope="module")
+def _scores_once(_section_once):
+    return sge.tl.evaluate(
+        _section_once,
+        encoder="stain-texture",
+        heads=["nearest", "ridge", "mean"],
+        genes=20,
+        n_splits=2,
+        n_folds=2,
+        buffer_um=150,
+        progress=False,
+    )
+
+
+@pytest.fixture
+def scores(_scores_once):
+    return _scores_once.copy()
+
+
+def titles(axes):
+    return [ax.get_title() for ax in axes]
+
+
+def rows(ax):
+    """Labels of the rows of the first panel, from the top."""
+    return [t.get_text() for t in ax.get_yticklabels()][::-1]
+
+
+def test_heads_are_ordered_by_their_mean_below_the_ceiling(scores):
+    axes = sge.pl.evaluation(scores)
+    assert axes.shape == (4,)
+    mean = scores.groupby(["head", "gene"])["pcc"].mean().groupby("head").mean()
+    ceiling = scores.groupby("gene")["ceiling"].mean().mean()
+    order = mean.sort_values(ascending=False)
+    assert list(order.index) == ["ridge", "nearest", "mean"]
+    assert rows(axes[0]) == [
+        f"noise ceiling\n{ceiling:.3f}",
+        *(f"{h}\n{m:.3f}, {m / ceiling:.0%}" for h, m in order.items()),
+    ]
+    assert axes[0].get_xlabel() == "held-out PCC of a gene"
+
+
+def test_boxes_hold_the_mean_of_a_gene_over_splits(scores):
+    """Median of the box of ridge, by hand."""
+    axes = sge.pl.evaluation(scores.drop(columns="ceiling"))
+    wanted = scores[scores["head"] == "ridge"].groupby("gene")["pcc"].mean()
+    medians = [
+        line.get_xdata() for line in axes[0].get_lines() if line.get_color() == "black" and len(line.get_xdata()) == 2
+    ]
+    assert any(np.allclose(x, wanted.median()) for x in medians)
+    assert [text.split("\n")[0] for text in rows(axes[0])] == ["ridge", "nearest", "mean"]
+    assert titles(axes)[0] == "mean ◇"
+
+
+def test_the_first_head_meets_the_best_of_the_others(scores):
+    pcc = scores.groupby(["gene", "head"])["pcc"].mean().unstack()
+    for choice, one, other in (
+        ({}, "nearest", "ridge"),
+        ({"head": "mean"}, "mean", "ridge"),
+        ({"rival": "nearest"}, "ridge", "nearest"),
+        ({"head": "ridge", "rival": "mean"}, "ridge", "mean"),
+    ):
+        ax = sge.pl.evaluation(scores, **choice)[1]
+        share = (pcc[one] > pcc[other]).mean()
+        assert ax.get_title() == f"{one} is ahead\nfor {share:.0%} of genes"
+        assert (ax.get_xlabel(), ax.get_ylabel()) == (f"PCC of {other}", f"PCC of {one}")
+        drawn = np.asarray(ax.collections[0].get_offsets())
+        np.testing.assert_allclose(np.sort(drawn, axis=0), np.sort(pcc[[other, one]].to_numpy(), axis=0))
+        assert ax.get_xlim() == ax.get_ylim()
+        plt.close("all")
+
+
+def test_error_bars_by_width_and_scale(scores):
+    ax = sge.pl.evaluation(scores, level=0.9)[2]
+    assert [line.get_linestyle() for line in ax.get_lines()].count("--") == 1
+    mean = scores.groupby(["head", "gene"]).mean(numeric_only=True).groupby("head").mean()
+    drawn = {tuple(np.round(c.get_offsets().data.ravel(), 6)) for c in ax.collections}
+    names = ["coverage", "coverage_2", "coverage_4", "coverage_8"]
+    wanted = {tuple(np.round([v for n in names for v in (row["width"], row[n])], 6)) for _, row in mean.iterrows()}
+    assert drawn == wanted
+    sizes = ax.collections[0].get_sizes()
+    assert (np.diff(sizes) > 0).all()
+    assert [line.get_linestyle() for line in sge.pl.evaluation(scores)[2].get_lines()].count("--") == 0
+
+
+def test_smoothness_of_every_head(scores):
+    ax = sge.pl.evaluation(scores)[3]
+    mean = scores.groupby(["head", "gene"]).mean(numeric_only=True).groupby("head").mean()
+    drawn = [tuple(c.get_offsets()[0]) for c in ax.collections if len(c.get_offsets()) == 1]
+    assert len(drawn) == 3
+    for row in mean.itertuples():
+        assert any(np.allclose(d, (row.morans_i_measured, row.morans_i)) for d in drawn)
+
+
+def test_no_panel_for_scores_that_are_missing(scores):
+    bars = [c for c in scores if c.startswith(("coverage", "width"))]
+    none = sge.pl.evaluation(scores.drop(columns=bars))
+    assert len(none) == 3
+    assert not [t for t in titles(none) if "error bars" in t]
+    scores[bars] = np.nan
+    scores["ceiling"] = np.nan
+    assert len(sge.pl.evaluation(scores)) == 3
+    assert len(rows(sge.pl.evaluation(scores)[0])) == 3
+    alone = sge.pl.evaluation(scores[scores["head"] == "ridge"])
+    assert [t.split("\n")[0] for t in titles(alone)] == ["mean ◇", "above the line:"]
+    least = scores[["split", "protocol", "head", "gene", "pcc"]]
+    assert len(sge.pl.evaluation(least[least["head"] == "ridge"])) == 1
+
+
+def test_title_says_what_was_scored(scores):
+    figure = sge.pl.evaluation(scores)[0].figure
+    assert figure.get_suptitle() == "held-out spots, split 'blocks': 20 genes, 1 section, 2 splits"
+
+
+def test_published_protocol_is_labelled(scores):
+    scores["protocol"] = "published"
+    axes = sge.pl.evaluation(scores)
+    assert "SCORED ON TRAINING SPOTS AS WELL, not held out" in axes[0].figure.get_suptitle()
+    assert axes[0].figure._suptitle.get_color() == "tab:red"
+    assert axes[0].get_xlabel() == "PCC of a gene"
+
+
+def test_six_heads_fit_without_overlap(scores):
+    """At ten by four inches, long names too: no text lies on another, none outside the figure."""
+    names = ["in-context+kriging", "kriging", "published", "ridge", "coordinates", "nearest"]
+    one = scores[scores["head"] == "ridge"]
+    many = pd.concat([one.assign(head=n, pcc=one["pcc"] - 0.05 * i) for i, n in enumerate(names)], ignore_index=True)
+    axes = sge.pl.evaluation(many, level=0.9)
+    figure = axes[0].figure
+    assert tuple(figure.get_size_inches()) == (10, 4)
+    figure.canvas.draw()
+    panels = [figure._suptitle.get_window_extent(), *(ax.get_tightbbox() for ax in axes)]
+    labels = [t.get_window_extent() for t in axes[0].get_yticklabels()]
+    assert len(labels) == 7
+    for boxes in (panels, labels):
+        for i, box in enumerate(boxes):
+            assert box.x0 >= 0
+            assert box.y0 >= 0
+            assert box.x1 <= 1000
+            assert box.y1 <= 400
+            assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+    assert min(ax.get_window_extent().width for ax in axes) > 130
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "match"),
+    [
+        ({"scores": {"pcc": [1]}}, TypeError, r"scores is a dict: pass the DataFrame that histosge\.tl\.evaluate"),
+        (
+            {"scores": pd.DataFrame({"gene": ["a"], "pcc": [1.0]})},
+            ValueError,
+            r"scores lacks the columns \['split', 'protocol', 'head'\]: pass the DataFrame that histosge\.tl\.evaluate",
+        ),
+        (
+            {"head": "rigde"},
+            ValueError,
+            r"head='rigde' is not in scores\. Choose one of \['nearest', 'ridge', 'mean'\]",
+        ),
+        ({"rival": "kriging"}, ValueError, r"rival='kriging' is not in scores\. Choose one of \['nearest'"),
+        ({"head": "mean", "rival": "mean"}, ValueError, r"head and rival are both 'mean'\. Choose two of \['nearest'"),
+    ],
+)
+def test_scores_refused(scores, wrong, error, match):
+    with pytest.raises(error, match=match):
+        sge.pl.evaluation(**{"scores": scores} | wrong)
+    assert plt.get_fignums() == []
+
+
+def test_no_scores_refused(scores):
+    with pytest.raises(ValueError, match=r"scores has no rows: nothing was scored, or nothing is left of it\."):
+        sge.pl.evaluation(scores[:0])
+
+
+@pytest.mark.parametrize(("column", "other"), [("split", "random"), ("protocol", "published")])
+def test_scores_that_do_not_compare_are_refused(scores, column, other):
+    mixed = pd.concat([scores, scores.assign(**{column: other})])
+    first = scores[column].iloc[0]
+    match = (
+        rf"scores holds {column} \['{first}', '{other}'\], which do not compare\. Draw .* scores\[scores\['{column}'\]"
+    )
+    with pytest.raises(ValueError, match=match):
+        sge.pl.evaluation(mixed)

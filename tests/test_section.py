@@ -17,7 +17,7 @@ from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, Scale, Sequence, Translation, get_transformation
 
 import histosge as sge
-from histosge._section import read_section
+from histosge._section import column, read_section, section_counts
 
 # ------------------------------------------------------------------------------------------------ builders
 
@@ -705,8 +705,136 @@ def test_spots_without_counts_are_left_out(sdata, log):
     np.testing.assert_allclose(found.xy_px, wanted.xy_px[kept])
     np.testing.assert_allclose(found.expression.toarray(), wanted.expression.toarray()[kept], rtol=1e-6)
     assert found.n_left_out == 3
-    assert warnings_in(log) == ["leaving out 3 of 138 spots that have no counts"]
+    assert warnings_in(log) == ["leaving out 3 of 138 spots that have no counts, or less than 2 % of the median"]
     assert np.isfinite(found.expression.data).all()
+
+
+def test_nearly_empty_spots_are_left_out(sdata, log):
+    """Scaled to 10,000, one count of such a spot would be the largest value of its gene."""
+    wanted = read_section(sdata)
+    table = sdata.tables["table"]
+    counts = table.X.toarray()
+    median = np.median(counts.sum(1))
+    for row, total in ((3, 1), (50, np.floor(0.019 * median)), (51, np.ceil(0.021 * median))):
+        counts[row] = 0
+        counts[row, 4] = total
+    table.X = sparse.csr_matrix(counts)
+    found = read_section(sdata)
+    kept = np.setdiff1d(np.arange(138), [3, 50])
+    assert list(found.instances) == list(wanted.instances[kept])
+    assert found.n_left_out == 2
+    assert warnings_in(log) == ["leaving out 2 of 138 spots that have no counts, or less than 2 % of the median"]
+    table.obs["in_tissue"] = [int(i != 7) for i in range(138)]
+    assert read_section(sdata).n_left_out == 3  # and those off the tissue
+
+
+def test_nearly_empty_is_told_by_the_spots_that_have_counts(sdata):
+    """Many empty spots do not make the others look full, nor nearly empty."""
+    table = sdata.tables["table"]
+    counts = table.X.toarray()
+    far = np.argsort(np.hypot(*(table.obsm["spatial"] - table.obsm["spatial"].mean(0)).T))[50:]
+    counts[far] = 0
+    table.X = sparse.csr_matrix(counts)
+    assert len(read_section(sdata).instances) == 50
+
+
+def test_nearly_empty_spots_are_not_learnt_from(sdata, log):
+    table = sdata.tables["table"]
+    counts = table.X.toarray()
+    counts[[3, 50]] = 0
+    counts[50, 4] = 1
+    table.X = sparse.csr_matrix(counts)
+    run = {"encoder": "stain-texture", "head": "nearest", "genes": 20, "n_folds": 2, "upsample": 2, "inplace": False}
+    predicted = sge.tl.predict(sdata, **run)
+    assert any("leaving out 2 of 138 spots" in told for told in warnings_in(log))
+    assert predicted.obs["is_spot"].sum() == 136
+    assert predicted.uns["histosge"]["n_spots"] == 136
+
+
+# ----------------------------------------------------------------------------- some spots, their counts and labels
+
+
+def test_some_of_the_spots(sdata):
+    section = read_section(sdata)
+    rows = np.random.default_rng(0).permutation(138)[:60]
+    some = section.take(rows)
+    assert list(some.instances) == list(section.instances[rows])
+    np.testing.assert_array_equal(some.xy_px, section.xy_px[rows])
+    np.testing.assert_array_equal(some.xy_um, section.xy_um[rows])
+    np.testing.assert_array_equal(some.expression.toarray(), section.expression.toarray()[rows])
+    np.testing.assert_array_equal(some.lattice.index, section.lattice.index[rows])
+    for name in ("image", "genes", "mpp", "pitch_um", "spot_um", "technology", "n_left_out"):
+        assert getattr(some, name) is getattr(section, name), name
+    assert some.lattice.pitch_px == section.lattice.pitch_px
+    assert len(section.instances) == len(section.lattice.index) == 138  # the section itself stays whole
+
+
+def test_some_spots_of_no_lattice():
+    sdata, _ = square_section(kind="circles", jitter=0.4)
+    section = read_section(sdata, mpp=1.0)
+    assert section.lattice is None
+    assert section.take(np.arange(40)).lattice is None
+    assert len(section.take(np.arange(40)).xy_px) == 40
+
+
+@pytest.mark.parametrize("layer", [None, "raw"])
+def test_counts_of_the_section(sdata, layer):
+    """By name: the table's rows are in another order than the section's spots, and some are no spots of it."""
+    table = sdata.tables["table"]
+    counts = table.X.toarray() * (1 if layer is None else 2)
+    counts[9] = 0  # left out
+    if layer is None:
+        table.X = sparse.csr_matrix(counts)
+    else:
+        table.layers[layer] = sparse.csr_matrix(counts)
+    section = read_section(sdata, layer=layer)
+    by_name = pd.DataFrame(counts, index=table.obs["spot_id"])
+    order = np.random.default_rng(4).permutation(138)
+    replace_table(sdata, table[order].copy())
+    found = section_counts(sdata, section, layer=layer)
+    assert found.shape == (137, 20)
+    np.testing.assert_array_equal(found.toarray(), by_name.loc[section.instances].to_numpy())
+    some = section.take(np.array([70, 3, 12]))
+    np.testing.assert_array_equal(
+        section_counts(sdata, some, layer=layer).toarray(), by_name.loc[some.instances].to_numpy()
+    )
+
+
+def test_no_counts_where_there_are_no_whole_numbers(sdata):
+    table = sdata.tables["table"]
+    section = read_section(sdata)
+    raw = table.X.copy()
+    assert section_counts(sdata, section) is not None
+    table.layers["raw"] = raw
+    table.X = raw * 1.5
+    assert section_counts(sdata, section) is None
+    table.X = raw.log1p()
+    assert section_counts(sdata, section) is None
+    np.testing.assert_array_equal(section_counts(sdata, section, layer="raw").toarray(), raw.toarray())
+    with pytest.raises(KeyError, match="layer='rwa' is not among the layers of table 'table'"):
+        section_counts(sdata, section, layer="rwa")
+
+
+@pytest.mark.parametrize("kind", ["text", "category", "number"])
+def test_column_of_the_section(sdata, kind):
+    table = sdata.tables["table"]
+    names = table.obs["spot_id"].astype(str).to_numpy()
+    label = np.array([f"L{int(n.split('-')[1]) // 4}" for n in names])
+    values = {"text": label, "category": pd.Categorical(label), "number": np.arange(138.0)}[kind]
+    table.obs["label"] = values
+    section = read_section(sdata)
+    replace_table(sdata, table[np.random.default_rng(4).permutation(138)].copy())
+    found = column(sdata, section, "label")
+    by_name = pd.Series(np.asarray(values), index=names)
+    assert list(found) == list(by_name.loc[section.instances])
+    some = section.take(np.array([5, 100, 2]))
+    assert list(column(sdata, some, "label")) == list(by_name.loc[some.instances])
+
+
+def test_column_that_is_not_there(sdata):
+    section = read_section(sdata)
+    with pytest.raises(KeyError, match=r"labels='lable' is not a column of sdata\.tables\['table'\]\.obs: \['region'"):
+        column(sdata, section, "lable")
 
 
 @pytest.mark.parametrize("dense", [True, False])

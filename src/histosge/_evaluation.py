@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from scipy import sparse, stats
 
-from histosge._heads import Head, Places, Spots, get_head
+from histosge._heads import Head, Places, Spots, get_head, parts_of
 from histosge._metrics import correlation, morans_i
 from histosge._settings import logger
 
@@ -43,20 +43,18 @@ def choose_genes(expression: sparse.spmatrix, xy: Floats, *, n_genes: int) -> Bo
     return chosen
 
 
-def random_folds(n_spots: int, *, n_folds: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Deal spots into folds of equal size at random."""
-    return rng.permutation(np.arange(n_spots) % n_folds)
-
-
 @dataclass(frozen=True)
 class CrossFit:
-    """Heads fitted on all folds but one each, and what each says of the fold it never saw."""
+    """What heads say of spots they never saw, and the heads that go on from there."""
 
-    heads: list[Head]
     held_out: Floats
-    """(n_spots, n_genes) log1p expression, each spot predicted by the head that was not trained on it"""
+    """(n_spots, n_genes) log1p expression, each spot predicted by heads that were not trained on it"""
+    parts: dict[str, Floats]
+    """The same of each head whose mean ``held_out`` is"""
     fold: NDArray[np.int64]
     """(n_spots,)"""
+    heads: list[tuple[float, Head]]
+    """Heads and their weights in a prediction: networks of all folds, and other heads fitted on all spots"""
 
 
 def cross_fit(
@@ -65,23 +63,56 @@ def cross_fit(
     head: str,
     fold: NDArray[np.int64],
     rng: np.random.Generator,
-    options: dict[str, object] | None = None,
+    options: dict[str, Any] | None = None,
     progress: bool | None = None,
+    final: bool = True,
 ) -> CrossFit:
     """Fit one head per fold on the spots outside it, and predict the spots inside it from the others.
 
     A held-out spot is hidden from the context as well: what is measured there reaches nothing that predicts it.
+
+    Parameters
+    ----------
+    spots
+        Measured spots.
+    head
+        Name of a head, or names joined by ``+`` for their mean.
+    fold
+        (n_spots,) number of each spot's fold.
+    rng
+        Source of all randomness.
+    options
+        Arguments of the head; of several heads, arguments by name of the head.
+    progress
+        Whether to show progress bars.
+    final
+        Whether heads for new places are wanted as well.
     """
-    heads: list[Head] = []
-    held_out = torch.zeros_like(spots.expression, device="cpu")
-    for one in np.unique(fold):
-        known = spots.take(torch.as_tensor(np.flatnonzero(fold != one), device=spots.embedding.device))
-        rows = torch.as_tensor(np.flatnonzero(fold == one), device=spots.embedding.device)
-        fitted = get_head(head)(**(options or {})).fit(known, rng=rng, progress=progress)
-        answer = fitted.predict(Places.of(spots.take(rows), hidden=False), context=known)
-        held_out[rows.cpu()] = answer.clamp_min(0).cpu()
-        heads.append(fitted)
-    return CrossFit(heads, held_out.numpy(), fold)
+    names = parts_of(head)
+    arguments = {names[0]: options or {}} if len(names) == 1 else options or {}
+    unknown = set(arguments) - set(names)
+    if unknown:
+        msg = f"head_options of {sorted(unknown)}: head {head!r} takes options by name, for example {{{names[0]!r}: {{...}}}}."
+        raise ValueError(msg)
+    device = spots.embedding.device
+    heads: list[tuple[float, Head]] = []
+    parts: dict[str, Floats] = {}
+    folds = np.unique(fold)
+    for name in names:
+        make, given = get_head(name), arguments.get(name, {})
+        held_out = np.zeros(spots.expression.shape, np.float32)
+        for one in folds:
+            known = spots.take(torch.as_tensor(np.flatnonzero(fold != one), device=device))
+            rows = np.flatnonzero(fold == one)
+            fitted = make(**given).fit(known, rng=rng, progress=progress)
+            hidden = Places.of(spots.take(torch.as_tensor(rows, device=device)), hidden=False)
+            held_out[rows] = fitted.predict(hidden, context=known).clamp_min(0).cpu().numpy()
+            if make.averaged and final:
+                heads.append((1 / len(folds) / len(names), fitted))
+        if not make.averaged and final:
+            heads.append((1 / len(names), make(**given).fit(spots, rng=rng, progress=progress)))
+        parts[name] = held_out
+    return CrossFit(np.mean(list(parts.values()), axis=0), parts, fold, heads)
 
 
 @dataclass(frozen=True)
@@ -128,7 +159,7 @@ def compare(
     """Score simple heads on the same folds: mean PCC and MSE over the genes that each fold's training spots chose."""
     found = {}
     for head in heads:
-        fitted = cross_fit(spots, head=head, fold=fold, rng=rng, progress=False)
+        fitted = cross_fit(spots, head=head, fold=fold, rng=rng, progress=False, final=False)
         found[head] = summary(fitted.held_out, spots.expression.cpu().numpy(), fold=fold, chosen=chosen)
         logger.debug("held-out PCC of %s: %.3f", head, found[head]["pcc"])
     return found

@@ -106,6 +106,9 @@ def estimate_lattice(xy_px: Floats) -> Lattice:
         raise NotALattice(msg)
     step = (dist > 0.75 * pitch) & (dist < 1.25 * pitch)
     source, slot = np.nonzero(step)
+    if len(source) == 0:
+        msg = "spots have no neighbours at a common distance."
+        raise NotALattice(msg)
     delta = xy_px[near[source, slot]] - xy_px[source]  # (n_steps, 2)
     angle = np.arctan2(delta[:, 1], delta[:, 0])
     order = {kind: np.exp(1j * fold * angle).mean() for kind, fold in _FOLD.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -14,10 +15,12 @@ import pandas as pd
 import torch
 from scipy import sparse
 
-from histosge._evaluation import choose_genes, compare, cross_fit, random_folds, score, summary
-from histosge._heads import Places, Spots, get_head
+from histosge._calibration import ErrorBars, calibrate
+from histosge._evaluation import choose_genes, compare, cross_fit, score, summary
+from histosge._heads import Places, Spots, get_head, parts_of
 from histosge._recipe import Recipe
 from histosge._settings import logger
+from histosge._splits import block_folds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,8 +32,10 @@ if TYPE_CHECKING:
 
 RIVALS = ("ridge", "nearest")
 """Simple heads that are scored on the same folds every time."""
-_FORMAT = 1
-_FAR_UM = 204_800.0
+_FORMAT = 2
+_FITTED = ("mean", "weights")
+"""What a simple head takes when it is restored, and is no option of it."""
+FAR_UM = 204_800.0
 """Sections of one model are laid this far apart, so that neighbours are always of one section.
 
 A whole number of the published head's longest waves (128 pitches) for pitches of 2, 8, 16, 100 and 200 µm, so that a
@@ -42,8 +47,8 @@ section has the same position code in training and in prediction.
 class Model:
     """A trained head that predicts expression from embeddings and measured neighbours.
 
-    Made by :func:`histosge.tl.fit`; given to :func:`histosge.tl.predict`. It holds one fitted head for each fold of
-    the spots and predicts their mean.
+    Made by :func:`histosge.tl.fit`; given to :func:`histosge.tl.predict`. It predicts the weighted mean of its heads:
+    a network for each fold of the spots, and one of every other head, fitted on all spots.
 
     Attributes
     ----------
@@ -55,8 +60,12 @@ class Model:
         Genes it reads from measured neighbours: those of ``genes``, and those that single folds chose beside them.
     scores
         One row a gene: ``held_out_pcc``, ``held_out_mse``, ``predictable``, ``highly_variable``.
+    heads
+        Fitted heads and their weights.
     held_out
-        Mean PCC and MSE on held-out spots, of this head and of the simple rivals on the same folds.
+        Mean PCC and MSE on held-out spots, of this head, of its parts and of the simple rivals on the same folds.
+    bars
+        Error bars, calibrated on the held-out spots; ``None`` if they were not asked for.
     recipe
         How places must be embedded: encoder, tile in µm, stacked maps.
     info
@@ -77,17 +86,18 @@ class Model:
     head: str
     genes: pd.Index
     context_genes: pd.Index
-    heads: list[Head]
+    heads: list[tuple[float, Head]]
     scores: pd.DataFrame
     held_out: dict[str, dict[str, float]]
     recipe: Recipe
+    bars: ErrorBars | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         pcc = self.held_out[self.head]["pcc"]
         return (
             f"Model: {self.head} on {self.recipe.encoder['name']}, {len(self.genes)} genes, "
-            f"{len(self.heads)} folds, held-out PCC {pcc:.3f} (mean over genes)"
+            f"held-out PCC {pcc:.3f} (mean over genes)"
         )
 
     def predict(
@@ -128,16 +138,31 @@ class Model:
                 f"{section.spots_key!r} (for example {list(missing[:3])}). Fit on genes that all sections have: genes=."
             )
             raise ValueError(msg)
-        context = _spots(section, spots, section.dense(self.context_genes)).to(device)
+        context = _spots(section, spots, section.dense(self.context_genes))
+        return self.predict_from(context, places=places, xy_um=xy_px * section.mpp, own=own, device=device)
+
+    def predict_from(
+        self,
+        context: Spots,
+        *,
+        places: NDArray[np.float32],
+        xy_um: NDArray[np.float64],
+        own: NDArray[np.int64],
+        device: torch.device,
+    ) -> NDArray[np.float32]:
+        """Predict (m, genes) at places, given measured spots with the genes ``context_genes``; see :meth:`predict`."""
+        context = context.to(device)
         columns = torch.as_tensor(self.context_genes.get_indexer(self.genes), device=device)
-        xy_um = torch.as_tensor(xy_px * section.mpp, dtype=torch.float32)
-        where = Places(torch.as_tensor(places), xy_um, torch.as_tensor(own))
-        where = Places(where.embedding.to(device), where.xy_um.to(device), where.own.to(device))
-        out = np.zeros((len(xy_px), len(self.genes)), np.float32)
+        out = np.zeros((len(places), len(self.genes)), np.float32)
         for start in range(0, len(out), 16384):  # a part's (m, genes) for one head at a time
             rows = slice(start, start + 16384)
-            total = sum(h.predict(where.take(rows), context=context) for h in self.heads)
-            out[rows] = (total[:, columns] / len(self.heads)).clamp_min(0).cpu().numpy()  # type: ignore[index]
+            where = Places(
+                torch.as_tensor(places[rows]).to(device),
+                torch.as_tensor(xy_um[rows], dtype=torch.float32).to(device),
+                torch.as_tensor(own[rows]).to(device),
+            )
+            total = sum(w * h.predict(where, context=context)[:, columns].clamp_min(0) for w, h in self.heads)
+            out[rows] = total.cpu().numpy()  # type: ignore[union-attr]
         return out
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -157,14 +182,19 @@ class Model:
             msg = f"{path} holds a model already. Pass overwrite=True to replace it, or choose another folder."
             raise FileExistsError(msg)
         path.mkdir(parents=True, exist_ok=True)
-        states = [head.state() for head in self.heads]
+        states = [head.state() for _, head in self.heads]
         tensors = {
             f"{i}.{name}": t.detach().cpu().contiguous() for i, (_, ws) in enumerate(states) for name, t in ws.items()
         }
+        if self.bars is not None:
+            tensors |= {f"bars.{name}": torch.as_tensor(a) for name, a in self.bars.to_arrays().items()}
         config = {
             "format": _FORMAT,
             "head": self.head,
-            "heads": [c for c, _ in states],
+            "heads": [
+                {"name": head.name, "weight": weight, "config": c}
+                for (weight, head), (c, _) in zip(self.heads, states, strict=True)
+            ],
             "held_out": self.held_out,
             "recipe": self.recipe.to_dict(),
             "context_genes": list(self.context_genes),
@@ -201,7 +231,8 @@ class Model:
         heads = []
         for i, c in enumerate(config["heads"]):
             mine = {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
-            heads.append(get_head(config["head"]).from_state(c, mine))
+            heads.append((c["weight"], get_head(c["name"]).from_state(c["config"], mine)))
+        bars = {n.removeprefix("bars."): t.numpy() for n, t in tensors.items() if n.startswith("bars.")}
         scores = pd.read_csv(path / "scores.csv", index_col="gene", dtype={"gene": str}, keep_default_na=False)
         scores.index.name = None
         scores = scores.astype({"held_out_pcc": np.float32, "held_out_mse": np.float32})
@@ -214,15 +245,25 @@ class Model:
             scores,
             config["held_out"],
             Recipe(recipe["encoder"], recipe["tile_um"], tuple(recipe["stack"].split("+"))),
+            ErrorBars.from_arrays(bars) if bars else None,
             config["info"],
         )
 
 
 def check_arguments(
-    *, head: str, genes: int | Sequence[str] | str, n_folds: int, sections: Sequence[Section]
+    *,
+    head: str,
+    genes: int | Sequence[str] | str,
+    n_folds: int,
+    sections: Sequence[Section],
+    level: float | None = None,
+    head_options: dict[str, Any] | None = None,
 ) -> pd.Index:
     """Say what is wrong with the arguments of :func:`fit_model` before an hour of embedding; give the common genes."""
-    get_head(head)
+    _check_options(head, head_options)
+    if level is not None and not (isinstance(level, (int, float)) and 0 < level < 1):
+        msg = f"level={level!r}: choose a share between 0 and 1, such as 0.9, or None for no error bars."
+        raise ValueError(msg)
     if isinstance(n_folds, bool) or not isinstance(n_folds, (int, np.integer)) or not 2 <= n_folds <= 20:
         msg = f"n_folds={n_folds!r}: choose a whole number from 2 to 20."
         raise ValueError(msg)
@@ -251,6 +292,31 @@ def check_arguments(
     return names
 
 
+def _check_options(head: str, options: dict[str, Any] | None) -> None:
+    """Refuse an unknown head, and options that it does not have."""
+    names = parts_of(head)
+    given = {"head_options": {} if options is None else options}
+    if len(names) > 1 and isinstance(options, dict):
+        unknown = set(options) - set(names)
+        if unknown:
+            msg = (
+                f"head_options of {sorted(unknown)}: head {head!r} takes options by name of its parts, "
+                f"for example {{{names[0]!r}: {{...}}}}."
+            )
+            raise ValueError(msg)
+        given = {f"head_options[{name!r}]": options[name] for name in names if name in options}
+        names = tuple(name for name in names if name in options)
+    for name, (where, one) in zip(names, given.items(), strict=False):
+        if not isinstance(one, dict):
+            msg = f"{where}={one!r}: pass a dict of arguments of the head."
+            raise ValueError(msg)
+        known = [p for p in inspect.signature(get_head(name)).parameters if p not in _FITTED]
+        for option in one:
+            if option not in known:
+                msg = f"head_options: head {name!r} has no option {option!r}. {'Choose from ' + str(known) if known else 'It has none'}."
+                raise ValueError(msg)
+
+
 def fit_model(
     sections: Sequence[Section],
     embeddings: Sequence[NDArray[np.float32]],
@@ -261,28 +327,22 @@ def fit_model(
     n_folds: int,
     rng: np.random.Generator,
     device: torch.device,
+    level: float | None = 0.9,
+    rivals: Sequence[str] = RIVALS,
     head_options: dict[str, Any] | None = None,
     progress: bool | None = None,
 ) -> Model:
     """Fit a head on every fold of the spots of one or more sections, and score it on the spots left out."""
-    names = check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections)
+    names = check_arguments(
+        head=head, genes=genes, n_folds=n_folds, sections=sections, level=level, head_options=head_options
+    )
     everything = sparse.vstack([s.expression[:, s.genes.get_indexer(names)] for s in sections]).tocsr()
-    spread_out = np.vstack([s.xy_um + [_FAR_UM * i, 0] for i, s in enumerate(sections)])
-    fold = random_folds(len(spread_out), n_folds=n_folds, rng=rng)
+    spread_out = np.vstack([s.xy_um + [FAR_UM * i, 0] for i, s in enumerate(sections)])
+    fold = block_folds(spread_out, n_folds=n_folds, rng=rng)
 
     final, per_fold, highly_variable = _select(genes, names, everything, spread_out, fold)
     union = np.flatnonzero(final | per_fold.any(axis=0))
-    dense = [s.dense(names[union]) for s in sections]
-    each = [
-        _spots(s, e, y, offset_um=_FAR_UM * i)
-        for i, (s, e, y) in enumerate(zip(sections, embeddings, dense, strict=True))
-    ]
-    spots = Spots(
-        torch.cat([s.embedding for s in each]),
-        torch.cat([s.expression for s in each]),
-        torch.cat([s.xy_um for s in each]),
-        float(np.mean([s.pitch_um for s in each])),
-    ).to(device)
+    spots = lay_out(sections, embeddings, names[union]).to(device)
 
     logger.info("fitting %s on %d spots x %d genes, %d folds", head, len(spots), int(final.sum()), n_folds)
     fitted = cross_fit(spots, head=head, fold=fold, rng=rng, options=head_options, progress=progress)
@@ -291,10 +351,12 @@ def fit_model(
     def chosen(one: int) -> NDArray[np.bool_]:
         return per_fold[one][union]
 
-    held_out = {head: summary(fitted.held_out, measured, fold=fold, chosen=chosen)}
-    rivals = [r for r in RIVALS if r != head]
-    held_out |= compare(spots, heads=rivals, fold=fold, chosen=chosen, rng=rng)
-    _report(head, held_out)
+    said = {head: fitted.held_out} | fitted.parts
+    held_out = {name: summary(values, measured, fold=fold, chosen=chosen) for name, values in said.items()}
+    others = [r for r in rivals if r not in held_out]
+    held_out |= compare(spots, heads=others, fold=fold, chosen=chosen, rng=rng)
+    if rivals:
+        _report(head, held_out)
 
     gene_scores = score(fitted.held_out, measured, fold=fold)
     keep = final[union]
@@ -307,15 +369,33 @@ def fit_model(
         },
         index=pd.Index(names[union][keep], name="gene"),
     )
+    bars = None
+    if level is not None:
+        bars = calibrate(fitted.held_out[:, keep], measured[:, keep], fold=fold, level=level)
     info = {
-        "split": f"random, {n_folds} folds, each spot predicted by a head that never saw it",
+        "split": f"blocks, {n_folds} folds, each spot predicted by heads that never saw it",
         "n_folds": n_folds,
         "n_spots": len(spots),
         "n_sections": len(sections),
         "pitch_um": spots.pitch_um,
     }
     scores.index.name = None
-    return Model(head, pd.Index(scores.index), pd.Index(names[union]), fitted.heads, scores, held_out, recipe, info)
+    found = pd.Index(scores.index), pd.Index(names[union]), fitted.heads
+    return Model(head, *found, scores, held_out, recipe, bars, info)
+
+
+def lay_out(sections: Sequence[Section], embeddings: Sequence[NDArray[np.float32]], genes: pd.Index) -> Spots:
+    """Lay the spots of several sections far apart in one plane."""
+    each = [
+        _spots(s, e, s.dense(genes), offset_um=FAR_UM * i)
+        for i, (s, e) in enumerate(zip(sections, embeddings, strict=True))
+    ]
+    return Spots(
+        torch.cat([s.embedding for s in each]),
+        torch.cat([s.expression for s in each]),
+        torch.cat([s.xy_um for s in each]),
+        float(np.mean([s.pitch_um for s in each])),
+    )
 
 
 def _spots(

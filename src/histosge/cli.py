@@ -42,6 +42,17 @@ def _refuse_foreign(path: Path, *, overwrite: bool, marks: tuple[str, ...]) -> N
         raise FileExistsError(msg)
 
 
+def _level(_context: click.Context, _option: click.Parameter, value: str) -> float | None:
+    """Read a share, or ``none``."""
+    if value.lower() == "none":
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        msg = f"{value!r} is neither a number between 0 and 1, such as 0.9, nor 'none'."
+        raise click.BadParameter(msg) from None
+
+
 @main.command()
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the section and of the training.")
@@ -100,7 +111,14 @@ def demo(*, out: Path, seed: int) -> None:
 @click.argument("target", type=click.Path(path_type=Path), metavar="OUT.zarr")
 @click.option("--encoder", default="h-optimus-0", show_default=True, help="Encoder; see `histosge encoders`.")
 @click.option("--weights", type=click.Path(exists=True), help="Local weights, for machines without network.")
-@click.option("--head", default="in-context", show_default=True, help="Head.")
+@click.option("--head", default="in-context+kriging", show_default=True, help="Head.")
+@click.option(
+    "--level",
+    default="0.9",
+    show_default=True,
+    callback=_level,
+    help="Share of measurements that the error bars hold, or 'none' for no error bars.",
+)
 @click.option("--genes", default="1000", show_default=True, help="Number of genes, 'all', or names with commas.")
 @click.option("--upsample", type=int, help="Places per spot: 2, 4, 8 or 16 (the default is 4).")
 @click.option("--bin-um", type=float, help="Edge of square bins in µm.")

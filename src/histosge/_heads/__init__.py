@@ -6,6 +6,6 @@ A head sees tensors only. All expression is log1p-normalised, all positions are 
 from __future__ import annotations
 
 from histosge._heads._protocol import Head, Places, Spots
-from histosge._heads._registry import HEADS, get_head
+from histosge._heads._registry import DEFAULT_HEAD, HEADS, get_head, parts_of
 
-__all__ = ["HEADS", "Head", "Places", "Spots", "get_head"]
+__all__ = ["DEFAULT_HEAD", "HEADS", "Head", "Places", "Spots", "get_head", "parts_of"]

@@ -67,6 +67,8 @@ class Head(Protocol):
     """From embeddings, positions and measured neighbours to expression."""
 
     name: ClassVar[str]
+    averaged: ClassVar[bool]
+    """Whether a model is the mean of the heads of all folds (networks), or one head fitted on all spots."""
 
     def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
         """Learn from measured spots; every choice (scaling, components, early stopping) is made inside them."""
@@ -84,14 +86,3 @@ class Head(Protocol):
     def from_state(cls, config: dict[str, Any], weights: dict[str, Tensor]) -> Self:
         """Restore a fitted head."""
         ...
-
-
-def standardiser(embedding: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and spread of every column; a constant column gets spread 1."""
-    mean, spread = embedding.mean(0), embedding.std(0)
-    return mean, torch.where(spread > 1e-6 * (mean.abs() + 1), spread, torch.ones_like(spread))
-
-
-def standardise(embedding: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
-    """Scale columns and clip at five spreads, so that a fold or a pen mark in the image cannot run away."""
-    return ((embedding - mean) / spread).clamp(-5, 5)

@@ -1,4 +1,4 @@
-"""The default head: HisToSGE's multi-head attention, made to look at the measured spots around a place.
+"""Half of the default: HisToSGE's multi-head attention, made to look at the measured spots around a place.
 
 Notable choices, each measured in docs/benchmarks.md:
 - the query is the place (embedding, no expression), keys and values are its nearest measured spots (embedding,
@@ -13,19 +13,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import numpy as np
 import torch
 from torch import nn
 
 from histosge._geometry import nearest_spots
-from histosge._heads._protocol import Places, Spots, standardise, standardiser
+from histosge._heads._protocol import Places, Spots
+from histosge._heads._space import Space, n_gene_components
 from histosge._training import Schedule, one_thread, seeded, stopping_spots, train
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 _WAVES_PITCH = (8.0, 4.0, 2.0)
 """Wavelengths of the position code, in pitches: the context is about five pitches wide."""
+_FARTHEST_PITCH = 20.0
+"""A spot farther away says nothing about a place: spots of other sections, and of the far side of a hole."""
 N_POSITION = 4 * len(_WAVES_PITCH) + 3
 
 
@@ -66,7 +69,7 @@ class _Network(nn.Module):
     def forward(self, place: Tensor, spots: Tensor, components: Tensor, position: Tensor, present: Tensor) -> Tensor:
         b, k, _ = spots.shape
         x = self.dropout(self.embed(place))  # (B, W)
-        tokens = self.dropout(self.embed(spots) + self.express(components))  # (B, K, W)
+        tokens = self.embed(spots) + self.express(components)  # (B, K, W)
         key, value = (
             (self.key_value(self.norm_spot(tokens)) + self.position(position))
             .view(b, k, 2, self.n_heads, x.shape[-1] // self.n_heads)
@@ -101,6 +104,7 @@ class InContext:
     """
 
     name: ClassVar[str] = "in-context"
+    averaged: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -122,7 +126,7 @@ class InContext:
             "dropout": dropout,
             "thinning": thinning,
         }
-        self.scaling: dict[str, Tensor] = {}
+        self.space: Space | None = None
         self.network: _Network | None = None
 
     def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
@@ -130,15 +134,18 @@ class InContext:
         learn, stop = stopping_spots(len(spots), rng=rng)
         learn, stop = learn.to(device), stop.to(device)
         with seeded(rng, device) as generator, one_thread():
-            self._scale(spots.take(learn))
-            image, components = self._image(spots.embedding), self._components(spots.expression)
+            known = spots.take(learn)
+            n_genes = self.config["n_components"] or n_gene_components(len(known))
+            space = Space.fit(known, n_image=self.config["n_image_components"], n_genes=n_genes)
+            self.space = space
+            image, components = self._image(spots.embedding, space), space.components(spots.expression)
             self.network = self._build(image.shape[1], components.shape[1]).to(device)
             # a stopping spot asks the learning spots, and so does a learning spot (but not itself)
             own = torch.full((len(spots),), -1, device=device)
             own[learn] = torch.arange(len(learn), device=device)
-            context = self._neighbours(Places(spots.embedding, spots.xy_um, own), spots.take(learn))
+            context = self._neighbours(Places(spots.embedding, spots.xy_um, own), known)
             near, position, present = learn[context[0]], context[1], context[2]
-            weight = self.scaling["component_spread"] ** 2
+            weight = space.gene_spread**2
             weight = weight / weight.sum()
 
             def error(rows: Tensor, seen: Tensor) -> Tensor:
@@ -155,7 +162,7 @@ class InContext:
                 loss=loss,
                 stopping_loss=lambda: error(stop, present[stop]),
                 n_spots=len(learn),
-                schedule=Schedule(n_steps=400, batch_size=64, learning_rate=2e-3, weight_decay=0.5, patience=10),
+                schedule=Schedule(n_steps=300, batch_size=64, learning_rate=3e-3, weight_decay=0.5, patience=10),
                 generator=generator,
                 desc="training in-context head",
                 progress=progress,
@@ -163,52 +170,25 @@ class InContext:
         return self
 
     def predict(self, places: Places, *, context: Spots) -> Tensor:
-        if self.network is None:
+        if self.network is None or self.space is None:
             msg = "head 'in-context' is not fitted: call fit() first."
             raise RuntimeError(msg)
         device = places.embedding.device
         self.network.to(device).eval()
-        self.scaling = {name: tensor.to(device) for name, tensor in self.scaling.items()}
+        space = self.space = self.space.to(device)
         near, position, present = self._neighbours(places, context)
-        image, spots = self._image(places.embedding), self._image(context.embedding)
-        components = self._components(context.expression)
+        image, spots = self._image(places.embedding, space), self._image(context.embedding, space)
+        components = space.components(context.expression)
         answers = [components.new_zeros(0, components.shape[1])]
         with torch.inference_mode():
             for rows in torch.arange(len(places), device=device).split(4096):
                 n = near[rows]
                 answers.append(self.network(image[rows], spots[n], components[n], position[rows], present[rows]))
-        answer = torch.cat(answers) * self.scaling["component_spread"]
-        return answer @ self.scaling["component_genes"] + self.scaling["gene_mean"]  # (m, g)
+        return space.genes(torch.cat(answers))  # (m, g)
 
-    def _scale(self, spots: Spots) -> None:
-        """Fix scalings and principal components, from the learning spots alone."""
-        n, device = len(spots), spots.embedding.device
-        mean, spread = standardiser(spots.embedding)
-        scaled = standardise(spots.embedding, mean, spread)
-        centre, axes, size = _principal(scaled, max(2, min(self.config["n_image_components"], n // 4)))
-        # one scale for all: the first components stay the largest; 3 keeps them within the reach of the layers
-        axes = axes * (3 / size[0].clamp_min(1e-6))
-        # 8 to 32 components by the number of spots: docs/benchmarks.md
-        wanted = self.config["n_components"] or int(np.clip(np.sqrt(n) / 2.25, 8, 32))
-        gene_mean, genes, gene_size = _principal(spots.expression, wanted)
-        self.scaling = {
-            "mean": mean,
-            "spread": spread,
-            "image_mean": centre,
-            "image_axes": axes,
-            "gene_mean": gene_mean,
-            "component_genes": genes,
-            "component_spread": gene_size.clamp_min(1e-6),
-        }
-        self.scaling = {name: tensor.to(device) for name, tensor in self.scaling.items()}
-
-    def _image(self, embedding: Tensor) -> Tensor:
-        s = self.scaling
-        return (standardise(embedding, s["mean"], s["spread"]) - s["image_mean"]) @ s["image_axes"].T
-
-    def _components(self, expression: Tensor) -> Tensor:
-        s = self.scaling
-        return (expression - s["gene_mean"]) @ s["component_genes"].T / s["component_spread"]
+    def _image(self, embedding: Tensor, space: Space) -> Tensor:
+        # one scale for all components: the first stay the largest; 3 keeps them within the reach of the layers
+        return space.image(embedding) * (3 / space.image_spread[0].clamp_min(1e-6))
 
     def _neighbours(self, places: Places, context: Spots) -> tuple[Tensor, Tensor, Tensor]:
         device = places.embedding.device
@@ -223,6 +203,8 @@ class InContext:
             msg = "head 'in-context' got no measured spots as context."
             raise ValueError(msg)
         step = (context.xy_um[near] - places.xy_um[:, None]) / context.pitch_um  # (m, k, 2)
+        seen = seen & (step.norm(dim=-1) <= _FARTHEST_PITCH)
+        step = torch.where(seen[..., None], step, torch.zeros_like(step))  # the code of what is not read stays small
         return near, encode_position(step), seen
 
     def _build(self, n_embedding: int, n_components: int) -> _Network:
@@ -230,34 +212,20 @@ class InContext:
         return _Network(n_embedding, n_components, c["width"], c["n_heads"], c["dropout"])
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        if self.network is None:
+        if self.network is None or self.space is None:
             msg = "head 'in-context' is not fitted: call fit() first."
             raise RuntimeError(msg)
         network = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
-        return self.config, network | {f"scaling.{name}": tensor for name, tensor in self.scaling.items()}
+        return self.config, network | {f"space.{name}": tensor for name, tensor in self.space.state().items()}
 
     @classmethod
     def from_state(cls, config: dict[str, Any], weights: dict[str, Tensor]) -> Self:
         head = cls(**config)
-        parts: dict[str, dict[str, Tensor]] = {"network": {}, "scaling": {}}
+        parts: dict[str, dict[str, Tensor]] = {"network": {}, "space": {}}
         for name, tensor in weights.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
-        head.scaling = parts["scaling"]
-        head.network = head._build(len(head.scaling["image_axes"]), len(head.scaling["component_genes"]))
+        head.space = Space(**parts["space"])
+        head.network = head._build(len(head.space.image_axes), len(head.space.gene_axes))
         head.network.load_state_dict(parts["network"])
         return head
-
-
-def _principal(values: Tensor, n_components: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (c,), axes (q, c) and spread (q,) of the first principal components of (n, c) values.
-
-    Randomised SVD (Halko, Martinsson and Tropp, 2011) from the seed in force; signs are fixed by the largest entry.
-    """
-    n_components = min(n_components, len(values) - 1, values.shape[1])
-    mean = values.mean(0)
-    centred = values - mean
-    _, size, axes = torch.svd_lowrank(centred, q=min(n_components + 10, *centred.shape), niter=4)
-    axes, size = axes.T[:n_components].contiguous(), size[:n_components]
-    largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
-    return mean, axes * largest.sign(), size / max(len(values) - 1, 1) ** 0.5

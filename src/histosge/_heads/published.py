@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from histosge._geometry import nearest_spots
-from histosge._heads._protocol import Places, Spots, standardise, standardiser
+from histosge._heads._protocol import Places, Spots
+from histosge._heads._space import standardise, standardiser
 from histosge._training import Schedule, seeded, stopping_spots, train
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class Published:
     """
 
     name: ClassVar[str] = "published"
+    averaged: ClassVar[bool] = True
 
     def __init__(self, *, n_neighbours: int = 49, n_steps: int = 300) -> None:
         self.config: dict[str, Any] = {"n_neighbours": n_neighbours, "n_steps": n_steps}

@@ -8,16 +8,19 @@ import numpy as np
 import torch
 
 from histosge._geometry import nearest_spots
-from histosge._heads._protocol import Places, Spots, standardise, standardiser
+from histosge._heads._space import standardise, standardiser
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from histosge._heads._protocol import Places, Spots
 
 
 class Mean:
     """Every place gets the mean of the spots learnt from: what any head must beat to be worth anything."""
 
     name: ClassVar[str] = "mean"
+    averaged: ClassVar[bool] = False
 
     def __init__(self, mean: Tensor | None = None) -> None:
         self.mean = mean
@@ -45,6 +48,7 @@ class Nearest:
     """Inverse-distance mean of the measured spots around a place (Shepard, 1968); the image is not looked at."""
 
     name: ClassVar[str] = "nearest"
+    averaged: ClassVar[bool] = False
 
     def __init__(self, n_neighbours: int = 20) -> None:
         self.n_neighbours = n_neighbours
@@ -89,6 +93,7 @@ class Ridge:
     """
 
     name: ClassVar[str] = "ridge"
+    averaged: ClassVar[bool] = False
 
     def __init__(self, weights: dict[str, Tensor] | None = None) -> None:
         self.weights = weights

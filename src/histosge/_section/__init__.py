@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from histosge._section._counts import TARGET_SUM
-from histosge._section._read import MIN_SPOTS, Section, centroids, read_section
+from histosge._section._counts import TARGET_SUM, per_target_sum
+from histosge._section._read import MIN_SPOTS, Section, centroids, column, read_section, section_counts
 from histosge._section._write import (
     Targets,
     commit,
@@ -23,14 +23,17 @@ __all__ = [
     "Section",
     "Targets",
     "centroids",
+    "column",
     "commit",
     "embedding_table",
     "find_embedding",
     "lay_targets",
     "make_table",
+    "per_target_sum",
     "predicted_table",
     "read_section",
     "read_targets",
+    "section_counts",
     "shapes_element",
     "to_image",
 ]

@@ -94,6 +94,11 @@ def log_normalise(counts: sparse.csr_matrix, table: AnnData) -> tuple[sparse.csr
         return counts.astype(np.float32), True
     if not whole:
         logger.info("values are not whole numbers (largest %.4g): treated as corrected counts", values.max())
+    return per_target_sum(counts), False
+
+
+def per_target_sum(counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Scale every spot to ``TARGET_SUM`` and take log1p; a spot without counts stays 0."""
     total = np.asarray(counts.sum(axis=1)).ravel()
-    scaled = sparse.diags(TARGET_SUM / total) @ counts
-    return sparse.csr_matrix(scaled.log1p()).astype(np.float32), False
+    scaled = sparse.diags(TARGET_SUM / np.where(total > 0, total, 1)) @ counts
+    return sparse.csr_matrix(scaled.log1p()).astype(np.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from histosge._tiles import LazyImage
 
 MIN_SPOTS = 30
+_NEARLY_EMPTY = 0.02
+"""Scaled to 10,000, the one count of a spot would be the largest value of its gene."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,17 @@ class Section:
     @property
     def xy_um(self) -> NDArray[np.float64]:
         return self.xy_px * self.mpp
+
+    def take(self, rows: NDArray[np.int64]) -> Section:
+        """Return the section as if only some of its spots had been measured."""
+        lattice = None if self.lattice is None else replace(self.lattice, index=self.lattice.index[rows])
+        return replace(
+            self,
+            instances=self.instances[rows],
+            xy_px=self.xy_px[rows],
+            expression=self.expression[rows],
+            lattice=lattice,
+        )
 
     def dense(self, genes: Iterable[str]) -> NDArray[np.float32]:
         """Expression of some genes: (n, len(genes)) float32."""
@@ -109,9 +122,12 @@ def read_section(
     if not (total > 0).any():
         msg = f"the table {table_key!r} holds no counts at all. Name the layer that does: layer={named_layers(table)}."
         raise ValueError(msg)
-    if (total == 0).any():
-        logger.warning("leaving out %d of %d spots that have no counts", (total == 0).sum(), len(total))
-        keep = total > 0
+    keep = total > _NEARLY_EMPTY * np.median(total[total > 0])
+    if not keep.all():
+        logger.warning(
+            "leaving out %d of %d spots that have no counts, or less than %g %% of the median",
+            (~keep).sum(), len(total), 100 * _NEARLY_EMPTY,
+        )  # fmt: skip
         left_out += int((~keep).sum())
         counts, instances, xy_px, element = counts[keep], instances[keep], xy_px[keep], element[keep]
     if len(xy_px) < MIN_SPOTS:
@@ -162,6 +178,25 @@ def read_section(
         spots_key, len(xy_px), technology, len(section.genes), mpp, source,
     )  # fmt: skip
     return section
+
+
+def section_counts(sdata: SpatialData, section: Section, *, layer: str | None = None) -> sparse.csr_matrix | None:
+    """Counts of the section's spots and genes, (n, genes); ``None`` where the table holds no whole numbers."""
+    table = sdata.tables[section.table_key]
+    rows, instances, _ = match_rows(table, sdata.shapes[section.spots_key], section.spots_key, section.table_key)
+    counts = read_counts(table, layer, rows, section.table_key)
+    whole = bool(np.all(counts.data == np.rint(counts.data)))
+    return counts[instances.get_indexer(section.instances)] if whole else None
+
+
+def column(sdata: SpatialData, section: Section, name: str) -> NDArray[Any]:
+    """Column of ``obs`` of the measured table, one value for each spot of the section, (n,)."""
+    table = sdata.tables[section.table_key]
+    if name not in table.obs:
+        msg = f"labels={name!r} is not a column of sdata.tables[{section.table_key!r}].obs: {list(table.obs.columns)}."
+        raise KeyError(msg)
+    rows, instances, _ = match_rows(table, sdata.shapes[section.spots_key], section.spots_key, section.table_key)
+    return table.obs[name].to_numpy()[rows][instances.get_indexer(section.instances)]
 
 
 def _check_scale(argument: str, value: float | None) -> None:

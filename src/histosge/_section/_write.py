@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from spatialdata import SpatialData
 
+    from histosge._calibration import ErrorBars
     from histosge._section._read import Section
 
 TISSUE = ("auto", "spots")
@@ -175,6 +176,7 @@ def predicted_table(
     targets: Targets,
     *,
     expression: NDArray[np.float32],
+    bars: ErrorBars | None,
     var: pd.DataFrame,
     provenance: dict[str, Any],
 ) -> AnnData:
@@ -193,6 +195,9 @@ def predicted_table(
     obs["in_spot"] = distance_um <= radius_um
     obs["distance_to_spot_um"] = distance_um.astype(np.float32)
     adata = ad.AnnData(X=expression, obs=obs, var=var)
+    if bars is not None:
+        adata.layers["sd"] = bars.sd(expression)
+        adata.layers["lower"], adata.layers["upper"] = bars.interval(expression)
     adata.obsm["spatial"] = targets.xy_px
     adata.uns[_keys.UNS] = provenance
     # scanpy asks here whether, and to what base, values are logarithms; natural is written as no base at all

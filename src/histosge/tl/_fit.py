@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from histosge._embedding import resolve_device
+from histosge._heads import DEFAULT_HEAD
 from histosge._model import Model, check_arguments, fit_model
 from histosge._recipe import DEFAULT_ENCODER, embed_targets, own_spots, prepare
 from histosge._section import read_section
@@ -20,11 +21,12 @@ def fit(
     sdata: SpatialData | Sequence[SpatialData],
     *,
     encoder: Any = DEFAULT_ENCODER,
-    head: str = "in-context",
+    head: str = DEFAULT_HEAD,
     genes: int | Sequence[str] | str = 1000,
     tile_um: float | None = None,
     stack: Sequence[str] = ("pilm",),
     n_folds: int = 5,
+    level: float | None = 0.9,
     head_options: dict[str, Any] | None = None,
     image_key: str | None = None,
     spots_key: str | None = None,
@@ -40,10 +42,11 @@ def fit(
 ) -> Model:
     """Train a head on the measured spots of one or more sections.
 
-    The spots are dealt into folds; for each fold a head is trained on all others, with early stopping on spots of
-    its own, and predicts the fold it never saw. The model is the mean of these heads; its scores are the held-out
-    ones, beside those of ridge regression and inverse-distance interpolation on the same folds. Genes are chosen,
-    and everything is scaled, inside the training spots of each fold.
+    The spots are dealt into folds of contiguous blocks; for each fold a head is trained on all others, with early
+    stopping on spots of its own, and predicts the fold it never saw. The scores are the held-out ones, beside those of
+    ridge regression and inverse-distance interpolation on the same folds; the error bars are calibrated on the same
+    predictions. The model is the mean of the networks of all folds; heads that are no networks are fitted once more, on
+    all spots. Genes are chosen, and everything is scaled, inside the training spots of each fold.
 
     Parameters
     ----------
@@ -52,8 +55,9 @@ def fit(
     encoder
         Name of an encoder (see :func:`histosge.encoders`), or one that :func:`histosge.load_encoder` made.
     head
-        ``"in-context"`` (attention over measured neighbours, the default), ``"published"`` (the paper's network,
-        repaired), ``"ridge"``, ``"nearest"`` or ``"mean"``.
+        ``"in-context"`` (attention over measured neighbours), ``"kriging"`` (Gaussian process on position and image),
+        ``"published"`` (the paper's network, repaired), ``"ridge"``, ``"coordinates"``, ``"nearest"`` or ``"mean"``;
+        names joined by ``+`` for their mean, as the default ``"in-context+kriging"``.
     genes
         Number of genes, chosen by spatial autocorrelation; a list of names; or ``"all"`` that were seen.
     tile_um
@@ -62,8 +66,11 @@ def fit(
         Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
     n_folds
         Folds of the spots, 2 to 20.
+    level
+        Share of measurements at spot scale that the error bars shall hold. ``None`` makes none.
     head_options
-        Arguments of the head, for example ``{"n_neighbours": 30}``.
+        Arguments of the head, for example ``{"n_neighbours": 30}``; of several heads, by name, for example
+        ``{"in-context": {"n_neighbours": 30}}``.
     image_key
         H&E image in ``sdata.images``. ``None`` takes the only one.
     spots_key
@@ -122,7 +129,7 @@ def fit(
         )
         for one in several
     ]
-    check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections)
+    check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, level=level, head_options=head_options)
     values = []
     for one, section in zip(several, sections, strict=True):
         encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack)
@@ -137,6 +144,7 @@ def fit(
         head=head,
         genes=genes,
         n_folds=n_folds,
+        level=level,
         rng=np.random.default_rng(rng),
         device=where,
         head_options=head_options,

@@ -10,6 +10,7 @@ import numpy as np
 
 from histosge import _keys
 from histosge._embedding import resolve_device
+from histosge._heads import DEFAULT_HEAD
 from histosge._model import Model, check_arguments, fit_model
 from histosge._recipe import DEFAULT_ENCODER, again, embed_targets, own_spots, prepare
 from histosge._recipe import provenance as recipe_provenance
@@ -45,9 +46,10 @@ def predict(
     encoder: Any = DEFAULT_ENCODER,
     tile_um: float | None = None,
     stack: Sequence[str] = ("pilm",),
-    head: str = "in-context",
+    head: str = DEFAULT_HEAD,
     genes: int | Sequence[str] | str = 1000,
     n_folds: int = 5,
+    level: float | None = 0.9,
     head_options: dict[str, Any] | None = None,
     model: Model | None = None,
     upsample: int | None = None,
@@ -92,15 +94,18 @@ def predict(
     stack
         Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
     head
-        ``"in-context"``, ``"published"``, ``"ridge"``, ``"nearest"`` or ``"mean"``; see :func:`histosge.tl.fit`.
+        ``"in-context"``, ``"kriging"``, ``"published"``, ``"ridge"``, ``"coordinates"``, ``"nearest"`` or ``"mean"``,
+        or several joined by ``+`` for their mean; see :func:`histosge.tl.fit`.
     genes
         Number of genes, chosen by spatial autocorrelation; a list of names; or ``"all"`` that were seen.
     n_folds
         Folds of the spots for training and held-out scores, 2 to 20.
+    level
+        Share of measurements at spot scale that the error bars shall hold. ``None`` writes none.
     head_options
-        Arguments of the head.
+        Arguments of the head; see :func:`histosge.tl.fit`.
     model
-        A model fitted before, on this or other sections; ``head``, ``genes`` and ``n_folds`` are then its own.
+        A model fitted before, on this or other sections; ``head``, ``genes``, ``n_folds`` and ``level`` are then its own.
     upsample
         Places per measured spot: 2, 4, 8 or 16. With neither this, ``bin_um`` nor ``target_key``, 4 as in the paper.
     bin_um
@@ -130,10 +135,12 @@ def predict(
         Circles or squares, as of :func:`histosge.pp.targets`; not with ``target_key``.
     ``sdata.tables["{key_added}"]``
         Annotates these shapes by ``obs["region"]`` and ``obs["instance_id"]``. ``X`` (n, genes) float32: expected
-        log1p expression at 10,000 counts. ``obs``: ``array_row``, ``array_col`` (int64, where the places form a
-        grid), ``in_tissue``, ``is_spot`` (the place is a measured spot, predicted with its own measurement
-        hidden), ``in_spot`` (its centre lies inside a physical spot; bool), ``distance_to_spot_um`` (float32, to the
-        nearest spot's centre). ``obsm["spatial"]`` (n, 2) float64, (x, y) in pixels of the image.
+        log1p expression at 10,000 counts. ``layers["sd"]``, ``["lower"]``, ``["upper"]`` (n, genes) float32: standard
+        deviation of a measurement at spot scale around it, and the ends of the interval that holds a share ``level`` of
+        such measurements. ``obs``: ``array_row``, ``array_col`` (int64, where the places form a
+        grid), ``in_tissue``, ``is_spot`` (the place is a measured spot; its own measurement is hidden from the
+        context, but heads have learnt from it: no held-out prediction), ``in_spot`` (its centre lies inside a physical
+        spot; bool), ``distance_to_spot_um`` (float32, to the nearest spot's centre). ``obsm["spatial"]`` (n, 2) float64, (x, y) in pixels of the image.
         ``var``: ``highly_variable`` (bool), ``held_out_pcc``, ``held_out_mse`` (float32, on spots the head never
         saw), ``predictable`` (bool, at a false discovery rate of 5 %). ``uns["histosge"]``: encoder, head, scale,
         seed, split, versions and held-out scores of the head and its rivals.
@@ -148,8 +155,12 @@ def predict(
 
     Notes
     -----
+    Error bars are conformal: calibrated on measured spots in blocks that no head saw. Their level is met at the scale of
+    a spot, for places that are like the held-out spots; for averages over several places they are too wide, and for
+    bins smaller than a spot they say what a spot centred there would measure.
+
     The method is HisToSGE's (Shi et al., 2024, arXiv 2407.20518) with the measured neighbours as context;
-    ``head="published"`` is the paper's own network.
+    ``head="published"`` is the paper's own network, and ``head="kriging"`` what a Gaussian process makes of the same.
 
     Examples
     --------
@@ -180,7 +191,9 @@ def predict(
         pitch_um=pitch_um,
     )
     if model is None:
-        check_arguments(head=head, genes=genes, n_folds=n_folds, sections=[section])
+        check_arguments(
+            head=head, genes=genes, n_folds=n_folds, sections=[section], level=level, head_options=head_options
+        )
     else:
         encoder, tile_um, stack = again(model.recipe, encoder)
     encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack)
@@ -213,6 +226,7 @@ def predict(
             head=head,
             genes=genes,
             n_folds=n_folds,
+            level=level,
             rng=generator,
             device=where,
             head_options=head_options,
@@ -225,6 +239,7 @@ def predict(
         section,
         targets,
         expression=expression,
+        bars=model.bars,
         var=model.scores.copy(),
         provenance=_provenance(section, targets, model, seed, layer),
     )
@@ -243,6 +258,7 @@ def _provenance(section: Section, targets: Targets, model: Model, seed: int | st
         **recipe_provenance(section, model.recipe),
         "head": model.head,
         "held_out": cast("dict[str, Any]", model.held_out),
+        **({} if model.bars is None else {"level": model.bars.level}),
         **model.info,
         "seed": seed,
         "spots": section.spots_key,

@@ -1,4 +1,4 @@
-"""Look at results. Every function returns matplotlib axes."""
+"""Draw the image, what was measured and what was predicted, side by side."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
     from spatialdata import SpatialData
-
-__all__ = ["expression"]
 
 
 def expression(

@@ -1,0 +1,95 @@
+"""The spaces that heads compute in: principal components of the embedding and of the expression."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from histosge._heads._protocol import Spots
+
+
+def standardiser(embedding: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and spread of every column; a constant column gets spread 1."""
+    mean, spread = embedding.mean(0), embedding.std(0)
+    return mean, torch.where(spread > 1e-6 * (mean.abs() + 1), spread, torch.ones_like(spread))
+
+
+def standardise(embedding: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+    """Scale columns and clip at five spreads, so that a fold or a pen mark in the image cannot run away."""
+    return ((embedding - mean) / spread).clamp(-5, 5)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Scalings and principal components, fixed on the spots learnt from. D embedding, P and Q components, G genes."""
+
+    mean: Tensor
+    """(D,)"""
+    spread: Tensor
+    """(D,)"""
+    image_mean: Tensor
+    """(D,)"""
+    image_axes: Tensor
+    """(P, D)"""
+    image_spread: Tensor
+    """(P,)"""
+    gene_mean: Tensor
+    """(G,)"""
+    gene_axes: Tensor
+    """(Q, G)"""
+    gene_spread: Tensor
+    """(Q,)"""
+
+    @classmethod
+    def fit(cls, spots: Spots, *, n_image: int, n_genes: int) -> Self:
+        """Fix everything on ``spots`` alone: at most one component of the embedding for every four of them."""
+        mean, spread = standardiser(spots.embedding)
+        scaled = standardise(spots.embedding, mean, spread)
+        image = principal(scaled, max(2, min(n_image, len(spots) // 4)))
+        gene_mean, gene_axes, gene_spread = principal(spots.expression, n_genes)
+        return cls(mean, spread, *image, gene_mean, gene_axes, gene_spread.clamp_min(1e-6))
+
+    def image(self, embedding: Tensor) -> Tensor:
+        """Components (n, P) of embeddings (n, D); the first ones stay the largest."""
+        return (standardise(embedding, self.mean, self.spread) - self.image_mean) @ self.image_axes.T
+
+    def components(self, expression: Tensor) -> Tensor:
+        """Components (n, Q), of unit spread, of expression (n, G)."""
+        return (expression - self.gene_mean) @ self.gene_axes.T / self.gene_spread
+
+    def genes(self, components: Tensor) -> Tensor:
+        """Expression (n, G) of components (n, Q)."""
+        return (components * self.gene_spread) @ self.gene_axes + self.gene_mean
+
+    def to(self, device: torch.device | str) -> Space:
+        """Move to ``device``."""
+        return Space(**{name: tensor.to(device) for name, tensor in self.state().items()})
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by name, for safetensors."""
+        return dict(self.__dict__)
+
+
+def n_gene_components(n_spots: int) -> int:
+    """Choose 8 to 32 components by the number of spots: docs/benchmarks.md."""
+    return int(np.clip(np.sqrt(n_spots) / 2.25, 8, 32))
+
+
+def principal(values: Tensor, n_components: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (c,), axes (q, c) and spread (q,) of the first principal components of (n, c) values.
+
+    Randomised SVD (Halko, Martinsson and Tropp, 2011) from the seed in force; signs are fixed by the largest entry.
+    """
+    n_components = min(n_components, len(values) - 1, values.shape[1])
+    mean = values.mean(0)
+    centred = values - mean
+    _, size, axes = torch.svd_lowrank(centred, q=min(n_components + 10, *centred.shape), niter=4)
+    axes, size = axes.T[:n_components].contiguous(), size[:n_components]
+    largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
+    return mean, axes * largest.sign(), size / max(len(values) - 1, 1) ** 0.5

@@ -1,0 +1,261 @@
+"""Kriging: an exact Gaussian process on position and image, conditioned on the measured spots.
+
+The strongest of the plain rivals, and half of the default (docs/benchmarks.md). Notable choices:
+- covariance of two places = near in space + alike in the image + both + linear in the image
+- each principal component of the expression has its own share of each and its own noise; lengths are common to all
+- lengths and shares maximise the marginal likelihood (Rasmussen and Williams, 2006, §5.4) of a sample of the spots,
+  under weak priors that keep small sections from running away
+- nothing of the spots is stored: prediction conditions on the context it is given, a place's own spot left out exactly
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+
+from histosge._heads._protocol import Places, Spots
+from histosge._heads._space import Space, n_gene_components
+from histosge._settings import progress_bar
+from histosge._training import one_thread, seeded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+_MOST_COMPONENTS = 16
+"""Components beyond these are nearly all noise, and each costs a factorisation."""
+_MOST_SPOTS = 6000
+"""With more spots, places are predicted in parts, each from the nearest ``_NEAR_SPOTS``."""
+_NEAR_SPOTS = 2000
+_INNER = 0.8
+"""Places of a part lie within this share of the way to the farthest of its spots: all have spots around them."""
+_FIRST_LENGTHS = (5.0, 0.8, 8.0, 0.8)
+"""Where lengths start and what the prior holds them near: pitches, image, and both again for the product."""
+_JITTER = 1e-4
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A context worked into weights: kept, since places come in parts."""
+
+    spots: Spots
+    place: Tensor
+    """(n, 2) in pitches"""
+    image: Tensor
+    """(n, P)"""
+    weight: Tensor
+    """(n, Q)"""
+    left_out: Tensor | None
+    """(n, Q) components at each spot, given all others"""
+
+
+class Kriging:
+    """Gaussian process on position and image.
+
+    Parameters
+    ----------
+    n_components
+        Principal components of the expression; by default by the number of spots, 8 to 16.
+    n_image_components
+        Principal components of the embedding, at most one for every four spots.
+    n_sample
+        Spots, drawn at random, that lengths and shares are fitted to.
+    n_steps
+        Steps of the optimiser.
+    """
+
+    name: ClassVar[str] = "kriging"
+    averaged: ClassVar[bool] = False
+
+    def __init__(
+        self, *, n_components: int | None = None, n_image_components: int = 64, n_sample: int = 300, n_steps: int = 30
+    ) -> None:
+        self.config: dict[str, Any] = {
+            "n_components": n_components,
+            "n_image_components": n_image_components,
+            "n_sample": n_sample,
+            "n_steps": n_steps,
+        }
+        self.space: Space | None = None
+        self.parameters: dict[str, Tensor] = {}
+        self._known: _Known | None = None
+
+    def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
+        device = spots.embedding.device
+        n_genes = self.config["n_components"] or min(n_gene_components(len(spots)), _MOST_COMPONENTS)
+        with seeded(rng, device) as generator, one_thread():
+            self.space = Space.fit(spots, n_image=self.config["n_image_components"], n_genes=n_genes)
+            sample = torch.randperm(len(spots), generator=generator)[: self.config["n_sample"]]
+            known = spots.take(sample.to(device))
+            place, image = _inputs(known, self.space, spots.pitch_um)
+            target = self.space.components(known.expression)  # (n, Q)
+            self.parameters = self._maximise(place, image, target, progress=progress)
+        self._known = None  # worked out with other lengths
+        return self
+
+    def _maximise(self, place: Tensor, image: Tensor, target: Tensor, *, progress: bool | None) -> dict[str, Tensor]:
+        """Lengths (4,), shares (4, Q) and noise (Q,), as logarithms, of the largest posterior density."""
+        n, n_components = target.shape
+        first = target.new_tensor(_FIRST_LENGTHS).log()
+        even, half = math.log(0.5 / 4), math.log(0.5)  # half of a component's variance is noise, to begin with
+        lengths = first.clone().requires_grad_()
+        common = target.new_full((5, 1), even).index_fill(0, torch.tensor(4, device=target.device), half)
+        start = common.clone()
+        common = common.requires_grad_()
+        own = target.new_zeros(5, n_components).requires_grad_()
+        distance, unlike, alike = _distances(place, place), _squares(image, image), image @ image.T
+        eye = torch.eye(n, device=target.device)
+        optimiser = torch.optim.Adam([lengths, common, own], lr=0.1)
+        with progress_bar(desc="fitting kriging", total=self.config["n_steps"], unit="step", show=progress) as bar:
+            for _ in range(self.config["n_steps"]):
+                optimiser.zero_grad(set_to_none=True)
+                share = (common + own).exp()  # (5, Q)
+                kernels = _kernels(distance, unlike, alike, lengths)  # (4, n, n)
+                covariance = torch.einsum("pq,pij->qij", share[:4], kernels)  # (Q, n, n)
+                factor = torch.linalg.cholesky(covariance + (share[4] + _JITTER)[:, None, None] * eye)
+                white = torch.linalg.solve_triangular(factor, target.T[:, :, None], upper=False)  # (Q, n, 1)
+                deviance = 0.5 * white.square().sum() + factor.diagonal(dim1=1, dim2=2).log().sum()
+                prior = (lengths - first).square().sum() / (2 * 0.5**2) + (common - start).square().sum() / 2
+                loss = (deviance + prior + own.square().sum() / 2) / n
+                loss.backward()
+                optimiser.step()
+                bar.update()
+                bar.set_postfix(loss=f"{float(loss.detach()):.4f}")
+        found = {"lengths": lengths.detach(), "shares": (common + own).detach()}
+        if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
+            msg = (
+                "kriging diverged: the likelihood was not a number. "
+                "Look for NaN or infinite values in the embedding and the counts."
+            )
+            raise RuntimeError(msg)
+        return found
+
+    def predict(self, places: Places, *, context: Spots) -> Tensor:
+        if self.space is None:
+            raise _not_fitted()
+        device = places.embedding.device
+        space = self.space = self.space.to(device)
+        self.parameters = {name: tensor.to(device) for name, tensor in self.parameters.items()}
+        components = space.gene_mean.new_zeros(len(places), len(space.gene_axes))
+        if len(context) == 0 or len(places) == 0:  # nothing is known around: the prior mean
+            return space.genes(components)
+        with torch.inference_mode():
+            if len(context) <= _MOST_SPOTS:
+                hidden = bool((places.own >= 0).any())
+                if self._known is None or self._known.spots is not context or (hidden and self._known.left_out is None):
+                    self._known = self._condition(context, space, leave_out=hidden)
+                return space.genes(self._read(places, self._known, space))
+            for rows, near in _parts(places, context):
+                own = places.own[rows]
+                known = self._condition(context.take(near), space, leave_out=bool((own >= 0).any()))
+                at = torch.searchsorted(near, own).clamp_max(len(near) - 1)
+                own = torch.where(near[at] == own, at, -1)  # `near` is sorted; -1 is in no part
+                some = Places(places.embedding[rows], places.xy_um[rows], own)
+                components[rows] = self._read(some, known, space)
+            return space.genes(components)  # (m, g)
+
+    def _condition(self, spots: Spots, space: Space, *, leave_out: bool) -> _Known:
+        """Weights of all spots, and what is said at each spot by all others."""
+        share, lengths = self.parameters["shares"].exp(), self.parameters["lengths"]
+        place, image = _inputs(spots, space, spots.pitch_um)
+        kernels = _kernels(_distances(place, place), _squares(image, image), image @ image.T, lengths)  # (4, n, n)
+        target = space.components(spots.expression)  # (n, Q)
+        weight = torch.empty_like(target)
+        left_out = torch.empty_like(target) if leave_out else None
+        for q in range(target.shape[1]):  # one at a time: Q matrices of (n, n) need not fit in memory
+            covariance = torch.einsum("p,pij->ij", share[:4, q], kernels)
+            covariance.diagonal().add_(share[4, q] + _JITTER)
+            factor = torch.linalg.cholesky(covariance)
+            weight[:, q] = torch.cholesky_solve(target[:, q : q + 1], factor)[:, 0]
+            if left_out is not None:
+                # Rasmussen and Williams (2006), equation 5.12, without the spot's own term instead of with its difference
+                # from itself: not even a rounding error of what was measured there is left
+                inverse = torch.cholesky_inverse(factor)
+                precision = inverse.diagonal().clone()
+                left_out[:, q] = -(inverse.fill_diagonal_(0) @ target[:, q]) / precision
+        return _Known(spots, place, image, weight, left_out)
+
+    def _read(self, places: Places, known: _Known, space: Space) -> Tensor:
+        """Components (m, Q) at places; where a place is a spot, those that all other spots give it."""
+        share, lengths = self.parameters["shares"].exp(), self.parameters["lengths"]
+        out = known.weight.new_empty(len(places), known.weight.shape[1])
+        for rows in torch.arange(len(places), device=out.device).split(2048):
+            place, image = _inputs(places.take(rows), space, known.spots.pitch_um)
+            kernels = _kernels(
+                _distances(place, known.place), _squares(image, known.image), image @ known.image.T, lengths
+            )  # (4, m, n)
+            out[rows] = sum(share[p] * (kernels[p] @ known.weight) for p in range(4))
+        if known.left_out is not None:
+            hidden = places.own >= 0
+            out[hidden] = known.left_out[places.own[hidden]]
+        return out
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if self.space is None:
+            raise _not_fitted()
+        return self.config, self.parameters | {f"space.{name}": t for name, t in self.space.state().items()}
+
+    @classmethod
+    def from_state(cls, config: dict[str, Any], weights: dict[str, Tensor]) -> Self:
+        head = cls(**config)
+        head.space = Space(**{n.removeprefix("space."): t for n, t in weights.items() if n.startswith("space.")})
+        head.parameters = {n: t for n, t in weights.items() if not n.startswith("space.")}
+        return head
+
+
+def _inputs(where: Spots | Places, space: Space, pitch_um: float) -> tuple[Tensor, Tensor]:
+    """Positions (n, 2) in pitches, and image components (n, P) of total variance 1."""
+    scale = space.image_spread.square().sum().sqrt().clamp_min(1e-6)
+    return where.xy_um / pitch_um, space.image(where.embedding) / scale
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    # not by the square of the difference: sections lie thousands of pitches apart, where that loses all digits
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _squares(a: Tensor, b: Tensor) -> Tensor:
+    return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_min(0)
+
+
+def _kernels(distance: Tensor, unlike: Tensor, alike: Tensor, lengths: Tensor) -> Tensor:
+    """Near, alike, near and alike, linear: (4, m, n)."""
+    near, image, both_near, both_image = lengths.exp()
+    return torch.stack(
+        [
+            torch.exp(-distance / near),
+            torch.exp(-unlike / (2 * image**2)),
+            torch.exp(-distance / both_near - unlike / (2 * both_image**2)),
+            alike,
+        ]
+    )
+
+
+def _parts(places: Places, context: Spots) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of places that lie together, and the (sorted) rows of the spots nearest to their middle."""
+    xy = places.xy_um.cpu().numpy().astype(float)
+    tree = cKDTree(context.xy_um.cpu().numpy().astype(float))
+    waiting = [np.arange(len(xy))]
+    while waiting:
+        rows = waiting.pop()
+        low, high = xy[rows].min(0), xy[rows].max(0)
+        middle = (low + high) / 2
+        distance, near = tree.query(middle, k=list(range(1, min(_NEAR_SPOTS, tree.n) + 1)))
+        beyond = np.hypot(*(xy[rows] - middle).T).max() > _INNER * distance[-1]
+        if beyond:  # halve across the wider side: places of two sections come apart
+            wide = int(np.argmax(high - low))
+            left = xy[rows, wide] <= middle[wide]
+            waiting += [rows[left], rows[~left]]
+            continue
+        device = places.embedding.device
+        yield torch.as_tensor(rows, device=device), torch.as_tensor(np.sort(near), device=device)
+
+
+def _not_fitted() -> RuntimeError:
+    return RuntimeError("head 'kriging' is not fitted: call fit() first.")

@@ -1,0 +1,298 @@
+"""Hold out, fit, predict, score: any heads, side by side."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from histosge._embedding import resolve_device
+from histosge._heads import DEFAULT_HEAD
+from histosge._holdout import BLIND, PROTOCOLS, SPLITS, Measured, Plan, trials
+from histosge._holdout import evaluate as hold_out
+from histosge._model import check_arguments
+from histosge._recipe import DEFAULT_ENCODER, embed_targets, own_spots, prepare
+from histosge._section import column, read_section, section_counts
+from histosge._settings import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from spatialdata import SpatialData
+
+_RIVALS = ("kriging", "ridge", "nearest", "mean")
+
+
+def evaluate(
+    sdata: SpatialData | Sequence[SpatialData],
+    *,
+    heads: Sequence[str] | None = None,
+    split: str = "blocks",
+    n_splits: int = 5,
+    n_repeats: int = 1,
+    buffer_um: float | None = None,
+    block_um: float | None = None,
+    keep: int = 4,
+    protocol: str = "held-out",
+    labels: str | None = None,
+    encoder: Any = DEFAULT_ENCODER,
+    tile_um: float | None = None,
+    stack: Sequence[str] = ("pilm",),
+    genes: int | Sequence[str] | str = 1000,
+    n_folds: int = 5,
+    level: float | None = 0.9,
+    head_options: dict[str, dict[str, Any]] | None = None,
+    image_key: str | None = None,
+    spots_key: str | None = None,
+    table_key: str | None = None,
+    layer: str | None = None,
+    coordinate_system: str | None = None,
+    mpp: float | None = None,
+    pitch_um: float | None = None,
+    device: str | None = None,
+    batch_size: int = 64,
+    rng: int | np.random.Generator | None = 0,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """Score heads on spots that they never saw.
+
+    In every split each head is fitted from scratch as :func:`histosge.tl.predict` would fit it, on the training spots
+    alone: genes, scalings, components, early stopping and error bars know nothing of the spots that are scored. All
+    heads of a split get the same spots, genes and folds.
+
+    Parameters
+    ----------
+    sdata
+        Section with an H&E image and measured spots, or a list of sections.
+    heads
+        Names as of :func:`histosge.tl.fit`. ``None`` takes the default head and its rivals: kriging, ridge, nearest
+        and mean.
+    split
+        ``"blocks"``: contiguous blocks are held out, each spot once, and training spots within ``buffer_um`` of them
+        left out, as in tissue that was not measured. ``"random"``: random halves. ``"lattice"``: a regular 1 in
+        ``keep`` spots is learnt from and the others scored, as between spots. ``"sections"``: one section of the list
+        is left out; nothing is measured on it. ``"pseudo-spots"``: spots and their rings are merged into big ones, and
+        the spots predicted from these, a test of super-resolution with a measured truth; counts are split in two, half
+        for the big spots, half for the truth.
+    n_splits
+        Number of blockwise folds, random halves, lattice phases (at most ``keep``) or mergers.
+    n_repeats
+        How often everything is done anew.
+    buffer_um
+        Width of the buffer around blocks in µm. ``None`` takes 2.5 pitches, the reach of the default head's context.
+    block_um
+        Edge of the blocks in µm. ``None`` takes four buffers, less on small sections.
+    keep
+        For ``"lattice"``: 3, 4 or 7 on hexagonal arrays, 2, 4 or 5 on square ones.
+    protocol
+        ``"held-out"``, or ``"published"``: all spots are scored, those trained on as well, as the paper did. Such
+        scores measure memory; they are here to be compared with the paper's, never with held-out ones.
+    labels
+        Column of the measured table's ``obs`` that annotates domains; missing values are left out. Domains of
+        predicted and of measured expression are compared with it; nothing learns from it. With ``split="blocks"`` only.
+    encoder
+        Name of an encoder (see :func:`histosge.encoders`), or one that :func:`histosge.load_encoder` made.
+    tile_um
+        Edge of a tile in µm. ``None`` takes the encoder's own, at which it was trained.
+    stack
+        Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
+    genes
+        Number of genes, chosen by spatial autocorrelation among the training spots of each split; a list of names; or
+        ``"all"`` that were seen.
+    n_folds
+        Folds inside the training spots, 2 to 20.
+    level
+        Share of measurements that the error bars shall hold. ``None`` makes none.
+    head_options
+        Arguments of heads by name, for example ``{"nearest": {"n_neighbours": 6}}``.
+    image_key
+        H&E image in ``sdata.images``. ``None`` takes the only one.
+    spots_key
+        Measured spots in ``sdata.shapes``. ``None`` takes the only ones that a table annotates.
+    table_key
+        Table with the counts of the spots. ``None`` takes the only one.
+    layer
+        Layer of the table that holds the counts. ``None`` takes ``X``.
+    coordinate_system
+        Coordinate system that aligns image and spots. ``None`` takes one that holds both.
+    mpp
+        µm per pixel of the image. ``None`` takes it from the pitch of the spots.
+    pitch_um
+        Distance of neighbouring spots in µm. ``None`` takes the technology's: Visium 100, ST 200.
+    device
+        Where to compute. ``None`` takes ``settings.device``, else a GPU if there is one.
+    batch_size
+        Tiles per forward pass of the encoder.
+    rng
+        Seed or generator. The same seed gives the same scores on the same machine.
+    progress
+        Show the progress bar. ``None`` follows ``settings.progress``.
+
+    Returns
+    -------
+    Tidy DataFrame, one row a gene, head and split; nothing is written into ``sdata``. Columns: ``section``, ``split``,
+    ``protocol``, ``repeat``, ``fold``, ``head``, ``gene``, ``n_train``, ``n_test`` (spots); of the gene over the spots
+    scored: ``pcc`` (Pearson) and ``spearman``, 0 for a constant prediction, ``mse``, ``mae``, ``mse_mean`` (of the
+    training spots' mean), ``skill`` (``1 - mse / mse_mean``), ``morans_i`` and ``morans_i_measured`` (a larger one of
+    the prediction means over-smoothing, or noise in the measurement), ``gene_agreement`` (how well correlations with
+    other genes are kept), ``ssim`` (structural similarity on the lattice), ``ceiling`` (the correlation that counting
+    noise lets a perfect model reach; NaN without raw counts); with ``level``: ``coverage`` and mean ``width`` of the
+    error bars, and ``coverage_2``, ``coverage_4``, ``coverage_8`` after averaging over as many neighbours; with
+    ``labels``, the same for all genes of a head: ``ari``, ``nmi`` and ``ari_measured``, ``nmi_measured``. All scores are
+    float.
+
+    Raises
+    ------
+    ValueError
+        Where the section cannot be read, or a head, split or protocol is unknown or impossible on it.
+    KeyError
+        Where ``labels`` is no column of the measured table.
+
+    Notes
+    -----
+    Blocks with a buffer follow Roberts et al. (2017), conformal error bars Barber et al. (2021), the comparison with
+    ridge regression the protocol of HEST-Bench (Jaume et al., 2024).
+
+    Examples
+    --------
+    >>> import histosge as sge
+    >>> sdata = sge.datasets.synthetic()
+    >>> scores = sge.tl.evaluate(
+    ...     sdata, encoder="stain-texture", heads=["ridge", "mean"], genes=20, n_splits=2, n_folds=2
+    ... )
+    >>> scores.groupby("head")["pcc"].mean().idxmax()
+    'ridge'
+    """
+    several = [sdata] if not isinstance(sdata, (list, tuple)) else list(sdata)
+    heads = _check(
+        several,
+        heads,
+        split,
+        protocol=protocol,
+        labels=labels,
+        n_splits=n_splits,
+        n_repeats=n_repeats,
+        head_options=head_options,
+    )
+    where = resolve_device(device)
+    sections = [
+        read_section(
+            one,
+            image_key=image_key,
+            spots_key=spots_key,
+            table_key=table_key,
+            layer=layer,
+            coordinate_system=coordinate_system,
+            mpp=mpp,
+            pitch_um=pitch_um,
+        )
+        for one in several
+    ]
+    for head in heads:
+        options = (head_options or {}).get(head)
+        check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, level=level, head_options=options)
+    names = [section.spots_key for section in sections]
+    if len(set(names)) < len(names):
+        names = [f"{i}: {name}" for i, name in enumerate(names)]
+    measured = [
+        Measured(
+            name,
+            section,
+            np.empty((len(section.xy_px), 0), np.float32),
+            section_counts(one, section, layer=layer),
+            None if labels is None else column(one, section, labels),
+        )
+        for one, section, name in zip(several, sections, names, strict=True)
+    ]
+    empty = [m.name for m in measured if m.labels is not None and pd.isna(m.labels).all()]
+    if empty:
+        msg = f"labels={labels!r} holds no value at any spot of {empty}. Name a column that annotates them."
+        raise ValueError(msg)
+    plan = Plan(split, protocol, n_splits, n_repeats, buffer_um, block_um, keep)
+    rng = np.random.default_rng(rng)
+    for _ in trials(measured, plan, rng=copy.deepcopy(rng)):
+        pass  # what cannot be held out is refused before an hour of embedding
+    for i, (one, section) in enumerate(zip(several, sections, strict=True)):
+        encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack)
+        values = embed_targets(
+            one, section, own_spots(section), encoder, recipe, device=where, batch_size=batch_size, progress=progress
+        )
+        measured[i] = replace(measured[i], embedding=values)
+    if protocol == "published":
+        logger.warning(
+            "protocol='published' scores the spots that heads were trained on as well: it measures memory. "
+            "Compare it with the paper's figures only."
+        )
+    scores = hold_out(
+        measured,
+        plan,
+        heads=heads,
+        recipe=recipe,
+        genes=genes,
+        n_folds=n_folds,
+        level=level,
+        rng=rng,
+        device=where,
+        head_options=head_options,
+        progress=progress,
+    )
+    mean = scores.groupby("head", sort=False)["pcc"].mean()
+    logger.info(
+        "%s PCC (split %s), mean over genes: %s", protocol, split, ", ".join(f"{h} {v:.3f}" for h, v in mean.items())
+    )
+    return scores
+
+
+def _check(
+    several: list[SpatialData],
+    heads: Sequence[str] | None,
+    split: str,
+    *,
+    protocol: str,
+    labels: str | None,
+    n_splits: int,
+    n_repeats: int,
+    head_options: dict[str, dict[str, Any]] | None,
+) -> list[str]:
+    """Say what is wrong before anything is read; give the heads."""
+    if not several:
+        msg = "sdata is an empty list: pass at least one section."
+        raise ValueError(msg)
+    for name, value, choices in (("split", split, SPLITS), ("protocol", protocol, PROTOCOLS)):
+        if value not in choices:
+            msg = f"{name}={value!r} is unknown. Choose one of {choices}."
+            raise ValueError(msg)
+    for name, number, least in (("n_splits", n_splits, 2 if split == "blocks" else 1), ("n_repeats", n_repeats, 1)):
+        if not isinstance(number, int) or isinstance(number, bool) or number < least:
+            msg = f"{name}={number!r}: pass a whole number of at least {least}."
+            raise ValueError(msg)
+    if split == "sections" and len(several) < 2:
+        msg = "split='sections' leaves one section out, and there is only one: pass a list of sections."
+        raise ValueError(msg)
+    if protocol == "published" and split not in ("random", "blocks", "lattice"):
+        msg = f"protocol='published' scores the spots trained on, which split={split!r} has not. Choose split='random'."
+        raise ValueError(msg)
+    if labels is not None and (split != "blocks" or protocol != "held-out"):
+        msg = (
+            f"labels={labels!r} need every spot predicted once without having been seen: "
+            "choose split='blocks' and protocol='held-out'."
+        )
+        raise ValueError(msg)
+    if heads is None:
+        heads = [h for h in (DEFAULT_HEAD, *_RIVALS) if not (split == "sections" and h in BLIND)]
+    heads = [heads] if isinstance(heads, str) else list(heads)
+    blind = [h for h in heads if split == "sections" and set(h.split("+")) & set(BLIND)]
+    if blind:
+        msg = f"heads {blind} know positions only, and split='sections' measures nothing where they are asked. Leave them out."
+        raise ValueError(msg)
+    if not heads or len(set(heads)) < len(heads):
+        msg = f"heads={heads!r}: name at least one head, each once."
+        raise ValueError(msg)
+    unknown = [name for name in head_options or {} if name not in heads]
+    if unknown:
+        msg = f"head_options name {unknown}, which are not among the heads {heads}. Use the names in heads=."
+        raise ValueError(msg)
+    return heads

@@ -1,0 +1,444 @@
+"""Error bars against MAPIE, conformal prediction by hand, and simulated errors of known spread."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mapie.conformity_scores import ResidualNormalisedScore
+from mapie.regression import SplitConformalRegressor
+from safetensors.numpy import load, save
+from scipy import optimize, stats
+from sklearn.base import BaseEstimator, RegressorMixin
+
+from histosge import _calibration
+from histosge._calibration import FLOOR, ErrorBars, _fit, _scores, calibrate, coverage, neighbour_average
+from histosge._settings import logger
+
+properties = settings(deadline=None, max_examples=25)
+
+
+@pytest.fixture
+def log(caplog):
+    """What the package logs; its logger does not propagate to the root."""
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def simulate(n, *, g, rng, intercept=0.4, slope=0.6):
+    """Predictions far above 0, so that no measurement is cut off, and normal errors whose variance is a line in them."""
+    predicted = 4 + 4 * rng.random((n, g))
+    variance = intercept + slope * (predicted - 4)
+    measured = predicted + np.sqrt(variance) * rng.standard_normal((n, g))
+    return predicted.astype(np.float32), measured.astype(np.float32)
+
+
+def folds(n, k=5):
+    return np.arange(n) % k
+
+
+# --------------------------------------------------------------------------------------------------- the oracle
+
+
+class Known(RegressorMixin, BaseEstimator):
+    """Predicts what a column of its input says: MAPIE wants an estimator."""
+
+    def __init__(self, column=0):
+        self.column = column
+        self.is_fitted = True  # the attribute that MAPIE looks for
+
+    def fit(self, X, y=None):
+        return self
+
+    def __sklearn_is_fitted__(self):
+        return True
+
+    def predict(self, X):
+        return np.asarray(X)[:, self.column]
+
+
+def mapie_half_width(predicted, scale, measured, *, level, at, at_scale):
+    """Split conformal prediction with absolute errors, in units of ``scale`` if there is one."""
+    score = ResidualNormalisedScore(residual_estimator=Known(1), prefit=True, sym=True) if scale is not None else None
+    both = np.column_stack([predicted, np.ones_like(predicted) if scale is None else scale])
+    regressor = SplitConformalRegressor(
+        Known(0), confidence_level=level, prefit=True, conformity_score=score if score is not None else "absolute"
+    )
+    new = np.column_stack([at, np.ones_like(at) if at_scale is None else at_scale])
+    centre, interval = regressor.conformalize(both, measured).predict_interval(new)
+    return interval[:, 1, 0] - centre
+
+
+levels = st.sampled_from([0.5, 0.6, 0.75, 0.8, 0.9, 0.95])
+
+
+@properties
+@given(st.integers(10, 60), levels, st.integers(0, 99))
+def test_constant_predictions_get_the_bars_of_mapie(m, level, seed):
+    """A constant prediction has one standard deviation; all folds hold the same errors, so that they agree on it."""
+    rng = np.random.default_rng(seed)
+    error = rng.standard_normal(m)
+    predicted, measured = np.full((2 * m, 1), 9.0), 9 + np.tile(error, 2)[:, None]
+    fold = np.repeat([0, 1], m)
+    bars = calibrate(predicted, measured, fold=fold, level=level)
+    lower, upper = bars.interval(predicted[:3])
+    want = mapie_half_width(predicted[:, 0], None, measured[:, 0], level=level, at=np.full(3, 9.0), at_scale=None)
+    assert (upper - 9)[:, 0] == pytest.approx(want, rel=1e-5)
+    assert (9 - lower)[:, 0] == pytest.approx(want, rel=1e-5)
+
+
+@properties
+@given(st.integers(15, 60), levels, st.integers(0, 99))
+def test_normalised_bars_are_those_of_mapie(m, level, seed):
+    """The same spots in both folds, which then fit the same standard deviation as both together."""
+    rng = np.random.default_rng(seed)
+    predicted, measured = simulate(m, g=1, rng=rng)
+    predicted, measured = np.tile(predicted, (2, 1)).astype(float), np.tile(measured, (2, 1)).astype(float)
+    bars = calibrate(predicted, measured, fold=np.repeat([0, 1], m), level=level)
+    scale = bars.sd(predicted)[:, 0].astype(float)
+    at = np.linspace(4, 8, 7)
+    at_scale = bars.sd(at[:, None])[:, 0].astype(float)
+    want = mapie_half_width(predicted[:, 0], scale, measured[:, 0], level=level, at=at, at_scale=at_scale)
+    found = (bars.interval(at[:, None])[1][:, 0] - at).astype(float)
+    assert found == pytest.approx(np.minimum(want, np.abs(measured - predicted).max()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("n", "level", "rank"), [(9, 0.9, 9), (10, 0.9, 10), (19, 0.95, 19), (99, 0.55, 55), (100, 0.9, 91), (30, 0.5, 16)]
+)
+def test_the_quantile_is_the_one_of_finite_samples(n, level, rank):
+    """Errors 1, 2, ..., n around a constant: the bar reaches to the error of that rank in units of its fold."""
+    error, fold = np.random.default_rng(n).permutation(n) + 1.0, folds(n, 3)
+    predicted = np.full((n, 1), 9.0)
+    bars = calibrate(predicted, predicted + error[:, None], fold=fold, level=level)
+    unit = np.array([np.sqrt((error[fold != one] ** 2).mean()) for one in fold])
+    assert bars.quantile == pytest.approx(np.sort(error / unit)[rank - 1], rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- coverage
+
+
+@pytest.mark.parametrize("level", [0.5, 0.8, 0.9])
+def test_bars_hold_their_level_on_errors_of_unequal_spread(level):
+    rng = np.random.default_rng(0)
+    n, m, g = 1500, 1500, 60
+    bars = calibrate(*simulate(n, g=g, rng=rng), fold=folds(n), level=level)
+    predicted, measured = simulate(m, g=g, rng=rng)
+    found = coverage(measured, *bars.interval(predicted))
+    one = math.sqrt(level * (1 - level) * (1 / n + 1 / m))
+    assert abs(found.mean() - level) < 4 * one / math.sqrt(g)
+    assert np.abs(found - level).max() < 4.5 * one
+
+
+def test_bars_hold_their_level_where_little_and_where_much_is_predicted():
+    rng = np.random.default_rng(1)
+    bars = calibrate(*simulate(1500, g=60, rng=rng), fold=folds(1500))
+    predicted, measured = simulate(3000, g=60, rng=rng)
+    lower, upper = bars.interval(predicted)
+    inside = (lower <= measured) & (measured <= upper)
+    for low in (4, 5, 6, 7):
+        there = (low <= predicted) & (predicted < low + 1)
+        assert inside[there].mean() == pytest.approx(0.9, abs=0.015)
+    # bars of equal width do not: they are too wide below and too narrow above
+    equal = np.quantile(np.abs(measured - predicted), 0.9)
+    assert (np.abs(measured - predicted) <= equal)[predicted < 5].mean() > 0.96
+    assert (np.abs(measured - predicted) <= equal)[predicted > 7].mean() < 0.84
+
+
+def test_counts_with_many_zeros_are_held_too():
+    """log1p of Poisson counts: most are 0, and the lower end stands on it."""
+    rng = np.random.default_rng(2)
+    mean = rng.gamma(0.5, 1.0, (4000, 40))
+    measured = np.log1p(rng.poisson(mean)).astype(np.float32)
+    predicted = (np.log1p(mean) * 0.8).astype(np.float32)
+    assert (measured == 0).mean() > 0.5
+    bars = calibrate(predicted[:2000], measured[:2000], fold=folds(2000))
+    lower, upper = bars.interval(predicted[2000:])
+    found = coverage(measured[2000:], lower, upper)
+    assert lower.min() == 0
+    assert found.mean() == pytest.approx(0.9, abs=0.01)
+
+
+def test_few_spots_still_hold_their_level():
+    rng = np.random.default_rng(3)
+    predicted, measured = simulate(30, g=2000, rng=rng)
+    bars = calibrate(predicted, measured, fold=folds(30))
+    predicted, measured = simulate(200, g=2000, rng=rng)
+    assert coverage(measured, *bars.interval(predicted)).mean() == pytest.approx(0.9, abs=0.02)
+
+
+# ------------------------------------------------------------------------------------------------------- spread
+
+
+@pytest.mark.parametrize(("intercept", "slope"), [(0.2, 0.4), (1.8, -0.3), (0.5, 0.0)])
+def test_the_known_spread_is_found(intercept, slope):
+    """Also one that falls, as that of strong genes does after the logarithm."""
+    rng = np.random.default_rng(0)
+    bars = calibrate(*simulate(4000, g=30, rng=rng, intercept=intercept, slope=slope), fold=folds(4000))
+    assert bars.slope.mean() == pytest.approx(slope, abs=0.02)
+    at = np.broadcast_to(np.array([[4.5], [6.0], [7.5]], np.float32), (3, 30))
+    want = np.sqrt(intercept + slope * (at - 4))
+    assert bars.sd(at).mean(1) == pytest.approx(want[:, 0], rel=0.03)
+    assert np.abs(bars.sd(at) / want - 1).max() < 0.2
+
+
+def test_the_line_is_the_one_of_numpy():
+    rng = np.random.default_rng(0)
+    predicted, error = rng.random((50, 4)), rng.random((50, 4))
+    intercept, slope, floor = _fit(predicted, error)
+    for gene in range(4):
+        want = np.polyfit(predicted[:, gene], error[:, gene] ** 2, 1)
+        assert [slope[gene], intercept[gene]] == pytest.approx(want)
+        assert floor[gene] == pytest.approx(FLOOR * (error[:, gene] ** 2).mean())
+
+
+@pytest.mark.parametrize("value", [0.1, 2.3, 1e3 / 3])
+def test_a_constant_prediction_has_no_slope(value):
+    """Not even one made of rounding: the mean of a constant need not be that constant."""
+    error = np.random.default_rng(0).random((41, 1))
+    intercept, slope, _ = _fit(np.full((41, 1), value), error)
+    assert slope[0] == pytest.approx(0, abs=1e-9)
+    assert intercept[0] == pytest.approx((error**2).mean())
+
+
+def test_the_variance_never_goes_below_its_floor():
+    rng = np.random.default_rng(0)
+    bars = calibrate(*simulate(500, g=3, rng=rng, intercept=1.7, slope=-0.4), fold=folds(500))
+    assert (bars.slope < 0).all()
+    assert bars.sd(np.full((1, 3), 50.0))[0] == pytest.approx(np.sqrt(bars.floor))
+
+
+def test_bars_are_narrower_than_equal_ones():
+    """By as much as those who know the variance can make them."""
+    rng = np.random.default_rng(0)
+    predicted, measured = simulate(2000, g=40, rng=rng)
+    bars = calibrate(predicted, measured, fold=folds(2000))
+    lower, upper = bars.interval(predicted)
+    equal = 2 * np.quantile(np.abs(measured - predicted), 0.9, axis=0)
+    narrower = (upper - lower).mean(0) / equal
+    sd = np.sqrt(np.linspace(0.4, 2.8, 2001))
+    best = 2 * stats.norm.ppf(0.95) * sd.mean()
+    best_equal = 2 * optimize.brentq(lambda h: (2 * stats.norm.cdf(h / sd) - 1).mean() - 0.9, 0.1, 9)
+    assert best / best_equal < 0.98
+    assert narrower.mean() == pytest.approx(best / best_equal, abs=0.006)
+
+
+def test_no_bar_reaches_beyond_the_largest_error_seen():
+    """A gene of one region, and folds that are regions: the others' errors say nothing of it."""
+    rng = np.random.default_rng(0)
+    fold = np.repeat(np.arange(5), 40)
+    measured = 1e-3 * rng.random((200, 1))
+    measured[:40] = 2 + rng.random((40, 1))
+    predicted = np.full((200, 1), 0.01)
+    predicted[::2] = 0.0
+    bars = calibrate(predicted, measured, fold=fold)
+    assert bars.quantile[0] > 100
+    assert bars.interval(predicted)[1].max() <= measured.max() + 0.01
+    assert np.isfinite(bars.interval(np.full((1, 1), 1e3))).all()
+
+
+# -------------------------------------------------------------------------------------------------- no cheating
+
+
+def test_scores_of_a_fold_do_not_see_its_own_errors():
+    """Half the errors, half the scores, to the last bit: the unit comes from the other folds."""
+    rng = np.random.default_rng(0)
+    predicted, measured = simulate(100, g=6, rng=rng)
+    error, fold = np.abs(measured - predicted).astype(float), folds(100)
+    before = _scores(predicted, error, fold)
+    changed = error.copy()
+    changed[fold == 2] /= 2
+    after = _scores(predicted, changed, fold)
+    assert (after[fold == 2] == before[fold == 2] / 2).all()
+    assert (after[fold != 2] != before[fold != 2]).all()  # theirs do come from fold 2
+
+
+def test_genes_do_not_see_each_other(monkeypatch):
+    rng = np.random.default_rng(0)
+    predicted, measured = simulate(200, g=23, rng=rng)
+    order = rng.permutation(23)
+    whole = calibrate(predicted, measured, fold=folds(200)).to_arrays()
+    monkeypatch.setattr(_calibration, "PART", 7)  # several parts, the last one shorter
+    parted = calibrate(predicted[:, order], measured[:, order], fold=folds(200)).to_arrays()
+    assert len(np.unique(whole["quantile"])) == 23
+    for name in whole.keys() - {"level"}:
+        assert parted[name] == pytest.approx(whole[name][order], rel=1e-6)
+
+
+def test_spots_may_come_in_any_order():
+    rng = np.random.default_rng(0)
+    predicted, measured = simulate(200, g=5, rng=rng)
+    order, fold = rng.permutation(200), folds(200)
+    one = calibrate(predicted, measured, fold=fold).to_arrays()
+    other = calibrate(predicted[order], measured[order], fold=fold[order]).to_arrays()
+    for name in one:
+        assert other[name] == pytest.approx(one[name], rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- odd genes
+
+
+@pytest.mark.parametrize("value", [0.0, 2.3])
+def test_a_constant_gene_gets_bars_of_no_width(value):
+    rng = np.random.default_rng(0)
+    predicted, measured = simulate(100, g=3, rng=rng)
+    predicted[:, 1] = measured[:, 1] = value
+    bars = calibrate(predicted, measured, fold=folds(100))
+    lower, upper = bars.interval(predicted)
+    assert (upper[:, 1] == lower[:, 1]).all()
+    assert (bars.sd(predicted)[:, 1] == 0).all()
+    assert (upper[:, [0, 2]] > lower[:, [0, 2]]).all()
+    assert all(np.isfinite(array).all() for array in bars.to_arrays().values())
+    assert coverage(measured, lower, upper)[1] == 1
+
+
+def test_a_gene_seen_in_one_fold_only_gets_finite_bars():
+    measured = np.zeros((100, 1), np.float32)
+    measured[:20] = 1
+    bars = calibrate(np.zeros_like(measured), measured, fold=np.repeat(np.arange(5), 20))
+    assert np.isfinite(bars.quantile).all()
+    assert np.array(bars.interval(np.zeros((2, 1)))).ravel() == pytest.approx([0, 0, 1, 1])
+
+
+def test_bars_are_never_below_zero_and_always_around_the_prediction():
+    rng = np.random.default_rng(0)
+    predicted, measured = rng.random((200, 8)) - 0.5, rng.random((200, 8))
+    bars = calibrate(predicted, measured, fold=folds(200))
+    at = np.linspace(-3, 9, 40)[:, None] * np.ones(8)
+    lower, upper = bars.interval(at)
+    assert lower.dtype == upper.dtype == bars.sd(at).dtype == np.float32
+    assert lower.shape == (40, 8)
+    assert (lower >= 0).all()
+    assert (lower <= np.maximum(at, 0) + 1e-6).all()
+    assert (upper >= np.maximum(at, 0) - 1e-6).all()
+    assert bars.interval(at[:1])[1] == pytest.approx(bars.interval(np.zeros((1, 8)))[1])  # below 0 there is nothing
+
+
+def test_predictions_below_zero_count_as_zero():
+    rng = np.random.default_rng(0)
+    predicted, measured = rng.random((200, 8)) - 0.5, rng.random((200, 8))
+    below = calibrate(predicted, measured, fold=folds(200)).to_arrays()
+    cut = calibrate(np.maximum(predicted, 0), measured, fold=folds(200)).to_arrays()
+    assert all((below[name] == cut[name]).all() for name in cut)
+
+
+# ------------------------------------------------------------------------------------------------------ the rest
+
+
+def test_bars_survive_being_saved():
+    rng = np.random.default_rng(0)
+    predicted, measured = simulate(60, g=5, rng=rng)
+    bars = calibrate(predicted, measured, fold=folds(60), level=0.8)
+    again = ErrorBars.from_arrays(load(save(bars.to_arrays())))
+    assert again.level == 0.8
+    assert isinstance(again.level, float)
+    for one, other in zip(bars.interval(predicted), again.interval(predicted), strict=True):
+        assert (one == other).all()
+
+
+def test_too_few_spots_for_the_level_are_told_once(log):
+    rng = np.random.default_rng(0)
+    predicted, measured = simulate(30, g=1200, rng=rng)
+    bars = calibrate(predicted, measured, fold=folds(30), level=0.99)
+    assert [r.getMessage() for r in log.records] == [
+        "30 spots are too few for error bars at level 0.99, which needs 99: the bars reach to the largest error seen"
+    ]
+    scores = _scores(predicted.astype(float), np.abs(measured - predicted.astype(float)), folds(30))
+    assert bars.quantile == pytest.approx(scores.max(0), rel=1e-5)
+
+
+@pytest.mark.parametrize(("level", "needed"), [(0.9, 9), (0.95, 19), (0.99, 99)])
+def test_as_many_spots_are_asked_for_as_will_do(log, level, needed):
+    for n in (needed - 1, needed):
+        calibrate(*simulate(n, g=2, rng=np.random.default_rng(0)), fold=folds(n), level=level)
+    assert [r.args for r in log.records] == [(needed - 1, level, needed)]
+
+
+@pytest.mark.parametrize(("n", "level"), [(30, 0.9), (9, 0.9), (99, 0.99), (19, 0.95)])
+def test_enough_spots_for_the_level_are_not_told(log, n, level):
+    rng = np.random.default_rng(0)
+    calibrate(*simulate(n, g=2, rng=rng), fold=folds(n), level=level)
+    assert log.records == []
+    calibrate(*simulate(n, g=2, rng=rng), fold=folds(n), level=(n + 0.5) / (n + 1))  # just above n / (n + 1)
+    assert len(log.records) == 1
+
+
+@pytest.mark.parametrize("level", [0, 1, -0.1, 90, float("nan")])
+def test_a_level_that_is_no_share_is_refused(level):
+    with pytest.raises(ValueError, match=rf"level={level} is not a share.*between 0 and 1, such as 0\.9"):
+        calibrate(np.ones((10, 2)), np.ones((10, 2)), fold=folds(10), level=level)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "measured", "n_folds"), [((10, 2), (10, 3), 10), ((10, 2), (10, 2), 9), ((10,), (10,), 10)]
+)
+def test_arrays_that_do_not_belong_together_are_refused(predicted, measured, n_folds):
+    with pytest.raises(ValueError, match=r"held_out \(10.*measured \(10.*and fold .* Give \(n, g\), \(n, g\) and"):
+        calibrate(np.ones(predicted), np.ones(measured), fold=folds(n_folds))
+
+
+def test_one_fold_is_refused():
+    with pytest.raises(ValueError, match=r"fold holds 1 fold\(s\).*Give at least 2"):
+        calibrate(np.ones((10, 2)), np.ones((10, 2)), fold=np.zeros(10, int))
+
+
+@pytest.mark.parametrize("name", ["held_out", "measured"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_is_refused(name, value):
+    given = {"held_out": np.ones((10, 2)), "measured": np.ones((10, 2))}
+    given[name][3, 1] = value
+    with pytest.raises(ValueError, match=rf"{name} holds 1 value\(s\) that are no finite number.*Leave"):
+        calibrate(given["held_out"], given["measured"], fold=folds(10))
+
+
+def test_coverage_by_hand():
+    measured = np.array([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0]])
+    lower, upper = np.full((4, 2), 2.0), np.full((4, 2), 5.0)
+    assert coverage(measured, lower, upper).tolist() == [0.5, 0.5]
+    assert coverage(measured, measured, measured).tolist() == [1, 1]  # ends belong to the bars
+
+
+# ------------------------------------------------------------------------------------------- average of neighbours
+
+
+@properties
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 99))
+def test_average_of_neighbours_by_hand(n, k, seed):
+    rng = np.random.default_rng(seed)
+    xy, values = rng.random((n, 2)), rng.random((n, 3)).astype(np.float32)
+    near = [np.hypot(*(xy - spot).T).argsort()[:k] for spot in xy]
+    assert neighbour_average(values, xy=xy, k=k) == pytest.approx(np.stack([values[i].mean(0) for i in near]), abs=1e-6)
+
+
+def test_average_over_one_spot_changes_nothing():
+    values = np.random.default_rng(0).random((20, 3)).astype(np.float32)
+    assert (neighbour_average(values, xy=np.zeros((20, 2)), k=1) == values).all()
+
+
+def test_averages_of_independent_errors_are_covered_more_often_and_shared_ones_are_not():
+    rng = np.random.default_rng(0)
+    xy = np.stack(np.meshgrid(np.arange(30.0), np.arange(30.0)), -1).reshape(-1, 2) + 0.1 * rng.random((900, 2))
+    predicted, alone = np.full((900, 20), 9.0), rng.standard_normal((900, 20))
+    shared = np.broadcast_to(rng.standard_normal((1, 3000)), (900, 3000))  # one error for the whole section
+    bars = calibrate(predicted, predicted + alone, fold=folds(900))
+
+    def averaged(measured, k):
+        lower, upper = bars.interval(np.full_like(measured[:, :20], 9.0))
+        wide = [np.tile(a, (1, measured.shape[1] // 20)) for a in (lower, upper)]
+        return coverage(*[neighbour_average(a, xy=xy, k=k) for a in (measured, *wide)]).mean()
+
+    independent = [averaged(predicted + alone, k) for k in (1, 2, 4)]
+    assert independent[0] == pytest.approx(0.9, abs=0.005)
+    assert independent[1] == pytest.approx(0.98, abs=0.01)  # 1.645 * sqrt(2) standard deviations
+    assert independent[2] > 0.995
+    assert averaged(9.0 + shared, 8) == pytest.approx(averaged(9.0 + shared, 1), abs=1e-3)
+
+
+@pytest.mark.parametrize("k", [0, -2])
+def test_an_average_over_nothing_is_refused(k):
+    with pytest.raises(ValueError, match=rf"k={k} spots cannot be averaged\. Give k=1"):
+        neighbour_average(np.ones((5, 2)), xy=np.zeros((5, 2)), k=k)
