@@ -1,6 +1,6 @@
 """Held-out accuracy of the default head and every rival on real sections: the tables of docs/benchmarks.md.
 
-    python benchmarks/accuracy.py [--only colon-random colon-blocks her2st ...] [--seeds 5] [--published]
+    python benchmarks/accuracy.py [--only colon-random colon-blocks her2st ...] [--seeds 5] [--published] [--permute]
 
 Reads ../shared/data. Every number is of spots that nothing of the model has seen: genes, scalings, components, stopping
 and error bars are chosen on the training spots of each split. Genes: "dispersion" are those of scanpy's
@@ -12,6 +12,7 @@ the same for every head, for comparison with those figures only.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from time import time
 
 import numpy as np
@@ -45,8 +46,8 @@ RUNS: dict[str, tuple[list[str], str, dict, list[str]]] = {
 }
 
 
-def measure(name: str) -> tuple[Measured, object]:
-    """Read and embed a section."""
+def measure(name: str, *, permute: bool = False) -> tuple[Measured, object]:
+    """Read and embed a section; with ``permute`` its spots change places with each other: nothing is left to find."""
     sdata = load(name)
     section = read_section(sdata)
     encoder, recipe = prepare(section, "stain-texture", tile_um=None, stack=("pilm",))
@@ -54,7 +55,11 @@ def measure(name: str) -> tuple[Measured, object]:
     values = embed_targets(
         sdata, section, own_spots(section), encoder, recipe, device=cpu, batch_size=64, progress=False
     )
-    return Measured(name, section, values, section_counts(sdata, section)), recipe
+    counts = section_counts(sdata, section)
+    if permute:
+        order = np.random.default_rng(0).permutation(len(values))
+        section, counts = replace(section, expression=section.expression[order]), counts[order]
+    return Measured(name, section, values, counts), recipe
 
 
 def seurat_genes(sections, n_top: int = 1000) -> list[str]:
@@ -84,11 +89,11 @@ def parts(model: Model) -> list[Model]:
     return models
 
 
-def run(name: str, *, seeds: int, heads: list[str]) -> None:
+def run(name: str, *, seeds: int, heads: list[str], permute: bool = False) -> None:
     names, split, plan, choices = RUNS[name]
     several, recipe = [], None
     for one in names:
-        measured, recipe = measure(one)
+        measured, recipe = measure(one, permute=permute)
         several.append(measured)
     ceilings = {m.name: pd.Series(noise_ceiling(m.counts), m.section.genes) for m in several}
     device = torch.device("cpu")
@@ -117,6 +122,7 @@ def run(name: str, *, seeds: int, heads: list[str]) -> None:
                         predicted, truth = ask(each, trial, device=device)
                         table = score_genes(predicted, truth, each, trial, settled)
                         table["seconds"] = time() - start
+                        table["predictable"] = each.scores["predictable"].reindex(table["gene"]).to_numpy(float)
                         table["ceiling"] = ceilings[trial.name].reindex(table["gene"]).to_numpy()
                         width = np.nan
                         if model.bars is not None and each is model:  # bars of one width for all places, same spots
@@ -135,7 +141,17 @@ def constant_width(predicted, truth, coverage) -> float:
 def report(name: str, table: pd.DataFrame) -> None:
     """Mean over genes, folds and sections for each seed; then mean and spread over seeds."""
     scores = ["pcc", "mse", "spearman", "mae", "skill", "ssim", "gene_agreement", "morans_i", "morans_i_measured"]
-    scores += ["ceiling", "coverage", "width", "constant_width", "coverage_2", "coverage_4", "coverage_8", "seconds"]
+    scores += [
+        "ceiling",
+        "coverage",
+        "width",
+        "constant_width",
+        "coverage_2",
+        "coverage_4",
+        "coverage_8",
+        "predictable",
+        "seconds",
+    ]
     scores = [s for s in scores if s in table]
     several = table["section"].nunique() > 1
     for keys in [["genes"], ["genes", "section"]] if several else [["genes"]]:
@@ -158,12 +174,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--permute", action="store_true", help="the null: the spots permuted")
     parser.add_argument("--published", action="store_true", help="the paper's network too: some minutes a fit")
     options = parser.parse_args()
     heads = [HEAD, *RIVALS, *(["published"] if options.published else [])]
     settings.verbosity = 1
     for name in options.only:
-        run(name, seeds=options.seeds, heads=heads)
+        run(name, seeds=options.seeds, heads=heads, permute=options.permute)
 
 
 if __name__ == "__main__":

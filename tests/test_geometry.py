@@ -159,6 +159,14 @@ def test_cells_are_not_a_lattice():
         estimate_lattice(xy)
 
 
+def test_places_without_a_common_distance_are_not_a_lattice():
+    """Half of the spots have their neighbour at 1, half at 3: at the median distance, 2, there is none."""
+    pair = np.array([[0.0, 0.0], [1.0, 0.0]])
+    xy = np.vstack([pair * (1 + 2 * (i % 2)) + [100.0 * i, 0] for i in range(20)])
+    with pytest.raises(NotALattice, match="no neighbours at a common distance"):
+        estimate_lattice(xy)
+
+
 def test_shared_places_are_not_a_lattice():
     with pytest.raises(NotALattice, match="share places"):
         estimate_lattice(np.repeat(lay("square", n=6), 2, axis=0))
