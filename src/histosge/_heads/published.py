@@ -160,7 +160,11 @@ class Published:
         # keys and values once per spot of the windows, not once per window
         needed, where = given["near"][rows].unique(return_inverse=True)
         _, spots = net.tokens(given["spots"][needed], given["spots_position"][needed])
-        return net.answer(x, own, spots[where, 1], spots[where, 2], given["present"][rows])
+        # not spots[where]: on several threads the sums of its gradient come in any order, and no seed gives the same twice
+        keys, values = (
+            spots[:, i].index_select(0, where.flatten()).view(*where.shape, _HEADS, _HEAD_DIM) for i in (1, 2)
+        )
+        return net.answer(x, own, keys, values, given["present"][rows])
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if self.network is None:
