@@ -165,6 +165,13 @@ def test_a_better_part_is_named(section, embedding, log, embedded, better):
     assert warning == f"{told}: consider head={better!r}"
 
 
+@pytest.mark.parametrize(("lead", "told"), [(0.005, 0), (0.02, 1)])
+def test_a_part_is_better_only_by_more_than_chance(log, lead, told):
+    held_out = {"in-context+kriging": {"pcc": 0.3}, "in-context": {"pcc": 0.2}, "kriging": {"pcc": 0.3 + lead}}
+    _model._report("in-context+kriging", held_out)
+    assert len([r for r in log.records if r.levelno == logging.WARNING]) == told
+
+
 def test_a_head_that_is_best_is_not_warned_about(section, embedding, log):
     model = fit(section, embedding, head="ridge")
     assert model.held_out["ridge"]["pcc"] > model.held_out["nearest"]["pcc"]
