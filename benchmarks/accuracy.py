@@ -1,6 +1,6 @@
 """Held-out accuracy of the default head and every rival on real sections: the tables of docs/benchmarks.md.
 
-    python benchmarks/accuracy.py [--only colon-random colon-blocks her2st ...] [--seeds 5] [--heads published] [--permute]
+    python benchmarks/accuracy.py [--only colon-random colon-blocks her2st ...] [--seeds 5] [--first-seed 0] [--heads published] [--permute]
 
 Reads ../shared/data. Every number is of spots that nothing of the model has seen: genes, scalings, components, stopping
 and error bars are chosen on the training spots of each split. Genes: "dispersion" are those of scanpy's
@@ -89,7 +89,7 @@ def parts(model: Model) -> list[Model]:
     return models
 
 
-def run(name: str, *, seeds: int, heads: list[str], permute: bool = False) -> None:
+def run(name: str, *, seeds: range, heads: list[str], permute: bool = False) -> None:
     names, split, plan, choices = RUNS[name]
     several, recipe = [], None
     for one in names:
@@ -99,9 +99,9 @@ def run(name: str, *, seeds: int, heads: list[str], permute: bool = False) -> No
     device = torch.device("cpu")
     tables = []
     if split == "sections":
-        seeds = 1
+        seeds = range(1)
     for choice in choices:
-        for seed in range(seeds):
+        for seed in seeds:
             settled = Plan(split, "held-out", plan["n_splits"], 1, plan.get("buffer_um"), plan.get("block_um"))
             for trial in trials(several, settled, rng=np.random.default_rng(seed)):
                 whole = [m.section for m in several if m.name == trial.name]
@@ -175,12 +175,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--permute", action="store_true", help="the null: the spots permuted")
     parser.add_argument("--heads", nargs="+", default=[HEAD, *RIVALS], help="published too: some minutes a fit")
     options = parser.parse_args()
     settings.verbosity = 1
     for name in options.only:
-        run(name, seeds=options.seeds, heads=options.heads, permute=options.permute)
+        run(
+            name,
+            seeds=range(options.first_seed, options.first_seed + options.seeds),
+            heads=options.heads,
+            permute=options.permute,
+        )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import sparse
 
 from histosge import _keys
-from histosge._domains import N_ITERATIONS, SPATIAL_NEIGHBOURS, cut, domain_graph
+from histosge._domains import N_ITERATIONS, SPATIAL_NEIGHBOURS, SPATIAL_WEIGHT, cut, domain_graph
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def domains(
     n_domains: int | None = None,
     n_pcs: int = 30,
     n_neighbours: int = 15,
-    spatial_weight: float = 0.2,
+    spatial_weight: float = SPATIAL_WEIGHT,
     rng: int = 0,
     inplace: bool = True,
 ) -> pd.Series | None:

@@ -92,7 +92,8 @@ def evaluate(
         scores measure memory; they are here to be compared with the paper's, never with held-out ones.
     labels
         Column of the measured table's ``obs`` that annotates domains; missing values are left out. Domains of
-        predicted and of measured expression are compared with it; nothing learns from it. With ``split="blocks"`` only.
+        predicted and of measured expression, found as by :func:`histosge.tl.domains` with its defaults, are compared with
+        it; nothing learns from it. With ``split="blocks"`` only.
     encoder
         Name of an encoder (see :func:`histosge.encoders`), or one that :func:`histosge.load_encoder` made.
     tile_um
