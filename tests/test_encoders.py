@@ -89,9 +89,9 @@ def test_list():
     assert list(frame.index[:2]) == ["stain-texture", "h-optimus-0"]
     assert frame.index.is_unique
     assert set(frame["source"]) == {"built-in", "lazyslide-models"}
-    columns = ["mpp", "mpp_source", "tile_px", "tile_um", "embed_dim", "parameters", "licence", "gated", "commercial"]
-    assert list(frame.columns) == [*columns, "source", "url"]
-    assert frame.notna().all(axis=None)
+    columns = ["mpp", "mpp_source", "tile_px", "tile_um", "token_um", "embed_dim", "parameters", "licence", "gated"]
+    assert list(frame.columns) == [*columns, "commercial", "source", "url"]
+    assert frame.drop(columns="token_um").notna().all(axis=None)
     np.testing.assert_allclose(frame["tile_um"], frame["mpp"] * frame["tile_px"])
     assert frame["gated"].dtype == bool
     assert frame.loc["h-optimus-0", "commercial"]

@@ -326,6 +326,52 @@ def test_permuted_labels_are_not_predicted(name, spots):
         assert all(pcc > limit for pcc in found(truth).values())
 
 
+@every_head
+@pytest.mark.usefixtures("few_steps")
+def test_places_are_predicted_the_same_in_whatever_company(name, small):
+    """Alone, in any order, and split into calls in any way."""
+    head = fit(name, small)
+    places = Places.of(small).take(torch.as_tensor(np.random.default_rng(0).permutation(70)))
+    at_once = head.predict(places, context=small)
+    for n in (1, 33):
+        parts = [head.predict(places.take(slice(i, i + n)), context=small) for i in range(0, 70, n)]
+        assert torch.allclose(torch.cat(parts), at_once, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SEES_NEIGHBOURS)
+@pytest.mark.usefixtures("few_steps")
+def test_what_is_kept_of_a_context_is_never_taken_for_another(name, small):
+    """By identity: a context that is as long, lies at the same places and came after the first was thrown away."""
+    head, places = fit(name, small), Places.of(small, hidden=False)
+    for shift in (0, 1, 2):
+        context = with_expression(small, small.expression.roll(shift, 0))
+        fresh = get_head(name).from_state(*head.state())
+        assert (head.predict(places, context=context) == fresh.predict(places, context=context)).all()
+        del context
+
+
+@pytest.mark.parametrize("name", SEES_NEIGHBOURS)
+@pytest.mark.usefixtures("few_steps")
+def test_a_head_fitted_again_forgets_the_context(name, small):
+    head, places, other = fit(name, small), Places.of(small), with_expression(small, small.expression.flip(0))
+    head.predict(places, context=small)
+    again = head.fit(other, rng=np.random.default_rng(1), progress=False).predict(places, context=small)
+    assert (again == get_head(name).from_state(*head.state()).predict(places, context=small)).all()
+
+
+def test_spots_that_are_there_already_are_not_moved(small):
+    """The same object, which heads know a context by."""
+    assert small.to("cpu") is small
+    assert small.to(CPU) is small
+    moved = small.to("meta")
+    assert moved is not small
+    assert {t.device.type for t in (moved.embedding, moved.expression, moved.xy_um)} == {"meta"}
+    assert moved.pitch_um == PITCH
+    assert moved.to("meta") is moved
+    for hidden in (True, False):
+        assert Places.of(moved, hidden=hidden).own.device.type == "meta"
+
+
 # ---------------------------------------------------------------------------------------------- the simple ones
 
 
@@ -524,6 +570,53 @@ def test_in_context_sees_distances_in_pitches(trained):
     one = head.predict(Places.of(held_out, hidden=False), context=known)
     wide = [dataclasses.replace(s, xy_um=s.xy_um * 2, pitch_um=2 * PITCH) for s in (known, held_out)]
     assert torch.allclose(head.predict(Places.of(wide[1], hidden=False), context=wide[0]), one, atol=1e-3)
+
+
+def slow_answer(head, places, context):
+    """What the network says when every place works out the keys and values of its own neighbours, as in training."""
+    near, step, present = head._neighbours(places, context)
+    image, spots = (head._image(w.embedding, head.space) for w in (places, context))
+    components = head.space.components(context.expression)
+    with torch.inference_mode():
+        code = in_context.encode_position(step)
+        return head.space.genes(head.network.eval()(image, spots[near], components[near], code, present))
+
+
+@pytest.mark.parametrize("n_context", [108, 12, 1])
+@pytest.mark.parametrize("at_once", [512, 10])
+def test_in_context_in_prediction_is_what_was_trained(trained, monkeypatch, n_context, at_once):
+    """Keys and values once a spot, the position taken apart: the same sums; with few neighbours and none, far and near."""
+    head, known, held_out = trained
+    monkeypatch.setattr(in_context, "_PLACES_AT_ONCE", at_once)
+    context = known.take(torch.arange(n_context))
+    far = dataclasses.replace(held_out, xy_um=held_out.xy_um * 3 - 500)
+    own = torch.arange(n_context)
+    for places in (Places.of(held_out, hidden=False), Places.of(far, hidden=False), Places.of(context)):
+        out = head.predict(places, context=context)
+        assert torch.allclose(out, slow_answer(head, places, context), atol=1e-5)
+    shuffled = places.take(own.flip(0))
+    assert torch.allclose(head.predict(shuffled, context=context), out.flip(0), atol=1e-5)
+
+
+def test_in_context_works_spots_out_once(trained, monkeypatch):
+    head, known, held_out = trained
+    fresh, counted = get_head("in-context").from_state(*head.state()), []
+    know = fresh.network.know
+    monkeypatch.setattr(fresh.network, "know", lambda *a: counted.append(len(a[0])) or know(*a))
+    places = Places.of(held_out, hidden=False)
+    for i in range(0, len(places), 7):
+        fresh.predict(places.take(slice(i, i + 7)), context=known)
+    assert counted == [len(known)]
+
+
+def test_places_that_ask_together_lie_together():
+    """A plane of 40 x 40 pitches in any order, 100 places at once: about their share of the plane, and not all of it."""
+    xy = np.random.default_rng(0).random((3200, 2)) * 40 * PITCH
+    order = in_context._along_strips(xy, width_um=5 * PITCH)
+    assert sorted(order) == list(range(3200))
+    wide = [np.ptp(xy[rows], axis=0) / PITCH for rows in np.split(order, 32)]
+    assert np.max(wide, axis=0)[1] <= 10
+    assert np.median(wide, axis=0).prod() < 150
 
 
 @settings(deadline=None, max_examples=25)
@@ -800,6 +893,115 @@ def test_kriging_in_parts_tells_sections_apart(wide, monkeypatch):
     found = head.predict(Places.of(twice(held_out), hidden=False), context=twice(known))
     for half in found.chunk(2):
         assert (half - alone).abs().mean() < 0.02
+
+
+def rows_by_part(places, context):
+    """Rows of the spots of each place's part."""
+    found = {}
+    for rows, near in kriging._parts(places, context):
+        found |= dict.fromkeys(rows.tolist(), tuple(near.tolist()))
+    assert sorted(found) == list(range(len(places)))
+    return [found[i] for i in range(len(places))]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**31), st.sampled_from([1.0, 1e5]), st.integers(1, 60))
+def test_kriging_tiles_are_laid_down_by_the_context_alone(seed, apart, n_call):
+    """Two clumps of spots, near or far; places among them, between them and beyond: the same part in any call."""
+    rng = np.random.default_rng(seed)
+    clump = np.repeat([[0.0, 0.0], [30 * apart, 3.0]], 60, axis=0)
+    xy = PITCH * (clump + rng.random((120, 2)) * [12, 10])
+    at = PITCH * np.vstack(
+        [rng.random((40, 2)) * [45 * apart, 20], rng.normal(0, 1e4, (10, 2)), rng.random((10, 2)) * 9]
+    )
+    context = Spots(torch.zeros(120, 2), torch.zeros(120, 1), torch.as_tensor(xy, dtype=torch.float32), PITCH)
+    places = Places(torch.zeros(60, 2), torch.as_tensor(at, dtype=torch.float32), torch.full((60,), -1))
+    with pytest.MonkeyPatch.context() as patch:
+        in_parts(patch, n_near=20)
+        at_once = rows_by_part(places, context)
+        order = torch.as_tensor(rng.permutation(60))
+        for rows in order.split(n_call):
+            assert rows_by_part(places.take(rows), context) == [at_once[i] for i in rows]
+    for i, near in enumerate(at_once):
+        assert len(near) == 20
+        assert list(near) == sorted(set(near))
+        distance = np.hypot(*(context.xy_um.double().numpy() - places.xy_um[i].double().numpy()).T)
+        inside = (places.xy_um[i] >= context.xy_um.min(0).values).all() & (
+            places.xy_um[i] <= context.xy_um.max(0).values
+        ).all()
+        if inside:
+            rest = np.setdiff1d(np.arange(120), near)
+            # a place is less than `_INNER` of its part's radius from the middle, so no spot around it is left out
+            radius = np.sort(distance)[20 - 1]
+            assert distance[rest].min() > (1 - kriging._INNER) / (1 + kriging._INNER) * radius - PITCH / 2
+
+
+def test_kriging_tiles_end_where_spots_lie_on_one_another(monkeypatch):
+    """More of them in one spot than a tile takes: no halving can bring them apart."""
+    in_parts(monkeypatch, n_near=20)
+    xy = torch.cat([torch.zeros(60, 2), torch.rand(40, 2, generator=torch.Generator().manual_seed(0)) * 5000])
+    context = Spots(torch.zeros(100, 2), torch.zeros(100, 1), xy, PITCH)
+    near = rows_by_part(Places.of(context), context)
+    assert set(near[0]) <= set(range(60))
+    line = dataclasses.replace(context, xy_um=xy * torch.tensor([1.0, 0.0]))
+    assert len(rows_by_part(Places.of(line), line)) == 100
+
+
+def test_kriging_in_parts_gives_a_place_the_same_in_whatever_company(wide, monkeypatch):
+    head, known, held_out = wide
+    in_parts(monkeypatch, n_near=250)
+    for places in (Places.of(held_out, hidden=False), Places.of(known).take(slice(0, 150))):
+        at_once = head.predict(places, context=known)
+        order = torch.as_tensor(np.random.default_rng(0).permutation(150))
+        for n in (7, 64):
+            fresh = get_head("kriging").from_state(*head.state())
+            out = torch.empty_like(at_once)
+            for rows in order.split(n):
+                out[rows] = fresh.predict(places.take(rows), context=known)
+            assert torch.allclose(out, at_once, atol=1e-5)
+
+
+def test_kriging_keeps_the_parts_last_used(wide, monkeypatch):
+    """So few that they are thrown away and worked out again, with the same answer."""
+    head, known, held_out = wide
+    in_parts(monkeypatch, n_near=250)
+    places = Places.of(held_out, hidden=False)
+    n_parts = len(set(rows_by_part(places, known)))
+    answers, counts = [], []
+    for kept in (64, 2):
+        monkeypatch.setattr(kriging, "_KEPT_PARTS", kept)
+        fresh, counted = get_head("kriging").from_state(*head.state()), []
+        condition = fresh._condition
+        monkeypatch.setattr(fresh, "_condition", lambda *a, c=condition, n=counted, **k: n.append(1) or c(*a, **k))
+        answers += [fresh.predict(places, context=known) for _ in range(2)]
+        counts.append(len(counted))
+        assert len(fresh._known) == min(kept, n_parts)
+    assert n_parts > 3
+    assert counts == [n_parts, 2 * n_parts]
+    for other in answers[1:]:
+        assert (other == answers[0]).all()
+
+
+@pytest.mark.parametrize("pairs", [1, 5000, 2**19])
+def test_kriging_however_many_covariances_at_once(kriged, monkeypatch, pairs):
+    """The sum over kernels as one stack of them gives it."""
+    head, known, held_out = kriged
+    monkeypatch.setattr(kriging, "_PAIRS_AT_ONCE", {"cpu": pairs, "other": pairs})
+    places, space = Places.of(held_out, hidden=False), head.space
+    share, lengths = head.parameters["shares"].exp(), head.parameters["lengths"]
+
+    def kernels(a, b):
+        (at, image), (to, images) = a, b
+        alike = image @ images.T
+        return kriging._kernels(kriging._distances(at, to), kriging._squares(image, images), alike, lengths)
+
+    known_, asked = (kriging._inputs(w, space, PITCH) for w in (known, places))
+    target = space.components(known.expression)
+    covariance = torch.einsum("pq,pij->qij", share[:4], kernels(known_, known_))
+    covariance = covariance + (share[4] + 1e-4)[:, None, None] * torch.eye(len(known))
+    weight = torch.linalg.solve(covariance, target.T[..., None])[..., 0]  # (Q, n)
+    slow = torch.einsum("pq,pij,qj->iq", share[:4], kernels(asked, known_), weight)
+    assert torch.allclose(head.predict(places, context=known), space.genes(slow), atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------- coordinates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import inspect
 import json
 from collections.abc import Collection
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 RIVALS = ("ridge", "nearest")
 """Simple heads that are scored on the same folds every time."""
-_FORMAT = 2
+_FORMAT = 3
 _SAME_PCC = 0.01
 _FITTED = ("mean", "weights")
 """What a simple head takes when it is restored, and is no option of it."""
@@ -132,6 +133,11 @@ class Model:
         -------
         (m, genes) float32, log1p-normalised expression, never negative.
         """
+        context = self.context(section, spots, device=device)
+        return self.predict_from(context, places=places, xy_um=xy_px * section.mpp, own=own, device=device)
+
+    def context(self, section: Section, spots: NDArray[np.float32], *, device: torch.device) -> Spots:
+        """Lay out the measured spots of a section, whose embeddings are ``spots``, (n, d), to predict from."""
         missing = self.context_genes.difference(section.genes)
         if len(missing):
             msg = (
@@ -139,8 +145,7 @@ class Model:
                 f"{section.spots_key!r} (for example {list(missing[:3])}). Fit on genes that all sections have: genes=."
             )
             raise ValueError(msg)
-        context = _spots(section, spots, section.dense(self.context_genes))
-        return self.predict_from(context, places=places, xy_um=xy_px * section.mpp, own=own, device=device)
+        return _spots(section, spots, section.dense(self.context_genes)).to(device)
 
     def predict_from(
         self,
@@ -165,6 +170,17 @@ class Model:
             total = sum(w * h.predict(where, context=context)[:, columns].clamp_min(0) for w, h in self.heads)
             out[rows] = total.cpu().numpy()  # type: ignore[union-attr]
         return out
+
+    def fingerprint(self) -> str:
+        """Digest of the weights and of what is said of them, to tell models apart."""
+        digest = hashlib.sha256()
+        for weight, head in self.heads:
+            config, tensors = head.state()
+            digest.update(json.dumps([head.name, weight, config], sort_keys=True).encode())
+            for name, tensor in sorted(tensors.items()):
+                digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(json.dumps([*self.genes, *self.context_genes, self.recipe.to_dict()], sort_keys=True).encode())
+        return digest.hexdigest()[:16]
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the model to a folder: ``config.json``, ``scores.csv`` and ``model.safetensors``.
@@ -237,7 +253,6 @@ class Model:
         scores = pd.read_csv(path / "scores.csv", index_col="gene", dtype={"gene": str}, keep_default_na=False)
         scores.index.name = None
         scores = scores.astype({"held_out_pcc": np.float32, "held_out_mse": np.float32})
-        recipe = config["recipe"]
         return cls(
             config["head"],
             pd.Index(scores.index),
@@ -245,7 +260,7 @@ class Model:
             heads,
             scores,
             config["held_out"],
-            Recipe(recipe["encoder"], recipe["tile_um"], tuple(recipe["stack"].split("+"))),
+            Recipe.from_dict(config["recipe"]),
             ErrorBars.from_arrays(bars) if bars else None,
             config["info"],
         )

@@ -10,7 +10,7 @@ import numpy as np
 
 from histosge import _keys
 from histosge._embedding import STACKS, embed
-from histosge._encoders import load_encoder
+from histosge._encoders import load_encoder, with_tokens
 from histosge._section import Section, Targets, find_embedding
 from histosge._settings import logger
 
@@ -32,14 +32,29 @@ class Recipe:
     """The encoder's spec"""
     tile_um: float
     stack: tuple[str, ...] = ("pilm",)
+    dense: bool = False
+    """Whether the area of a place was embedded, from tokens, instead of a tile around its centre"""
+
+    @property
+    def token_um(self) -> float | None:
+        """Edge of a token, of a dense embedding."""
+        token_px = self.encoder.get("token_px")
+        return None if not self.dense or token_px is None else self.tile_um * token_px / self.encoder["tile_px"]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and ``uns``."""
         spec = {k: v for k, v in self.encoder.items() if v is not None}
-        return {"encoder": spec, "tile_um": float(self.tile_um), "stack": "+".join(self.stack)}
+        return {"encoder": spec, "tile_um": float(self.tile_um), "stack": "+".join(self.stack), "dense": self.dense}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """Restore what :meth:`to_dict` gave."""
+        return cls(values["encoder"], values["tile_um"], tuple(values["stack"].split("+")), values["dense"])
 
 
-def prepare(section: Section, encoder: Any, *, tile_um: float | None, stack: Sequence[str]) -> tuple[Any, Recipe]:
+def prepare(
+    section: Section, encoder: Any, *, tile_um: float | None, stack: Sequence[str], dense: bool = False
+) -> tuple[Any, Recipe]:
     """Load the encoder, if it is not loaded, and settle how places are embedded."""
     stack = (stack,) if isinstance(stack, str) else tuple(stack)
     if not stack or set(stack) - set(STACKS):
@@ -61,7 +76,14 @@ def prepare(section: Section, encoder: Any, *, tile_um: float | None, stack: Seq
     if tile_um is not None and hasattr(loaded, "embed_block"):
         msg = f"tile_um={tile_um!r}: encoder {spec.name!r} looks at several scales of its own. Leave tile_um out."
         raise ValueError(msg)
-    return loaded, Recipe(spec.to_dict(), float(tile_um or spec.tile_um), stack)
+    if dense and spec.token_px is None:
+        msg = (
+            f"encoder {spec.name!r} gives no tokens below its tile, so that nothing smaller than a spot can be embedded "
+            f"by its area. Choose one of {with_tokens()}, or pass dense=False to "
+            "embed the tile around each place."
+        )
+        raise ValueError(msg)
+    return loaded, Recipe(spec.to_dict(), float(tile_um or spec.tile_um), stack, dense)
 
 
 def again(recipe: Recipe, encoder: Any) -> tuple[Any, float | None, tuple[str, ...]]:
@@ -79,9 +101,9 @@ def again(recipe: Recipe, encoder: Any) -> tuple[Any, float | None, tuple[str, .
         )
         raise ValueError(msg)
     use = load_encoder(use)
-    differs = [k for k in ("mpp", "tile_px", "embed_dim") if getattr(use.spec, k) != wanted[k]]
+    differs = [k for k in ("mpp", "tile_px", "embed_dim", "token_px") if getattr(use.spec, k) != wanted.get(k)]
     if differs:
-        told = ", ".join(f"{k} {getattr(use.spec, k)} instead of {wanted[k]}" for k in differs)
+        told = ", ".join(f"{k} {getattr(use.spec, k)} instead of {wanted.get(k)}" for k in differs)
         msg = (
             f"encoder {wanted['name']!r} is not the one the model was trained with: {told}. Pass that one as encoder=."
         )
@@ -89,21 +111,6 @@ def again(recipe: Recipe, encoder: Any) -> tuple[Any, float | None, tuple[str, .
     own_tile = wanted["mpp"] * wanted["tile_px"]
     tile_um = None if abs(recipe.tile_um - own_tile) < 1e-6 else recipe.tile_um
     return use, tile_um, recipe.stack
-
-
-def own_spots(section: Section) -> Targets:
-    """Take the measured spots as places."""
-    n = len(section.xy_px)
-    return Targets(
-        section.spots_key,
-        section.instances,
-        section.xy_px,
-        np.arange(n),
-        np.ones(n, bool),
-        None,
-        None,
-        "measured spots",
-    )
 
 
 def embed_targets(
@@ -116,12 +123,14 @@ def embed_targets(
     device: Any,
     batch_size: int,
     progress: bool | None,
+    report: bool = True,
 ) -> NDArray[np.float32]:
-    """Take embeddings that are there already, or make them."""
+    """Take embeddings that are there already, or make them; ``report`` logs it."""
     if not isinstance(batch_size, int) or batch_size < 1:
         msg = f"batch_size={batch_size!r}: pass a whole number of tiles above 0."
         raise ValueError(msg)
     name = encoder.spec.name
+    log = logger.info if report else logger.debug
     found = find_embedding(
         sdata,
         target_key=targets.key,
@@ -131,23 +140,24 @@ def embed_targets(
         provenance=provenance(section, recipe),
     )
     if found is not None:
-        logger.info("using the embeddings of sdata.tables[%r]", _keys.embedding_table(targets.key, name))
+        log("using the embeddings of sdata.tables[%r]", _keys.embedding_table(targets.key, name))
         return found
     start = time()
-    logger.info("embedding %d places with %s on %s", len(targets), name, device)
+    log("embedding %d places with %s on %s", len(targets), name, device)
     own_tile = abs(recipe.tile_um - encoder.spec.tile_um) < 1e-6
     values = embed(
         section.image,
         targets.xy_px,
         mpp=section.mpp,
         encoder=encoder,
+        footprints=targets.footprints if recipe.dense else None,
         tile_um=None if own_tile else recipe.tile_um,
         stack=recipe.stack,
         device=device,
         batch_size=batch_size,
         progress=progress,
     )
-    logger.info("    finished (%.0f s)", time() - start)
+    log("    finished (%.0f s)", time() - start)
     return values
 
 

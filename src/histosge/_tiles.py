@@ -74,6 +74,13 @@ class Block:
     """(m,) which places these are."""
     xy_px: NDArray[np.float64]
     """(m, 2) where they lie in ``pixels``."""
+    origin_px: tuple[int, int] = (0, 0)
+    """Where ``pixels`` begin in the whole resampled image, (x, y)"""
+
+
+def settle(scale: float) -> float:
+    """Leave an image as it is where its scale is right to half a percent: no mpp is known better."""
+    return 1.0 if abs(scale - 1) < 0.005 else scale
 
 
 def blocks(
@@ -105,8 +112,7 @@ def blocks(
     align_px
         Blocks begin at multiples of this, for encoders that work on a grid of their own.
     """
-    if abs(scale - 1) < 0.005:  # half a percent of scale is below what any mpp is known to
-        scale = 1.0
+    scale = settle(scale)
     place = np.asarray(xy_px, float) / scale
     cell = np.floor(place / block_px).astype(np.int64)
     order = np.lexsort((cell[:, 0], cell[:, 1]))
@@ -118,7 +124,7 @@ def blocks(
         x1, y1 = (np.floor(place[rows].max(axis=0)).astype(int) + halo_px + 1).tolist()
         x0, y0 = x0 - x0 % align_px, y0 - y0 % align_px
         pixels = _read_resampled(image, x0, y0, x1, y1, scale=scale)
-        yield Block(pixels, rows, place[rows] - (x0, y0))
+        yield Block(pixels, rows, place[rows] - (x0, y0), (x0, y0))
 
 
 def _read_resampled(image: LazyImage, x0: int, y0: int, x1: int, y1: int, *, scale: float) -> UInt8:

@@ -43,7 +43,7 @@ def targets(
     upsample
         Places per measured spot: 2, 4, 8 or 16. With neither this nor ``bin_um``, 4 as in the paper.
     bin_um
-        Edge of square bins in µm, instead of ``upsample``.
+        Edge of square bins in µm, instead of ``upsample``; from 1 to the size of a measured spot.
     tissue
         ``"auto"`` keeps places within reach of a spot where the image is about as dark as at the spots;
         ``"spots"`` keeps all places within reach of a spot.

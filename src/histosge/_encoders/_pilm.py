@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from histosge._encoders._hub import PAGES, commit, explained
+from histosge._encoders._registry import with_tokens
 from histosge._encoders._spec import EncoderSpec
+from histosge._encoders._tokens import Dense, of_library, of_timm, once, patch_px
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ class TileEncoder:
         What is moved between devices, where that is more than the network.
     half
         Whether it computes in bfloat16 on CUDA.
+    dense
+        How it gives tokens, where it does.
     """
 
     def __init__(
@@ -51,9 +55,11 @@ class TileEncoder:
         *,
         owner: Any = None,
         half: bool = True,
+        dense: Dense | None = None,
     ) -> None:
         self.spec = spec
         self._forward = forward
+        self._dense = dense
         self._module = module
         self._owner = module if owner is None else owner
         self._half = half
@@ -86,22 +92,67 @@ class TileEncoder:
         -------
         (n, embed_dim) float32.
         """
+        self._check(tiles)
+        if len(tiles) == 0:
+            return torch.zeros(0, self.spec.embed_dim, device=tiles.device)
+        with torch.inference_mode():
+            x = self._normalised(tiles)
+            with self._autocast(tiles):
+                out = self._forward(x)
+        return self._pooled(out, len(tiles))
+
+    def embed_tokens(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed tiles, given as for ``embed``, and each of their patches.
+
+        Returns
+        -------
+        Tokens (n, side, side, C) float32 by row and column, ``side`` being ``tile_px // token_px``, after the last norm,
+        without class token and registers, C as wide as the network; and (n, embed_dim) float32, what ``embed`` gives.
+        """
         spec, n = self.spec, len(tiles)
+        if self._dense is None or spec.token_px is None:
+            msg = (
+                f"encoder {spec.name!r} gives no token for each patch of a tile. Take one that does: "
+                f"{', '.join(map(repr, with_tokens()))}; or a vision transformer of timm ('timm:vit_...')."
+            )
+            raise ValueError(msg)
+        self._check(tiles)
+        if n == 0:  # how wide tokens are is known from tokens only
+            tokens, pooled = self.embed_tokens(tiles.new_zeros(1, *tiles.shape[1:]))
+            return tokens[:0], pooled[:0]
+        with torch.inference_mode():
+            x = self._normalised(tiles)
+            with self._autocast(tiles), once(self._dense.shared):
+                out = self._forward(x)
+                tokens = self._dense.tokens(x)  # (n, side * side, C)
+        side = spec.tile_px // spec.token_px
+        if tokens.ndim != 3 or tokens.shape[:2] != (n, side * side):
+            msg = (
+                f"encoder {spec.name!r} gave tokens of shape {tuple(tokens.shape)} for {n} tiles; its spec says "
+                f"token_px={spec.token_px}, {side} x {side} patches a tile. Are the weights those of another encoder?"
+            )
+            raise ValueError(msg)
+        return tokens.float().clone().unflatten(1, (side, side)), self._pooled(out, n)
+
+    def _check(self, tiles: Tensor) -> None:
+        spec = self.spec
         if tiles.dtype != torch.uint8 or tiles.shape[1:] != (3, spec.tile_px, spec.tile_px):
             msg = (
                 f"encoder {spec.name!r} takes uint8 tiles of shape (n, 3, {spec.tile_px}, {spec.tile_px}), red, green, "
                 f"blue; not {tiles.dtype} of shape {tuple(tiles.shape)}."
             )
             raise ValueError(msg)
-        if n == 0:
-            return torch.zeros(0, spec.embed_dim, device=tiles.device)
-        half = self._half and tiles.device.type == "cuda"
-        with torch.inference_mode():
-            x = (tiles.float() - self._mean) / self._std  # (n, 3, h, w)
-            if self._channels_last:
-                x = x.contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=half):
-                out = self._forward(x)
+
+    def _normalised(self, tiles: Tensor) -> Tensor:
+        x = (tiles.float() - self._mean) / self._std  # (n, 3, h, w)
+        return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
+
+    def _autocast(self, tiles: Tensor) -> torch.autocast:
+        return torch.autocast("cuda", dtype=torch.bfloat16, enabled=self._half and tiles.device.type == "cuda")
+
+    def _pooled(self, out: Any, n: int) -> Tensor:
+        """Check what the network gave for ``n`` tiles, and copy it out of inference mode: a head may be trained on it."""
+        spec = self.spec
         shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         if shape != (n, spec.embed_dim):
             what = f"an array of shape {shape}" if isinstance(shape, tuple) else f"a {shape}, not an array,"
@@ -110,12 +161,21 @@ class TileEncoder:
                 "Give the spec the right embed_dim, or pool the tokens."
             )
             raise ValueError(msg)
-        return out.float().clone()  # copied outside of inference mode: a head may be trained on it
+        return out.float().clone()
 
 
 def own(module: nn.Module, spec: EncoderSpec) -> TileEncoder:
-    """Wrap a module of the user's; it stops training."""
-    return TileEncoder(spec, module.eval(), module)
+    """Wrap a module of the user's; it stops training. A vision transformer of timm has tokens."""
+    found_px = patch_px(module, spec.tile_px)
+    if spec.token_px not in (None, found_px):
+        found = "it is no vision transformer of timm" if found_px is None else f"its patches are {found_px} px"
+        msg = (
+            f"EncoderSpec {spec.name!r}: token_px={spec.token_px} does not fit the module: {found}. Leave token_px out: "
+            "of your own modules, only those have tokens, and their patches are read off them."
+        )
+        raise ValueError(msg)
+    spec = replace(spec, token_px=found_px)
+    return TileEncoder(spec, module.eval(), module, dense=None if found_px is None else of_timm(module))
 
 
 # ------------------------------------------------------------------------------------------------- lazyslide-models
@@ -162,7 +222,8 @@ def load_registered(
     if kind == "exported":  # its graph is fixed, in float32 and for evaluation
         return TileEncoder(spec, model.encode_image, module, owner=model, half=False)
     module.eval()
-    return TileEncoder(spec, model.encode_image, module, owner=model)
+    dense = None if spec.token_px is None else of_library(model)
+    return TileEncoder(spec, model.encode_image, module, owner=model, dense=dense)
 
 
 def _make(
@@ -289,9 +350,10 @@ def load_timm(name: str, *, mpp: float | None, weights: str | Path | None, revis
         mean=data["mean"],
         std=data["std"],
         licence=str(model.pretrained_cfg.get("license") or "unknown"),
+        token_px=patch_px(model, int(height)),
         revision=commit(repo, revision) if weights is None and repo is not None else None,
     )
-    return TileEncoder(spec, model, model)
+    return TileEncoder(spec, model, model, dense=None if spec.token_px is None else of_timm(model))
 
 
 def _known_to_timm(name: str, weights: str | Path | None) -> None:

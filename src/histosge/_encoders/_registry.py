@@ -33,6 +33,8 @@ class Row(NamedTuple):
     mpp: float
     mpp_source: str
     tile_px: int
+    token_px: int | None
+    """Edge of a patch, where it gives a token for each"""
     embed_dim: int
     gated: bool
     commercial: bool
@@ -48,62 +50,72 @@ class Row(NamedTuple):
 # (card: 512 px at 40x, shrunk to 224, 0.57; all three feed 0.5).
 # Access: lazyslide-models 0.1.0 calls h-optimus-0 open and midnight gated; on the hub it is the other way round by the
 # same tables and by lazyslide-models' own notes (docs/model-candidates.md, "gated: auto").
+# Patches: of those whose class has `encode_image_dense`; from names and model cards, and from the registry's flops.
 _TEXT = """
-# name              repository                               how                    µm/px    known by      px  dim  gated commercial parameters licence
-h-optimus-0         bioptimus/H-optimus-0                    timm                   0.5      stated        224 1536 yes   yes        1.13B      Apache 2.0
-h-optimus-1         bioptimus/H-optimus-1                    timm                   0.5      stated        224 1536 yes   no         1.13B      CC-BY-NC-ND-4.0
-h0-mini             bioptimus/H0-mini                        timm                   0.5      magnification 224 1536 yes   no         85.7M      CC-BY-NC-ND-4.0
-uni                 MahmoodLab/uni                           timm                   0.5      magnification 224 1024 yes   no         303.4M     CC-BY-NC-ND-4.0
-uni2                MahmoodLab/UNI2-h                        timm                   0.5      convention    224 1536 yes   no         681.4M     CC-BY-NC-ND-4.0
-virchow             paige-ai/Virchow                         timm                   0.5      stated        224 2560 yes   yes        631.2M     Apache 2.0
-virchow2            paige-ai/Virchow2                        timm                   0.5      stated        224 2560 yes   no         631.2M     CC-BY-NC-ND-4.0
-crisp               FTZhou/CRISP                             file:CRISP.pth         0.5      convention    224 2560 yes   no         631.2M     MIT; CC-BY-NC-ND-4.0
-crown               LexieK/Crown                             file:CROWN.pth         0.5      convention    224 1024 yes   yes        -          Apache-2.0
-gigapath            prov-gigapath/prov-gigapath              timm                   0.5      stated        224 1536 yes   no         1.13B      Apache 2.0 with conditions
-gigapath-flash      prov-gigapath/prov-gigapath-flash        file:pytorch_model.bin 0.5      stated        224 384  yes   no         21.7M      Apache 2.0
-gpfm                majiabo/GPFM                             hub                    0.5      magnification 224 1024 no    no         303M       CC BY-NC-ND 4.0
-genbio-pathfm       genbio-ai/genbio-pathfm                  remote-code            0.5      convention    224 4608 no    no         1.1B       GenBio AI Community License
-hibou-b             histai/hibou-b                           remote-code            0.5      convention    224 768  yes   yes        85.7M      Apache 2.0
-hibou-l             histai/hibou-l                           remote-code            0.5      convention    224 1024 yes   yes        303.7M     Apache 2.0
-lunit-bt            1aurent/resnet50.lunit_bt                timm                   0.5      stated        224 2048 no    no         23.6M      lunit-non-commercial
-lunit-mocov2        1aurent/resnet50.lunit_mocov2            timm                   0.5      stated        224 2048 no    no         23.6M      lunit-non-commercial
-lunit-swav          1aurent/resnet50.lunit_swav              timm                   0.5      stated        224 2048 no    no         23.6M      lunit-non-commercial
-lunit-dino-s8       1aurent/vit_small_patch8_224.lunit_dino  timm                   0.5      stated        224 384  no    no         21.7M      lunit-non-commercial
-lunit-dino-s8-moozy 1aurent/vit_small_patch8_224.lunit_dino  timm                   0.5      stated        224 384  no    no         21.7M      lunit-non-commercial
-lunit-dino-s16      1aurent/vit_small_patch16_224.lunit_dino timm                   0.5      stated        224 384  no    no         21.1M      lunit-non-commercial
-midnight            kaiko-ai/midnight                        transformers           0.5      stated        224 3072 no    yes        1.14B      MIT
-open-midnight       SophontAI/OpenMidnight                   hub                    0.5      convention    224 1536 yes   yes        1.1B       Apache 2.0
-mstar               Wangyh/mSTAR                             timm                   0.5      magnification 224 1024 yes   no         303.4M     CC-BY-NC-ND-4.0
-path_orchestra      AI4Pathology/PathOrchestra               timm                   0.5      convention    224 1024 yes   no         -          CC-BY-NC-ND-4.0
-phikon              owkin/phikon                             transformers           0.5      stated        224 768  no    no         85.8M      Owkin non-commercial license
-phikonv2            owkin/phikon-v2                          transformers           0.5      stated        224 1024 no    no         303.4M     Owkin non-commercial license
-rudolfv2-s          Aignostics/RudolfV-2-S                   remote-code            0.5      stated        224 384  yes   no         21.4M      CC-BY-NC-ND-4.0 with supplementary terms
-rudolfv2-b          Aignostics/RudolfV-2-B                   remote-code            0.5      stated        224 768  yes   no         85.2M      CC-BY-NC-ND-4.0 with supplementary terms
-rudolfv2            Aignostics/RudolfV-2                     remote-code            0.5      stated        224 1536 yes   no         1.13B      CC-BY-NC-ND-4.0 with supplementary terms
-mascaret            wearewaiv/mascaret                       remote-code            0.5      convention    224 1536 yes   no         1.14B      Waiv custom non-commercial license
-phaet               wearewaiv/phaet                          remote-code            0.5      convention    224 1024 yes   no         303.4M     Waiv custom non-commercial license
-ctranspath          RendeiroLab/LazySlide-models-gpl         exported               1.0      magnification 224 768  no    no         27.5M      GPL-3.0
-chief               RendeiroLab/LazySlide-models-gpl         exported               1.0      magnification 224 768  no    no         27.5M      AGPL-3.0
-conch               MahmoodLab/conch                         file:pytorch_model.bin 0.571429 magnification 448 512  yes   no         395.2M     CC-BY-NC-ND-4.0
-conch-madeleine     MahmoodLab/conch                         file:pytorch_model.bin 1.142857 magnification 224 512  yes   no         395.2M     CC-BY-NC-ND-4.0
-conch_v1.5          MahmoodLab/TITAN                         hub                    0.571429 magnification 448 768  yes   no         158.9M     CC-BY-NC-ND-4.0
-keep                Astaxanthin/KEEP                         hub                    0.5      convention    224 768  no    yes        -          MIT
-musk                xiangjx/musk                             hub                    0.5      convention    384 1024 yes   no         675.2M     CC-BY-NC-ND-4.0
-omiclip             WangGuangyuLab/Loki                      file:checkpoint.pt     0.5      convention    224 768  yes   yes        638.5M     BSD-3-Clause
-plip                vinid/plip                               folder                 0.5      convention    224 512  no    no         87.8M      Non-commercial
-quiltnet-b16        wisdomik/QuiltNet-B-16                   hub                    0.5      convention    224 512  no    yes        -          MIT
-quiltnet-b16-pmb    wisdomik/QuiltNet-B-16-PMB               hub                    0.5      convention    224 512  no    yes        -          MIT
-quiltnet-b32        wisdomik/QuiltNet-B-32                   hub                    0.5      convention    224 512  no    yes        -          MIT
+# name              repository                               how                    µm/px    known by      px  patch dim  gated commercial parameters licence
+h-optimus-0         bioptimus/H-optimus-0                    timm                   0.5      stated        224 14    1536 yes   yes        1.13B      Apache 2.0
+h-optimus-1         bioptimus/H-optimus-1                    timm                   0.5      stated        224 14    1536 yes   no         1.13B      CC-BY-NC-ND-4.0
+h0-mini             bioptimus/H0-mini                        timm                   0.5      magnification 224 14    1536 yes   no         85.7M      CC-BY-NC-ND-4.0
+uni                 MahmoodLab/uni                           timm                   0.5      magnification 224 16    1024 yes   no         303.4M     CC-BY-NC-ND-4.0
+uni2                MahmoodLab/UNI2-h                        timm                   0.5      convention    224 14    1536 yes   no         681.4M     CC-BY-NC-ND-4.0
+virchow             paige-ai/Virchow                         timm                   0.5      stated        224 14    2560 yes   yes        631.2M     Apache 2.0
+virchow2            paige-ai/Virchow2                        timm                   0.5      stated        224 14    2560 yes   no         631.2M     CC-BY-NC-ND-4.0
+crisp               FTZhou/CRISP                             file:CRISP.pth         0.5      convention    224 14    2560 yes   no         631.2M     MIT; CC-BY-NC-ND-4.0
+crown               LexieK/Crown                             file:CROWN.pth         0.5      convention    224 16    1024 yes   yes        -          Apache-2.0
+gigapath            prov-gigapath/prov-gigapath              timm                   0.5      stated        224 16    1536 yes   no         1.13B      Apache 2.0 with conditions
+gigapath-flash      prov-gigapath/prov-gigapath-flash        file:pytorch_model.bin 0.5      stated        224 16    384  yes   no         21.7M      Apache 2.0
+gpfm                majiabo/GPFM                             hub                    0.5      magnification 224 14    1024 no    no         303M       CC BY-NC-ND 4.0
+genbio-pathfm       genbio-ai/genbio-pathfm                  remote-code            0.5      convention    224 16    4608 no    no         1.1B       GenBio AI Community License
+hibou-b             histai/hibou-b                           remote-code            0.5      convention    224 14    768  yes   yes        85.7M      Apache 2.0
+hibou-l             histai/hibou-l                           remote-code            0.5      convention    224 14    1024 yes   yes        303.7M     Apache 2.0
+lunit-bt            1aurent/resnet50.lunit_bt                timm                   0.5      stated        224 -     2048 no    no         23.6M      lunit-non-commercial
+lunit-mocov2        1aurent/resnet50.lunit_mocov2            timm                   0.5      stated        224 -     2048 no    no         23.6M      lunit-non-commercial
+lunit-swav          1aurent/resnet50.lunit_swav              timm                   0.5      stated        224 -     2048 no    no         23.6M      lunit-non-commercial
+lunit-dino-s8       1aurent/vit_small_patch8_224.lunit_dino  timm                   0.5      stated        224 8     384  no    no         21.7M      lunit-non-commercial
+lunit-dino-s8-moozy 1aurent/vit_small_patch8_224.lunit_dino  timm                   0.5      stated        224 8     384  no    no         21.7M      lunit-non-commercial
+lunit-dino-s16      1aurent/vit_small_patch16_224.lunit_dino timm                   0.5      stated        224 16    384  no    no         21.1M      lunit-non-commercial
+midnight            kaiko-ai/midnight                        transformers           0.5      stated        224 14    3072 no    yes        1.14B      MIT
+open-midnight       SophontAI/OpenMidnight                   hub                    0.5      convention    224 14    1536 yes   yes        1.1B       Apache 2.0
+mstar               Wangyh/mSTAR                             timm                   0.5      magnification 224 16    1024 yes   no         303.4M     CC-BY-NC-ND-4.0
+path_orchestra      AI4Pathology/PathOrchestra               timm                   0.5      convention    224 -     1024 yes   no         -          CC-BY-NC-ND-4.0
+phikon              owkin/phikon                             transformers           0.5      stated        224 16    768  no    no         85.8M      Owkin non-commercial license
+phikonv2            owkin/phikon-v2                          transformers           0.5      stated        224 16    1024 no    no         303.4M     Owkin non-commercial license
+rudolfv2-s          Aignostics/RudolfV-2-S                   remote-code            0.5      stated        224 8     384  yes   no         21.4M      CC-BY-NC-ND-4.0 with supplementary terms
+rudolfv2-b          Aignostics/RudolfV-2-B                   remote-code            0.5      stated        224 8     768  yes   no         85.2M      CC-BY-NC-ND-4.0 with supplementary terms
+rudolfv2            Aignostics/RudolfV-2                     remote-code            0.5      stated        224 8     1536 yes   no         1.13B      CC-BY-NC-ND-4.0 with supplementary terms
+mascaret            wearewaiv/mascaret                       remote-code            0.5      convention    224 14    1536 yes   no         1.14B      Waiv custom non-commercial license
+phaet               wearewaiv/phaet                          remote-code            0.5      convention    224 16    1024 yes   no         303.4M     Waiv custom non-commercial license
+ctranspath          RendeiroLab/LazySlide-models-gpl         exported               1.0      magnification 224 -     768  no    no         27.5M      GPL-3.0
+chief               RendeiroLab/LazySlide-models-gpl         exported               1.0      magnification 224 -     768  no    no         27.5M      AGPL-3.0
+conch               MahmoodLab/conch                         file:pytorch_model.bin 0.571429 magnification 448 16    512  yes   no         395.2M     CC-BY-NC-ND-4.0
+conch-madeleine     MahmoodLab/conch                         file:pytorch_model.bin 1.142857 magnification 224 16    512  yes   no         395.2M     CC-BY-NC-ND-4.0
+conch_v1.5          MahmoodLab/TITAN                         hub                    0.571429 magnification 448 -     768  yes   no         158.9M     CC-BY-NC-ND-4.0
+keep                Astaxanthin/KEEP                         hub                    0.5      convention    224 -     768  no    yes        -          MIT
+musk                xiangjx/musk                             hub                    0.5      convention    384 -     1024 yes   no         675.2M     CC-BY-NC-ND-4.0
+omiclip             WangGuangyuLab/Loki                      file:checkpoint.pt     0.5      convention    224 -     768  yes   yes        638.5M     BSD-3-Clause
+plip                vinid/plip                               folder                 0.5      convention    224 32    512  no    no         87.8M      Non-commercial
+quiltnet-b16        wisdomik/QuiltNet-B-16                   hub                    0.5      convention    224 16    512  no    yes        -          MIT
+quiltnet-b16-pmb    wisdomik/QuiltNet-B-16-PMB               hub                    0.5      convention    224 16    512  no    yes        -          MIT
+quiltnet-b32        wisdomik/QuiltNet-B-32                   hub                    0.5      convention    224 32    512  no    yes        -          MIT
 """
 
 
 def _rows() -> dict[str, Row]:
     rows = {}
     for line in _TEXT.strip().splitlines()[1:]:
-        name, repo, how, mpp, known_by, px, dim, gated, commercial, n_parameters, licence = line.split(maxsplit=10)
-        n = None if n_parameters == "-" else n_parameters
+        name, repo, how, mpp, known_by, px, patch, dim, gated, commercial, n, licence = line.split(maxsplit=11)
         rows[name] = Row(
-            repo, how, float(mpp), known_by, int(px), int(dim), gated == "yes", commercial == "yes", n, licence
+            repo=repo,
+            how=how,
+            mpp=float(mpp),
+            mpp_source=known_by,
+            tile_px=int(px),
+            token_px=None if patch == "-" else int(patch),
+            embed_dim=int(dim),
+            gated=gated == "yes",
+            commercial=commercial == "yes",
+            n_parameters=None if n == "-" else n,
+            licence=licence,
         )
     return rows
 
@@ -130,6 +142,7 @@ def registered(name: str) -> EncoderSpec:
         mpp=row.mpp,
         mpp_source=cast("Literal['stated', 'magnification', 'convention']", row.mpp_source),
         tile_px=row.tile_px,
+        token_px=row.token_px,
         embed_dim=row.embed_dim,
         licence=row.licence,
         gated=row.gated,
@@ -140,14 +153,19 @@ def registered(name: str) -> EncoderSpec:
     )
 
 
+def with_tokens() -> list[str]:
+    """Names of the encoders that give dense tokens, the built-in one first."""
+    return [BUILT_IN, *(name for name, row in _TABLE.items() if row.token_px is not None)]
+
+
 def encoders() -> pd.DataFrame:
     """List the encoders that can be named in ``encoder=``, beside any model of timm (``"timm:NAME"``).
 
     Returns
     -------
     DataFrame indexed by name: ``mpp`` (µm per pixel), ``mpp_source`` (how that is known), ``tile_px``, ``tile_um``,
-    ``embed_dim``, ``parameters``, ``licence``, ``gated`` (access must be asked for), ``commercial``, ``source``,
-    ``url``.
+    ``token_um`` (edge of a patch where it gives a token for each, else NaN), ``embed_dim``, ``parameters``,
+    ``licence``, ``gated`` (access must be asked for), ``commercial``, ``source``, ``url``.
 
     Examples
     --------
@@ -155,6 +173,9 @@ def encoders() -> pd.DataFrame:
     >>> uni = sge.encoders().loc["uni"]
     >>> float(uni["mpp"]), int(uni["embed_dim"]), bool(uni["gated"])
     (0.5, 1024, True)
+    >>> fine = sge.encoders().query("token_um <= 4")
+    >>> "lunit-dino-s8" in fine.index
+    True
     """
     import pandas as pd
 
@@ -167,6 +188,7 @@ def encoders() -> pd.DataFrame:
             "mpp_source": s.mpp_source,
             "tile_px": s.tile_px,
             "tile_um": s.tile_um,
+            "token_um": float("nan") if s.token_um is None else s.token_um,
             "embed_dim": s.embed_dim,
             "parameters": s.n_parameters or "",
             "licence": s.licence,
@@ -204,11 +226,13 @@ def load_encoder(
         µm per pixel to feed the encoder with. ``None`` takes what it was trained at; for other models of timm 0.5.
     spec
         What your own module needs. It is given normalised tiles (n, 3, tile_px, tile_px) and returns (n, embed_dim).
-        The module is put into evaluation mode, and moved to the device that computes.
+        The module is put into evaluation mode, and moved to the device that computes. It has dense tokens only where
+        it is a vision transformer of timm.
 
     Returns
     -------
-    An encoder with ``spec``, ``to(device)`` and ``embed(tiles)`` or, where it is dense, ``embed_block(...)``.
+    An encoder with ``spec``, ``to(device)`` and ``embed(tiles)`` (where it has tokens also ``embed_tokens(tiles)``) or,
+    where it works on whole blocks, ``embed_block(...)``.
 
     Raises
     ------

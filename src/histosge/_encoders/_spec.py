@@ -28,6 +28,10 @@ class EncoderSpec:
         Edge of its input in pixels.
     embed_dim
         Length of an embedding.
+    token_px
+        Edge of a patch in pixels of its input, where it gives a token for each patch of a tile: whole patches fill a
+        tile. ``None`` where it gives an embedding of the whole tile only. A module of your own has tokens only where
+        it is a vision transformer of timm, and this is then read off it.
     mean
         Mean of red, green and blue (0 to 1) that it was trained with.
     std
@@ -53,12 +57,15 @@ class EncoderSpec:
     >>> spec = sge.EncoderSpec(name="mine", mpp=0.5, tile_px=224, embed_dim=384)
     >>> spec.tile_um
     112.0
+    >>> sge.EncoderSpec(name="vit", mpp=0.5, tile_px=224, embed_dim=384, token_px=14).token_um
+    7.0
     """
 
     name: str
     mpp: float
     tile_px: int
     embed_dim: int
+    token_px: int | None = None
     mpp_source: Literal["stated", "magnification", "convention", "given"] = "given"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -77,11 +84,19 @@ class EncoderSpec:
         if not isinstance(self.mpp, int | float) or not 0.01 <= self.mpp <= 100:
             msg = f"EncoderSpec {self.name!r}: mpp={self.mpp!r} is not a number of µm per pixel (0.5 is usual)."
             raise ValueError(msg)
-        for field in ("tile_px", "embed_dim"):
+        for field in ("tile_px", "embed_dim", "token_px"):
             value = getattr(self, field)
+            if field == "token_px" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 msg = f"EncoderSpec {self.name!r}: {field}={value!r} must be a whole number above 0."
                 raise ValueError(msg)
+        if self.token_px is not None and self.tile_px % self.token_px:
+            msg = (
+                f"EncoderSpec {self.name!r}: token_px={self.token_px} does not divide tile_px={self.tile_px}; whole "
+                "patches must fill a tile. Give another tile_px, or leave token_px out where there are no dense tokens."
+            )
+            raise ValueError(msg)
         for field in ("mean", "std"):
             value = tuple(float(v) for v in getattr(self, field))
             if len(value) != 3 or not all(map(isfinite, value)) or (field == "std" and min(value) <= 0):
@@ -97,6 +112,11 @@ class EncoderSpec:
     def tile_um(self) -> float:
         """Edge of a tile in µm."""
         return self.mpp * self.tile_px
+
+    @property
+    def token_um(self) -> float | None:
+        """Edge of a patch in µm; ``None`` where there are no dense tokens."""
+        return None if self.token_px is None else self.mpp * self.token_px
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and ``uns``."""

@@ -4,6 +4,8 @@ Colour deconvolution into haematoxylin, eosin and a residual (Ruifrok and Johnst
 histograms; energies in bands of scale (differences of Gaussians), for nuclei also the bright side alone; strength
 and coherence of edges from the structure tensor (Bigün and Granlund, 1987). Every map is averaged over discs of
 several sizes around a place. All statistics are invariant to turning and mirroring the section.
+
+Tokens, for places smaller than a spot, are the statistics of small discs on the grid of cells.
 """
 
 from __future__ import annotations
@@ -24,6 +26,10 @@ DISC_UM = (56.0, 112.0, 256.0)
 """Diameters that every map is averaged over: a Visium spot, a tile of a pathology encoder, its surroundings."""
 CELL_PX = 4
 """Maps are averaged over cells of this edge before the discs are: 8 µm, the size of a nucleus."""
+TOKEN_DISC_UM = 24.0
+"""Diameter that maps are averaged over around a token: a few nuclei."""
+CONTEXT_DISC_UM = DISC_UM[1:]
+"""Discs around the centre of a place that stand beside its tokens; that of a spot's size would only blur them."""
 
 # optical density of haematoxylin, eosin and DAB in red, green and blue (Ruifrok and Johnston, 2001, table 2)
 _STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
@@ -78,6 +84,7 @@ class StainTexture:
             licence="BSD-3-Clause",
             commercial=True,
             source="built-in",
+            token_px=CELL_PX,
         )
 
     def to(self, device: torch.device | str) -> Self:
@@ -100,19 +107,52 @@ class StainTexture:
         -------
         (n, 120) float32.
         """
+        return _around(self._cells(block), centres, DISC_UM)
+
+    @torch.inference_mode()
+    def embed_block_dense(self, block: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed every cell of a block, and the surroundings of places.
+
+        Parameters
+        ----------
+        block
+            (3, height, width) uint8, red, green, blue, at 2 µm per pixel.
+        centres
+            (n, 2) places (x, y) in pixels of the block, at least ``halo_px`` away from its border.
+
+        Returns
+        -------
+        tokens
+            (height / 4, width / 4, 40) float32, statistics of the disc of 24 µm around each cell.
+        context
+            (n, 80) float32, of discs of 112 and 256 µm around each place.
+        """
+        cells = self._cells(block)
+        _, h, w = cells.shape
+        tokens = _summarise(_over_disc(cells, TOKEN_DISC_UM).flatten(1).T).view(h, w, -1)
+        return tokens, _around(cells, centres, CONTEXT_DISC_UM)
+
+    def _cells(self, block: Tensor) -> Tensor:
         h, w = (side - side % CELL_PX for side in block.shape[1:])
-        cells = _maps(block[:, :h, :w].to(self.device))  # (maps, h / cell, w / cell)
-        grid = (centres.to(self.device, torch.float32) / CELL_PX) * 2  # grid_sample wants [-1, 1] over the map
-        grid = grid / grid.new_tensor([cells.shape[2], cells.shape[1]]) - 1
-        pooled = []
-        for disc_um in DISC_UM:
-            kernel = _disc(disc_um / MPP / CELL_PX).to(cells)
-            mean = F.conv2d(cells[:, None], kernel[None, None], padding=kernel.shape[0] // 2)[:, 0]
-            at = F.grid_sample(
-                mean[None], grid[None, None], mode="bilinear", align_corners=False, padding_mode="border"
-            )
-            pooled.append(_summarise(at[0, :, 0].T))  # (n, maps)
-        return torch.cat(pooled, dim=1)
+        return _maps(block[:, :h, :w].to(self.device))  # (maps, h / cell, w / cell)
+
+
+def _over_disc(cells: Tensor, disc_um: float) -> Tensor:
+    """Average (maps, h, w) over a disc around every cell."""
+    kernel = _disc(disc_um / MPP / CELL_PX).to(cells)
+    return F.conv2d(cells[:, None], kernel[None, None], padding=kernel.shape[0] // 2)[:, 0]
+
+
+def _around(cells: Tensor, centres: Tensor, discs_um: tuple[float, ...]) -> Tensor:
+    """Statistics of discs around places: (n, 40 for each disc)."""
+    grid = (centres.to(cells.device, torch.float32) / CELL_PX) * 2  # grid_sample wants [-1, 1] over the map
+    grid = grid / grid.new_tensor([cells.shape[2], cells.shape[1]]) - 1
+    pooled = []
+    for disc_um in discs_um:
+        mean = _over_disc(cells, disc_um)
+        at = F.grid_sample(mean[None], grid[None, None], mode="bilinear", align_corners=False, padding_mode="border")
+        pooled.append(_summarise(at[0, :, 0].T))  # (n, maps)
+    return torch.cat(pooled, dim=1)
 
 
 def _disc(diameter: float) -> Tensor:

@@ -33,8 +33,11 @@ class Spots:
         return Spots(self.embedding[rows], self.expression[rows], self.xy_um[rows], self.pitch_um)
 
     def to(self, device: torch.device | str) -> Spots:
-        """Move to ``device``."""
-        return Spots(self.embedding.to(device), self.expression.to(device), self.xy_um.to(device), self.pitch_um)
+        """Move to ``device``; the very same object where they are there already, by which heads know a context again."""
+        embedding, expression, xy_um = (t.to(device) for t in (self.embedding, self.expression, self.xy_um))
+        if embedding is self.embedding and expression is self.expression and xy_um is self.xy_um:
+            return self
+        return Spots(embedding, expression, xy_um, self.pitch_um)
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ class Places:
     @classmethod
     def of(cls, spots: Spots, *, hidden: bool = True) -> Places:
         """Predict at measured spots, their own measurement hidden (or not in the context at all)."""
-        n = len(spots)
-        own = torch.arange(n) if hidden else torch.full((n,), -1)
+        n, device = len(spots), spots.embedding.device
+        own = torch.arange(n, device=device) if hidden else torch.full((n,), -1, device=device)
         return cls(spots.embedding, spots.xy_um, own)
 
 
@@ -75,7 +78,11 @@ class Head(Protocol):
         ...
 
     def predict(self, places: Places, *, context: Spots) -> Tensor:
-        """Predict (m, g) log1p expression at ``places``, given the measured spots around them."""
+        """Predict (m, g) log1p expression at ``places``, given the measured spots around them.
+
+        What is said of a place depends on no other place. Places may come in many calls: what a head works out of the
+        context it keeps until it is given another object, or fitted again.
+        """
         ...
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -65,7 +65,7 @@ class Space:
 
     def genes(self, components: Tensor) -> Tensor:
         """Expression (n, G) of components (n, Q)."""
-        return (components * self.gene_spread) @ self.gene_axes + self.gene_mean
+        return torch.addmm(self.gene_mean, components * self.gene_spread, self.gene_axes)
 
     def to(self, device: torch.device | str) -> Space:
         """Move to ``device``."""

@@ -7,12 +7,16 @@ Notable choices, each measured in docs/benchmarks.md:
 - expression lives in a few principal components of the training spots; MSE weighted by their variance
 - answer = linear image path + attention-weighted components of the neighbours + learned correction
 - context is thinned at random in training, so that one head serves every distance, down to no context at all
+- in prediction keys and values are worked out once a spot and not once a place and neighbour: a place's position
+  relative to its neighbours enters by a sum, which is taken apart
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,7 +26,7 @@ from histosge._heads._space import Space, n_gene_components
 from histosge._training import Schedule, one_thread, seeded, stopping_spots, train
 
 if TYPE_CHECKING:
-    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 _WAVES_PITCH = (8.0, 4.0, 2.0)
@@ -30,6 +34,10 @@ _WAVES_PITCH = (8.0, 4.0, 2.0)
 _FARTHEST_PITCH = 20.0
 """A spot farther away says nothing about a place: spots of other sections, and of the far side of a hole."""
 N_POSITION = 4 * len(_WAVES_PITCH) + 3
+_PLACES_AT_ONCE = 512
+"""Places that ask together in prediction: few and side by side, they share their neighbours."""
+_STRIP_PITCH = 5.0
+"""Places are put in order along strips this wide, about as far as they look."""
 
 
 def encode_position(step: Tensor) -> Tensor:
@@ -38,6 +46,17 @@ def encode_position(step: Tensor) -> Tensor:
     wave = wave.flatten(-2)
     r = step.norm(dim=-1, keepdim=True)
     return torch.cat([wave.sin(), wave.cos(), r, torch.exp(-r), torch.exp(-(r**2) / 2)], dim=-1)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is worked out of a context alone: kept, since places come in parts."""
+
+    spots: Spots
+    components: Tensor
+    """(n, Q)"""
+    key_value: Tensor
+    """(n, 2 W)"""
 
 
 class _Network(nn.Module):
@@ -69,21 +88,59 @@ class _Network(nn.Module):
     def forward(self, place: Tensor, spots: Tensor, components: Tensor, position: Tensor, present: Tensor) -> Tensor:
         b, k, _ = spots.shape
         x = self.dropout(self.embed(place))  # (B, W)
-        tokens = self.embed(spots) + self.express(components)  # (B, K, W)
         key, value = (
-            (self.key_value(self.norm_spot(tokens)) + self.position(position))
+            (self.know(spots, components) + self.position(position))
             .view(b, k, 2, self.n_heads, x.shape[-1] // self.n_heads)
             .unbind(2)
         )  # (B, K, H, W / H) each
         query = self.query(self.norm_place(x)).view(b, self.n_heads, x.shape[-1] // self.n_heads)
-        score = torch.einsum("bhc,bkhc->bhk", query, key) / query.shape[-1] ** 0.5
-        weight = score.masked_fill(~present[:, None], torch.finfo(score.dtype).min).softmax(-1)
-        weight = weight * present[:, None]  # no context at all: nothing is read, instead of an even mean of nothing
+        weight = _attention(torch.einsum("bhc,bkhc->bhk", query, key) / query.shape[-1] ** 0.5, present[:, None])
         read = torch.einsum("bhk,bkhc->bhc", self.dropout(weight), value).flatten(1)
+        neighbours = torch.einsum("bhk,bkq,hq->bq", weight, components, self.mix.softmax(0))
+        return self._answer(x, place, read, neighbours)
+
+    def know(self, spots: Tensor, components: Tensor) -> Tensor:
+        """Keys and values (..., 2 W) of spots, but for their positions."""
+        return self.key_value(self.norm_spot(self.embed(spots) + self.express(components)))
+
+    def ask(self, place: Tensor, near: Tensor, position: Tensor, present: Tensor, known: _Known) -> Tensor:
+        """What ``forward`` answers in evaluation, from what is known of spots: rows (B, K) of it are the neighbours.
+
+        A key is a spot's plus its position's, and so a score is the sum of two: of places with the spots that any of them
+        looks at, U in number, and of places with the few numbers of the position code. Values are read in the same way.
+        No (B, K, W) is made.
+        """
+        b, heads = len(place), self.n_heads
+        x = self.embed(place)  # (B, W)
+        c = x.shape[-1] // heads
+        query = self.query(self.norm_place(x)).view(b, heads, c).transpose(0, 1) / c**0.5  # (H, B, C = W / H)
+        seen, at = near.unique(return_inverse=True)  # (U,), (B, K)
+        at = at.expand(heads, -1, -1)  # (H, B, K)
+        key, value = (known.key_value[seen] + self.position.bias).view(-1, 2, heads, c).permute(1, 2, 0, 3)
+        key_code, value_code = self.position.weight.view(2, heads, c, N_POSITION)  # (H, C, N_POSITION) each
+        of_step = ((query @ key_code).transpose(0, 1) @ position.mT).transpose(0, 1)  # (H, B, K)
+        weight = _attention((query @ key.mT).gather(2, at) + of_step, present)
+        spread = weight.new_zeros(heads, b, len(seen)).scatter_add_(2, at, weight)  # (H, B, U)
+        steps = (weight.transpose(0, 1) @ position).transpose(0, 1)  # (H, B, N_POSITION)
+        read = spread @ value + steps @ value_code.mT  # (H, B, C)
+        neighbours = (spread @ known.components[seen] * self.mix.softmax(0)[:, None]).sum(0)  # (B, Q)
+        return self._answer(x, place, read.transpose(0, 1).flatten(1), neighbours)
+
+    def _answer(self, x: Tensor, place: Tensor, read: Tensor, neighbours: Tensor) -> Tensor:
         x = x + self.dropout(self.merge(read))
         x = x + self.dropout(self.mlp(self.norm_mlp(x)))
-        neighbours = torch.einsum("bhk,bkq,hq->bq", weight, components, self.mix.softmax(0))
         return self.image_path(place) + neighbours * self.neighbour_path + self.correction(x)  # (B, Q)
+
+
+def _attention(score: Tensor, present: Tensor) -> Tensor:
+    """Weights of neighbours, (..., K)."""
+    weight = score.masked_fill(~present, torch.finfo(score.dtype).min).softmax(-1)
+    return weight * present  # no context at all: nothing is read, instead of an even mean of nothing
+
+
+def _along_strips(xy_um: NDArray[np.float32], *, width_um: float) -> NDArray[np.int64]:
+    """Order of (m, 2) places in which any few that follow one another lie together."""
+    return np.lexsort((xy_um[:, 0], np.floor(xy_um[:, 1] / width_um)))
 
 
 class InContext:
@@ -128,8 +185,10 @@ class InContext:
         }
         self.space: Space | None = None
         self.network: _Network | None = None
+        self._known: _Known | None = None
 
     def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
+        self._known = None  # worked out by another network
         device = spots.embedding.device
         learn, stop = stopping_spots(len(spots), rng=rng)
         learn, stop = learn.to(device), stop.to(device)
@@ -144,7 +203,7 @@ class InContext:
             own = torch.full((len(spots),), -1, device=device)
             own[learn] = torch.arange(len(learn), device=device)
             context = self._neighbours(Places(spots.embedding, spots.xy_um, own), known)
-            near, position, present = learn[context[0]], context[1], context[2]
+            near, position, present = learn[context[0]], encode_position(context[1]), context[2]
             weight = space.gene_spread**2
             weight = weight / weight.sum()
 
@@ -176,21 +235,25 @@ class InContext:
         device = places.embedding.device
         self.network.to(device).eval()
         space = self.space = self.space.to(device)
-        near, position, present = self._neighbours(places, context)
-        image, spots = self._image(places.embedding, space), self._image(context.embedding, space)
-        components = space.components(context.expression)
-        answers = [components.new_zeros(0, components.shape[1])]
+        near, step, present = self._neighbours(places, context)
+        along = _along_strips(places.xy_um.cpu().numpy(), width_um=_STRIP_PITCH * context.pitch_um)
         with torch.inference_mode():
-            for rows in torch.arange(len(places), device=device).split(4096):
-                n = near[rows]
-                answers.append(self.network(image[rows], spots[n], components[n], position[rows], present[rows]))
-        return space.genes(torch.cat(answers))  # (m, g)
+            if self._known is None or self._known.spots is not context:
+                components = space.components(context.expression)
+                key_value = self.network.know(self._image(context.embedding, space), components)
+                self._known = _Known(context, components, key_value)
+            answer = self._known.components.new_empty(len(places), len(space.gene_axes))
+            for rows in torch.as_tensor(along, device=device).split(_PLACES_AT_ONCE):
+                image, position = self._image(places.embedding[rows], space), encode_position(step[rows])
+                answer[rows] = self.network.ask(image, near[rows], position, present[rows], self._known)
+            return space.genes(answer)  # (m, g)
 
     def _image(self, embedding: Tensor, space: Space) -> Tensor:
         # one scale for all components: the first stay the largest; 3 keeps them within the reach of the layers
         return space.image(embedding) * (3 / space.image_spread[0].clamp_min(1e-6))
 
     def _neighbours(self, places: Places, context: Spots) -> tuple[Tensor, Tensor, Tensor]:
+        """Nearest spots: rows (m, k), steps to them (m, k, 2) in pitches, and whether they are read (m, k)."""
         device = places.embedding.device
         index, _, present = nearest_spots(
             places.xy_um.cpu().numpy().astype(float),
@@ -205,7 +268,7 @@ class InContext:
         step = (context.xy_um[near] - places.xy_um[:, None]) / context.pitch_um  # (m, k, 2)
         seen = seen & (step.norm(dim=-1) <= _FARTHEST_PITCH)
         step = torch.where(seen[..., None], step, torch.zeros_like(step))  # the code of what is not read stays small
-        return near, encode_position(step), seen
+        return near, step, seen
 
     def _build(self, n_embedding: int, n_components: int) -> _Network:
         c = self.config

@@ -6,11 +6,14 @@ The strongest of the plain rivals, and half of the default (docs/benchmarks.md).
 - lengths and shares maximise the marginal likelihood (Rasmussen and Williams, 2006, §5.4) of a sample of the spots,
   under weak priors that keep small sections from running away
 - nothing of the spots is stored: prediction conditions on the context it is given, a place's own spot left out exactly
+- a large context is cut into tiles of the plane, each conditioned on the spots around it: where they are is a matter of
+  the context alone, so that a place gets the same answer in whatever company it comes
 """
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -26,15 +29,20 @@ from histosge._training import one_thread, seeded
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
 _MOST_COMPONENTS = 16
 """Components beyond these are nearly all noise, and each costs a factorisation."""
 _MOST_SPOTS = 6000
-"""With more spots, places are predicted in parts, each from the nearest ``_NEAR_SPOTS``."""
+"""With more spots, places are predicted tile by tile, each from the nearest ``_NEAR_SPOTS``."""
 _NEAR_SPOTS = 2000
-_INNER = 0.8
-"""Places of a part lie within this share of the way to the farthest of its spots: all have spots around them."""
+_INNER = 0.6
+"""A tile lies within this share of the way to the farthest of its spots: all of its places have spots around them."""
+_KEPT_PARTS = 64
+"""Tiles that are kept worked out, a megabyte each."""
+_PAIRS_AT_ONCE = {"cpu": 2**19, "other": 2**25}
+"""Covariances of places with spots that are worked out at once: on a processor, what its cache holds."""
 _FIRST_LENGTHS = (5.0, 0.8, 8.0, 0.8)
 """Where lengths start and what the prior holds them near: pitches, image, and both again for the product."""
 _JITTER = 1e-4
@@ -42,15 +50,16 @@ _JITTER = 1e-4
 
 @dataclass(frozen=True)
 class _Known:
-    """A context worked into weights: kept, since places come in parts."""
+    """Spots worked into weights: kept, since places come in parts."""
 
-    spots: Spots
     place: Tensor
     """(n, 2) in pitches"""
     image: Tensor
     """(n, P)"""
     weight: Tensor
-    """(n, Q)"""
+    """(3, n, Q) of each covariance but the linear one"""
+    slope: Tensor
+    """(P, Q) what the linear one comes to"""
     left_out: Tensor | None
     """(n, Q) components at each spot, given all others"""
 
@@ -84,7 +93,8 @@ class Kriging:
         }
         self.space: Space | None = None
         self.parameters: dict[str, Tensor] = {}
-        self._known: _Known | None = None
+        self._context: Spots | None = None
+        self._known: OrderedDict[bytes, _Known] = OrderedDict()
 
     def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
         device = spots.embedding.device
@@ -96,7 +106,7 @@ class Kriging:
             place, image = _inputs(known, self.space, spots.pitch_um)
             target = self.space.components(known.expression)  # (n, Q)
             self.parameters = self._maximise(place, image, target, progress=progress)
-        self._known = None  # worked out with other lengths
+        self._context = None  # worked out with other lengths
         return self
 
     def _maximise(self, place: Tensor, image: Tensor, target: Tensor, *, progress: bool | None) -> dict[str, Tensor]:
@@ -152,51 +162,66 @@ class Kriging:
         if len(context) == 0 or len(places) == 0:  # nothing is known around: the prior mean
             return space.genes(components)
         with torch.inference_mode():
-            if len(context) <= _MOST_SPOTS:
-                hidden = bool((places.own >= 0).any())
-                if self._known is None or self._known.spots is not context or (hidden and self._known.left_out is None):
-                    self._known = self._condition(context, space, leave_out=hidden)
-                return space.genes(self._read(places, self._known, space))
+            if self._context is not context:
+                self._context, self._known = context, OrderedDict()
             for rows, near in _parts(places, context):
                 own = places.own[rows]
-                known = self._condition(context.take(near), space, leave_out=bool((own >= 0).any()))
                 at = torch.searchsorted(near, own).clamp_max(len(near) - 1)
                 own = torch.where(near[at] == own, at, -1)  # `near` is sorted; -1 is in no part
+                known = self._recall(context, near, space, leave_out=bool((own >= 0).any()))
                 some = Places(places.embedding[rows], places.xy_um[rows], own)
-                components[rows] = self._read(some, known, space)
+                components[rows] = self._read(some, known, space, pitch_um=context.pitch_um)
             return space.genes(components)  # (m, g)
+
+    def _recall(self, context: Spots, near: Tensor, space: Space, *, leave_out: bool) -> _Known:
+        """Spots ``near`` of the context, worked out when they are first asked for, and of late."""
+        key = near.cpu().numpy().tobytes()
+        known = self._known.get(key)
+        if known is None or (leave_out and known.left_out is None):
+            known = self._known[key] = self._condition(context.take(near), space, leave_out=leave_out)
+        self._known.move_to_end(key)
+        while len(self._known) > _KEPT_PARTS:
+            self._known.popitem(last=False)
+        return known
 
     def _condition(self, spots: Spots, space: Space, *, leave_out: bool) -> _Known:
         """Weights of all spots, and what is said at each spot by all others."""
         share, lengths = self.parameters["shares"].exp(), self.parameters["lengths"]
         place, image = _inputs(spots, space, spots.pitch_um)
-        kernels = _kernels(_distances(place, place), _squares(image, image), image @ image.T, lengths)  # (4, n, n)
+        near, alike, both = _decays(place, image, place, image, lengths)  # (n, n) each
         target = space.components(spots.expression)  # (n, Q)
         weight = torch.empty_like(target)
         left_out = torch.empty_like(target) if leave_out else None
-        for q in range(target.shape[1]):  # one at a time: Q matrices of (n, n) need not fit in memory
-            covariance = torch.einsum("p,pij->ij", share[:4, q], kernels)
-            covariance.diagonal().add_(share[4, q] + _JITTER)
-            factor = torch.linalg.cholesky(covariance)
-            weight[:, q] = torch.cholesky_solve(target[:, q : q + 1], factor)[:, 0]
+        matrix = torch.empty_like(near)  # covariance, its factor and its inverse: there is room for one of them
+        for q, (of_near, of_alike, of_both, linear, noise) in enumerate(share.T.tolist()):
+            torch.mul(near, of_near, out=matrix)
+            matrix.add_(alike, alpha=of_alike).add_(both, alpha=of_both).addmm_(image, image.T, alpha=linear)
+            matrix.diagonal().add_(noise + _JITTER)
+            factor = torch.linalg.cholesky(matrix.T, out=matrix.T)  # by columns, as LAPACK likes it: nothing is copied
+            half = torch.linalg.solve_triangular(factor, target[:, q : q + 1], upper=False)
+            weight[:, q] = torch.linalg.solve_triangular(factor.T, half, upper=True)[:, 0]
             if left_out is not None:
                 # Rasmussen and Williams (2006), equation 5.12, without the spot's own term instead of with its difference
                 # from itself: not even a rounding error of what was measured there is left
-                inverse = torch.cholesky_inverse(factor)
+                inverse = torch.cholesky_inverse(factor, out=factor)
                 precision = inverse.diagonal().clone()
-                left_out[:, q] = -(inverse.fill_diagonal_(0) @ target[:, q]) / precision
-        return _Known(spots, place, image, weight, left_out)
+                inverse.diagonal().zero_()
+                left_out[:, q] = -(inverse @ target[:, q]) / precision
+        return _Known(place, image, share[:3, None] * weight, share[3] * (image.T @ weight), left_out)
 
-    def _read(self, places: Places, known: _Known, space: Space) -> Tensor:
+    def _read(self, places: Places, known: _Known, space: Space, *, pitch_um: float) -> Tensor:
         """Components (m, Q) at places; where a place is a spot, those that all other spots give it."""
-        share, lengths = self.parameters["shares"].exp(), self.parameters["lengths"]
-        out = known.weight.new_empty(len(places), known.weight.shape[1])
-        for rows in torch.arange(len(places), device=out.device).split(2048):
-            place, image = _inputs(places.take(rows), space, known.spots.pitch_um)
-            kernels = _kernels(
-                _distances(place, known.place), _squares(image, known.image), image @ known.image.T, lengths
-            )  # (4, m, n)
-            out[rows] = sum(share[p] * (kernels[p] @ known.weight) for p in range(4))
+        lengths = self.parameters["lengths"]
+        out = known.slope.new_empty(len(places), known.slope.shape[1])
+        pairs = _PAIRS_AT_ONCE["cpu" if out.device.type == "cpu" else "other"]
+        for rows in torch.arange(len(places), device=out.device).split(max(1, pairs // len(known.place))):
+            place, image = _inputs(places.take(rows), space, pitch_um)
+            some = image @ known.slope  # (m', Q)
+            for decay, weight in zip(
+                _decays(place, image, known.place, known.image, lengths), known.weight, strict=True
+            ):
+                some.addmm_(decay, weight)
+            out[rows] = some
         if known.left_out is not None:
             hidden = places.own >= 0
             out[hidden] = known.left_out[places.own[hidden]]
@@ -243,24 +268,51 @@ def _kernels(distance: Tensor, unlike: Tensor, alike: Tensor, lengths: Tensor) -
     )
 
 
+def _decays(
+    place: Tensor, image: Tensor, places: Tensor, images: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Near, alike, near and alike: what ``_kernels`` stacks, (m, n) each, worked out where it lies."""
+    near, alike, both_near, both_alike = lengths.exp().tolist()
+    distance = (place[:, :1] - places[:, 0]).square_()
+    other = place[:, 1:] - places[:, 1]
+    distance.addcmul_(other, other).sqrt_()
+    # minus half the square of the difference, by one product: a b - a a / 2 - b b / 2
+    a = torch.cat([image, image.square().sum(1, keepdim=True) / -2, image.new_ones(len(image), 1)], 1)
+    b = torch.cat([images, images.new_ones(len(images), 1), images.square().sum(1, keepdim=True) / -2], 1)
+    unlike = torch.mm(a, b.T, out=other).clamp_max_(0)
+    both = torch.mul(unlike, 1 / both_alike**2).add_(distance, alpha=-1 / both_near).exp_()
+    return distance.mul_(-1 / near).exp_(), unlike.mul_(1 / alike**2).exp_(), both
+
+
 def _parts(places: Places, context: Spots) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of places that lie together, and the (sorted) rows of the spots nearest to their middle."""
-    xy = places.xy_um.cpu().numpy().astype(float)
-    tree = cKDTree(context.xy_um.cpu().numpy().astype(float))
-    waiting = [np.arange(len(xy))]
+    """Rows of places, and the (sorted) rows of the spots that they are predicted from: all, or those around a tile.
+
+    Tiles are halves of halves of the box around the context, down to where the spots nearest to a tile's middle reach
+    well beyond the tile. Places outside the box go to the tile at its edge.
+    """
+    device = places.embedding.device
+    if len(context) <= _MOST_SPOTS:
+        yield torch.arange(len(places), device=device), torch.arange(len(context), device=device)
+        return
+    xy, spots = (where.xy_um.cpu().numpy().astype(float) for where in (places, context))
+    tree = cKDTree(spots)
+    waiting: list[tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]]
+    waiting = [(np.arange(len(xy)), spots.min(0), spots.max(0))]
     while waiting:
-        rows = waiting.pop()
-        low, high = xy[rows].min(0), xy[rows].max(0)
+        rows, low, high = waiting.pop()
+        if len(rows) == 0:
+            continue
         middle = (low + high) / 2
         distance, near = tree.query(middle, k=list(range(1, min(_NEAR_SPOTS, tree.n) + 1)))
-        beyond = np.hypot(*(xy[rows] - middle).T).max() > _INNER * distance[-1]
-        if beyond:  # halve across the wider side: places of two sections come apart
-            wide = int(np.argmax(high - low))
-            left = xy[rows, wide] <= middle[wide]
-            waiting += [rows[left], rows[~left]]
+        reach = max(_INNER * distance[-1], context.pitch_um / 2)  # however many spots lie on one another, tiles end
+        if np.hypot(*(high - middle)) <= reach:
+            yield torch.as_tensor(rows, device=device), torch.as_tensor(np.sort(near), device=device)
             continue
-        device = places.embedding.device
-        yield torch.as_tensor(rows, device=device), torch.as_tensor(np.sort(near), device=device)
+        wide = int(np.argmax(high - low))  # the longer side is halved
+        left = xy[rows, wide] <= middle[wide]
+        before, after = high.copy(), low.copy()
+        before[wide] = after[wide] = middle[wide]
+        waiting += [(rows[left], low, before), (rows[~left], after, high)]
 
 
 def _not_fitted() -> RuntimeError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from histosge._section._counts import TARGET_SUM, per_target_sum
 from histosge._section._read import MIN_SPOTS, Section, centroids, column, read_section, section_counts
+from histosge._section._store import TableStore, open_table
 from histosge._section._write import (
     Targets,
     commit,
@@ -11,9 +12,11 @@ from histosge._section._write import (
     find_embedding,
     lay_targets,
     make_table,
+    own_spots,
     predicted_table,
     read_targets,
     shapes_element,
+    smaller_than_spot,
     to_image,
 )
 
@@ -21,6 +24,7 @@ __all__ = [
     "MIN_SPOTS",
     "TARGET_SUM",
     "Section",
+    "TableStore",
     "Targets",
     "centroids",
     "column",
@@ -29,11 +33,14 @@ __all__ = [
     "find_embedding",
     "lay_targets",
     "make_table",
+    "open_table",
+    "own_spots",
     "per_target_sum",
     "predicted_table",
     "read_section",
     "read_targets",
     "section_counts",
     "shapes_element",
+    "smaller_than_spot",
     "to_image",
 ]

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import shapely
 
 from histosge import _keys
+from histosge._coverage import Footprints
 from histosge._geometry import (
     Lattice,
     NotALattice,
@@ -72,6 +74,19 @@ class Section:
     @property
     def xy_um(self) -> NDArray[np.float64]:
         return self.xy_px * self.mpp
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether spots are square bins that leave no gap."""
+        return self.technology == "visium-hd"
+
+    @property
+    def footprints(self) -> Footprints:
+        """Area of the image that was measured, (n,): discs, or the squares of a lattice that may be turned."""
+        if not self.contiguous or self.lattice is None:
+            return Footprints.discs(self.xy_px, diameter_px=self.spot_um / self.mpp)
+        corner = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]]) @ self.lattice.basis
+        return Footprints.of_polygons(shapely.polygons(self.xy_px[:, None] + corner[None]))
 
     def take(self, rows: NDArray[np.int64]) -> Section:
         """Return the section as if only some of its spots had been measured."""

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 
 from histosge import _keys
+from histosge._coverage import Footprints
 from histosge._geometry import Places, in_mask, nearest_spots, refine, square_bins, tissue_mask
-from histosge._section._read import _affine, _regions, _scale, apply, centroids, ours
+from histosge._section._read import _affine, _drawn_size, _regions, _scale, apply, centroids, ours
 from histosge._settings import logger
 from histosge._tiles import thumbnail
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from histosge._section._read import Section
 
 TISSUE = ("auto", "spots")
+INVALID = ("raise", "skip")
+SMALLEST_BIN_UM = 1.0
 _TISSUE_BLUR_PITCH = 0.25
 _SAME_PLACE_PITCH = 0.01
 """A target this near to a spot, in pitches, is the spot itself."""
@@ -44,9 +47,41 @@ class Targets:
     array_col: NDArray[np.int64] | None
     tissue: str
     """How tissue was told"""
+    footprints: Footprints
+    """(n,) areas of the image that the places stand for"""
 
     def __len__(self) -> int:
         return len(self.xy_px)
+
+    def take(self, rows: NDArray[np.int64]) -> Targets:
+        """Return some of the places."""
+        grid = (None if a is None else a[rows] for a in (self.array_row, self.array_col))
+        return Targets(
+            self.key,
+            self.instances[rows],
+            self.xy_px[rows],
+            self.own[rows],
+            self.in_tissue[rows],
+            *grid,
+            self.tissue,
+            self.footprints.take(rows),
+        )
+
+
+def own_spots(section: Section) -> Targets:
+    """Take the measured spots as places."""
+    n = len(section.xy_px)
+    measured = np.arange(n), np.ones(n, bool)
+    return Targets(
+        section.spots_key,
+        section.instances,
+        section.xy_px,
+        *measured,
+        None,
+        None,
+        "measured spots",
+        section.footprints,
+    )
 
 
 def _in_tissue(section: Section, xy_px: NDArray[np.float64], *, tissue: str) -> tuple[NDArray[np.bool_], str]:
@@ -78,10 +113,10 @@ def lay_targets(
         raise ValueError(msg)
     if bin_um is not None:
         reach_um = section.pitch_um / np.sqrt(2)
-        if not 0 < bin_um <= section.pitch_um:
+        if not SMALLEST_BIN_UM <= bin_um <= section.spot_um:
             msg = (
-                f"bin_um={bin_um!r}: bins must be wider than 0 and no wider than the spots' pitch "
-                f"({section.pitch_um:g} µm); below that, there is nothing to resolve."
+                f"bin_um={bin_um!r}: bins must be at least {SMALLEST_BIN_UM:g} µm wide and no wider than a measured spot "
+                f"({section.spot_um:g} µm), above which nothing is resolved. For places between spots pass upsample=."
             )
             raise ValueError(msg)
         places = square_bins(section.xy_px, bin_px=bin_um / section.mpp, margin_px=reach_um / section.mpp)
@@ -104,6 +139,9 @@ def lay_targets(
         places.array_row,
         places.array_col,
         how,
+        Footprints.discs(places.xy_px, diameter_px=section.spot_um / section.mpp)
+        if bin_um is None
+        else Footprints.squares(places.xy_px, edge_px=places.size_px),
     )
     return targets, places
 
@@ -114,32 +152,71 @@ def to_image(sdata: SpatialData, section: Section, key: str) -> NDArray[np.float
     return _affine(sdata.shapes[key], image, section.coordinate_system, source_key=key, target_key=section.image_key)
 
 
-def read_targets(sdata: SpatialData, section: Section, key: str) -> Targets:
-    """Take the places of any shapes element."""
+def read_targets(sdata: SpatialData, section: Section, key: str, *, on_invalid: str = "raise") -> Targets:
+    """Take the places of any shapes element; ``on_invalid="skip"`` leaves out what is no place of the image."""
     if key not in sdata.shapes:
         msg = f"target_key={key!r} is not among the shapes of this SpatialData: {list(sdata.shapes)}."
         raise KeyError(msg)
+    if on_invalid not in INVALID:
+        msg = f"on_invalid={on_invalid!r}: choose 'raise', or 'skip' to leave out shapes that are no places of the image."
+        raise ValueError(msg)
     element = sdata.shapes[key]
     if not element.index.is_unique:
         msg = f"target_key={key!r}: its index has doubles, so that rows cannot be told apart. Reset the index."
         raise ValueError(msg)
-    xy_px = apply(to_image(sdata, section, key), centroids(element))
-    outside = (xy_px < 0).any(1) | (xy_px > [section.image.width_px, section.image.height_px]).any(1)
-    if outside.any():
-        msg = (
-            f"target_key={key!r}: {outside.sum()} of {len(xy_px)} places lie outside the image "
-            f"{section.image_key!r} (for example {list(element.index[outside][:3])}). Remove them first."
+    matrix = to_image(sdata, section, key)
+    broken = ~(element.geometry.is_valid & ~element.geometry.is_empty & element.geometry.notna()).to_numpy()
+    with np.errstate(invalid="ignore"):
+        xy_px = apply(matrix, centroids(element))
+        outside = ~((xy_px >= 0) & (xy_px <= [section.image.width_px, section.image.height_px])).all(1)
+    wrong = broken | outside
+    if wrong.any():
+        what = (
+            f"target_key={key!r}: {int(broken.sum())} of {len(element)} shapes are not valid and "
+            f"{int((outside & ~broken).sum())} places lie outside the image {section.image_key!r} "
+            f"(for example {list(element.index[wrong][:3])})"
         )
-        raise ValueError(msg)
+        if on_invalid == "raise" or wrong.all():
+            msg = f"{what}. Remove them (shapely.make_valid mends some), or pass on_invalid='skip' to leave them out."
+            raise ValueError(msg)
+        logger.warning("%s: leaving them out", what)
+        element, xy_px = element[~wrong], xy_px[~wrong]
     near, dist, _ = nearest_spots(xy_px, section.xy_px, k=1)
     same = dist[:, 0] * section.mpp <= _SAME_PLACE_PITCH * section.pitch_um
     in_tissue, how = _in_tissue(section, xy_px, tissue="auto")
     grid = {c: element[c].to_numpy(np.int64) if c in element.columns else None for c in ("array_row", "array_col")}
     own = np.where(same, near[:, 0], -1)
-    return Targets(key, element.index, xy_px, own, in_tissue, grid["array_row"], grid["array_col"], how)
+    areas = _footprints(sdata, section, element, matrix, xy_px)
+    return Targets(key, element.index, xy_px, own, in_tissue, grid["array_row"], grid["array_col"], how, areas)
 
 
-def shapes_element(sdata: SpatialData, section: Section, places: Places, *, square: bool) -> GeoDataFrame:
+def smaller_than_spot(section: Section, targets: Targets) -> bool:
+    """Whether places stand for clearly less than what a spot measured."""
+    spot_px = float(np.median(section.footprints.size_px))
+    return len(targets) > 0 and float(np.median(targets.footprints.size_px)) < 0.9 * spot_px
+
+
+def _footprints(
+    sdata: SpatialData, section: Section, element: GeoDataFrame, matrix: NDArray[np.float64], xy_px: NDArray[np.float64]
+) -> Footprints:
+    """Areas of circles and polygons in pixels of the image."""
+    import shapely
+
+    if not (element.geom_type == "Point").all():
+        return Footprints.of_polygons(shapely.transform(element.geometry.to_numpy(), lambda xy: apply(matrix, xy)))
+    spot_px = section.spot_um / section.mpp
+    if "radius" not in element.columns:
+        return Footprints.discs(xy_px, diameter_px=spot_px)
+    size_px = 2 * element["radius"].to_numpy(float) * _scale(matrix, "shapes", section.image_key)
+    # readers draw spots larger than they are: what is drawn as they are is a spot
+    spots = sdata.shapes[section.spots_key]
+    drawn_px = _drawn_size(spots) * _scale(section.to_image, section.spots_key, section.image_key)
+    return Footprints.discs(xy_px, diameter_px=np.where(np.abs(size_px / drawn_px - 1) < 0.01, spot_px, size_px))
+
+
+def shapes_element(
+    sdata: SpatialData, section: Section, places: Places, *, square: bool, instances: pd.Index | None = None
+) -> GeoDataFrame:
     """Make circles or squares in the spots' own coordinates, with all their transformations."""
     import geopandas as gpd
     import shapely
@@ -153,9 +230,9 @@ def shapes_element(sdata: SpatialData, section: Section, places: Places, *, squa
         half = places.size_px / 2
         corner = np.array([[-half, -half], [half, -half], [half, half], [-half, half]])
         ring = apply(back, (places.xy_px[:, None] + corner[None]).reshape(-1, 2)).reshape(-1, 4, 2)
-        frame = gpd.GeoDataFrame(geometry=shapely.polygons(ring))
+        frame = gpd.GeoDataFrame(geometry=shapely.polygons(ring), index=instances)
     else:
-        frame = gpd.GeoDataFrame(geometry=shapely.points(apply(back, places.xy_px)))
+        frame = gpd.GeoDataFrame(geometry=shapely.points(apply(back, places.xy_px)), index=instances)
         frame["radius"] = places.size_px / 2 * _scale(back, section.image_key, section.spots_key)
     frame["array_row"], frame["array_col"] = places.array_row, places.array_col
     frame["is_spot"] = places.spot >= 0
@@ -179,6 +256,7 @@ def predicted_table(
     bars: ErrorBars | None,
     var: pd.DataFrame,
     provenance: dict[str, Any],
+    layers: dict[str, NDArray[np.float32]] | None = None,
 ) -> AnnData:
     """Make the table of predicted expression."""
     import anndata as ad
@@ -186,7 +264,7 @@ def predicted_table(
     _, dist, _ = nearest_spots(targets.xy_px, section.xy_px, k=1)
     distance_um = dist[:, 0] * section.mpp
     # contiguous bins leave no gap: the corner of a bin belongs to it as well
-    radius_um = section.spot_um / (np.sqrt(2) if section.technology == "visium-hd" else 2)
+    radius_um = section.spot_um / (np.sqrt(2) if section.contiguous else 2)
     obs = pd.DataFrame(index=pd.Index([f"{targets.key}-{i}" for i in targets.instances], dtype=str))
     if targets.array_row is not None and targets.array_col is not None:
         obs["array_row"], obs["array_col"] = targets.array_row, targets.array_col
@@ -198,6 +276,8 @@ def predicted_table(
     if bars is not None:
         adata.layers["sd"] = bars.sd(expression)
         adata.layers["lower"], adata.layers["upper"] = bars.interval(expression)
+    for name, values in (layers or {}).items():
+        adata.layers[name] = values
     adata.obsm["spatial"] = targets.xy_px
     adata.uns[_keys.UNS] = provenance
     # scanpy asks here whether, and to what base, values are logarithms; natural is written as no base at all

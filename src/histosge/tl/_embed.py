@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from histosge import _keys
 from histosge._embedding import resolve_device
-from histosge._recipe import DEFAULT_ENCODER, embed_targets, own_spots, prepare, provenance
-from histosge._section import commit, embedding_table, read_section, read_targets
+from histosge._recipe import DEFAULT_ENCODER, embed_targets, prepare, provenance
+from histosge._section import commit, embedding_table, own_spots, read_section, read_targets
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def embed(
     encoder: Any = DEFAULT_ENCODER,
     tile_um: float | None = None,
     stack: Sequence[str] = ("pilm",),
+    dense: bool = False,
     image_key: str | None = None,
     spots_key: str | None = None,
     table_key: str | None = None,
@@ -53,6 +54,9 @@ def embed(
         Edge of a tile in µm. ``None`` takes the encoder's own, at which it was trained.
     stack
         Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
+    dense
+        Embed the area of each place, from the encoder's tokens, beside the surroundings of its centre, instead of the tile
+        around its centre.
     image_key
         H&E image in ``sdata.images``. ``None`` takes the only one.
     spots_key
@@ -109,7 +113,7 @@ def embed(
         mpp=mpp,
         pitch_um=pitch_um,
     )
-    encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack)
+    encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack, dense=dense)
     if target_key is None:
         target_key = section.spots_key
     targets = own_spots(section) if target_key == section.spots_key else read_targets(sdata, section, target_key)

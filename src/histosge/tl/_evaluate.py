@@ -14,8 +14,8 @@ from histosge._heads import DEFAULT_HEAD
 from histosge._holdout import BLIND, PROTOCOLS, SPLITS, Measured, Plan, trials
 from histosge._holdout import evaluate as hold_out
 from histosge._model import check_arguments
-from histosge._recipe import DEFAULT_ENCODER, embed_targets, own_spots, prepare
-from histosge._section import column, read_section, section_counts
+from histosge._recipe import DEFAULT_ENCODER, embed_targets, prepare
+from histosge._section import column, own_spots, read_section, section_counts
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def evaluate(
     encoder: Any = DEFAULT_ENCODER,
     tile_um: float | None = None,
     stack: Sequence[str] = ("pilm",),
+    dense: bool = False,
     genes: int | Sequence[str] | str = 1000,
     n_folds: int = 5,
     level: float | None = 0.9,
@@ -100,6 +101,8 @@ def evaluate(
         Edge of a tile in µm. ``None`` takes the encoder's own, at which it was trained.
     stack
         Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
+    dense
+        Embed the area of a spot, from the encoder's tokens, instead of the tile around its centre, as for bins and cells.
     genes
         Number of genes, chosen by spatial autocorrelation among the training spots of each split; a list of names; or
         ``"all"`` that were seen.
@@ -217,7 +220,7 @@ def evaluate(
     for _ in trials(measured, plan, rng=copy.deepcopy(rng)):
         pass  # what cannot be held out is refused before an hour of embedding
     for i, (one, section) in enumerate(zip(several, sections, strict=True)):
-        encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack)
+        encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack, dense=dense)
         values = embed_targets(
             one, section, own_spots(section), encoder, recipe, device=where, batch_size=batch_size, progress=progress
         )

@@ -10,8 +10,8 @@ import numpy as np
 from histosge._embedding import resolve_device
 from histosge._heads import DEFAULT_HEAD
 from histosge._model import Model, check_arguments, fit_model
-from histosge._recipe import DEFAULT_ENCODER, embed_targets, own_spots, prepare
-from histosge._section import read_section
+from histosge._recipe import DEFAULT_ENCODER, embed_targets, prepare
+from histosge._section import own_spots, read_section
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -25,6 +25,7 @@ def fit(
     genes: int | Sequence[str] | str = 1000,
     tile_um: float | None = None,
     stack: Sequence[str] = ("pilm",),
+    dense: bool = False,
     n_folds: int = 5,
     level: float | None = 0.9,
     head_options: dict[str, Any] | None = None,
@@ -64,6 +65,9 @@ def fit(
         Edge of a tile in µm. ``None`` takes the encoder's own, at which it was trained.
     stack
         Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
+    dense
+        Embed the area of a spot, from the encoder's tokens, instead of the tile around its centre: for models that predict
+        bins and cells.
     n_folds
         Folds of the spots, 2 to 20.
     level
@@ -132,7 +136,7 @@ def fit(
     check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, level=level, head_options=head_options)
     values = []
     for one, section in zip(several, sections, strict=True):
-        encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack)
+        encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack, dense=dense)
         spots = own_spots(section)
         values.append(
             embed_targets(one, section, spots, encoder, recipe, device=where, batch_size=batch_size, progress=progress)

@@ -12,24 +12,35 @@ from histosge import _keys
 from histosge._embedding import resolve_device
 from histosge._heads import DEFAULT_HEAD
 from histosge._model import Model, check_arguments, fit_model
-from histosge._recipe import DEFAULT_ENCODER, again, embed_targets, own_spots, prepare
+from histosge._prediction import (
+    Answer,
+    Question,
+    check_conservation,
+    check_memory,
+    predict_table,
+    predict_to_store,
+)
+from histosge._recipe import DEFAULT_ENCODER, again, prepare
 from histosge._recipe import provenance as recipe_provenance
 from histosge._section import (
     Section,
     Targets,
     commit,
     lay_targets,
-    predicted_table,
+    open_table,
     read_section,
     read_targets,
     shapes_element,
+    smaller_than_spot,
 )
 from histosge._settings import logger
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from anndata import AnnData
+    from numpy.typing import NDArray
     from spatialdata import SpatialData
 
 
@@ -55,8 +66,12 @@ def predict(
     upsample: int | None = None,
     bin_um: float | None = None,
     target_key: str | None = None,
+    dense: bool | None = None,
     tissue: str = "auto",
+    on_invalid: str = "raise",
+    conserve: bool = False,
     key_added: str = "histosge",
+    store: str | Path | None = None,
     device: str | None = None,
     batch_size: int = 64,
     rng: int | np.random.Generator | None = 0,
@@ -109,13 +124,27 @@ def predict(
     upsample
         Places per measured spot: 2, 4, 8 or 16. With neither this, ``bin_um`` nor ``target_key``, 4 as in the paper.
     bin_um
-        Edge of square bins in µm.
+        Edge of square bins in µm, from 1 to the size of a measured spot.
     target_key
-        Any shapes of ``sdata`` to predict at: other spots, cells, bins.
+        Any shapes of ``sdata`` to predict at: other spots, cells, bins; circles or polygons.
+    dense
+        Embed the area of a place, from the encoder's tokens (a few µm each), instead of the tile around its centre:
+        what resolves places smaller than a spot. Spots are embedded in the same way. ``None`` does so for bins and
+        for shapes smaller than a spot.
     tissue
         ``"auto"`` or ``"spots"``; see :func:`histosge.pp.targets`.
+    on_invalid
+        ``"raise"`` an error where shapes of ``target_key`` are no valid polygons or lie outside the image, or
+        ``"skip"`` them with a warning.
+    conserve
+        Write ``layers["conserved"]`` as well: bins scaled so that those under a spot average to what was measured there,
+        freed of counting noise. For ``bin_um`` and raw counts.
     key_added
         Name of the table written.
+    store
+        Folder to write to, ``"NAME.zarr"``, part by part: memory then does not grow with the number of places. A run
+        that was interrupted goes on where it stopped when it is started again with the same arguments. ``None`` writes
+        into ``sdata``.
     device
         Where to compute. ``None`` takes ``settings.device``, else a GPU if there is one.
     batch_size
@@ -129,7 +158,8 @@ def predict(
 
     Returns
     -------
-    ``None``, or with ``inplace=False`` the table. Written:
+    ``None``, or with ``inplace=False`` the table. Written into ``sdata``, or with ``store`` into a ``SpatialData`` of its
+    own (:func:`spatialdata.read_zarr`), whose table ``inplace=False`` returns with ``X`` and layers read when asked for:
 
     ``sdata.shapes["{key_added}_targets"]``
         Circles or squares, as of :func:`histosge.pp.targets`; not with ``target_key``.
@@ -137,7 +167,8 @@ def predict(
         Annotates these shapes by ``obs["region"]`` and ``obs["instance_id"]``. ``X`` (n, genes) float32: expected
         log1p expression at 10,000 counts. ``layers["sd"]``, ``["lower"]``, ``["upper"]`` (n, genes) float32: standard
         deviation of a measurement at spot scale around it, and the ends of the interval that holds a share ``level`` of
-        such measurements. ``obs``: ``array_row``, ``array_col`` (int64, where the places form a
+        such measurements. With ``conserve``, ``layers["conserved"]`` (n, genes) float32, and ``var["shrinkage"]``, the mean
+        share of a spot's difference from its prediction that is believed. ``obs``: ``array_row``, ``array_col`` (int64, where the places form a
         grid), ``in_tissue``, ``is_spot`` (the place is a measured spot; its own measurement is hidden from the
         context, but heads have learnt from it: no held-out prediction), ``in_spot`` (its centre lies inside a physical
         spot; bool), ``distance_to_spot_um`` (float32, to the nearest spot's centre). ``obsm["spatial"]`` (n, 2) float64, (x, y) in pixels of the image.
@@ -149,7 +180,11 @@ def predict(
     ------
     ValueError
         Where the section cannot be read, an argument is out of range, or ``key_added`` is taken by something that
-        histosge did not write. ``sdata`` is then as it was.
+        histosge did not write. ``sdata`` is then as it was. Where ``dense`` asks for tokens that the encoder has not.
+    MemoryError
+        Where the table would not fit in memory; before the work starts.
+    FileExistsError
+        Where ``store`` is there already.
     RuntimeError
         Where the encoder's weights cannot be had, or memory runs out (``batch_size``).
 
@@ -190,65 +225,65 @@ def predict(
         mpp=mpp,
         pitch_um=pitch_um,
     )
+    learn: dict[str, Any] = {"head": head, "genes": genes, "n_folds": n_folds, "level": level}
+    learn["head_options"] = head_options
     if model is None:
-        check_arguments(
-            head=head, genes=genes, n_folds=n_folds, sections=[section], level=level, head_options=head_options
-        )
+        names = check_arguments(sections=[section], **learn)
+        n_genes = len(names) if isinstance(genes, str) else genes if isinstance(genes, int) else len(genes)
     else:
         encoder, tile_um, stack = again(model.recipe, encoder)
-    encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack)
+        n_genes = len(model.genes)
     where = resolve_device(device)
 
-    shapes = {}
+    shapes, places = {}, None
     if target_key is None:
         target_key = _keys.targets(key_added)
         targets, places = lay_targets(section, key=target_key, upsample=upsample, bin_um=bin_um, tissue=tissue)
-        shapes[target_key] = shapes_element(sdata, section, places, square=bin_um is not None)
     else:
-        targets = read_targets(sdata, section, target_key)
-    if inplace:
-        commit(sdata, shapes=shapes, tables={key_added: None}, dry_run=True)  # say it before the work, not after
-
-    do_embed: dict[str, Any] = {"device": where, "batch_size": batch_size, "progress": progress}
-    at_targets = embed_targets(sdata, section, targets, encoder, recipe, **do_embed)
-    own = targets.own >= 0
-    if len(np.unique(targets.own[own])) == len(section.xy_px):  # every spot is among the targets: embedded already
-        at_spots = np.empty((len(section.xy_px), at_targets.shape[1]), np.float32)
-        at_spots[targets.own[own]] = at_targets[own]
-    else:
-        at_spots = embed_targets(sdata, section, own_spots(section), encoder, recipe, **do_embed)
-
-    if model is None:
-        model = fit_model(
-            [section],
-            [at_spots],
-            recipe=recipe,
-            head=head,
-            genes=genes,
-            n_folds=n_folds,
-            level=level,
-            rng=generator,
-            device=where,
-            head_options=head_options,
-            progress=progress,
-        )
-    expression = model.predict(
-        section, spots=at_spots, places=at_targets, xy_px=targets.xy_px, own=targets.own, device=where
+        targets = read_targets(sdata, section, target_key, on_invalid=on_invalid)
+    if model is not None:
+        if dense not in (None, model.recipe.dense):
+            msg = f"dense={dense!r}, but the model was trained with dense={model.recipe.dense!r}. Leave dense= out."
+            raise ValueError(msg)
+        dense = model.recipe.dense
+    elif dense is None:
+        dense = bin_um is not None or smaller_than_spot(section, targets)
+    encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack, dense=dense)
+    question = Question(
+        sdata, section, targets, places, bin_um is not None, encoder, recipe, where, batch_size, progress
     )
-    table = predicted_table(
-        section,
-        targets,
-        expression=expression,
-        bars=model.bars,
-        var=model.scores.copy(),
-        provenance=_provenance(section, targets, model, seed, layer),
-    )
+    if conserve:
+        check_conservation(question, layer=layer)
+    if store is None:
+        n_layers = 3 * (level is not None if model is None else model.bars is not None) + conserve
+        check_memory(len(targets), min(n_genes, len(section.genes)), n_layers=n_layers)
+        if places is not None:
+            shapes[target_key] = shapes_element(sdata, section, places, square=bin_um is not None)
+        if inplace:
+            commit(sdata, shapes=shapes, tables={key_added: None}, dry_run=True)  # say it before the work, not after
+
+    def fit(at_spots: NDArray[np.float32]) -> Model:
+        if model is not None:
+            return model
+        rest = {"recipe": recipe, "rng": generator, "device": where, "progress": progress}
+        return fit_model([section], [at_spots], **learn, **rest)
+
+    def provenance(fitted: Model) -> dict[str, Any]:
+        return _provenance(section, targets, fitted, seed, layer)
+
+    answer = Answer(fit, provenance, conserve, layer)
+    if store is not None:
+        made = learn | {"seed": seed} if model is None else {"model": model.fingerprint()}
+        path = predict_to_store(question, answer, store, name=key_added, arguments=made | {"conserve": conserve})
+        logger.info("wrote %d places to %s, table %r, %.0f s", len(targets), path, key_added, time() - start)
+        return None if inplace else open_table(path, key_added)
+    table, fitted = predict_table(question, answer)
     if not inplace:
         return table
     commit(sdata, shapes=shapes, tables={key_added: table})
     logger.info(
         "added %d places x %d genes to sdata.tables[%r] (%d genes predictable), %.0f s",
-        *expression.shape, key_added, int(model.scores["predictable"].sum()), time() - start,
+        *table.shape, key_added, int(fitted.scores["predictable"].sum()), time() - start,
     )  # fmt: skip
     return None
 

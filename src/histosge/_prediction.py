@@ -1,0 +1,342 @@
+"""A model asked at many places: all at once, or part by part into a store, in memory that does not grow with them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from time import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from histosge import _keys
+from histosge._conservation import conserve, fade, noise_variance, shrinkage
+from histosge._coverage import block_order, spot_by_bin
+from histosge._embedding import block_edge_px
+from histosge._model import Model
+from histosge._recipe import embed_targets
+from histosge._section import TableStore, own_spots, predicted_table, section_counts, shapes_element
+from histosge._settings import logger, progress_bar
+from histosge._tiles import thumbnail
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from anndata import AnnData
+    from numpy.typing import NDArray
+    from scipy import sparse
+    from spatialdata import SpatialData
+
+    from histosge._geometry import Places
+    from histosge._heads import Spots
+    from histosge._recipe import Recipe
+    from histosge._section import Section, Targets
+
+PART_ROWS = 32_768
+"""Places that are predicted and written at a time: half a gigabyte for 1000 genes with error bars."""
+_SPARE = 1.5
+"""Memory that predicting takes, in sizes of the table."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Places of a section, and how they are embedded."""
+
+    sdata: SpatialData
+    section: Section
+    targets: Targets
+    places: Places | None
+    """What was laid; ``None`` where the shapes are the user's own"""
+    square: bool
+    """Whether bins were laid"""
+    encoder: Any
+    recipe: Recipe
+    device: torch.device
+    batch_size: int
+    progress: bool | None
+
+    def embed(self, targets: Targets, *, part: bool = False) -> NDArray[np.float32]:
+        """Embed places of the section; those of a part without a word."""
+        return embed_targets(
+            self.sdata,
+            self.section,
+            targets,
+            self.encoder,
+            self.recipe,
+            device=self.device,
+            batch_size=self.batch_size,
+            progress=False if part else self.progress,
+            report=not part,
+        )
+
+
+@dataclass(frozen=True)
+class Conservation:
+    """Bins made to agree with what was measured on their spot, freed of counting noise."""
+
+    share: sparse.csr_matrix
+    """(n_spots, n_bins) share of each bin in each spot"""
+    xy_um: NDArray[np.float64]
+    """(n_bins, 2)"""
+    spots_um: NDArray[np.float64]
+    """(n_spots, 2)"""
+    reach_um: tuple[float, float]
+    """Distance from a spot's centre up to which its bins are scaled wholly, and from which not at all"""
+    target: NDArray[np.float32]
+    """(n_spots, genes) rates that spots shall have"""
+    weight: NDArray[np.float32]
+    """(genes,) mean share of the difference between measurement and prediction that is believed"""
+
+    def partners(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Bins beside ``rows`` that are under the same spots: a spot is made to agree by all of its bins at once."""
+        return np.setdiff1d(self.share[self._spots_of(rows)].indices, rows)
+
+    def apply(self, rows: NDArray[np.int64], expression: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Give (n, genes) log1p expression of bins ``rows``, among which all partners are, that agrees with the spots."""
+        spots = self._spots_of(rows)
+        window = self._window(rows)[:, spots]
+        share = self.share[spots][:, rows]
+        found = np.empty_like(expression)
+        for start in range(0, expression.shape[1], 128):  # float64 inside: some genes at a time
+            genes = slice(start, start + 128)
+            rates = conserve(np.expm1(expression[:, genes]), coverage=share, target=self.target[spots, genes], window=window)
+            found[:, genes] = np.log1p(rates)
+        return found
+
+    def _window(self, rows: NDArray[np.int64]) -> sparse.csr_matrix:
+        return fade(self.xy_um[rows], self.spots_um, inner_um=self.reach_um[0], outer_um=self.reach_um[1])
+
+    def _spots_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.unique(self._window(rows).indices)
+
+
+def check_conservation(question: Question, *, layer: str | None) -> None:
+    """Refuse what cannot be conserved, before the work."""
+    section, places = question.section, question.places
+    why = None
+    if places is None or not question.square or places.size_px * section.mpp > section.spot_um / 2:
+        why = f"lays bins of at most half a spot ({section.spot_um / 2:g} µm): pass bin_um="
+    elif section.contiguous:
+        why = "is for spots with gaps between them, not for measured bins"
+    elif section_counts(question.sdata, section, layer=layer) is None:
+        why = "needs raw counts, whose noise is known: name them, layer="
+    if why is not None:
+        msg = f"conserve=True {why}; or leave conserve= out."
+        raise ValueError(msg)
+
+
+def _conservation(
+    question: Question, model: Model, context: Spots, at_spots: NDArray[np.float32], *, layer: str | None
+) -> Conservation:
+    """Shrink what was measured on the spots towards what the model, having read it, says of them."""
+    section, targets, places = question.section, question.targets, question.places
+    counts = section_counts(question.sdata, section, layer=layer)
+    if places is None or counts is None:
+        check_conservation(question, layer=layer)
+        raise AssertionError
+    n = len(section.xy_px)
+    said = model.predict_from(
+        context, places=at_spots, xy_um=section.xy_um, own=np.full(n, -1), device=question.device
+    )
+    columns = section.genes.get_indexer(model.genes)
+    noise = noise_variance(counts[:, columns], total=np.asarray(counts.sum(axis=1)).ravel())
+    shrunken = shrinkage(section.dense(model.genes), said, noise=noise)
+    share = spot_by_bin(
+        section.footprints,
+        targets.xy_px,
+        bin_px=places.size_px,
+        row=places.array_row,
+        col=places.array_col,
+    )
+    inner_um = section.spot_um / 2 + places.size_px * section.mpp / np.sqrt(2)
+    return Conservation(
+        share,
+        targets.xy_px * section.mpp,
+        section.xy_um,
+        (inner_um, max(inner_um, section.pitch_um / 2)),
+        np.expm1(shrunken.mean).astype(np.float32),
+        shrunken.weight.mean(0).astype(np.float32),
+    )
+
+
+def check_memory(n_places: int, n_genes: int, *, n_layers: int, available: int | None = None) -> None:
+    """Refuse a table that would not fit into memory, before the work and not after it."""
+    n_bytes = n_places * n_genes * 4 * (1 + n_layers)
+    available = available_memory() if available is None else available
+    if n_bytes * _SPARE > available:
+        less = ", level=None (no error bars)" if n_layers >= 3 else ""
+        msg = (
+            f"the table of {n_places:,} places x {n_genes:,} genes takes {n_bytes / 2**30:.1f} GiB, and to predict it "
+            f"{n_bytes * _SPARE / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of memory are free. Write it part by part "
+            f"with store='NAME.zarr', or ask for less: fewer genes=, larger bins{less}."
+        )
+        raise MemoryError(msg)
+
+
+def available_memory() -> int:
+    """Bytes that are free, of this machine or of the container it runs in."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    try:
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):  # no container, no limit
+        pass
+    return free
+
+
+@dataclass(frozen=True)
+class _Oracle:
+    """A fitted model with all it needs to be asked."""
+
+    question: Question
+    model: Model
+    context: Spots
+    conservation: Conservation | None
+    provenance: dict[str, Any]
+
+    def table(self, rows: NDArray[np.int64], at_targets: NDArray[np.float32] | None = None) -> AnnData:
+        """Predict at some of the places, in the given order."""
+        question = self.question
+        everything = rows
+        if self.conservation is not None:
+            everything = np.concatenate([rows, self.conservation.partners(rows)])
+        asked = question.targets.take(everything)
+        at_targets = question.embed(asked, part=True) if at_targets is None else at_targets
+        expression = self.model.predict_from(
+            self.context,
+            places=at_targets,
+            xy_um=asked.xy_px * question.section.mpp,
+            own=asked.own,
+            device=question.device,
+        )
+        layers, var = {}, self.model.scores.copy()
+        if self.conservation is not None:
+            layers["conserved"] = self.conservation.apply(everything, expression)[: len(rows)]
+            var["shrinkage"] = self.conservation.weight
+        return predicted_table(
+            question.section,
+            question.targets.take(rows),
+            expression=expression[: len(rows)],
+            bars=self.model.bars,
+            var=var,
+            layers=layers,
+            provenance=self.provenance,
+        )
+
+
+def predict_table(question: Question, answer: Answer) -> tuple[AnnData, Model]:
+    """Predict at all places at once."""
+    section, targets = question.section, question.targets
+    at_targets = question.embed(targets)
+    own = targets.own >= 0
+    same_way = not question.recipe.dense  # a spot's area is not that of the place upon it
+    if same_way and len(np.unique(targets.own[own])) == len(section.xy_px):  # every spot is among the targets
+        at_spots = np.empty((len(section.xy_px), at_targets.shape[1]), np.float32)
+        at_spots[targets.own[own]] = at_targets[own]
+    else:
+        at_spots = question.embed(own_spots(section))
+    model = answer.fit(at_spots)
+    return answer.oracle(question, model, at_spots).table(np.arange(len(targets)), at_targets), model
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How the model comes about, and what is made of its predictions."""
+
+    fit: Callable[[NDArray[np.float32]], Model]
+    """From embeddings of the spots, (n, d), to the model; called once"""
+    provenance: Callable[[Model], dict[str, Any]]
+    """What goes into ``uns``"""
+    conserve: bool
+    layer: str | None
+
+    def oracle(self, question: Question, model: Model, at_spots: NDArray[np.float32]) -> _Oracle:
+        """Make ready what every part needs."""
+        context = model.context(question.section, at_spots, device=question.device)
+        conservation = None
+        if self.conserve:
+            conservation = _conservation(question, model, context, at_spots, layer=self.layer)
+        return _Oracle(question, model, context, conservation, self.provenance(model))
+
+
+def predict_to_store(
+    question: Question, answer: Answer, path: str | Path, *, name: str, arguments: dict[str, Any]
+) -> Path:
+    """Predict part by part and write each; a run that was interrupted goes on where it stopped.
+
+    Parameters
+    ----------
+    question
+        Where to predict.
+    answer
+        What to predict with.
+    path
+        The store: a ``SpatialData`` that holds the places and their table.
+    name
+        Of the table.
+    arguments
+        What else the result depends on; a run with others does not go on with this one's parts.
+
+    Returns
+    -------
+    Path of the finished store.
+    """
+    section, targets, places = question.section, question.targets, question.places
+    edge_px = block_edge_px(question.encoder, mpp=section.mpp, tile_um=question.recipe.tile_um)
+    order = block_order(targets.xy_px, block_px=edge_px, origin_px=(0.0, 0.0))  # the blocks that are read
+    recipe = {"table": name, **question.recipe.to_dict(), "data": _fingerprint(section, targets), **arguments}
+    store = TableStore.open(path, recipe=recipe, n_rows=len(targets), part_rows=PART_ROWS)
+    at_spots, model = _fitted(store, question, answer.fit)
+    oracle = answer.oracle(question, model, at_spots)
+    own_shapes = question.sdata.shapes[targets.key].loc[targets.instances] if places is None else None
+    start, begun = time(), len(store.done)
+    with progress_bar(desc="predicting", total=len(targets), unit="place", show=question.progress) as bar:
+        for part in range(store.n_parts):
+            rows = order[store.rows(part)]
+            if part not in store.done:
+                table = oracle.table(rows)
+                shapes = None
+                if places is not None:
+                    some, instances = places.keep(rows), targets.instances[rows]
+                    shapes = shapes_element(
+                        question.sdata, section, some, square=question.square, instances=instances
+                    )
+                store.begin(table, name=name, shapes=shapes, shapes_key=targets.key, shapes_whole=own_shapes)
+                store.write(part, table, shapes=shapes)
+            bar.update(len(rows))
+    logger.info("    predicted %d of %d parts (%.0f s)", store.n_parts - begun, store.n_parts, time() - start)
+    return store.finish()
+
+
+def _fitted(
+    store: TableStore, question: Question, fit: Callable[[NDArray[np.float32]], Model]
+) -> tuple[NDArray[np.float32], Model]:
+    """Embeddings of the spots and the model, of this run or of the one that it goes on with."""
+    spots, folder = store.folder / "spots.npy", store.folder / "model"
+    if (folder / "whole").exists():
+        logger.info("using the model that was fitted before the interruption")
+        return np.load(spots), Model.load(folder)
+    at_spots = question.embed(own_spots(question.section))
+    model = fit(at_spots)
+    np.save(spots, at_spots)
+    model.save(folder, overwrite=True)
+    (folder / "whole").touch()
+    # what is read back decides: a run that was interrupted and one that was not see the same digits
+    return np.load(spots), Model.load(folder)
+
+
+def _fingerprint(section: Section, targets: Targets) -> str:
+    """Digest of what is read from the user's data: counts, places and a small copy of the image."""
+    digest = hashlib.sha256()
+    matrix = section.expression
+    small, _ = thumbnail(section.image, max_px=256)
+    for array in (matrix.data, matrix.indices, matrix.indptr, section.xy_px, targets.xy_px, small):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    for names in (section.genes, section.instances):
+        digest.update(json.dumps([str(n) for n in names]).encode())
+    return digest.hexdigest()[:16]
