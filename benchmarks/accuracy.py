@@ -24,8 +24,8 @@ from histosge import settings
 from histosge._holdout import Measured, Plan, ask, score_genes, trials
 from histosge._metrics import noise_ceiling
 from histosge._model import Model, fit_model
-from histosge._recipe import embed_targets, own_spots, prepare
-from histosge._section import read_section, section_counts
+from histosge._recipe import embed_targets, prepare
+from histosge._section import own_spots, read_section, section_counts
 
 HEAD = "in-context+kriging"
 RIVALS = ("ridge", "coordinates", "nearest", "mean")
@@ -115,7 +115,7 @@ def run(name: str, *, seeds: range, heads: list[str], permute: bool = False) -> 
                         continue
                     start = time()
                     model = fit_model(
-                        trial.sections, trial.embeddings, recipe=recipe, head=head, genes=wanted, n_folds=5,
+                        trial.sections, trial.embeddings, recipe=recipe, parts=trial.parts, head=head, genes=wanted, n_folds=5,
                         rng=np.random.default_rng(seed), device=device, rivals=(), progress=False,
                     )  # fmt: skip
                     for each in parts(model):

@@ -27,8 +27,8 @@ from sections import require_data
 from torch import nn
 
 from histosge import _metrics, datasets, settings
-from histosge._heads import Places, Spots
-from histosge._heads.aggregate import Aggregate, DividedSpots, Parts
+from histosge._heads import Parts, Places, Spots
+from histosge._heads.aggregate import Aggregate
 from histosge._heads.in_context import InContext
 from histosge._heads.kriging import Kriging
 from histosge._holdout import Measured
@@ -38,7 +38,7 @@ from histosge._splits import block_folds, pseudo_spots
 
 
 @dataclass(frozen=True)
-class CountedSpots(DividedSpots):
+class CountedSpots(Spots):
     """Spots of known parts and library sizes."""
 
     library: torch.Tensor

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from histosge._heads import Places, Spots, aggregate
-from histosge._heads.aggregate import Aggregate, DividedSpots, Parts
+from histosge._heads._protocol import Parts
+from histosge._heads.aggregate import Aggregate
 from histosge._heads.in_context import N_POSITION, _Network
 from histosge._training import Schedule
 
@@ -34,7 +35,7 @@ def bed():
         return torch.as_tensor(values, dtype=torch.float32)
 
     parts = Parts(tensor(embedding), tensor(xy_parts), torch.as_tensor(index), torch.full(index.shape, 1 / N_PARTS))
-    spots = DividedSpots(tensor(embedding[index].mean(1)), tensor(measured), tensor(xy), PITCH, parts)
+    spots = Spots(tensor(embedding[index].mean(1)), tensor(measured), tensor(xy), PITCH, parts)
     return spots, np.log1p(rate)
 
 
@@ -94,7 +95,7 @@ def test_a_place_does_not_see_its_own_spot(bed, fitted):
     spots, _ = bed
     changed = spots.expression.clone()
     changed[7] = 9.0
-    other = DividedSpots(spots.embedding, changed, spots.xy_um, spots.pitch_um, spots.parts)
+    other = Spots(spots.embedding, changed, spots.xy_um, spots.pitch_um, spots.parts)
     before, after = (fitted.predict(Places.of(s), context=s) for s in (spots, other))
     torch.testing.assert_close(before[7], after[7], rtol=0, atol=0)
     assert (before != after).any(dim=1).sum() > 1  # its neighbours do
@@ -107,7 +108,7 @@ def test_what_fills_up_is_not_learnt_from(bed):
     weight = torch.cat([parts.weight, parts.weight.new_zeros(len(spots), 1)], 1)
     filled = Parts(parts.embedding, parts.xy_um, index, weight)
     each = (spots.embedding, spots.expression, spots.xy_um, spots.pitch_um)
-    head, same = (fit(DividedSpots(*each, p), n_steps=10, dropout=0.0, thinning=0.0) for p in (parts, filled))
+    head, same = (fit(Spots(*each, p), n_steps=10, dropout=0.0, thinning=0.0) for p in (parts, filled))
     # sums of other lengths round otherwise, and training carries it on
     torch.testing.assert_close(at_parts(head, spots), at_parts(same, spots), rtol=0, atol=1e-3)
 
@@ -134,9 +135,9 @@ def test_errors_name_the_remedy(bed):
     each = (spots.embedding, spots.expression, spots.xy_um, spots.pitch_um)
     half = Parts(spots.parts.embedding, spots.parts.xy_um, spots.parts.index, spots.parts.weight / 2)
     with pytest.raises(ValueError, match=r"weights of 200 of 200 spots do not sum to 1.*Divide"):
-        fit(DividedSpots(*each, half))
+        fit(Spots(*each, half))
     with pytest.raises(ValueError, match=r"must both have a row for each of the 200 spots"):
-        fit(DividedSpots(*each, spots.parts.take(torch.arange(3))))
+        fit(Spots(*each, spots.parts.take(torch.arange(3))))
     with pytest.raises(RuntimeError, match=r"'aggregate' is not fitted"):
         at_parts(Aggregate(), spots)
     with pytest.raises(RuntimeError, match=r"'aggregate' is not fitted"):

@@ -15,7 +15,7 @@ from spatialdata.models import ShapesModel, get_table_keys
 from spatialdata.transformations import Identity, get_transformation
 
 import histosge as sge
-from histosge import datasets
+from histosge import _phantom
 from histosge._evaluation import correlation
 from histosge._section import centroids, read_section
 
@@ -192,7 +192,7 @@ def test_parts_change_nothing(monkeypatch, bin_um):
     whole = sge.datasets.synthetic(**SMALL, bin_um=bin_um)
     shapes, table = next(iter(whole.shapes)), next(iter(whole.tables))
     truth = sge.datasets.synthetic_truth(whole, target_key=shapes)
-    monkeypatch.setattr(datasets, "_PART", 5000)  # some rows of the image, some spots or bins
+    monkeypatch.setattr(_phantom, "_PART", 5000)  # some rows of the image, some spots or bins
     parts = sge.datasets.synthetic(**SMALL, bin_um=bin_um)
     np.testing.assert_array_equal(pixels(parts), pixels(whole))
     np.testing.assert_array_equal(parts.tables[table].X.toarray(), whole.tables[table].X.toarray())
@@ -201,9 +201,9 @@ def test_parts_change_nothing(monkeypatch, bin_um):
 
 @pytest.mark.parametrize("n", [0, 1, 7, 8])
 def test_parts_cover_all_once(monkeypatch, n):
-    monkeypatch.setattr(datasets, "_PART", 10)
+    monkeypatch.setattr(_phantom, "_PART", 10)
     for values in (0, 1, 3, 100):
-        taken = [i for part in datasets._parts(n, values) for i in range(n)[part]]
+        taken = [i for part in _phantom.parts(n, values) for i in range(n)[part]]
         assert taken == list(range(n))
 
 
@@ -214,8 +214,8 @@ def test_detail_is_as_fine_as_asked(detail_um):
     found = []
     for seed in range(4):
         params = {"n_rows": 24, "n_cols": 24, "n_genes": 5, "seed": seed}
-        usual, tissue = datasets._fields(params)
-        fields, same_tissue = datasets._fields({**params, "detail_um": detail_um})
+        usual, tissue = _phantom.hidden_fields(params)
+        fields, same_tissue = _phantom.hidden_fields({**params, "detail_um": detail_um})
         for fine in (fields[1], fields[3]):
             assert fine.std() == pytest.approx(1)
             for axis in (0, 1):
@@ -242,9 +242,9 @@ def test_detail_reaches_expression_and_image():
         change[name] = ((here - there) ** 2).mean() / here.var(0).mean()
     assert change["fine"] > 2 * change["usual"]
 
-    fields, tissue = datasets._fields(fine.tables["table"].uns["synthetic"])
+    fields, tissue = _phantom.hidden_fields(fine.tables["table"].uns["synthetic"])
     density = -np.log10((pixels(fine).astype(float) + 1) / 246)  # (3, h, w)
-    blue = np.tensordot(np.linalg.pinv(np.stack([datasets._HAEMATOXYLIN, datasets._EOSIN]).T)[0], density, 1)
+    blue = np.tensordot(np.linalg.pinv(np.stack([_phantom._HAEMATOXYLIN, _phantom._EOSIN]).T)[0], density, 1)
     hole = density.max(0) < 0.1
     coarse_nuclei = (gaussian_filter(blue, 2) - gaussian_filter(blue, 5)) ** 2
     fine_nuclei = (blue - gaussian_filter(blue, 2)) ** 2
@@ -389,3 +389,36 @@ def test_nothing_to_measure():
         ValueError, match=r"n_rows=1 and n_cols=1 leave no place to measure on the tissue\. Pass larger"
     ):
         sge.datasets.synthetic(n_rows=1, n_cols=1, bin_um=100)
+
+
+def test_glands_are_sharp_and_bluer_and_told_by_genes():
+    options = {"n_rows": 8, "n_cols": 8, "n_genes": 40, "mpp": 2.0, "rng": 3}
+    plain, glandular = (sge.datasets.synthetic(**options, gland_um=gland_um) for gland_um in (None, 40))
+    params = glandular.tables["table"].uns["synthetic"]
+    assert params["gland_um"] == 40
+    inside = _phantom.glands(params)
+    assert inside.min() == 0
+    assert inside.max() == 1
+    assert ((inside > 0) & (inside < 1)).mean() < 0.45  # mostly one or the other
+    runs = np.diff(np.flatnonzero(np.diff((inside > 0.5).ravel().astype(int)))) * 4.0  # along rows of the 4 µm raster
+    assert 30 < np.mean(runs) < 50
+    # the image is darker in blue-absorbing stain there, and the same where there are none
+    xy_um = np.argwhere(np.ones(inside.shape))[:, ::-1] * 4.0 + 2.0
+    a, b = (pixels(s).astype(float)[:, (xy_um[:, 1] / 2).astype(int), (xy_um[:, 0] / 2).astype(int)] for s in (plain, glandular))
+    on_gland, off = inside.ravel() == 1, inside.ravel() == 0
+    assert (b - a)[1, on_gland].mean() > 5  # green, which eosin absorbs
+    assert np.abs((b - a)[:, off].mean(1)).max() < 2
+    # half of the genes tell glands from stroma, and a fifth tells nothing
+    rates = _phantom.expected_rates(_phantom.hidden_fields(params)[0], params, xy_um[:2000])
+    without = _phantom.expected_rates(_phantom.hidden_fields(params)[0], {**params, "gland_um": 0.0}, xy_um[:2000])
+    change = np.log(rates / without)
+    cares = np.abs(change).max(0) > 0.1
+    assert 15 <= cares.sum() <= 30
+    assert not cares[32:].any()
+    g = inside.ravel()[:2000]
+    assert (np.abs([np.corrcoef(g, change[:, i])[0, 1] for i in np.flatnonzero(cares)]) > 0.99).all()
+
+
+def test_glands_out_of_range():
+    with pytest.raises(ValueError, match=r"gland_um=5 is out of range: glands can be 16 to 200 µm wide"):
+        sge.datasets.synthetic(gland_um=5)

@@ -65,13 +65,17 @@ def some(kind, n=40, seed=1):
         return Footprints.discs(xy, diameter_px=random.uniform(3, 25, n))
     if kind == "square":
         return Footprints.squares(xy, edge_px=random.uniform(3, 25, n))
-    return Footprints.of_polygons([shapely.Point(x, y).buffer(r, quad_segs=3) for (x, y), r in zip(xy, random.uniform(3, 12, n), strict=True)])
+    return Footprints.of_polygons(
+        [shapely.Point(x, y).buffer(r, quad_segs=3) for (x, y), r in zip(xy, random.uniform(3, 12, n), strict=True)]
+    )
 
 
 @pytest.mark.parametrize("kind", ["disc", "square", "polygon"])
 def test_an_area_is_the_mean_of_the_tokens_under_it(noise, kind):
     areas = some(kind)
-    values = embed(LazyImage(noise), areas.xy_px, mpp=1.0, encoder=SeesTokens(), footprints=areas, device=CPU, batch_size=7)
+    values = embed(
+        LazyImage(noise), areas.xy_px, mpp=1.0, encoder=SeesTokens(), footprints=areas, device=CPU, batch_size=7
+    )
     truth = tokens_of(noise)
     grid = Grid(0, 0, TOKEN, *truth.shape[:2])
     np.testing.assert_allclose(values[:, :3], coverage(areas, grid) @ truth.reshape(-1, 3), rtol=1e-5)
@@ -155,7 +159,7 @@ def test_context_is_the_mean_of_the_tiles_around(noise):
     values = embed(image, xy, mpp=1.0, encoder=SeesTokens(), footprints=areas, device=CPU)
     np.testing.assert_allclose(values[:, 4], 7)
     steps = np.diff(values[:, 3])
-    assert 0 <= steps.min()
+    assert steps.min() >= 0
     assert steps.max() < 3.0  # red rises by 1 a pixel, and the tiles' means by no more than a few
     np.testing.assert_allclose(values[:, 3], xy[:, 0], atol=TILE / 2)
 
@@ -169,7 +173,9 @@ def test_only_tiles_over_places_are_computed(noise):
 
 def test_memory_runs_out_once(noise, caplog):
     areas = some("square")
-    whole = embed(LazyImage(noise), areas.xy_px, mpp=1.0, encoder=SeesTokens(), footprints=areas, device=CPU, batch_size=16)
+    whole = embed(
+        LazyImage(noise), areas.xy_px, mpp=1.0, encoder=SeesTokens(), footprints=areas, device=CPU, batch_size=16
+    )
     logger.addHandler(caplog.handler)
     again = embed(
         LazyImage(noise), areas.xy_px, mpp=1.0, encoder=SeesTokens(fits=8), footprints=areas, device=CPU, batch_size=16
@@ -178,13 +184,27 @@ def test_memory_runs_out_once(noise, caplog):
     np.testing.assert_allclose(again, whole, rtol=1e-6)
     assert "going on with 8" in caplog.text
     with pytest.raises(RuntimeError, match=r"ran out of memory with 8 tiles.*Pass a smaller batch_size= \(it was 16\)"):
-        embed(LazyImage(noise), areas.xy_px, mpp=1.0, encoder=SeesTokens(fits=3), footprints=areas, device=CPU, batch_size=16)
+        embed(
+            LazyImage(noise),
+            areas.xy_px,
+            mpp=1.0,
+            encoder=SeesTokens(fits=3),
+            footprints=areas,
+            device=CPU,
+            batch_size=16,
+        )
 
 
 def test_rgb_stands_beside_the_tokens(noise):
     areas = some("disc")
     values = embed(
-        LazyImage(noise), areas.xy_px, mpp=1.0, encoder=SeesTokens(), footprints=areas, stack=("pilm", "rgb"), device=CPU
+        LazyImage(noise),
+        areas.xy_px,
+        mpp=1.0,
+        encoder=SeesTokens(),
+        footprints=areas,
+        stack=("pilm", "rgb"),
+        device=CPU,
     )
     assert values.shape == (40, 3 + 3 + 3)
     assert ((values[:, 6:] > 0.3) & (values[:, 6:] < 0.7)).all()

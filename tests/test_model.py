@@ -687,7 +687,7 @@ def test_odd_names_of_genes_survive(section, embedding, tmp_path):
 
 def test_a_saved_model_holds_no_pickles(ridge, tmp_path):
     ridge.save(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["format"] == 2
+    assert json.loads((tmp_path / "config.json").read_text())["format"] == 3
     assert (tmp_path / "model.safetensors").read_bytes()[8:9] == b"{"
     assert (tmp_path / "scores.csv").read_text().startswith("gene,highly_variable,held_out_pcc")
 
@@ -710,13 +710,13 @@ def test_loading_what_is_no_model(tmp_path):
             Model.load(folder)
 
 
-@pytest.mark.parametrize("version", [1, 3, None, "2"])
+@pytest.mark.parametrize("version", [1, 2, 4, None, "3"])
 def test_loading_another_format(ridge, tmp_path, version):
     ridge.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"format": version}))
     with pytest.raises(
-        ValueError, match=rf"has model format {version!r}; this version of histosge reads 2\. Fit it again"
+        ValueError, match=rf"has model format {version!r}; this version of histosge reads 3\. Fit it again"
     ):
         Model.load(tmp_path)
 

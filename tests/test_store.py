@@ -213,7 +213,7 @@ def test_geoarrow(tmp_path, monkeypatch, kind):
 def test_shapes_of_the_user_are_written_once(tmp_path):
     table, shapes = whole(ids="str")
     part, _ = cut(table, shapes, slice(0, 30))
-    store = opened(tmp_path / "out.zarr")
+    store = opened(tmp_path / "out.zarr", part_rows=60)
     store.begin(part, name="predicted", shapes_whole=shapes, shapes_key="bins")
     for p in range(store.n_parts):
         store.write(p, cut(table, shapes, store.rows(p))[0])
@@ -289,17 +289,17 @@ def test_the_fit_outlives_a_run_that_was_killed_before_its_first_part(tmp_path):
 
 
 @pytest.mark.parametrize("killed_at", ["_row_arrays", "_write_json"])
-def test_killed_while_being_set_up(tmp_path, monkeypatch, killed_at, made, at_once):
-    table, shapes = made
-    store = opened(tmp_path / "out.zarr")
+def test_killed_while_being_set_up(tmp_path, monkeypatch, killed_at):
+    table, shapes = whole(30)
+    store = opened(tmp_path / "out.zarr", n=30)
     with monkeypatch.context() as patch:
         patch.setattr(_store, killed_at, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         if killed_at == "_row_arrays":  # not in _layout, which comes earlier
             patch.setattr(_store, "_layout", lambda *_: {})
         with pytest.raises(KeyboardInterrupt):
             fill(store, table, shapes)
-    path = fill(opened(tmp_path / "out.zarr"), table, shapes).finish()
-    assert_same_stores(path, at_once)
+    path = fill(opened(tmp_path / "out.zarr", n=30), table, shapes).finish()
+    np.testing.assert_array_equal(read_zarr(path).tables["predicted"].X, table.X)
 
 
 @pytest.mark.parametrize("left", [(), ("histosge-store.json.tmp",)])

@@ -100,7 +100,7 @@ def test_four_places_a_spot_by_default(sdata):
     pd.testing.assert_frame_equal(pd.DataFrame(default), pd.DataFrame(four))
 
 
-@pytest.mark.parametrize("bin_um", [20, 33.3, 100])
+@pytest.mark.parametrize("bin_um", [20, 33.3, 55])
 def test_bins(sdata, bin_um):
     sge.pp.targets(sdata, bin_um=bin_um, tissue="spots")
     frame = sdata.shapes[NAME]
@@ -199,9 +199,10 @@ def test_key(sdata):
         ({"upsample": 3}, r"upsample=3: choose one of \(2, 4, 8, 16\)"),
         ({"upsample": 0}, "upsample=0: choose one of"),
         ({"upsample": 1}, "upsample=1: choose one of"),
-        ({"bin_um": 0}, r"bin_um=0: bins must be wider than 0 and no wider than the spots' pitch \(100 µm\)"),
-        ({"bin_um": -8}, "bin_um=-8: bins must be wider than 0"),
-        ({"bin_um": 101}, "bin_um=101: .* no wider than the spots' pitch"),
+        ({"bin_um": 0}, r"bin_um=0: bins must be at least 1 µm wide and no wider than a measured spot \(55 µm\)"),
+        ({"bin_um": -8}, "bin_um=-8: bins must be at least 1 µm wide"),
+        ({"bin_um": 0.99}, "bin_um=0.99: bins must be at least 1 µm wide"),
+        ({"bin_um": 55.1}, r"bin_um=55.1: .* no wider than a measured spot.* pass upsample="),
         ({"bin_um": float("nan")}, "bin_um=nan: bins must"),
         ({"tissue": "yes"}, r"tissue='yes': choose 'auto' .* or 'spots'"),
     ],

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import sparse
 
 from histosge._geometry import nearest_spots
-from histosge._metrics import _checked, _rates
+from histosge._metrics import checked_counts, count_rates
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,8 +26,8 @@ _TERMS = 60
 """Counts summed over: at ``_FEW`` none of any weight is missed."""
 _CELLS = 2_000_000
 """Spots times genes at a time."""
-_FLOOR = 1e-3
-"""Share of the target that bins have at least: a spot where nothing at all was predicted cannot be scaled."""
+_FLOOR = 0.02
+"""Share of the target that bins have at least: what is predicted as next to nothing must not be scaled to everything."""
 _TOLERANCE = 1e-6
 _MOST_STEPS = 500
 
@@ -65,7 +65,7 @@ def noise_variance(
     -------
     (n, genes); 0 for a gene that was not seen.
     """
-    rows = _checked(counts)
+    rows = checked_counts(counts)
     size = np.asarray(rows.sum(1) if total is None else total, np.float64).ravel()
     if (size <= 0).any():
         msg = f"total: {(size <= 0).sum()} of {len(size)} spots have no counts. Leave them out first."
@@ -75,7 +75,7 @@ def noise_variance(
     seen = np.flatnonzero(np.asarray(columns.sum(0)).ravel() > 0)
     for genes in np.array_split(seen, max(1, len(seen) * len(size) // _CELLS)):
         k = np.asarray(columns[:, genes].todense(), np.float64)
-        expected, cv2 = _rates(k, size)
+        expected, cv2 = count_rates(k, size)
         rate = expected * (1 + cv2 * k) / (1 + cv2 * expected)
         found[:, genes] = _log_variance(rate, scale=(target_sum / size)[:, None])
     return found
@@ -180,7 +180,7 @@ def conserve(
     _check(before, share, wanted, reach)
     held = np.asarray(share.sum(1)).ravel() > 0
     mean = share @ before
-    before = before + reach @ np.where(held[:, None] & (mean < _FLOOR * wanted), _FLOOR * wanted, 0.0)
+    before = before + reach @ np.where(held[:, None], np.maximum(_FLOOR * wanted - mean, 0), 0.0)
     factor, untouched = np.ones_like(wanted), 1 - np.asarray(reach.sum(1))  # (n, g), (m, 1)
     after = before
     for _ in range(_MOST_STEPS):

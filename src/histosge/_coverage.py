@@ -219,6 +219,39 @@ def spot_by_bin(spots: Footprints, bins_xy_px: Floats, *, bin_px: float, row: In
     return sparse.csr_matrix((share, (spot, near[nth[there]])), shape=shape)
 
 
+def divide(footprints: Footprints, *, edge_px: float) -> tuple[Floats, Ints, Floats]:
+    """Cut footprints into the squares of one grid.
+
+    Parameters
+    ----------
+    footprints
+        n areas.
+    edge_px
+        Edge of the squares.
+
+    Returns
+    -------
+    xy_px
+        (p, 2) centres of the squares that some footprint reaches.
+    index
+        (n, k) rows of the squares under each footprint; filled up with 0.
+    weight
+        (n, k) share of the footprint in each; rows sum to 1, what fills up has 0.
+    """
+    box = footprints.bounds()
+    low = np.floor(box[:, :2].min(axis=0) / edge_px - _EDGE)
+    n_cols, n_rows = (int(n) for n in np.ceil(box[:, 2:].max(axis=0) / edge_px + _EDGE) - low)
+    x0, y0 = (float(v) for v in low * edge_px)
+    share = coverage(footprints, Grid(x0, y0, edge_px, n_rows, n_cols))
+    cells, column = np.unique(share.indices, return_inverse=True)
+    row, col = np.divmod(cells, n_cols)
+    each = np.diff(share.indptr)
+    place = np.arange(each.max(initial=0)) < each[:, None]  # (n, k)
+    index, weight = np.zeros(place.shape, np.int64), np.zeros(place.shape)
+    index[place], weight[place] = column, share.data
+    return np.column_stack([x0 + (col + 0.5) * edge_px, y0 + (row + 0.5) * edge_px]), index, weight
+
+
 def block_order(xy_px: Floats, *, block_px: float, origin_px: tuple[float, float] | None = None) -> Ints:
     """Order places such that those of one square block come together, next to those of a neighbouring block.
 

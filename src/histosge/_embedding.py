@@ -292,9 +292,7 @@ def _share_of_tiles(
 class _Forward:
     """Run tiles through an encoder in batches, halved once if memory runs out."""
 
-    def __init__(
-        self, encoder: Any, call: Callable[[Tensor], Any], *, device: torch.device, batch_size: int
-    ) -> None:
+    def __init__(self, encoder: Any, call: Callable[[Tensor], Any], *, device: torch.device, batch_size: int) -> None:
         self.encoder, self.call, self.device, self.asked = encoder, call, device, batch_size
         self.batch_size, self.halved = batch_size, False
 

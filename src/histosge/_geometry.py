@@ -84,9 +84,9 @@ class Places:
     def __len__(self) -> int:
         return len(self.xy_px)
 
-    def keep(self, mask: NDArray[np.bool_]) -> Places:
-        """Return the places where ``mask`` is true."""
-        return Places(self.xy_px[mask], self.array_row[mask], self.array_col[mask], self.size_px, self.spot[mask])
+    def keep(self, rows: NDArray[np.bool_] | Ints) -> Places:
+        """Return some of the places: where a mask is true, or by number."""
+        return Places(self.xy_px[rows], self.array_row[rows], self.array_col[rows], self.size_px, self.spot[rows])
 
 
 def estimate_lattice(xy_px: Floats) -> Lattice:

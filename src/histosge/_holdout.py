@@ -17,6 +17,7 @@ from histosge import _metrics
 from histosge._calibration import coverage, neighbour_average
 from histosge._domains import SPATIAL_WEIGHT, agreement, find_domains
 from histosge._model import FAR_UM, fit_model, lay_out
+from histosge._recipe import SpotParts
 from histosge._section import per_target_sum
 from histosge._settings import logger, progress_bar, settings
 from histosge._splits import block_splits, group_splits, lattice_splits, pseudo_spots, random_splits
@@ -58,6 +59,8 @@ class Measured:
     """(n, genes) raw counts, if there are any"""
     labels: NDArray[Any] | None = None
     """(n,) annotation of its spots, that nothing learns from"""
+    parts: SpotParts | None = None
+    """What lies below its spots"""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ class Trial:
     """(m,) rows of the places among the spots of the section scored"""
     ceiling: pd.Series | None = None
     """Noise ceiling of ``truth`` by gene, where this is not what was measured on the section"""
+    parts: list[SpotParts] | None = None
+    """What lies below the training spots of each section"""
 
 
 def trials(several: Sequence[Measured], plan: Plan, *, rng: np.random.Generator) -> Iterator[Trial]:
@@ -155,6 +160,7 @@ def _within(one: Measured, split: Split, plan: Plan, repeat: int) -> Trial:
         own,
         section.expression[test],
         test,
+        parts=None if one.parts is None else [one.parts.take(split.train)],
     )
 
 
@@ -183,7 +189,13 @@ def _across_sections(several: Sequence[Measured], repeat: int) -> Iterator[Trial
             np.full(n, -1),
             section.expression,
             np.arange(n),
+            parts=_parts_of([several[i] for i in split.train]),
         )
+
+
+def _parts_of(several: Sequence[Measured]) -> list[SpotParts] | None:
+    parts = [one.parts for one in several if one.parts is not None]
+    return parts if len(parts) == len(several) else None
 
 
 def _pseudo_spots(one: Measured, plan: Plan, repeat: int, *, rng: np.random.Generator) -> Iterator[Trial]:
@@ -228,7 +240,17 @@ def _pseudo_spots(one: Measured, plan: Plan, repeat: int, *, rng: np.random.Gene
             members,
             # half the counts are noisier than all of them
             pd.Series(_metrics.noise_ceiling(truth[seen]), section.genes),
+            [_members(one, big)],
         )
+
+
+def _members(one: Measured, big: sparse.csr_matrix) -> SpotParts:
+    """Spots as the parts of big spots, (n_big, n)."""
+    each = np.diff(big.indptr)
+    place = np.arange(each.max()) < each[:, None]  # (n_big, k)
+    index = np.zeros(place.shape, np.int64)
+    index[place] = big.indices
+    return SpotParts(one.embedding, one.section.xy_px, index, (place / each[:, None]).astype(np.float32))
 
 
 def evaluate(
@@ -259,6 +281,7 @@ def evaluate(
                         trial.sections,
                         trial.embeddings,
                         recipe=recipe,
+                        parts=trial.parts,
                         head=head,
                         genes=genes,
                         n_folds=n_folds,

@@ -117,7 +117,7 @@ def morans_i(expression: Floats | sparse.spmatrix, xy: Floats, *, n_neighbours: 
 
 def thin(counts: sparse.spmatrix, *, rng: np.random.Generator) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
     """Split each count in two at random: of Poisson counts the halves are independent, and their sum is the input."""
-    whole = _checked(counts)
+    whole = checked_counts(counts)
     if (whole.data != np.rint(whole.data)).any():
         odd = whole.data[whole.data != np.rint(whole.data)]
         msg = (
@@ -133,7 +133,7 @@ def thin(counts: sparse.spmatrix, *, rng: np.random.Generator) -> tuple[sparse.c
     return half, other
 
 
-def _checked(counts: sparse.spmatrix) -> sparse.csr_matrix:
+def checked_counts(counts: sparse.spmatrix) -> sparse.csr_matrix:
     """Compressed rows without duplicates; raises if a value is no count at all."""
     rows = sparse.csr_matrix(counts, copy=True)
     rows.sum_duplicates()
@@ -187,7 +187,7 @@ def noise_ceiling(counts: sparse.spmatrix, *, total: Floats | None = None, targe
     -------
     (genes,) from 0 to 1; 0 for a gene that was not seen, or varies no more than counting does.
     """
-    rows = _checked(counts)
+    rows = checked_counts(counts)
     size = np.asarray(rows.sum(1) if total is None else total, np.float64).ravel()
     if (size <= 0).any():
         msg = f"total: {(size <= 0).sum()} of {len(size)} spots have no counts. Leave them out first."
@@ -197,7 +197,7 @@ def noise_ceiling(counts: sparse.spmatrix, *, total: Floats | None = None, targe
     seen = np.flatnonzero(np.asarray(columns.sum(0)).ravel() > 0)
     for genes in np.array_split(seen, max(1, len(seen) * len(size) // _CELLS)):
         k = np.asarray(columns[:, genes].todense(), np.float64)
-        expected, cv2 = _rates(k, size)
+        expected, cv2 = count_rates(k, size)
         log_rate, uncertainty = _posterior(k, expected, cv2, scale=target_sum / size)
         measured = np.log1p(k * (target_sum / size)[:, None])
         spread = np.sqrt((log_rate.var(0) + uncertainty) * measured.var(0))
@@ -207,7 +207,7 @@ def noise_ceiling(counts: sparse.spmatrix, *, total: Floats | None = None, targe
     return np.clip(found, 0.0, 1.0)
 
 
-def _rates(k: Floats, size: Floats) -> tuple[Floats, Floats]:
+def count_rates(k: Floats, size: Floats) -> tuple[Floats, Floats]:
     """Counts expected from library size alone (n, genes), and how rates vary: squared coefficient of variation (genes,).
 
     Quasi-likelihood for the mean and moments for the spread in turn (Breslow, 1984); spots count by what they know.

@@ -18,7 +18,7 @@ from scipy import sparse
 
 from histosge._calibration import ErrorBars, calibrate
 from histosge._evaluation import choose_genes, compare, cross_fit, score, summary
-from histosge._heads import Places, Spots, get_head, parts_of
+from histosge._heads import Parts, Places, Spots, get_head, parts_of
 from histosge._recipe import Recipe
 from histosge._settings import logger
 from histosge._splits import block_folds
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from histosge._heads import Head
+    from histosge._recipe import SpotParts
     from histosge._section import Section
 
 RIVALS = ("ridge", "nearest")
@@ -343,12 +344,16 @@ def fit_model(
     n_folds: int,
     rng: np.random.Generator,
     device: torch.device,
+    parts: Sequence[SpotParts] | None = None,
     level: float | None = 0.9,
     rivals: Sequence[str] = RIVALS,
     head_options: dict[str, Any] | None = None,
     progress: bool | None = None,
 ) -> Model:
-    """Fit a head on every fold of the spots of one or more sections, and score it on the spots left out."""
+    """Fit a head on every fold of the spots of one or more sections, and score it on the spots left out.
+
+    ``parts`` say what lies below the spots of each section, for heads that learn from it.
+    """
     names = check_arguments(
         head=head, genes=genes, n_folds=n_folds, sections=sections, level=level, head_options=head_options
     )
@@ -358,7 +363,7 @@ def fit_model(
 
     final, per_fold, highly_variable = _select(genes, names, everything, spread_out, fold)
     union = np.flatnonzero(final | per_fold.any(axis=0))
-    spots = lay_out(sections, embeddings, names[union]).to(device)
+    spots = lay_out(sections, embeddings, names[union], parts=parts).to(device)
 
     logger.info("fitting %s on %d spots x %d genes, %d folds", head, len(spots), int(final.sum()), n_folds)
     fitted = cross_fit(spots, head=head, fold=fold, rng=rng, options=head_options, progress=progress)
@@ -400,8 +405,14 @@ def fit_model(
     return Model(head, *found, scores, held_out, recipe, bars, info)
 
 
-def lay_out(sections: Sequence[Section], embeddings: Sequence[NDArray[np.float32]], genes: pd.Index) -> Spots:
-    """Lay the spots of several sections far apart in one plane."""
+def lay_out(
+    sections: Sequence[Section],
+    embeddings: Sequence[NDArray[np.float32]],
+    genes: pd.Index,
+    *,
+    parts: Sequence[SpotParts] | None = None,
+) -> Spots:
+    """Lay the spots of several sections, and their parts, far apart in one plane."""
     each = [
         _spots(s, e, s.dense(genes), offset_um=FAR_UM * i)
         for i, (s, e) in enumerate(zip(sections, embeddings, strict=True))
@@ -411,6 +422,22 @@ def lay_out(sections: Sequence[Section], embeddings: Sequence[NDArray[np.float32
         torch.cat([s.expression for s in each]),
         torch.cat([s.xy_um for s in each]),
         float(np.mean([s.pitch_um for s in each])),
+        None if parts is None else _lay_out_parts(sections, parts),
+    )
+
+
+def _lay_out_parts(sections: Sequence[Section], parts: Sequence[SpotParts]) -> Parts:
+    before = np.cumsum([0, *(len(p.embedding) for p in parts)])
+    widest = max(p.index.shape[1] for p in parts)
+    fill = [((0, 0), (0, widest - p.index.shape[1])) for p in parts]
+    index = [np.pad(p.index, f) + n for p, f, n in zip(parts, fill, before, strict=False)]
+    weight = [np.pad(p.weight, f) for p, f in zip(parts, fill, strict=True)]
+    xy_um = [p.xy_px * s.mpp + [FAR_UM * i, 0.0] for i, (p, s) in enumerate(zip(parts, sections, strict=True))]
+    return Parts(
+        torch.as_tensor(np.concatenate([p.embedding for p in parts])),
+        torch.as_tensor(np.concatenate(xy_um), dtype=torch.float32),
+        torch.as_tensor(np.concatenate(index)),
+        torch.as_tensor(np.concatenate(weight), dtype=torch.float32),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
@@ -11,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from histosge import _keys
 from histosge._conservation import conserve, fade, noise_variance, shrinkage
 from histosge._coverage import block_order, spot_by_bin
 from histosge._embedding import block_edge_px
 from histosge._model import Model
-from histosge._recipe import embed_targets
+from histosge._recipe import embed_targets, warn_below_token
 from histosge._section import TableStore, own_spots, predicted_table, section_counts, shapes_element
 from histosge._settings import logger, progress_bar
 from histosge._tiles import thumbnail
@@ -102,7 +102,9 @@ class Conservation:
         found = np.empty_like(expression)
         for start in range(0, expression.shape[1], 128):  # float64 inside: some genes at a time
             genes = slice(start, start + 128)
-            rates = conserve(np.expm1(expression[:, genes]), coverage=share, target=self.target[spots, genes], window=window)
+            rates = conserve(
+                np.expm1(expression[:, genes]), coverage=share, target=self.target[spots, genes], window=window
+            )
             found[:, genes] = np.log1p(rates)
         return found
 
@@ -138,9 +140,7 @@ def _conservation(
         check_conservation(question, layer=layer)
         raise AssertionError
     n = len(section.xy_px)
-    said = model.predict_from(
-        context, places=at_spots, xy_um=section.xy_um, own=np.full(n, -1), device=question.device
-    )
+    said = model.predict_from(context, places=at_spots, xy_um=section.xy_um, own=np.full(n, -1), device=question.device)
     columns = section.genes.get_indexer(model.genes)
     noise = noise_variance(counts[:, columns], total=np.asarray(counts.sum(axis=1)).ravel())
     shrunken = shrinkage(section.dense(model.genes), said, noise=noise)
@@ -182,11 +182,15 @@ def available_memory() -> int:
 
     free = int(psutil.virtual_memory().available)
     limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    try:
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):  # no container, no limit
-        pass
-    return free
+    with suppress(OSError, ValueError):  # no container, no limit
+        free = min(free, int(limit.read_text()) - int(used.read_text()) + _reclaimable(used.with_name("memory.stat")))
+    return max(free, 0)
+
+
+def _reclaimable(stat: Path) -> int:
+    """Bytes of files that were read and may be forgotten: a container counts them as used."""
+    lines = dict(line.split() for line in stat.read_text().splitlines())
+    return int(lines.get("inactive_file", 0))
 
 
 @dataclass(frozen=True)
@@ -289,6 +293,7 @@ def predict_to_store(
     section, targets, places = question.section, question.targets, question.places
     edge_px = block_edge_px(question.encoder, mpp=section.mpp, tile_um=question.recipe.tile_um)
     order = block_order(targets.xy_px, block_px=edge_px, origin_px=(0.0, 0.0))  # the blocks that are read
+    warn_below_token(section, targets, question.recipe)
     recipe = {"table": name, **question.recipe.to_dict(), "data": _fingerprint(section, targets), **arguments}
     store = TableStore.open(path, recipe=recipe, n_rows=len(targets), part_rows=PART_ROWS)
     at_spots, model = _fitted(store, question, answer.fit)
@@ -303,9 +308,7 @@ def predict_to_store(
                 shapes = None
                 if places is not None:
                     some, instances = places.keep(rows), targets.instances[rows]
-                    shapes = shapes_element(
-                        question.sdata, section, some, square=question.square, instances=instances
-                    )
+                    shapes = shapes_element(question.sdata, section, some, square=question.square, instances=instances)
                 store.begin(table, name=name, shapes=shapes, shapes_key=targets.key, shapes_whole=own_shapes)
                 store.write(part, table, shapes=shapes)
             bar.update(len(rows))
@@ -335,8 +338,10 @@ def _fingerprint(section: Section, targets: Targets) -> str:
     digest = hashlib.sha256()
     matrix = section.expression
     small, _ = thumbnail(section.image, max_px=256)
-    for array in (matrix.data, matrix.indices, matrix.indptr, section.xy_px, targets.xy_px, small):
+    areas, scale = targets.footprints, np.array([section.mpp, section.pitch_um, section.spot_um])
+    spots = (matrix.data, matrix.indices, matrix.indptr, section.xy_px, scale)
+    for array in (*spots, targets.xy_px, areas.size_px, areas.bounds(), small):
         digest.update(np.ascontiguousarray(array).tobytes())
-    for names in (section.genes, section.instances):
+    for names in (section.genes, section.instances, targets.instances):
         digest.update(json.dumps([str(n) for n in names]).encode())
     return digest.hexdigest()[:16]

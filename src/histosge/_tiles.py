@@ -136,8 +136,12 @@ def _read_resampled(image: LazyImage, x0: int, y0: int, x1: int, y1: int, *, sca
     sx0, sy0 = int(np.floor(x0 * scale)) - margin, int(np.floor(y0 * scale)) - margin
     sx1, sy1 = int(np.ceil(x1 * scale)) + margin, int(np.ceil(y1 * scale)) + margin
     source = PILImage.fromarray(image.read(sx0, sy0, sx1, sy1))
-    box = (x0 * scale - sx0, y0 * scale - sy0, x1 * scale - sx0, y1 * scale - sy0)
-    return np.asarray(source.resize((x1 - x0, y1 - y0), PILImage.Resampling.BILINEAR, box=box))
+    # one direction at a time: Pillow rounds between the two and takes the cheaper one first, so that a pixel would
+    # depend on the shape of its block
+    bilinear, height = PILImage.Resampling.BILINEAR, sy1 - sy0
+    narrow = source.resize((x1 - x0, height), bilinear, box=(x0 * scale - sx0, 0, x1 * scale - sx0, height))
+    box = (0, y0 * scale - sy0, x1 - x0, y1 * scale - sy0)
+    return np.asarray(narrow.resize((x1 - x0, y1 - y0), bilinear, box=box))
 
 
 def cut(block: Block, *, tile_px: int) -> UInt8:

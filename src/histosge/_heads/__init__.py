@@ -5,7 +5,18 @@ A head sees tensors only. All expression is log1p-normalised, all positions are 
 
 from __future__ import annotations
 
-from histosge._heads._protocol import Head, Places, Spots
-from histosge._heads._registry import DEFAULT_HEAD, HEADS, get_head, parts_of
+from histosge._heads._protocol import Head, Parts, Places, Spots
+from histosge._heads._registry import DEFAULT_HEAD, HEADS, default_head, divides, get_head, parts_of
 
-__all__ = ["DEFAULT_HEAD", "HEADS", "Head", "Places", "Spots", "get_head", "parts_of"]
+__all__ = [
+    "DEFAULT_HEAD",
+    "HEADS",
+    "Head",
+    "Parts",
+    "Places",
+    "Spots",
+    "default_head",
+    "divides",
+    "get_head",
+    "parts_of",
+]

@@ -13,6 +13,35 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Parts of spots: the places, finer than a spot, whose mean a spot measures."""
+
+    embedding: Tensor
+    """(p, d) float32, of all parts of all spots"""
+    xy_um: Tensor
+    """(p, 2) float32"""
+    index: Tensor
+    """(n, k) int64, rows of each spot's parts; filled up with any row where a spot has fewer"""
+    weight: Tensor
+    """(n, k) float32, share of the spot's footprint that each part covers: rows sum to 1, what fills up has 0"""
+
+    def take(self, rows: Tensor) -> Parts:
+        """Return the parts of some of the spots."""
+        return Parts(self.embedding, self.xy_um, self.index[rows], self.weight[rows])
+
+    def to(self, device: torch.device | str) -> Parts:
+        """Move to ``device``."""
+        return Parts(*(tensor.to(device) for tensor in (self.embedding, self.xy_um, self.index, self.weight)))
+
+    @classmethod
+    def whole(cls, spots: Spots) -> Parts:
+        """Let each spot be one part of itself."""
+        n, device = len(spots), spots.embedding.device
+        index = torch.arange(n, device=device)[:, None]
+        return cls(spots.embedding, spots.xy_um, index, torch.ones(n, 1, device=device))
+
+
+@dataclass(frozen=True)
 class Spots:
     """Measured spots: what a head learns from, and the context it predicts with."""
 
@@ -24,20 +53,24 @@ class Spots:
     """(n, 2) float32; sections lie far apart, so that neighbours are always of one section"""
     pitch_um: float
     """Distance of neighbouring spots: the unit that heads see distances in."""
+    parts: Parts | None = None
+    """What lies below the spots, where that is known"""
 
     def __len__(self) -> int:
         return len(self.embedding)
 
     def take(self, rows: Tensor) -> Spots:
         """Return some of the spots."""
-        return Spots(self.embedding[rows], self.expression[rows], self.xy_um[rows], self.pitch_um)
+        parts = None if self.parts is None else self.parts.take(rows)
+        return Spots(self.embedding[rows], self.expression[rows], self.xy_um[rows], self.pitch_um, parts)
 
     def to(self, device: torch.device | str) -> Spots:
         """Move to ``device``; the very same object where they are there already, by which heads know a context again."""
         embedding, expression, xy_um = (t.to(device) for t in (self.embedding, self.expression, self.xy_um))
         if embedding is self.embedding and expression is self.expression and xy_um is self.xy_um:
             return self
-        return Spots(embedding, expression, xy_um, self.pitch_um)
+        parts = None if self.parts is None else self.parts.to(device)
+        return Spots(embedding, expression, xy_um, self.pitch_um, parts)
 
 
 @dataclass(frozen=True)
@@ -72,6 +105,8 @@ class Head(Protocol):
     name: ClassVar[str]
     averaged: ClassVar[bool]
     """Whether a model is the mean of the heads of all folds (networks), or one head fitted on all spots."""
+    divides: ClassVar[bool]
+    """Whether it learns from the parts of spots, where they are given."""
 
     def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
         """Learn from measured spots; every choice (scaling, components, early stopping) is made inside them."""

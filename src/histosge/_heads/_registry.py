@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING
 
+from histosge._heads.aggregate import Aggregate
 from histosge._heads.coordinates import Coordinates
 from histosge._heads.in_context import InContext
 from histosge._heads.kriging import Kriging
@@ -14,9 +15,15 @@ from histosge._heads.simple import Mean, Nearest, Ridge
 if TYPE_CHECKING:
     from histosge._heads._protocol import Head
 
-HEADS: dict[str, type[Head]] = {h.name: h for h in (InContext, Kriging, Published, Ridge, Coordinates, Nearest, Mean)}
-DEFAULT_HEAD = "in-context+kriging"
-"""Mean of the two strongest: docs/benchmarks.md."""
+_ALL: tuple[type[Head], ...] = (InContext, Aggregate, Kriging, Published, Ridge, Coordinates, Nearest, Mean)
+HEADS: dict[str, type[Head]] = {head.name: head for head in _ALL}
+DEFAULT_HEAD, DEFAULT_DENSE_HEAD = "in-context+kriging", "aggregate+kriging"
+"""Mean of the two strongest, for tiles and for areas: docs/benchmarks.md."""
+
+
+def default_head(*, dense: bool) -> str:
+    """Choose the head where none was named."""
+    return DEFAULT_DENSE_HEAD if dense else DEFAULT_HEAD
 
 
 def get_head(name: str) -> type[Head]:
@@ -38,3 +45,8 @@ def parts_of(name: str) -> tuple[str, ...]:
         msg = f"head={name!r} names a head twice. Name each once."
         raise ValueError(msg)
     return parts
+
+
+def divides(name: str) -> bool:
+    """Whether a head, or one of those joined, learns from the parts of spots."""
+    return any(get_head(part).divides for part in parts_of(name))

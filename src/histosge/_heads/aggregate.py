@@ -11,7 +11,6 @@ Notable choices, each measured by benchmarks/aggregate.py:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -19,7 +18,7 @@ from torch import nn
 from torch.nn.functional import softplus
 
 from histosge._geometry import nearest_spots
-from histosge._heads._protocol import Places, Spots
+from histosge._heads._protocol import Parts, Spots
 from histosge._heads._space import Space, n_gene_components
 from histosge._heads.in_context import _FARTHEST_PITCH, InContext, _Network, encode_position
 from histosge._training import Schedule, one_thread, seeded, stopping_spots, train
@@ -32,55 +31,6 @@ _BEND = 4.0
 """Sharpness of the softplus in log1p units: below about a quarter a rate leaves the straight line."""
 _MOST = 9.0
 """Largest log1p rate: 8,100 of 10,000 counts in one gene."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Parts of spots: the places, finer than a spot, whose mean a spot measures."""
-
-    embedding: Tensor
-    """(p, d) float32, of all parts of all spots"""
-    xy_um: Tensor
-    """(p, 2) float32"""
-    index: Tensor
-    """(n, k) int64, rows of each spot's parts; filled up with any row where a spot has fewer"""
-    weight: Tensor
-    """(n, k) float32, share of the spot's footprint that each part covers: rows sum to 1, what fills up has 0"""
-
-    def take(self, rows: Tensor) -> Parts:
-        """Return the parts of some of the spots."""
-        return Parts(self.embedding, self.xy_um, self.index[rows], self.weight[rows])
-
-    def to(self, device: torch.device | str) -> Parts:
-        """Move to ``device``."""
-        return Parts(
-            self.embedding.to(device), self.xy_um.to(device), self.index.to(device), self.weight.to(device)
-        )  # fmt: skip
-
-    @classmethod
-    def whole(cls, spots: Spots) -> Parts:
-        """Let each spot be one part of itself."""
-        n, device = len(spots), spots.embedding.device
-        index = torch.arange(n, device=device)[:, None]
-        return cls(spots.embedding, spots.xy_um, index, torch.ones(n, 1, device=device))
-
-
-@dataclass(frozen=True)
-class DividedSpots(Spots):
-    """Spots whose parts are known."""
-
-    parts: Parts
-
-    def take(self, rows: Tensor) -> DividedSpots:
-        return DividedSpots(
-            self.embedding[rows], self.expression[rows], self.xy_um[rows], self.pitch_um, self.parts.take(rows)
-        )
-
-    def to(self, device: torch.device | str) -> DividedSpots:
-        if self.embedding.device == torch.device(device):  # the very same object, by which heads know a context again
-            return self
-        on = (self.embedding.to(device), self.expression.to(device), self.xy_um.to(device))
-        return DividedSpots(*on, self.pitch_um, self.parts.to(device))
 
 
 class _Rates(_Network):
@@ -134,11 +84,13 @@ class Aggregate(InContext):
     """
 
     name: ClassVar[str] = "aggregate"
+    divides: ClassVar[bool] = True
     network: _Rates | None  # type: ignore[assignment]
 
     def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
+        self._known = None  # worked out by another network
         device = spots.embedding.device
-        parts: Parts = getattr(spots, "parts", None) or Parts.whole(spots)
+        parts = spots.parts or Parts.whole(spots)
         _check(parts, len(spots))
         learn, stop = (rows.to(device) for rows in stopping_spots(len(spots), rng=rng))
         with seeded(rng, device) as generator, one_thread():
@@ -189,25 +141,9 @@ class Aggregate(InContext):
         """Disagreement of mean rates (b, G), in counts per 10,000, with what was measured on the spots ``rows``."""
         return (torch.log1p(rate) - spots.expression[rows]).square().mean()
 
-    def predict(self, places: Places, *, context: Spots) -> Tensor:
-        if self.network is None or self.space is None:
-            raise _not_fitted()
-        if len(context) == 0:
-            msg = "head 'aggregate' got no measured spots as context."
-            raise ValueError(msg)
-        device = places.embedding.device
-        network, space = self.network.to(device).eval(), self.space.to(device)
-        near, position, present = self._around(places.xy_um, places.xy_um[:, None], places.own, context)
-        image, spots = self._image(places.embedding, space)[:, None], self._image(context.embedding, space)
-        components = space.components(context.expression)
+    def _genes(self, components: Tensor, space: Space) -> Tensor:
         axes = space.gene_axes * space.gene_spread[:, None]
-        out = [components.new_zeros(0, axes.shape[1])]
-        with torch.inference_mode():
-            for rows in torch.arange(len(places), device=device).split(4096):
-                around = {"near": near[rows], "position": position[rows], "present": present[rows]}
-                answer = network.ask_together(image[rows], spots, components, **around)
-                out.append(network.log_rate(answer[:, 0], axes))
-        return torch.cat(out)  # (m, g)
+        return self.network.log_rate(components, axes)  # type: ignore[union-attr]
 
     def _around(self, centre: Tensor, xy_um: Tensor, own: Tensor, context: Spots) -> tuple[Tensor, Tensor, Tensor]:
         """Spots near centres (n, 2), and where they lie from each centre's places (n, M, 2)."""
@@ -228,11 +164,6 @@ class Aggregate(InContext):
         n_genes = len(self.space.gene_mean)  # type: ignore[union-attr]
         return _Rates(n_genes, n_embedding, n_components, c["width"], c["n_heads"], c["dropout"])
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        if self.network is None or self.space is None:
-            raise _not_fitted()
-        return super().state()
-
 
 def _check(parts: Parts, n_spots: int) -> None:
     total = parts.weight.sum(1)
@@ -249,7 +180,3 @@ def _check(parts: Parts, n_spots: int) -> None:
             f"(least {float(parts.weight.min()):.4g}). Divide each spot's weights by their sum, or leave the spot out."
         )
         raise ValueError(msg)
-
-
-def _not_fitted() -> RuntimeError:
-    return RuntimeError("head 'aggregate' is not fitted: call fit() first.")

@@ -30,6 +30,7 @@ class Coordinates:
 
     name: ClassVar[str] = "coordinates"
     averaged: ClassVar[bool] = True
+    divides: ClassVar[bool] = False
 
     def __init__(self, *, width: int = 256, n_steps: int = 1500) -> None:
         self.config: dict[str, Any] = {"width": width, "n_steps": n_steps}

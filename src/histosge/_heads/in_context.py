@@ -162,6 +162,7 @@ class InContext:
 
     name: ClassVar[str] = "in-context"
     averaged: ClassVar[bool] = True
+    divides: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -230,7 +231,7 @@ class InContext:
 
     def predict(self, places: Places, *, context: Spots) -> Tensor:
         if self.network is None or self.space is None:
-            msg = "head 'in-context' is not fitted: call fit() first."
+            msg = f"head {self.name!r} is not fitted: call fit() first."
             raise RuntimeError(msg)
         device = places.embedding.device
         self.network.to(device).eval()
@@ -246,7 +247,11 @@ class InContext:
             for rows in torch.as_tensor(along, device=device).split(_PLACES_AT_ONCE):
                 image, position = self._image(places.embedding[rows], space), encode_position(step[rows])
                 answer[rows] = self.network.ask(image, near[rows], position, present[rows], self._known)
-            return space.genes(answer)  # (m, g)
+            return self._genes(answer, space)
+
+    def _genes(self, components: Tensor, space: Space) -> Tensor:
+        """Expression (m, g) of components (m, Q)."""
+        return space.genes(components)
 
     def _image(self, embedding: Tensor, space: Space) -> Tensor:
         # one scale for all components: the first stay the largest; 3 keeps them within the reach of the layers
@@ -263,7 +268,7 @@ class InContext:
         )
         near, seen = torch.as_tensor(index, device=device), torch.as_tensor(present, device=device)
         if len(context) == 0:
-            msg = "head 'in-context' got no measured spots as context."
+            msg = f"head {self.name!r} got no measured spots as context."
             raise ValueError(msg)
         step = (context.xy_um[near] - places.xy_um[:, None]) / context.pitch_um  # (m, k, 2)
         seen = seen & (step.norm(dim=-1) <= _FARTHEST_PITCH)
@@ -276,7 +281,7 @@ class InContext:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if self.network is None or self.space is None:
-            msg = "head 'in-context' is not fitted: call fit() first."
+            msg = f"head {self.name!r} is not fitted: call fit() first."
             raise RuntimeError(msg)
         network = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         return self.config, network | {f"space.{name}": tensor for name, tensor in self.space.state().items()}

@@ -82,6 +82,7 @@ class Published:
 
     name: ClassVar[str] = "published"
     averaged: ClassVar[bool] = True
+    divides: ClassVar[bool] = False
 
     def __init__(self, *, n_neighbours: int = 49, n_steps: int = 300) -> None:
         self.config: dict[str, Any] = {"n_neighbours": n_neighbours, "n_steps": n_steps}

@@ -21,6 +21,7 @@ class Mean:
 
     name: ClassVar[str] = "mean"
     averaged: ClassVar[bool] = False
+    divides: ClassVar[bool] = False
 
     def __init__(self, mean: Tensor | None = None) -> None:
         self.mean = mean
@@ -49,6 +50,7 @@ class Nearest:
 
     name: ClassVar[str] = "nearest"
     averaged: ClassVar[bool] = False
+    divides: ClassVar[bool] = False
 
     def __init__(self, n_neighbours: int = 20) -> None:
         self.n_neighbours = n_neighbours
@@ -94,6 +96,7 @@ class Ridge:
 
     name: ClassVar[str] = "ridge"
     averaged: ClassVar[bool] = False
+    divides: ClassVar[bool] = False
 
     def __init__(self, weights: dict[str, Tensor] | None = None) -> None:
         self.weights = weights

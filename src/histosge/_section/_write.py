@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,32 +55,31 @@ class Targets:
 
     def take(self, rows: NDArray[np.int64]) -> Targets:
         """Return some of the places."""
-        grid = (None if a is None else a[rows] for a in (self.array_row, self.array_col))
-        return Targets(
-            self.key,
-            self.instances[rows],
-            self.xy_px[rows],
-            self.own[rows],
-            self.in_tissue[rows],
-            *grid,
-            self.tissue,
-            self.footprints.take(rows),
+        return replace(
+            self,
+            instances=self.instances[rows],
+            xy_px=self.xy_px[rows],
+            own=self.own[rows],
+            in_tissue=self.in_tissue[rows],
+            array_row=None if self.array_row is None else self.array_row[rows],
+            array_col=None if self.array_col is None else self.array_col[rows],
+            footprints=self.footprints.take(rows),
         )
 
 
 def own_spots(section: Section) -> Targets:
     """Take the measured spots as places."""
     n = len(section.xy_px)
-    measured = np.arange(n), np.ones(n, bool)
     return Targets(
         section.spots_key,
         section.instances,
         section.xy_px,
-        *measured,
-        None,
-        None,
-        "measured spots",
-        section.footprints,
+        own=np.arange(n),
+        in_tissue=np.ones(n, bool),
+        array_row=None,
+        array_col=None,
+        tissue="measured spots",
+        footprints=section.footprints,
     )
 
 
@@ -113,7 +112,7 @@ def lay_targets(
         raise ValueError(msg)
     if bin_um is not None:
         reach_um = section.pitch_um / np.sqrt(2)
-        if not SMALLEST_BIN_UM <= bin_um <= section.spot_um:
+        if not SMALLEST_BIN_UM <= bin_um <= section.spot_um * (1 + 1e-6):  # which may be measured: 19.999...
             msg = (
                 f"bin_um={bin_um!r}: bins must be at least {SMALLEST_BIN_UM:g} µm wide and no wider than a measured spot "
                 f"({section.spot_um:g} µm), above which nothing is resolved. For places between spots pass upsample=."
@@ -154,46 +153,56 @@ def to_image(sdata: SpatialData, section: Section, key: str) -> NDArray[np.float
 
 def read_targets(sdata: SpatialData, section: Section, key: str, *, on_invalid: str = "raise") -> Targets:
     """Take the places of any shapes element; ``on_invalid="skip"`` leaves out what is no place of the image."""
+    import shapely
+
     if key not in sdata.shapes:
         msg = f"target_key={key!r} is not among the shapes of this SpatialData: {list(sdata.shapes)}."
         raise KeyError(msg)
     if on_invalid not in INVALID:
-        msg = f"on_invalid={on_invalid!r}: choose 'raise', or 'skip' to leave out shapes that are no places of the image."
+        msg = (
+            f"on_invalid={on_invalid!r}: choose 'raise', or 'skip' to leave out shapes that are no places of the image."
+        )
         raise ValueError(msg)
     element = sdata.shapes[key]
     if not element.index.is_unique:
         msg = f"target_key={key!r}: its index has doubles, so that rows cannot be told apart. Reset the index."
         raise ValueError(msg)
     matrix = to_image(sdata, section, key)
-    broken = ~(element.geometry.is_valid & ~element.geometry.is_empty & element.geometry.notna()).to_numpy()
+    outlines = element.geometry.to_numpy()
+    broken = shapely.is_missing(outlines) | shapely.is_empty(outlines) | ~shapely.is_valid(outlines)
     with np.errstate(invalid="ignore"):
         xy_px = apply(matrix, centroids(element))
         outside = ~((xy_px >= 0) & (xy_px <= [section.image.width_px, section.image.height_px])).all(1)
     wrong = broken | outside
     if wrong.any():
-        what = (
-            f"target_key={key!r}: {int(broken.sum())} of {len(element)} shapes are not valid and "
-            f"{int((outside & ~broken).sum())} places lie outside the image {section.image_key!r} "
-            f"(for example {list(element.index[wrong][:3])})"
-        )
+        found = {
+            "shapes are not valid": broken,
+            f"places lie outside the image {section.image_key!r}": outside & ~broken,
+        }
+        told = " and ".join(f"{int(rows.sum())} of {len(element)} {name}" for name, rows in found.items() if rows.any())
+        what = f"target_key={key!r}: {told} (for example {list(element.index[wrong][:3])})"
         if on_invalid == "raise" or wrong.all():
             msg = f"{what}. Remove them (shapely.make_valid mends some), or pass on_invalid='skip' to leave them out."
             raise ValueError(msg)
         logger.warning("%s: leaving them out", what)
         element, xy_px = element[~wrong], xy_px[~wrong]
     near, dist, _ = nearest_spots(xy_px, section.xy_px, k=1)
-    same = dist[:, 0] * section.mpp <= _SAME_PLACE_PITCH * section.pitch_um
+    areas = _footprints(sdata, section, element, matrix, xy_px)
+    # a cell or a bin in the middle of a spot is not the spot
+    same = (dist[:, 0] * section.mpp <= _SAME_PLACE_PITCH * section.pitch_um) & ~_smaller(section, areas)
     in_tissue, how = _in_tissue(section, xy_px, tissue="auto")
     grid = {c: element[c].to_numpy(np.int64) if c in element.columns else None for c in ("array_row", "array_col")}
     own = np.where(same, near[:, 0], -1)
-    areas = _footprints(sdata, section, element, matrix, xy_px)
     return Targets(key, element.index, xy_px, own, in_tissue, grid["array_row"], grid["array_col"], how, areas)
 
 
 def smaller_than_spot(section: Section, targets: Targets) -> bool:
     """Whether places stand for clearly less than what a spot measured."""
-    spot_px = float(np.median(section.footprints.size_px))
-    return len(targets) > 0 and float(np.median(targets.footprints.size_px)) < 0.9 * spot_px
+    return len(targets) > 0 and float(np.mean(_smaller(section, targets.footprints))) > 0.5
+
+
+def _smaller(section: Section, areas: Footprints) -> NDArray[np.bool_]:
+    return areas.size_px < 0.9 * np.median(section.footprints.size_px)
 
 
 def _footprints(
@@ -205,7 +214,8 @@ def _footprints(
     if not (element.geom_type == "Point").all():
         return Footprints.of_polygons(shapely.transform(element.geometry.to_numpy(), lambda xy: apply(matrix, xy)))
     spot_px = section.spot_um / section.mpp
-    if "radius" not in element.columns:
+    # places that were laid between spots are drawn as wide as their step, but stand for what a spot would measure
+    if "radius" not in element.columns or "is_spot" in element.columns:
         return Footprints.discs(xy_px, diameter_px=spot_px)
     size_px = 2 * element["radius"].to_numpy(float) * _scale(matrix, "shapes", section.image_key)
     # readers draw spots larger than they are: what is drawn as they are is a spot

@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 
 from histosge._embedding import resolve_device
-from histosge._heads import DEFAULT_HEAD
+from histosge._heads import default_head, divides
 from histosge._holdout import BLIND, PROTOCOLS, SPLITS, Measured, Plan, trials
 from histosge._holdout import evaluate as hold_out
 from histosge._model import check_arguments
-from histosge._recipe import DEFAULT_ENCODER, embed_targets, prepare
+from histosge._recipe import DEFAULT_ENCODER, embed_parts, embed_targets, prepare
 from histosge._section import column, own_spots, read_section, section_counts
 from histosge._settings import logger
 
@@ -177,6 +177,7 @@ def evaluate(
         split,
         protocol=protocol,
         labels=labels,
+        dense=dense,
         n_splits=n_splits,
         n_repeats=n_repeats,
         head_options=head_options,
@@ -224,7 +225,10 @@ def evaluate(
         values = embed_targets(
             one, section, own_spots(section), encoder, recipe, device=where, batch_size=batch_size, progress=progress
         )
-        measured[i] = replace(measured[i], embedding=values)
+        parts = None
+        if dense and any(divides(head) for head in heads):
+            parts = embed_parts(section, encoder, recipe, device=where, batch_size=batch_size)
+        measured[i] = replace(measured[i], embedding=values, parts=parts)
     if protocol == "published":
         logger.warning(
             "protocol='published' scores the spots that heads were trained on as well: it measures memory. "
@@ -257,6 +261,7 @@ def _check(
     *,
     protocol: str,
     labels: str | None,
+    dense: bool,
     n_splits: int,
     n_repeats: int,
     head_options: dict[str, dict[str, Any]] | None,
@@ -286,7 +291,8 @@ def _check(
         )
         raise ValueError(msg)
     if heads is None:
-        heads = [h for h in (DEFAULT_HEAD, *_RIVALS) if not (split == "sections" and h in BLIND)]
+        ours = default_head(dense=dense or split == "pseudo-spots")  # big spots have parts
+        heads = [h for h in (ours, *_RIVALS) if not (split == "sections" and h in BLIND)]
     heads = [heads] if isinstance(heads, str) else list(heads)
     blind = [h for h in heads if split == "sections" and set(h.split("+")) & set(BLIND)]
     if blind:

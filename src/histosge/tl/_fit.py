@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from histosge._embedding import resolve_device
-from histosge._heads import DEFAULT_HEAD
+from histosge._heads import default_head, divides
 from histosge._model import Model, check_arguments, fit_model
-from histosge._recipe import DEFAULT_ENCODER, embed_targets, prepare
+from histosge._recipe import DEFAULT_ENCODER, embed_parts, embed_targets, prepare
 from histosge._section import own_spots, read_section
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def fit(
     sdata: SpatialData | Sequence[SpatialData],
     *,
     encoder: Any = DEFAULT_ENCODER,
-    head: str = DEFAULT_HEAD,
+    head: str | None = None,
     genes: int | Sequence[str] | str = 1000,
     tile_um: float | None = None,
     stack: Sequence[str] = ("pilm",),
@@ -56,9 +56,10 @@ def fit(
     encoder
         Name of an encoder (see :func:`histosge.encoders`), or one that :func:`histosge.load_encoder` made.
     head
-        ``"in-context"`` (attention over measured neighbours), ``"kriging"`` (Gaussian process on position and image),
-        ``"published"`` (the paper's network, repaired), ``"ridge"``, ``"coordinates"``, ``"nearest"`` or ``"mean"``;
-        names joined by ``+`` for their mean, as the default ``"in-context+kriging"``.
+        ``"in-context"`` (attention over measured neighbours), ``"aggregate"`` (the same, learnt through the mean of each
+        spot's parts), ``"kriging"`` (Gaussian process on position and image), ``"published"`` (the paper's network,
+        repaired), ``"ridge"``, ``"coordinates"``, ``"nearest"`` or ``"mean"``; names joined by ``+`` for their mean.
+        ``None`` takes ``"in-context+kriging"``, or ``"aggregate+kriging"`` where ``dense``.
     genes
         Number of genes, chosen by spatial autocorrelation; a list of names; or ``"all"`` that were seen.
     tile_um
@@ -133,18 +134,22 @@ def fit(
         )
         for one in several
     ]
+    head = default_head(dense=dense) if head is None else head
     check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, level=level, head_options=head_options)
-    values = []
+    values, parts = [], []
     for one, section in zip(several, sections, strict=True):
         encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack, dense=dense)
         spots = own_spots(section)
         values.append(
             embed_targets(one, section, spots, encoder, recipe, device=where, batch_size=batch_size, progress=progress)
         )
+        if dense and divides(head):
+            parts.append(embed_parts(section, encoder, recipe, device=where, batch_size=batch_size))
     return fit_model(
         sections,
         values,
         recipe=recipe,
+        parts=parts or None,
         head=head,
         genes=genes,
         n_folds=n_folds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib.metadata import version
 from time import time
 from typing import TYPE_CHECKING, Any, cast
@@ -10,7 +11,7 @@ import numpy as np
 
 from histosge import _keys
 from histosge._embedding import resolve_device
-from histosge._heads import DEFAULT_HEAD
+from histosge._heads import default_head, divides
 from histosge._model import Model, check_arguments, fit_model
 from histosge._prediction import (
     Answer,
@@ -20,7 +21,7 @@ from histosge._prediction import (
     predict_table,
     predict_to_store,
 )
-from histosge._recipe import DEFAULT_ENCODER, again, prepare
+from histosge._recipe import DEFAULT_ENCODER, again, embed_parts, prepare
 from histosge._recipe import provenance as recipe_provenance
 from histosge._section import (
     Section,
@@ -57,7 +58,7 @@ def predict(
     encoder: Any = DEFAULT_ENCODER,
     tile_um: float | None = None,
     stack: Sequence[str] = ("pilm",),
-    head: str = DEFAULT_HEAD,
+    head: str | None = None,
     genes: int | Sequence[str] | str = 1000,
     n_folds: int = 5,
     level: float | None = 0.9,
@@ -109,8 +110,9 @@ def predict(
     stack
         Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
     head
-        ``"in-context"``, ``"kriging"``, ``"published"``, ``"ridge"``, ``"coordinates"``, ``"nearest"`` or ``"mean"``,
-        or several joined by ``+`` for their mean; see :func:`histosge.tl.fit`.
+        ``"in-context"``, ``"aggregate"``, ``"kriging"``, ``"published"``, ``"ridge"``, ``"coordinates"``, ``"nearest"`` or
+        ``"mean"``, or several joined by ``+`` for their mean; see :func:`histosge.tl.fit`. ``None`` takes
+        ``"in-context+kriging"``, or ``"aggregate+kriging"`` where ``dense``.
     genes
         Number of genes, chosen by spatial autocorrelation; a list of names; or ``"all"`` that were seen.
     n_folds
@@ -225,14 +227,6 @@ def predict(
         mpp=mpp,
         pitch_um=pitch_um,
     )
-    learn: dict[str, Any] = {"head": head, "genes": genes, "n_folds": n_folds, "level": level}
-    learn["head_options"] = head_options
-    if model is None:
-        names = check_arguments(sections=[section], **learn)
-        n_genes = len(names) if isinstance(genes, str) else genes if isinstance(genes, int) else len(genes)
-    else:
-        encoder, tile_um, stack = again(model.recipe, encoder)
-        n_genes = len(model.genes)
     where = resolve_device(device)
 
     shapes, places = {}, None
@@ -241,13 +235,21 @@ def predict(
         targets, places = lay_targets(section, key=target_key, upsample=upsample, bin_um=bin_um, tissue=tissue)
     else:
         targets = read_targets(sdata, section, target_key, on_invalid=on_invalid)
+    learn: dict[str, Any] = {}
     if model is not None:
+        encoder, tile_um, stack = again(model.recipe, encoder)
+        n_genes = len(model.genes)
         if dense not in (None, model.recipe.dense):
             msg = f"dense={dense!r}, but the model was trained with dense={model.recipe.dense!r}. Leave dense= out."
             raise ValueError(msg)
         dense = model.recipe.dense
-    elif dense is None:
-        dense = bin_um is not None or smaller_than_spot(section, targets)
+    else:
+        if dense is None:
+            dense = bin_um is not None or smaller_than_spot(section, targets)
+        head = default_head(dense=dense) if head is None else head
+        learn = {"head": head, "genes": genes, "n_folds": n_folds, "level": level, "head_options": head_options}
+        names = check_arguments(sections=[section], **learn)
+        n_genes = len(names) if isinstance(genes, str) else len(genes) if isinstance(genes, Collection) else int(genes)
     encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack, dense=dense)
     question = Question(
         sdata, section, targets, places, bin_um is not None, encoder, recipe, where, batch_size, progress
@@ -265,8 +267,11 @@ def predict(
     def fit(at_spots: NDArray[np.float32]) -> Model:
         if model is not None:
             return model
-        rest = {"recipe": recipe, "rng": generator, "device": where, "progress": progress}
-        return fit_model([section], [at_spots], **learn, **rest)
+        parts = None
+        if recipe.dense and divides(learn["head"]):
+            parts = [embed_parts(section, encoder, recipe, device=where, batch_size=batch_size)]
+        rest: dict[str, Any] = {"recipe": recipe, "device": where, "progress": progress, "parts": parts}
+        return fit_model([section], [at_spots], rng=generator, **learn, **rest)
 
     def provenance(fitted: Model) -> dict[str, Any]:
         return _provenance(section, targets, fitted, seed, layer)
