@@ -331,6 +331,32 @@ def test_spots_drawn_too_large_are_physical_spots(small):
     np.testing.assert_allclose(others.obsm["X_colours"][rows], own.obsm["X_colours"], rtol=1e-5)
 
 
+def test_what_lies_at_a_spot_is_the_spot_only_if_as_large(small):
+    """A cell in the middle of a spot was not measured there: nothing is hidden from it."""
+    px = small.tables["table"].obsm["spatial"][:20]
+    add_shapes(small, "cells", [shapely.Point(p).buffer(4) for p in px])
+    add_shapes(small, "round", list(shapely.points(px)), radius=np.full(20, 12.0))
+    add_shapes(small, "wide", list(shapely.points(px)), radius=np.full(20, 60.0))  # 30 µm
+    section = read_section(small, spots_key="spots")
+    for key, spot in (("cells", False), ("round", False), ("wide", True)):
+        found = read_targets(small, section, key)
+        assert (found.own >= 0).all() == (found.own >= 0).any() == spot
+        assert smaller_than_spot(section, found) is not spot
+
+
+@pytest.mark.parametrize("upsample", [2, 8])
+def test_laid_places_stand_for_spots(small, upsample):
+    """They are drawn as wide as their step, and are the same places whether laid before or at once."""
+    at_once = sge.tl.predict(small, upsample=upsample, inplace=False, **FAST)
+    sge.pp.targets(small, upsample=upsample)
+    by_step = sge.tl.predict(small, target_key=NAME, inplace=False, **FAST)
+    assert by_step.uns["histosge"]["dense"] is False
+    np.testing.assert_allclose(by_step.X, at_once.X, atol=1e-5)
+    dense = sge.tl.predict(small, upsample=upsample, dense=True, inplace=False, **FAST)
+    by_step = sge.tl.predict(small, target_key=NAME, dense=True, inplace=False, **FAST)
+    np.testing.assert_allclose(by_step.X, dense.X, atol=1e-4)
+
+
 def test_bins_of_another_table(small, model):
     """Squares that are there already are the same as squares that are laid."""
     sge.pp.targets(small, bin_um=16, key_added="hd")
@@ -928,8 +954,9 @@ def test_one_factor_for_the_bins_of_a_spot(predicted):
     np.testing.assert_allclose(factor, factor[0], rtol=1e-3)
 
 
-def test_conservation_of_spots_that_overlap(small, in_parts, tmp_path):
+def test_conservation_of_spots_that_overlap(small, monkeypatch, tmp_path):
     """Spots that lie anywhere: a bin may be under two, and parts give what the whole gives."""
+    monkeypatch.setattr(_prediction, "PART_ROWS", 300)
     frame = small.shapes["spots"]
     xy = np.column_stack([frame.geometry.x, frame.geometry.y])
     xy += np.random.default_rng(3).uniform(-70, 70, xy.shape)  # half µm

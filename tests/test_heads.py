@@ -828,10 +828,11 @@ def test_kriging_learns_from_a_sample_of_the_spots(small):
     assert (drawn[0] != drawn[2]).any()
 
 
-def in_parts(monkeypatch, *, n_near):
-    """Have kriging predict in parts, each from so many spots."""
+def in_parts(monkeypatch, *, n_near, n_drawn=0):
+    """Have kriging predict in parts, each from so many spots around it and so many of all."""
     monkeypatch.setattr(kriging, "_MOST_SPOTS", 50)
     monkeypatch.setattr(kriging, "_NEAR_SPOTS", n_near)
+    monkeypatch.setattr(kriging, "_DRAWN_SPOTS", n_drawn)
 
 
 @pytest.fixture(scope="module")
@@ -839,6 +840,19 @@ def wide():
     """A head, the 675 spots it knows, and 150 others among them."""
     known, held_out = (s.take(torch.arange(n)) for s, n in zip(split(section(30, 30), seed=1), (675, 150), strict=True))
     return fit("kriging", known, n_sample=150), known, held_out
+
+
+def test_kriging_in_parts_is_nearer_to_exact_with_spots_of_all(wide, monkeypatch):
+    head, known, held_out = wide
+    places = Places.of(held_out, hidden=False)
+    exact = head.predict(places, context=known)
+    error = {}
+    for n_drawn in (0, 200):
+        in_parts(monkeypatch, n_near=100, n_drawn=n_drawn)
+        head._context = None
+        error[n_drawn] = float((head.predict(places, context=known) - exact).square().mean())
+    head._context = None
+    assert error[200] < error[0]
 
 
 def test_kriging_in_parts_that_see_all_spots_is_exact(wide, monkeypatch):

@@ -20,7 +20,7 @@ from histosge._heads import in_context
 from histosge._holdout import SPLITS, Measured, Plan, Trial, ask, trials
 from histosge._model import fit_model
 from histosge._recipe import embed_targets, prepare
-from histosge._section import per_target_sum, read_section, section_counts
+from histosge._section import own_spots, per_target_sum, read_section, section_counts
 from histosge._settings import logger
 from histosge.tl import _evaluate
 

@@ -91,8 +91,14 @@ class Conservation:
     """(genes,) mean share of the difference between measurement and prediction that is believed"""
 
     def partners(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Bins beside ``rows`` that are under the same spots: a spot is made to agree by all of its bins at once."""
-        return np.setdiff1d(self.share[self._spots_of(rows)].indices, rows)
+        """Bins beside ``rows`` that are under the same spots: a spot is made to agree by all of its bins at once.
+
+        Where spots overlap, their neighbours' bins as well, and so on.
+        """
+        found = rows
+        while len(more := np.setdiff1d(self.share[self._spots_of(found)].indices, found)):
+            found = np.concatenate([found, more])
+        return found[len(rows) :]
 
     def apply(self, rows: NDArray[np.int64], expression: NDArray[np.float32]) -> NDArray[np.float32]:
         """Give (n, genes) log1p expression of bins ``rows``, among which all partners are, that agrees with the spots."""

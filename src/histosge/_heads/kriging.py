@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 _MOST_COMPONENTS = 16
 """Components beyond these are nearly all noise, and each costs a factorisation."""
 _MOST_SPOTS = 6000
-"""With more spots, places are predicted tile by tile, each from the nearest ``_NEAR_SPOTS``."""
-_NEAR_SPOTS = 2000
+"""With more spots, places are predicted tile by tile, from the nearest ``_NEAR_SPOTS`` and ``_DRAWN_SPOTS`` of all."""
+_NEAR_SPOTS = 1000
+_DRAWN_SPOTS = 1500
+"""Spots drawn once from all: near ones know the place, these know the image, and hold tiles together."""
 _INNER = 0.6
 """A tile lies within this share of the way to the farthest of its spots: all of its places have spots around them."""
 _KEPT_PARTS = 64
@@ -288,8 +290,8 @@ def _decays(
 def _parts(places: Places, context: Spots) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of places, and the (sorted) rows of the spots that they are predicted from: all, or those around a tile.
 
-    Tiles are halves of halves of the box around the context, down to where the spots nearest to a tile's middle reach
-    well beyond the tile. Places outside the box go to the tile at its edge.
+    Those around a tile are the nearest to its middle, and some drawn from all (docs/benchmarks.md). Tiles are halves of
+    halves of the box around the context, down to where the nearest spots reach well beyond the tile. Places outside the box go to the tile at its edge.
     """
     device = places.embedding.device
     if len(context) <= _MOST_SPOTS:
@@ -297,6 +299,7 @@ def _parts(places: Places, context: Spots) -> Iterator[tuple[Tensor, Tensor]]:
         return
     xy, spots = (where.xy_um.cpu().numpy().astype(float) for where in (places, context))
     tree = cKDTree(spots)
+    drawn = np.random.default_rng(0).choice(len(spots), min(_DRAWN_SPOTS, len(spots)), replace=False)
     waiting: list[tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]]
     waiting = [(np.arange(len(xy)), spots.min(0), spots.max(0))]
     while waiting:
@@ -307,7 +310,7 @@ def _parts(places: Places, context: Spots) -> Iterator[tuple[Tensor, Tensor]]:
         distance, near = tree.query(middle, k=list(range(1, min(_NEAR_SPOTS, tree.n) + 1)))
         reach = max(_INNER * distance[-1], context.pitch_um / 2)  # however many spots lie on one another, tiles end
         if np.hypot(*(high - middle)) <= reach:
-            yield torch.as_tensor(rows, device=device), torch.as_tensor(np.sort(near), device=device)
+            yield torch.as_tensor(rows, device=device), torch.as_tensor(np.union1d(near, drawn), device=device)
             continue
         wide = int(np.argmax(high - low))  # the longer side is halved
         left = xy[rows, wide] <= middle[wide]
