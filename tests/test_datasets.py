@@ -404,7 +404,10 @@ def test_glands_are_sharp_and_bluer_and_told_by_genes():
     assert 30 < np.mean(runs) < 50
     # the image is darker in blue-absorbing stain there, and the same where there are none
     xy_um = np.argwhere(np.ones(inside.shape))[:, ::-1] * 4.0 + 2.0
-    a, b = (pixels(s).astype(float)[:, (xy_um[:, 1] / 2).astype(int), (xy_um[:, 0] / 2).astype(int)] for s in (plain, glandular))
+    a, b = (
+        pixels(s).astype(float)[:, (xy_um[:, 1] / 2).astype(int), (xy_um[:, 0] / 2).astype(int)]
+        for s in (plain, glandular)
+    )
     on_gland, off = inside.ravel() == 1, inside.ravel() == 0
     assert (b - a)[1, on_gland].mean() > 5  # green, which eosin absorbs
     assert np.abs((b - a)[:, off].mean(1)).max() < 2

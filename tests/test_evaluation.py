@@ -124,7 +124,12 @@ def test_networks_of_all_folds_go_on():
 
 
 def test_which_heads_are_networks():
-    assert {name for name in HEADS if get_head(name).averaged} == {"in-context", "published", "coordinates"}
+    assert {name for name in HEADS if get_head(name).averaged} == {
+        "in-context",
+        "aggregate",
+        "published",
+        "coordinates",
+    }
 
 
 def test_held_out_of_joined_heads_is_the_mean_of_theirs():

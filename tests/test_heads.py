@@ -25,7 +25,7 @@ N_GENES = 8
 # genes: 0-2 follow the image, 3-5 a smooth field that the image does not show, 6 is constant, 7 is noise
 IMAGE, SPACE, CONSTANT, NOISE = slice(0, 3), slice(3, 6), 6, 7
 FEW_STEPS = {"published": {"n_steps": 4}, "coordinates": {"n_steps": 40}}
-SEES_NEIGHBOURS = ("in-context", "kriging", "nearest")
+SEES_NEIGHBOURS = ("in-context", "aggregate", "kriging", "nearest")
 NETWORKS = ("in-context", "published", "coordinates")
 every_head = pytest.mark.parametrize("name", sorted(HEADS))
 
@@ -104,7 +104,7 @@ def scores(head, known, held_out):
 
 
 def test_registry():
-    assert set(HEADS) == {"in-context", "kriging", "published", "ridge", "coordinates", "nearest", "mean"}
+    assert set(HEADS) == {"in-context", "aggregate", "kriging", "published", "ridge", "coordinates", "nearest", "mean"}
     for name, head in HEADS.items():
         assert get_head(name) is head
         assert head.name == name
@@ -122,7 +122,7 @@ def test_unknown_head_names_the_closest(wrong, meant):
 def test_unknown_head_without_a_closest():
     with pytest.raises(
         ValueError,
-        match=r"head='xyz' is unknown\. Choose one of \['coordinates', 'in-context', 'kriging', .* with '\+'",
+        match=r"head='xyz' is unknown\. Choose one of \['aggregate', 'coordinates', 'in-context', .* with '\+'",
     ):
         get_head("xyz")
     with pytest.raises(ValueError, match="head=None is unknown"):

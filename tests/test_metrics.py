@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import sparse, stats
 from skimage import metrics
 
-from histosge import datasets
+from histosge import _phantom, datasets
 from histosge._metrics import (
     _mean_of_neighbours,
     _similarity_map,
@@ -301,14 +301,16 @@ def test_noise_ceiling_of_the_synthetic_section(seed):
     table = sdata.tables["table"]
     # a spot catches the mean of its disc, not what is expected at its centre
     params = {name: int(value) for name, value in table.uns["synthetic"].items()}
-    fields, _ = datasets._fields(params)
+    fields, _ = _phantom.hidden_fields(params)
     xy_um = table.obsm["spatial"] * 4.0
-    disc = datasets._disc_points(datasets._SPOT_UM / 2)
-    rate = datasets._rates(fields, params, (xy_um[:, None] + disc).reshape(-1, 2)).reshape(len(xy_um), len(disc), -1)
+    disc = _phantom.disc_points(datasets._SPOT_UM / 2)
+    rate = _phantom.expected_rates(fields, params, (xy_um[:, None] + disc).reshape(-1, 2)).reshape(
+        len(xy_um), len(disc), -1
+    )
     rate = rate.mean(1)
     rate /= rate.sum(1, keepdims=True)
     # these are the rows of the table: the spots' centres agree with the truth that the package gives
-    centre = datasets._rates(fields, params, xy_um)
+    centre = _phantom.expected_rates(fields, params, xy_um)
     truth = datasets.synthetic_truth(sdata).loc[table.obs["spot_id"]].to_numpy()
     assert np.allclose(np.log1p(1e4 * centre / centre.sum(1, keepdims=True)), truth)
 

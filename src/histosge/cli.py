@@ -111,7 +111,7 @@ def demo(*, out: Path, seed: int) -> None:
 @click.argument("target", type=click.Path(path_type=Path), metavar="OUT.zarr")
 @click.option("--encoder", default="h-optimus-0", show_default=True, help="Encoder; see `histosge encoders`.")
 @click.option("--weights", type=click.Path(exists=True), help="Local weights, for machines without network.")
-@click.option("--head", default="in-context+kriging", show_default=True, help="Head.")
+@click.option("--head", help="Head; by default in-context+kriging, or aggregate+kriging for bins.")
 @click.option(
     "--level",
     default="0.9",
@@ -123,6 +123,7 @@ def demo(*, out: Path, seed: int) -> None:
 @click.option("--upsample", type=int, help="Places per spot: 2, 4, 8 or 16 (the default is 4).")
 @click.option("--bin-um", type=float, help="Edge of square bins in µm.")
 @click.option("--target-key", help="Shapes to predict at.")
+@click.option("--conserve", is_flag=True, help="Bins that average to their spot, freed of noise, too.")
 @click.option("--image-key", help="H&E image.")
 @click.option("--spots-key", help="Measured spots.")
 @click.option("--table-key", help="Table with the counts.")
@@ -166,7 +167,7 @@ def predict(
         if target.exists():
             shutil.rmtree(target)
         fresh.rename(target)
-    except (ValueError, KeyError, RuntimeError, OSError, ImportError) as err:
+    except (ValueError, KeyError, RuntimeError, OSError, ImportError, MemoryError) as err:
         _fail(err)
     logger.info("wrote %s", target)
 

@@ -215,7 +215,7 @@ def predict(
     if len(given) > 1:
         msg = f"{' and '.join(f'{k}={v!r}' for k, v in given.items())} are ways to say where to predict: pass one of them."
         raise ValueError(msg)
-    seed = rng if isinstance(rng, int) else "generator"
+    seed = int(rng) if isinstance(rng, (int, np.integer)) else "generator"
     generator = np.random.default_rng(rng)
     section = read_section(
         sdata,
