@@ -41,7 +41,7 @@ from histosge._splits import block_folds, pseudo_spots
 class CountedSpots(Spots):
     """Spots of known parts and library sizes."""
 
-    library: torch.Tensor
+    library: torch.Tensor | None = None
     """(n,) counts of a spot, of all genes"""
 
     def take(self, rows):

@@ -238,7 +238,8 @@ class InContext:
         space = self.space = self.space.to(device)
         near, step, present = self._neighbours(places, context)
         along = _along_strips(places.xy_um.cpu().numpy(), width_um=_STRIP_PITCH * context.pitch_um)
-        with torch.inference_mode():
+        # many small steps: with a busy core among two, two threads took ten times as long as one (docs/benchmarks.md)
+        with torch.inference_mode(), one_thread():
             if self._known is None or self._known.spots is not context:
                 components = space.components(context.expression)
                 key_value = self.network.know(self._image(context.embedding, space), components)

@@ -69,8 +69,8 @@ def evaluate(
     sdata
         Section with an H&E image and measured spots, or a list of sections.
     heads
-        Names as of :func:`histosge.tl.fit`. ``None`` takes the default head and its rivals: kriging, ridge, nearest
-        and mean.
+        Names as of :func:`histosge.tl.fit`. ``None`` takes the default head (for pseudo-spots and ``dense`` that of bins)
+        and its rivals: kriging, ridge, nearest and mean.
     split
         ``"blocks"``: contiguous blocks are held out, each spot once, and training spots within ``buffer_um`` of them
         left out, as in tissue that was not measured. ``"random"``: random halves. ``"lattice"``: a regular 1 in
