@@ -76,7 +76,7 @@ def one_section(seed: int, gland_um: float | None) -> pd.DataFrame:
         below = correlation(values - local_means(targets.xy_px, values, radius_px=mean_px), truth - blurred)
         found.append(
             {
-                "glands": gland_um, "seed": seed, "method": method, "pcc": whole.mean(),
+                "glands": gland_um or 0.0, "seed": seed, "method": method, "pcc": whole.mean(),
                 "fine": whole[fine].mean() if fine.any() else np.nan, "below": below.mean(),
                 "mse": ((values - truth) ** 2).mean(),
                 "spots": correlation(np.log1p(share @ np.expm1(values)), at_spots).mean(),
