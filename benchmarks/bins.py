@@ -366,11 +366,11 @@ def speed(options) -> None:
     from histosge._tiles import LazyImage
 
     encoder = vit_small()
-    image = LazyImage(np.random.default_rng(0).integers(0, 255, (3, 3000, 3000), np.uint8))
+    image = LazyImage(np.random.default_rng(0).integers(0, 255, (3, 5000, 5000), np.uint8))
     how = {"mpp": 0.5, "encoder": encoder, "device": torch.device("cpu"), "progress": False}
     ratios = []
     for _ in range(options.repeats):
-        edge = np.arange(125) * 16.0 + 500  # 1 x 1 mm of bins
+        edge = np.arange(250) * 16.0 + 500  # 2 x 2 mm of bins
         xy = np.stack(np.meshgrid(edge, edge), -1).reshape(-1, 2)
         areas = Footprints.squares(xy, edge_px=16.0)
         start = time()

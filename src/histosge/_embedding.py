@@ -28,7 +28,7 @@ STACKS = ("pilm", "rgb")
 _RGB_WINDOW_UM = 55.0
 _TILE_STEP = 0.55
 """Step from tile to tile, in tiles, of dense embeddings: neighbours overlap by the rest."""
-DENSE_BLOCK_PX = 2048
+DENSE_BLOCK_PX = 4096
 """Edge, at the encoder's scale, of the blocks that tiles are laid over for dense embeddings."""
 
 
