@@ -647,3 +647,13 @@ def test_tokens_on_gpu_agree_with_cpu(encoder):
     encoder.to("cpu")
     spread = cpu.flatten(0, 2).std(0)
     assert ((gpu.cpu() - cpu).abs().flatten(0, 2).mean(0) / spread).median() < 0.05
+
+
+def test_encoders_without_tokens_are_known_before_they_are_loaded():
+    from histosge._encoders import lacks_tokens
+
+    assert lacks_tokens("lunit-bt")
+    assert lacks_tokens("1aurent/resnet50.lunit_bt")
+    assert not lacks_tokens("H-Optimus-0")
+    assert not lacks_tokens("stain-texture")
+    assert not lacks_tokens("timm:resnet18")  # only its network says

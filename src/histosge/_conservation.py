@@ -198,6 +198,54 @@ def conserve(
     raise ValueError(msg)
 
 
+@dataclass(frozen=True)
+class Conservation:
+    """Bins made to agree with what was measured on their spot, freed of counting noise."""
+
+    share: sparse.csr_matrix
+    """(n_spots, n_bins) share of each bin in each spot"""
+    xy_um: NDArray[np.float64]
+    """(n_bins, 2)"""
+    spots_um: NDArray[np.float64]
+    """(n_spots, 2)"""
+    reach_um: tuple[float, float]
+    """Distance from a spot's centre up to which its bins are scaled wholly, and from which not at all"""
+    target: NDArray[np.float32]
+    """(n_spots, genes) rates that spots shall have"""
+    weight: NDArray[np.float32]
+    """(genes,) mean share of the difference between measurement and prediction that is believed"""
+
+    def partners(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Bins beside ``rows`` that are under the same spots: a spot is made to agree by all of its bins at once.
+
+        Where spots overlap, their neighbours' bins as well, and so on.
+        """
+        found = rows
+        while len(more := np.setdiff1d(self.share[self._spots_of(found)].indices, found)):
+            found = np.concatenate([found, more])
+        return found[len(rows) :]
+
+    def apply(self, rows: NDArray[np.int64], expression: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Give (n, genes) log1p expression of bins ``rows``, among which all partners are, that agrees with the spots."""
+        spots = self._spots_of(rows)
+        window = self._window(rows)[:, spots]
+        share = self.share[spots][:, rows]
+        found = np.empty_like(expression)
+        for start in range(0, expression.shape[1], 128):  # float64 inside: some genes at a time
+            genes = slice(start, start + 128)
+            rates = conserve(
+                np.expm1(expression[:, genes]), coverage=share, target=self.target[spots, genes], window=window
+            )
+            found[:, genes] = np.log1p(rates)
+        return found
+
+    def _window(self, rows: NDArray[np.int64]) -> sparse.csr_matrix:
+        return fade(self.xy_um[rows], self.spots_um, inner_um=self.reach_um[0], outer_um=self.reach_um[1])
+
+    def _spots_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.unique(self._window(rows).indices)
+
+
 def _check(bins: Floats, share: sparse.csr_matrix, target: Floats, reach: sparse.csr_matrix) -> None:
     """Refuse what cannot be conserved."""
     (m, g), n = bins.shape, len(target)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from histosge._conservation import conserve, fade, noise_variance, shrinkage
+from histosge._conservation import Conservation, noise_variance, shrinkage
 from histosge._coverage import block_order, spot_by_bin
 from histosge._embedding import block_edge_px
 from histosge._model import Model
@@ -73,94 +73,39 @@ class Question:
         )
 
 
-@dataclass(frozen=True)
-class Conservation:
-    """Bins made to agree with what was measured on their spot, freed of counting noise."""
-
-    share: sparse.csr_matrix
-    """(n_spots, n_bins) share of each bin in each spot"""
-    xy_um: NDArray[np.float64]
-    """(n_bins, 2)"""
-    spots_um: NDArray[np.float64]
-    """(n_spots, 2)"""
-    reach_um: tuple[float, float]
-    """Distance from a spot's centre up to which its bins are scaled wholly, and from which not at all"""
-    target: NDArray[np.float32]
-    """(n_spots, genes) rates that spots shall have"""
-    weight: NDArray[np.float32]
-    """(genes,) mean share of the difference between measurement and prediction that is believed"""
-
-    def partners(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Bins beside ``rows`` that are under the same spots: a spot is made to agree by all of its bins at once.
-
-        Where spots overlap, their neighbours' bins as well, and so on.
-        """
-        found = rows
-        while len(more := np.setdiff1d(self.share[self._spots_of(found)].indices, found)):
-            found = np.concatenate([found, more])
-        return found[len(rows) :]
-
-    def apply(self, rows: NDArray[np.int64], expression: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Give (n, genes) log1p expression of bins ``rows``, among which all partners are, that agrees with the spots."""
-        spots = self._spots_of(rows)
-        window = self._window(rows)[:, spots]
-        share = self.share[spots][:, rows]
-        found = np.empty_like(expression)
-        for start in range(0, expression.shape[1], 128):  # float64 inside: some genes at a time
-            genes = slice(start, start + 128)
-            rates = conserve(
-                np.expm1(expression[:, genes]), coverage=share, target=self.target[spots, genes], window=window
-            )
-            found[:, genes] = np.log1p(rates)
-        return found
-
-    def _window(self, rows: NDArray[np.int64]) -> sparse.csr_matrix:
-        return fade(self.xy_um[rows], self.spots_um, inner_um=self.reach_um[0], outer_um=self.reach_um[1])
-
-    def _spots_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.unique(self._window(rows).indices)
-
-
-def check_conservation(question: Question, *, layer: str | None) -> None:
-    """Refuse what cannot be conserved, before the work."""
+def check_conservation(question: Question, *, layer: str | None) -> tuple[Places, sparse.csr_matrix]:
+    """Refuse what cannot be conserved, before the work; give the bins and the raw counts of the spots."""
     section, places = question.section, question.places
-    why = None
+    counts = section_counts(question.sdata, section, layer=layer)
     if places is None or not question.square or places.size_px * section.mpp > section.spot_um / 2:
         why = f"lays bins of at most half a spot ({section.spot_um / 2:g} µm): pass bin_um="
     elif section.contiguous:
         why = "is for spots with gaps between them, not for measured bins"
-    elif section_counts(question.sdata, section, layer=layer) is None:
+    elif counts is None:
         why = "needs raw counts, whose noise is known: name them, layer="
-    if why is not None:
-        msg = f"conserve=True {why}; or leave conserve= out."
-        raise ValueError(msg)
+    else:
+        return places, counts
+    msg = f"conserve=True {why}; or leave conserve= out."
+    raise ValueError(msg)
 
 
 def _conservation(
     question: Question, model: Model, context: Spots, at_spots: NDArray[np.float32], *, layer: str | None
 ) -> Conservation:
     """Shrink what was measured on the spots towards what the model, having read it, says of them."""
-    section, targets, places = question.section, question.targets, question.places
-    counts = section_counts(question.sdata, section, layer=layer)
-    if places is None or counts is None:
-        check_conservation(question, layer=layer)
-        raise AssertionError
+    places, counts = check_conservation(question, layer=layer)
+    section, xy_px = question.section, question.targets.xy_px
     n = len(section.xy_px)
     said = model.predict_from(context, places=at_spots, xy_um=section.xy_um, own=np.full(n, -1), device=question.device)
     columns = section.genes.get_indexer(model.genes)
     noise = noise_variance(counts[:, columns], total=np.asarray(counts.sum(axis=1)).ravel())
     shrunken = shrinkage(section.dense(model.genes), said, noise=noise)
-    share = spot_by_bin(
-        section.footprints,
-        targets.xy_px,
-        bin_px=places.size_px,
-        row=places.array_row,
-        col=places.array_col,
-    )
+    row, col = places.array_row, places.array_col
+    share = spot_by_bin(section.footprints, xy_px, bin_px=places.size_px, row=row, col=col)
     inner_um = section.spot_um / 2 + places.size_px * section.mpp / np.sqrt(2)
     return Conservation(
         share,
-        targets.xy_px * section.mpp,
+        xy_px * section.mpp,
         section.xy_um,
         (inner_um, max(inner_um, section.pitch_um / 2)),
         np.expm1(shrunken.mean).astype(np.float32),

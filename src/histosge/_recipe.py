@@ -11,7 +11,7 @@ import numpy as np
 from histosge import _keys
 from histosge._coverage import Footprints, divide
 from histosge._embedding import STACKS, embed
-from histosge._encoders import load_encoder, with_tokens
+from histosge._encoders import lacks_tokens, load_encoder, with_tokens
 from histosge._section import Section, Targets, find_embedding
 from histosge._settings import logger
 
@@ -71,6 +71,7 @@ def prepare(
             "image, `spatialdata_io.visium(path, fullres_image_file=...)`, or use encoder='stain-texture'."
         )
         raise ValueError(msg)
+    _check_dense(encoder, dense=dense)  # before gigabytes are loaded
     loaded = load_encoder(encoder)
     if tile_um is not None and not 1 <= tile_um <= 10_000:
         msg = f"tile_um={tile_um!r} is not the edge of a tile in µm. Pass a positive number, or None for the encoder's own."
@@ -79,14 +80,18 @@ def prepare(
     if tile_um is not None and hasattr(loaded, "embed_block"):
         msg = f"tile_um={tile_um!r}: encoder {spec.name!r} looks at several scales of its own. Leave tile_um out."
         raise ValueError(msg)
-    if dense and spec.token_px is None:
+    _check_dense(loaded, dense=dense)
+    return loaded, Recipe(spec.to_dict(), float(tile_um or spec.tile_um), stack, dense)
+
+
+def _check_dense(encoder: Any, *, dense: bool) -> None:
+    if dense and lacks_tokens(encoder):
+        name = getattr(getattr(encoder, "spec", None), "name", encoder)
         msg = (
-            f"encoder {spec.name!r} gives no tokens below its tile, so that nothing smaller than a spot can be embedded "
-            f"by its area. Choose one of {with_tokens()}, or pass dense=False to "
-            "embed the tile around each place."
+            f"encoder {name!r} gives no tokens below its tile, so that nothing smaller than a spot can be embedded "
+            f"by its area. Choose one of {with_tokens()}, or pass dense=False to embed the tile around each place."
         )
         raise ValueError(msg)
-    return loaded, Recipe(spec.to_dict(), float(tile_um or spec.tile_um), stack, dense)
 
 
 def again(recipe: Recipe, encoder: Any) -> tuple[Any, float | None, tuple[str, ...]]:

@@ -158,6 +158,15 @@ def with_tokens() -> list[str]:
     return [BUILT_IN, *(name for name, row in _TABLE.items() if row.token_px is not None)]
 
 
+def lacks_tokens(encoder: Any) -> bool:
+    """Whether it is known, without loading it, that an encoder gives no dense tokens."""
+    spec = getattr(encoder, "spec", None)
+    if spec is None and isinstance(encoder, str):
+        name = _BY_PLAIN.get(_plain(encoder)) or _BY_REPO.get(encoder.lower().removeprefix("hf-hub:"))
+        spec = registered(name) if name in _TABLE else None
+    return spec is not None and spec.token_px is None
+
+
 def encoders() -> pd.DataFrame:
     """List the encoders that can be named in ``encoder=``, beside any model of timm (``"timm:NAME"``).
 
