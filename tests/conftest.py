@@ -1,6 +1,17 @@
 from __future__ import annotations
 
+import logging
+
 import pytest
+
+
+@pytest.fixture
+def log(caplog):
+    """Messages of histosge's logger, which does not hand them on to the root's."""
+    logger = logging.getLogger("histosge")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(scope="session")

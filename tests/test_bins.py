@@ -73,15 +73,6 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def log(caplog):
-    """Messages of histosge's logger, which does not hand them on to the root's."""
-    logger = logging.getLogger("histosge")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
-
-
 def told(log, level=logging.WARNING):
     return [r.getMessage() for r in log.records if r.levelno >= level]
 

@@ -16,17 +16,8 @@ from sklearn.base import BaseEstimator, RegressorMixin
 
 from histosge import _calibration
 from histosge._calibration import FLOOR, ErrorBars, _fit, _scores, calibrate, coverage, neighbour_average
-from histosge._settings import logger
 
 properties = settings(deadline=None, max_examples=25)
-
-
-@pytest.fixture
-def log(caplog):
-    """What the package logs; its logger does not propagate to the root."""
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def simulate(n, *, g, rng, intercept=0.4, slope=0.6):

@@ -16,18 +16,9 @@ from sklearn.metrics import adjusted_rand_score
 import histosge as sge
 from histosge import _domains
 from histosge._domains import MAX_RUNS, SPATIAL_NEIGHBOURS, agreement, cut, domain_graph, find_domains
-from histosge._settings import logger
 
 properties = settings(deadline=None, max_examples=25)
 DEFAULT = {"resolution": 1.0, "n_domains": None, "n_pcs": 30, "n_neighbours": 15, "spatial_weight": 0.2, "rng": 0}
-
-
-@pytest.fixture
-def log(caplog):
-    """What the package logs; its logger does not propagate to the root."""
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def square(n=20):

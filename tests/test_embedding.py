@@ -13,7 +13,6 @@ from histosge import settings
 from histosge._embedding import embed, resolve_device
 from histosge._encoders._spec import EncoderSpec
 from histosge._encoders.stain_texture import StainTexture
-from histosge._settings import logger
 from histosge._tiles import LazyImage
 
 CPU = torch.device("cpu")
@@ -41,14 +40,6 @@ class Sees:
         mean = tiles.float().mean((2, 3))
         mean[:, 2] = len(tiles)
         return mean if self.value is None else torch.full_like(mean, self.value)
-
-
-@pytest.fixture
-def log(caplog):
-    """What the package logs; its logger does not propagate to the root."""
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ from histosge._holdout import SPLITS, Measured, Plan, Trial, ask, trials
 from histosge._model import fit_model
 from histosge._recipe import embed_targets, prepare
 from histosge._section import own_spots, per_target_sum, read_section, section_counts
-from histosge._settings import logger
 from histosge.tl import _evaluate
 
 CPU = torch.device("cpu")
@@ -101,13 +100,6 @@ def room(_ready_once):
 @pytest.fixture(scope="module")
 def other_room(_second_once):
     return measured_of(_second_once, "second")[0]
-
-
-@pytest.fixture
-def log(caplog):
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def plan(split, **changes):

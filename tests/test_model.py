@@ -33,14 +33,6 @@ OPTIONS = {"published": {"n_steps": 3}}
 every_head = pytest.mark.parametrize("head", sorted(HEADS))
 
 
-@pytest.fixture
-def log(caplog):
-    """What the package logs; its logger does not propagate to the root."""
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
-
-
 @pytest.fixture(scope="module")
 def section(_section_once):
     return read_section(_section_once)

@@ -35,15 +35,6 @@ def copy_of(sdata):
     return SpatialData(images=dict(sdata.images), shapes=dict(sdata.shapes), tables=tables)
 
 
-@pytest.fixture
-def log(caplog):
-    """Messages of histosge's logger, which does not hand them on to the root's."""
-    logger = logging.getLogger("histosge")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
-
-
 def warnings_in(log):
     return [r.getMessage() for r in log.records if r.levelno >= logging.WARNING]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import shutil
 import signal
 import subprocess
@@ -168,14 +167,6 @@ def made():
 @pytest.fixture(scope="module")
 def at_once(made, tmp_path_factory):
     return write_at_once(tmp_path_factory.mktemp("at_once") / "whole.zarr", *made)
-
-
-@pytest.fixture
-def log(caplog):
-    logger = logging.getLogger("histosge")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 @pytest.mark.parametrize(

@@ -20,15 +20,6 @@ NAME = "histosge_targets"
 AXES = ("x", "y")
 
 
-@pytest.fixture
-def log(caplog):
-    """Messages of histosge's logger, which does not hand them on to the root's."""
-    logger = logging.getLogger("histosge")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
-
-
 def warnings_in(log):
     return [r.getMessage() for r in log.records if r.levelno >= logging.WARNING]
 

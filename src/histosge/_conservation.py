@@ -13,7 +13,7 @@ import numpy as np
 from scipy import sparse
 
 from histosge._geometry import nearest_spots
-from histosge._metrics import checked_counts, count_rates
+from histosge._metrics import count_rates, sized_counts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,11 +65,7 @@ def noise_variance(
     -------
     (n, genes); 0 for a gene that was not seen.
     """
-    rows = checked_counts(counts)
-    size = np.asarray(rows.sum(1) if total is None else total, np.float64).ravel()
-    if (size <= 0).any():
-        msg = f"total: {(size <= 0).sum()} of {len(size)} spots have no counts. Leave them out first."
-        raise ValueError(msg)
+    rows, size = sized_counts(counts, total)
     columns = rows.tocsc()
     found = np.zeros(columns.shape)
     seen = np.flatnonzero(np.asarray(columns.sum(0)).ravel() > 0)

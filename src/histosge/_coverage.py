@@ -245,11 +245,17 @@ def divide(footprints: Footprints, *, edge_px: float) -> tuple[Floats, Ints, Flo
     share = coverage(footprints, Grid(x0, y0, edge_px, n_rows, n_cols))
     cells, column = np.unique(share.indices, return_inverse=True)
     row, col = np.divmod(cells, n_cols)
+    xy_px = np.column_stack([x0 + (col + 0.5) * edge_px, y0 + (row + 0.5) * edge_px])
+    return xy_px, *padded(sparse.csr_matrix((share.data, column, share.indptr), shape=(len(footprints), len(cells))))
+
+
+def padded(share: sparse.csr_matrix) -> tuple[Ints, Floats]:
+    """Columns and values of each row of a sparse matrix, (n, k) each; rows with fewer are filled up with 0."""
     each = np.diff(share.indptr)
     place = np.arange(each.max(initial=0)) < each[:, None]  # (n, k)
     index, weight = np.zeros(place.shape, np.int64), np.zeros(place.shape)
-    index[place], weight[place] = column, share.data
-    return np.column_stack([x0 + (col + 0.5) * edge_px, y0 + (row + 0.5) * edge_px]), index, weight
+    index[place], weight[place] = share.indices, share.data
+    return index, weight
 
 
 def block_order(xy_px: Floats, *, block_px: float, origin_px: tuple[float, float] | None = None) -> Ints:

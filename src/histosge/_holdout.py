@@ -15,6 +15,7 @@ from scipy import sparse
 
 from histosge import _metrics
 from histosge._calibration import coverage, neighbour_average
+from histosge._coverage import padded
 from histosge._domains import SPATIAL_WEIGHT, agreement, find_domains
 from histosge._model import FAR_UM, fit_model, lay_out
 from histosge._recipe import SpotParts
@@ -246,11 +247,8 @@ def _pseudo_spots(one: Measured, plan: Plan, repeat: int, *, rng: np.random.Gene
 
 def _members(one: Measured, big: sparse.csr_matrix) -> SpotParts:
     """Spots as the parts of big spots, (n_big, n)."""
-    each = np.diff(big.indptr)
-    place = np.arange(each.max()) < each[:, None]  # (n_big, k)
-    index = np.zeros(place.shape, np.int64)
-    index[place] = big.indices
-    return SpotParts(one.embedding, one.section.xy_px, index, (place / each[:, None]).astype(np.float32))
+    index, weight = padded(big.multiply(1 / big.sum(1)).tocsr())
+    return SpotParts(one.embedding, one.section.xy_px, index, weight.astype(np.float32))
 
 
 def evaluate(

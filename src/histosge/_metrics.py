@@ -157,6 +157,16 @@ _CELLS = 160_000
 """Spots times genes at a time."""
 
 
+def sized_counts(counts: sparse.spmatrix, total: Floats | None) -> tuple[sparse.csr_matrix, Floats]:
+    """Raw counts and the library size (n,) of each spot, which none may be without."""
+    rows = checked_counts(counts)
+    size = np.asarray(rows.sum(1) if total is None else total, np.float64).ravel()
+    if (size <= 0).any():
+        msg = f"total: {(size <= 0).sum()} of {len(size)} spots have no counts. Leave them out first."
+        raise ValueError(msg)
+    return rows, size
+
+
 def noise_ceiling(counts: sparse.spmatrix, *, total: Floats | None = None, target_sum: float = 1e4) -> Floats:
     """Correlation with the measured values that a model could at most reach if it knew the expression without noise.
 
@@ -187,11 +197,7 @@ def noise_ceiling(counts: sparse.spmatrix, *, total: Floats | None = None, targe
     -------
     (genes,) from 0 to 1; 0 for a gene that was not seen, or varies no more than counting does.
     """
-    rows = checked_counts(counts)
-    size = np.asarray(rows.sum(1) if total is None else total, np.float64).ravel()
-    if (size <= 0).any():
-        msg = f"total: {(size <= 0).sum()} of {len(size)} spots have no counts. Leave them out first."
-        raise ValueError(msg)
+    rows, size = sized_counts(counts, total)
     columns = rows.tocsc()
     found = np.zeros(columns.shape[1])
     seen = np.flatnonzero(np.asarray(columns.sum(0)).ravel() > 0)
