@@ -226,7 +226,8 @@ def detail(table, genes):
 def tiles_of_a_vit(sdata) -> None:
     """Seams of dense embeddings by a ViT-S with random weights, at the borders of its overlapping tiles."""
     from histosge._coverage import Footprints
-    from histosge._embedding import _step, embed
+    from histosge._embedding import embed
+    from histosge._overlap import step_tokens
     from histosge._section import read_section
 
     section = read_section(sdata, report=False)
@@ -252,10 +253,10 @@ def tiles_of_a_vit(sdata) -> None:
     scale = encoder.spec.mpp / section.mpp
     spec = encoder.spec
     for name, step_px in (
-        ("starts of our overlapping tiles", _step(spec.tile_px // spec.token_px) * spec.token_px * scale),
+        ("starts of our overlapping tiles", step_tokens(spec.tile_px // spec.token_px) * spec.token_px * scale),
         ("the same lines, moved by half a step (nothing is there)", None),
     ):
-        step = _step(spec.tile_px // spec.token_px) * spec.token_px * scale
+        step = step_tokens(spec.tile_px // spec.token_px) * spec.token_px * scale
         shift = 0 if step_px else step / 2
         ratios = []
         for axis, centre in ((1, xy[:side, 0]), (0, xy[::side, 1])):
@@ -363,7 +364,7 @@ def speed(options) -> None:
 
     from histosge._coverage import Footprints
     from histosge._embedding import embed
-    from histosge._tiles import LazyImage
+    from histosge._image import LazyImage
 
     encoder = vit_small()
     image = LazyImage(np.random.default_rng(0).integers(0, 255, (3, 5000, 5000), np.uint8))

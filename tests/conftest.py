@@ -1,8 +1,21 @@
 from __future__ import annotations
 
 import logging
+import os
+from pathlib import Path
+from uuid import uuid4
 
 import pytest
+
+_CACHE = Path(os.environ["HISTOSGE_CACHE"]).parent  # of this session, by the conftest.py above
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(monkeypatch):
+    """A cache of its own for each test, so that none reads what another computed; not made before it is needed."""
+    folder = _CACHE / uuid4().hex
+    monkeypatch.setenv("HISTOSGE_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture

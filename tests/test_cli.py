@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 
 import anndata as ad
 import numpy as np
@@ -15,7 +17,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 import histosge as sge
-from histosge.cli import main
+from histosge._cache import open_cache
+from histosge.cli import _size, main
 
 FAST = ["--encoder", "stain-texture", "--head", "nearest", "--genes", "5", "--upsample", "2"]
 
@@ -51,7 +54,7 @@ def files(path):
 
 
 def test_help():
-    for command in ([], ["predict"], ["demo"], ["encoders"]):
+    for command in ([], ["predict"], ["demo"], ["encoders"], ["cache"], ["cache", "list"], ["cache", "clear"]):
         done = run(*command, "--help")
         assert done.exit_code == 0
         assert "Usage:" in done.output
@@ -65,7 +68,7 @@ def test_options_are_those_of_python():
 
     python = inspect.signature(sge.tl.predict).parameters
     renamed = {"seed": "rng", "source": "sdata"}
-    own = {"target", "weights", "overwrite"}
+    own = {"target", "weights", "overwrite", "no_cache"}
     for option in main.commands["predict"].params:
         if option.name in own:
             continue
@@ -282,6 +285,120 @@ def test_error_of_the_system_is_told(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sge.tl, "predict", predict)
     assert "No space left on device" in fails("predict", source, tmp_path / "o.zarr", *FAST)
+
+
+# --------------------------------------------------------------------------------------------------------- cache
+
+
+@pytest.fixture
+def kept(cache_folder):
+    """A cache with embeddings of two encoders."""
+    cache = open_cache()
+    uni = cache.shelf({"encoder": {"name": "uni", "mpp": 0.5}, "tile_um": 112.0, "dense": True})
+    uni.put("a" * 16, np.zeros((120, 64), np.float16))
+    uni.put("b" * 16, np.zeros((20, 64), np.float16))
+    cache.shelf({"encoder": "mine"}).put("a" * 16, np.zeros((2, 3), np.float32))
+    return cache
+
+
+def test_cache_list(kept):
+    uni, mine = (next(s for s in kept.shelves() if s.encoder == name) for name in ("uni", "mine"))
+    os.utime(uni.folder / f"{'a' * 16}.npy", (2e9, 2e9))
+    done = run("cache", "list")
+    assert done.exit_code == 0, done.output
+    head, first, second, total = done.stdout.splitlines()
+    assert head.split() == ["encoder", "mpp", "tile_um", "dense", "blocks", "size", "last", "used"]
+    assert len(head) == len(first) == len(second)
+    assert first.split()[:7] == ["uni", "0.5", "112", "yes", "2", "18.2", "kB"]
+    assert first.split()[7] == f"{datetime.fromtimestamp(2e9):%Y-%m-%d}"
+    assert second.split()[:7] == ["mine", "-", "-", "-", "1", str(mine.n_bytes), "B"]
+    assert total == f"18.3 kB of at most 20 GB in {kept.root}"
+
+
+def test_cache_list_as_json(kept):
+    done = run("cache", "list", "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["folder"] == str(kept.root)
+    assert told["limit_bytes"] == 20_000_000_000
+    assert told["n_bytes"] == sum(row["n_bytes"] for row in told["shelves"])
+    uni = next(row for row in told["shelves"] if row["encoder"] == "uni")
+    assert uni["recipe"] == {"encoder": {"name": "uni", "mpp": 0.5}, "tile_um": 112.0, "dense": True}
+    assert uni["n_blocks"] == 2
+    assert datetime.fromisoformat(uni["last_used"]).tzinfo is not None
+
+
+def test_cache_that_is_empty(cache_folder):
+    assert run("cache", "list").stdout == f"0 B of at most 20 GB in {cache_folder}\n"
+    assert json.loads(run("cache", "list", "--json").stdout)["shelves"] == []
+    assert run("cache", "clear").stdout == f"freed 0 B in {cache_folder}\n"  # and asks nothing
+    assert not cache_folder.exists()
+
+
+def test_cache_clear_asks(kept):
+    done = CliRunner().invoke(main, ["cache", "clear"], input="n\n")
+    assert done.exit_code == 1
+    assert f"Remove the embeddings by all encoders, 18.3 kB, from {kept.root}?" in done.stderr
+    assert done.stdout.strip() == ""
+    assert "Aborted" in fails("cache", "clear")  # nobody there to answer
+    assert len(kept.shelves()) == 2
+    done = CliRunner().invoke(main, ["cache", "clear", "--encoder", "uni"], input="y\n")
+    assert done.exit_code == 0
+    assert "Remove the embeddings by 'uni', 18.2 kB" in done.stderr
+    assert f"freed 18.2 kB in {kept.root}" in done.stdout
+    assert [s.encoder for s in kept.shelves()] == ["mine"]
+
+
+def test_cache_clear(kept):
+    done = run("cache", "clear", "--yes")
+    assert done.exit_code == 0
+    assert done.stdout == f"freed 18.3 kB in {kept.root}\n"
+    assert kept.shelves() == []
+
+
+def test_cache_clear_of_an_unknown_encoder(kept):
+    told = fails("cache", "clear", "--encoder", "unii", "--yes")
+    assert told == f"histosge: encoder='unii': nothing is kept of it in {kept.root}; there are 'mine', 'uni'.\n"
+    assert len(kept.shelves()) == 2
+
+
+@pytest.mark.parametrize("command", [["list"], ["clear", "--yes"]])
+def test_cache_of_somebody_else(cache_folder, command):
+    cache_folder.mkdir()
+    (cache_folder / "precious.txt").write_text("mine")
+    told = fails("cache", *command)
+    assert told.startswith(f"histosge: {cache_folder} would be the folder that embeddings are kept in, but")
+    assert (cache_folder / "precious.txt").read_text() == "mine"
+
+
+def test_cache_that_is_a_file(cache_folder):
+    cache_folder.write_text("")
+    assert "Not a directory" in fails("cache", "list")
+
+
+def test_cache_command_starts_without_torch(cache_folder):
+    code = (
+        "import sys; from histosge.cli import main; main(['cache', 'list'], standalone_mode=False); "
+        "print(sorted({'torch', 'pandas', 'spatialdata', 'scanpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"0 B of at most 20 GB in {cache_folder}", "[]"]
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1 MB"),
+        (2.5e10, "25 GB"),
+        (3e13, "30 TB"),
+    ],
+)
+def test_sizes(n_bytes, text):
+    assert _size(n_bytes) == text
 
 
 @pytest.fixture

@@ -8,11 +8,12 @@ import shapely
 import torch
 
 from histosge._coverage import Footprints, Grid, coverage
-from histosge._embedding import _step, _window, embed
+from histosge._embedding import embed
 from histosge._encoders._spec import EncoderSpec
 from histosge._encoders.stain_texture import CELL_PX, MPP, StainTexture
+from histosge._image import LazyImage
+from histosge._overlap import _window, step_tokens
 from histosge._settings import logger
-from histosge._tiles import LazyImage
 
 CPU = torch.device("cpu")
 TOKEN, SIDE = 4, 6
@@ -141,7 +142,7 @@ def test_tiles_overlap_without_a_seam():
 
 def test_windows_leave_no_token_without_weight():
     for side in range(1, 40):
-        step, edge = _step(side), _window((np.arange(side) + 0.5) / side)
+        step, edge = step_tokens(side), _window((np.arange(side) + 0.5) / side)
         assert 1 <= step <= side
         covered = np.zeros(4 * side)
         for start in range(-side, 4 * side, step):
@@ -237,3 +238,21 @@ def test_stain_texture_is_the_same_in_the_middle_and_at_the_border_of_a_block():
     moved = Footprints.squares(xy - [400, 0], edge_px=4.0)
     inside = embed(shifted, moved.xy_px, mpp=MPP, encoder=StainTexture(), footprints=moved, device=CPU)
     assert (np.abs(across - inside).max(0) <= 1e-3 * across.std(0) + 1e-5).all()
+
+
+def test_dense_embeddings_are_kept_by_their_areas(noise):
+    """The same areas are read; areas of another size at the same places are not."""
+
+    class Kept(SeesTokens):
+        def identity(self, device):
+            return {"name": "tokens"}
+
+    areas = some("square")
+    values = []
+    for footprints, computed in ((areas, True), (areas, False), (areas.scaled(1.0), False), (some("disc"), True)):
+        encoder = Kept()
+        values.append(
+            embed(LazyImage(noise), footprints.xy_px, mpp=1.0, encoder=encoder, footprints=footprints, device=CPU)
+        )
+        assert (encoder.n_tiles > 0) == computed
+    assert (values[0] == values[1]).all()

@@ -13,7 +13,7 @@ from histosge import settings
 from histosge._embedding import embed, resolve_device
 from histosge._encoders._spec import EncoderSpec
 from histosge._encoders.stain_texture import StainTexture
-from histosge._tiles import LazyImage
+from histosge._image import LazyImage
 
 CPU = torch.device("cpu")
 TILE = 8
@@ -220,3 +220,141 @@ def test_an_error_of_the_encoder_is_not_hidden(gradient):
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         embed(gradient, places(20), mpp=1.0, encoder=Broken(), device=CPU)
     assert not [t for t in threading.enumerate() if t.name == "histosge-prefetch"]
+
+
+# ------------------------------------------------------------------------------------------------------- cache
+
+
+class Kept(Sees):
+    """A tile encoder that is known by what it answers."""
+
+    def __init__(self, *, times=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.times = times
+
+    def identity(self, device):
+        return {"name": self.spec.name, "times": self.times}
+
+    def embed(self, tiles):
+        self.batches.append(len(tiles))
+        return tiles.float().mean((2, 3)) * self.times
+
+
+def test_a_second_run_reads_what_the_first_one_kept(gradient, log):
+    xy, first, second = places(75), Kept(), Kept()
+    values = embed(gradient, xy, mpp=1.0, encoder=first, device=CPU, batch_size=32)
+    assert sum(first.batches) == 75
+    log.clear()
+    again = embed(gradient, xy, mpp=1.0, encoder=second, device=CPU, batch_size=32)
+    assert second.batches == []
+    assert (again == values).all()
+    assert "75 of 75 embeddings were in the cache" in log.text
+
+
+@pytest.mark.parametrize("change", ["encoder", "image", "place", "scale", "tile", "way", "precision"])
+def test_nothing_is_read_for_another_recipe(gradient, change):
+    """A pixel, a hundredth of a pixel, half a percent of scale: what the answer depends on is computed again."""
+    xy = places(20)
+    run = {"mpp": 1.0, "encoder": Kept(), "device": CPU}
+    embed(gradient, xy, **run)
+    other = Kept(times=2.0) if change == "encoder" else Kept()
+    run["encoder"] = other
+    image = gradient
+    if change == "image":
+        data = gradient.data.copy()
+        data[2, 100, 100] += 1
+        image = LazyImage(data)
+    elif change == "place":
+        xy = xy + np.eye(20, 2) * 0.01
+    elif change == "scale":
+        run["mpp"] = 1.006
+    elif change == "tile":
+        run["tile_um"] = 9.0
+    elif change == "precision":
+        run["encoder"] = other = KeptByPrecision()
+        embed(image, xy, **run)
+        assert len(other.batches) == 1
+        with settings.override(precision="float32"):
+            embed(image, xy, **run)
+        assert len(other.batches) == 2
+        return
+    elif change == "way":
+        xy = xy[::-1]  # the same places in another order are other rows
+    values = embed(image, xy, **run)
+    assert sum(other.batches) == 20
+    with settings.override(cache_gb=0):
+        assert (values == embed(image, xy, **run)).all()
+
+
+class KeptByPrecision(Kept):
+    def identity(self, device):
+        return super().identity(device) | {"precision": settings.precision or "default"}
+
+
+def wide_gradient():
+    """Several blocks wide: red is x / 64, green is y."""
+    y, x = np.indices((64, 12_000))
+    return LazyImage(np.stack([x // 64, y, 0 * x]).astype(np.uint8))
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was():
+    """It fails in its 5th batch; blocks that were done by then are not done again."""
+
+    class Fails(Kept):
+        def embed(self, tiles):
+            if len(self.batches) == 4:
+                raise KeyboardInterrupt
+            return super().embed(tiles)
+
+    image = wide_gradient()
+    rng = np.random.default_rng(0)
+    xy = rng.random((100, 2)) * [11_900, 50]
+    with settings.override(cache_gb=0):
+        expected = embed(image, xy, mpp=1.0, encoder=Kept(), device=CPU, batch_size=10)
+    with pytest.raises(KeyboardInterrupt):
+        embed(image, xy, mpp=1.0, encoder=Fails(), device=CPU, batch_size=10)
+    went_on = Kept()
+    values = embed(image, xy, mpp=1.0, encoder=went_on, device=CPU, batch_size=10)
+    assert (values == expected).all()
+    assert 60 <= sum(went_on.batches) < 90  # 40 were answered, those of the block at work are lost
+
+
+def test_blocks_that_are_kept_and_blocks_that_are_not_mix():
+    """One block of the image changes: the others are read, and every place gets its own."""
+    image = wide_gradient()
+    xy = np.random.default_rng(0).random((100, 2)) * [11_900, 50]
+    embed(image, xy, mpp=1.0, encoder=Kept(), device=CPU, batch_size=7)
+    data = image.data.copy()
+    data[:, :, 4000] = 255
+    some = Kept()
+    values = embed(LazyImage(data), xy, mpp=1.0, encoder=some, device=CPU, batch_size=7)
+    assert 0 < sum(some.batches) < 50
+    with settings.override(cache_gb=0):
+        assert (values == embed(LazyImage(data), xy, mpp=1.0, encoder=Kept(), device=CPU, batch_size=7)).all()
+
+
+def test_embeddings_are_rounded_alike_whether_kept_or_not(gradient):
+    xy = places(30)
+    values = {}
+    for gb in (0, 20):
+        with settings.override(cache_gb=gb):
+            values[gb] = embed(gradient, xy, mpp=1.0, encoder=Kept(times=0.1), device=CPU)
+    assert (values[0] == values[20]).all()
+    assert (values[0] == values[0].astype(np.float16)).all()
+    with settings.override(precision="float32"):
+        exact = embed(gradient, xy, mpp=1.0, encoder=Kept(times=0.3), device=CPU)
+    assert (exact != exact.astype(np.float16)).any()
+
+
+def test_numbers_too_large_for_half_precision_stay(gradient):
+    values = embed(gradient, places(5), mpp=1.0, encoder=Kept(times=1e4), device=CPU)
+    assert np.isfinite(values).all()
+    assert values.max() > 1e5
+
+
+def test_an_encoder_that_nobody_knows_is_not_kept(gradient, cache_folder):
+    for _ in range(2):
+        encoder = Sees()
+        embed(gradient, places(20), mpp=1.0, encoder=encoder, device=CPU)
+        assert sum(encoder.batches) == 20
+    assert not cache_folder.exists()

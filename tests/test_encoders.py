@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -862,3 +862,41 @@ def test_timm_model_on_gpu_agrees_with_cpu(name, tmp_path):
     gpu = encoder.to("cuda").embed(some.cuda())
     assert gpu.dtype == torch.float32
     assert ((gpu.cpu() - cpu).abs().mean(0) / cpu.std(0).clamp_min(1e-6)).median() < 0.05
+
+
+def test_identity_is_that_of_the_weights(tiny, tmp_path):
+    """By name or by path, the same weights are the same encoder; other weights, another scale or precision are not."""
+    cpu = torch.device("cpu")
+    same = [
+        sge.load_encoder("test_vit", weights=path).identity(cpu) for path in (tiny[0], tiny[0] / "model.safetensors")
+    ]
+    assert same[0] == same[1]
+    assert same[0]["versions"]["timm"]
+    save_weights(tmp_path / "other", name="test_vit", seed=1)
+    others = [
+        sge.load_encoder("test_vit", weights=tmp_path / "other").identity(cpu),
+        sge.load_encoder("test_vit", weights=tiny[0], mpp=1.25).identity(cpu),
+    ]
+    with sge.settings.override(precision="bfloat16"):
+        others.append(sge.load_encoder("test_vit", weights=tiny[0]).identity(cpu))
+    assert all(other != same[0] for other in others)
+
+
+def test_own_module_is_known_by_the_revision_it_is_given():
+    module = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    spec = sge.EncoderSpec(name="mine", mpp=0.5, tile_px=8, embed_dim=3)
+    cpu = torch.device("cpu")
+    assert sge.load_encoder(module, spec=spec).identity(cpu) is None
+    one, two = (sge.load_encoder(module, spec=replace(spec, revision=r)).identity(cpu) for r in ("1", "2"))
+    assert one != two
+
+
+def test_bfloat16_on_request(tiny):
+    """About three digits; what comes out is float32."""
+    encoder = sge.load_encoder("test_vit", weights=tiny[0])
+    exact = encoder.embed(tiles())
+    with sge.settings.override(precision="bfloat16"):
+        rough = encoder.embed(tiles())
+    assert rough.dtype == torch.float32
+    assert (rough != exact).any()
+    assert torch.allclose(rough, exact, atol=0.05 * float(exact.abs().max()))

@@ -16,9 +16,10 @@ from histosge._evaluation import (
     score,
     summary,
 )
-from histosge._heads import HEADS, Places, Spots, get_head
+from histosge._heads import HEADS, Places, Spots, aggregate, get_head, in_context
 from histosge._metrics import morans_i
 from histosge._splits import random_folds
+from histosge._training import Schedule
 
 
 def grid(n=10):
@@ -163,6 +164,31 @@ def test_every_name_weighs_the_same_however_many_heads_it_has(head, weights):
     assert [h.name for _, h in found.heads] == [name for name, _ in weights]
     assert [w for w, _ in found.heads] == pytest.approx([w for _, w in weights])
     assert sum(w for w, _ in found.heads) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("head", ["in-context+kriging", "aggregate+ridge+coordinates"])
+def test_any_number_of_workers_gives_the_same_digits(head, monkeypatch):
+    """One worker or three, and whatever somebody else draws from torch meanwhile; other seeds give other digits."""
+    for module in (in_context, aggregate):
+        monkeypatch.setattr(module, "Schedule", lambda **kwargs: Schedule(**kwargs | {"n_steps": 4}))
+    s, fold = noise_spots()
+    options = {"coordinates": {"n_steps": 5}} if "coordinates" in head else {"kriging": {"n_steps": 3}}
+    before, said = torch.get_num_threads(), []
+    try:
+        for n_threads in (1, 3):
+            torch.set_num_threads(n_threads)
+            torch.manual_seed(n_threads)
+            state = torch.get_rng_state()
+            found = fit(s, head, fold, options=options)
+            assert torch.equal(torch.get_rng_state(), state)
+            assert torch.get_num_threads() == n_threads
+            said.append([found.held_out, *(t.numpy() for _, h in found.heads for t in h.state()[1].values())])
+    finally:
+        torch.set_num_threads(before)
+    for one, three in zip(*said, strict=True):
+        np.testing.assert_array_equal(one, three)
+    other = cross_fit(s, head=head, fold=fold, rng=np.random.default_rng(1), progress=False, options=options)
+    assert not np.array_equal(other.held_out, said[0][0])
 
 
 def test_no_heads_for_new_places_unless_they_are_wanted():

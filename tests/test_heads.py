@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import threading
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.decomposition import PCA
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import Kernel
+from sklearn.linear_model import RidgeCV
 from torch import nn
 
 from histosge._evaluation import correlation, cross_fit, score
 from histosge._heads import DEFAULT_HEAD, HEADS, Places, Spots, get_head, in_context, kriging, parts_of
 from histosge._heads import published as published_file
 from histosge._heads._space import principal, standardise, standardiser
-from histosge._training import Schedule, one_thread, seeded, stopping_spots, train
+from histosge._training import Dropout, Schedule, one_thread, seeded, side_by_side, stopping_spots, train
 
 CPU = torch.device("cpu")
 PITCH = 100.0
@@ -447,6 +452,21 @@ def test_ridge_against_leave_one_out_by_hand(small):
     assert np.abs(out.numpy() - (z @ slope + offset)).max() < 1e-4
 
 
+@pytest.mark.parametrize(("n", "d", "n_genes"), [(90, 12, 7), (60, 200, 1), (90, 3, 40)])
+def test_ridge_against_scikit_learn(n, d, n_genes):
+    """Principal components and penalty, more columns than spots too."""
+    rng = np.random.default_rng(n + d)
+    x = rng.standard_normal((n, d)) * 0.9 ** np.arange(d) + 2
+    y = x[:, :3] @ rng.standard_normal((3, n_genes)) + 0.5 * rng.standard_normal((n, n_genes)) + 5
+    s = Spots(*(torch.as_tensor(a, dtype=torch.float32) for a in (x, y, rng.random((n, 2)))), PITCH)
+    scaled = standardise(s.embedding, *standardiser(s.embedding)).double().numpy()
+    pca = PCA(min(n // 4, d), svd_solver="full").fit(scaled)
+    ridge = RidgeCV(np.logspace(-1, 7, 25)).fit(pca.transform(scaled), s.expression.double().numpy())
+    expected = ridge.predict(pca.transform(scaled)).reshape(n, n_genes)
+    assert 0.1 < ridge.alpha_ < 1e7
+    assert np.abs(fit("ridge", s).predict(Places.of(s), context=s).numpy() - expected).max() < 1e-4
+
+
 def test_ridge_finds_what_the_image_shows_and_nothing_else(spots):
     known, held_out = split(spots)
     found = scores(fit("ridge", known), known, held_out)
@@ -596,6 +616,29 @@ def test_in_context_in_prediction_is_what_was_trained(trained, monkeypatch, n_co
         assert torch.allclose(out, slow_answer(head, places, context), atol=1e-5)
     shuffled = places.take(own.flip(0))
     assert torch.allclose(head.predict(shuffled, context=context), out.flip(0), atol=1e-5)
+
+
+def test_in_context_learns_what_it_says():
+    """Keys and values once a spot, the position taken apart: answers and slopes as if each place worked out its own."""
+    torch.manual_seed(0)
+    n, b, k = 40, 12, 6
+    network = in_context._Network(5, 3, 16, 4, 0.2).eval()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    place, spots, components = torch.randn(b, 5), torch.randn(n, 5), torch.randn(n, 3)
+    near, position = torch.randint(n, (b, k)), torch.randn(b, k, in_context.N_POSITION)
+    present = torch.rand(b, k) > 0.5
+    found = []
+    for seen in (present, torch.zeros_like(present)):  # and with no context at all
+        seen[0] = False
+        for answer in (
+            network(place, spots[near], components[near], position, seen),
+            network.learn(place, spots, components, near=near, position=position, present=seen),
+        ):
+            slopes = torch.autograd.grad(answer.square().sum(), list(network.parameters()))
+            found.append((answer, torch.cat([slope.flatten() for slope in slopes])))
+        torch.testing.assert_close(*found[-2:], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found[0][0], found[2][0])
 
 
 def test_in_context_works_spots_out_once(trained, monkeypatch):
@@ -1173,6 +1216,127 @@ def test_seeded_leaves_the_global_state_alone():
     with pytest.raises(RuntimeError, match="cannot be multiplied"), seeded(np.random.default_rng(1), CPU):
         torch.rand(1) @ torch.rand(2, 3)
     assert (torch.get_rng_state() == state).all()
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_tasks_run_side_by_side_on_a_core_each():
+    together = threading.Barrier(3, timeout=20)  # breaks unless all three are at work at once
+
+    def task(i):
+        together.wait()
+        return i, torch.get_num_threads()
+
+    found = side_by_side([partial(task, i) for i in range(3)], device=CPU, desc="", progress=False)
+    assert found == [(0, 1), (1, 1), (2, 1)]
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_on_a_gpu_tasks_take_turns():
+    here = [threading.current_thread().name] * 4
+    tasks = [lambda: threading.current_thread().name] * 4
+    assert side_by_side(tasks, device=torch.device("cuda"), desc="", progress=False) == here
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_the_first_error_of_a_task_ends_the_others(error):
+    """Training for a million epochs ends at once, and what is queued never starts."""
+    started = threading.Event()
+
+    def fails():
+        assert started.wait(20)
+        msg = "the reason"
+        raise error(msg)
+
+    def endless():
+        started.set()
+        run(Number(), n_steps=10**6, losses=iter(range(10**6, 0, -1)))
+
+    def never():
+        pytest.fail("was started")
+
+    with pytest.raises(error, match="the reason"):
+        side_by_side([endless, endless, fails, never], device=CPU, desc="", progress=False)
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_progress_bar_over_tasks(n_threads, capsys):
+    """One for all of them where they run side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        tasks = [lambda: run(Number(), n_steps=2)] * 3
+        side_by_side(tasks, device=CPU, desc="all of it", progress=True)
+    finally:
+        torch.set_num_threads(before)
+    shown = capsys.readouterr().err
+    assert "all of it:" in shown
+    assert "/3 [" in shown
+
+
+def test_dropout_draws_from_its_generator():
+    drop, x = Dropout(0.25), torch.ones(20_000)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    drawn = []
+    for _ in range(2):
+        drop.generator = torch.Generator().manual_seed(5)
+        drawn.append(drop(x))
+    assert torch.equal(*drawn)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert drawn[0].unique().tolist() == pytest.approx([0, 4 / 3])
+    assert float(drawn[0].mean()) == pytest.approx(1, abs=0.02)
+    assert torch.equal(drop.eval()(x), x)
+    assert torch.equal(Dropout(0.0)(x), x)
+
+
+def test_training_is_adamw_with_clipped_gradients():
+    """The steps that torch takes over the parameters one by one; each ends as a tensor of its own."""
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    theirs, unused = copy.deepcopy(ours), nn.Parameter(torch.ones(2))
+    ours.register_parameter("unused", unused)  # as of a path that a network does not take
+    x, y = torch.randn(8, 3), 30 * torch.randn(8, 2)
+    schedule = Schedule(n_steps=6, batch_size=8, learning_rate=0.1, weight_decay=0.5, patience=9)
+
+    def error(module, rows):
+        return (module(x[rows]) - y[rows]).square().mean()
+
+    epochs = iter(range(9, 0, -1))  # the last epoch is the best
+    train(
+        ours,
+        loss=lambda rows: error(ours, rows),
+        stopping_loss=lambda: torch.tensor(float(next(epochs))),
+        n_spots=8,
+        schedule=schedule,
+        generator=torch.Generator().manual_seed(1),
+        desc="",
+        progress=False,
+    )
+    optimiser = torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.5)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.1, total_steps=6)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(6):
+        optimiser.zero_grad()
+        error(theirs, torch.randperm(8, generator=generator)).backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimiser.step()
+        cycle.step()
+    for one, other in zip(ours[0::2], theirs[0::2], strict=True):
+        torch.testing.assert_close(one.weight, other.weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.bias, other.bias, rtol=1e-4, atol=1e-5)
+    places = [p.untyped_storage().data_ptr() for p in ours.parameters()]
+    assert len(set(places)) == len(places)
 
 
 def test_one_thread_gives_the_others_back():

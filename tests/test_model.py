@@ -757,6 +757,12 @@ def test_verbosity(value, level):
         assert logger.level == level
 
 
+def test_wrong_precision():
+    with pytest.raises(ValueError, match=r"settings.precision='half': choose 'float32', 'bfloat16', or None"):
+        sge.settings.precision = "half"
+    assert sge.settings.precision is None
+
+
 @pytest.mark.parametrize("value", [4, -1, None, "2", 1.5])
 def test_wrong_verbosity(value):
     before = dataclasses.asdict(sge.settings)

@@ -6,11 +6,13 @@ import logging
 from contextlib import contextmanager
 
 import anndata as ad
+import dask.array as da
 import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pytest
 import shapely
+import xarray as xr
 from scipy import sparse
 from spatialdata import SpatialData, get_pyramid_levels
 from spatialdata.models import Image2DModel, ShapesModel, TableModel
@@ -195,9 +197,42 @@ def test_image_is_lazy_and_of_the_finest_scale(sdata):
     assert image.data.dtype == np.uint8
 
 
+def by_means(array, factor):
+    _, h, w = array.shape
+    whole = array[:, : h // factor * factor, : w // factor * factor]
+    return whole.reshape(3, h // factor, factor, w // factor, factor).mean((2, 4)).round().astype(np.uint8)
+
+
+def pyramid(levels, *, names=("r", "g", "b")):
+    arrays = [xr.DataArray(da.from_array(a), dims=("c", "y", "x"), coords={"c": list(names)}) for a in levels]
+    return xr.DataTree.from_dict({f"scale{i}": xr.Dataset({"image": a}) for i, a in enumerate(arrays)})
+
+
+def test_coarser_levels_come_along_where_they_show_the_same(sdata):
+    """Levels by means are taken; those by leaving pixels out are not, nor those of another place or of odd factors."""
+    from histosge._section._image import lazy_image
+
+    rng = np.random.default_rng(0)
+    fine = rng.integers(0, 255, (3, 203, 301), dtype=np.uint8)
+    cases = {
+        "means": ([by_means(fine, 2), by_means(fine, 4)], [2.0, 4.0]),
+        "left out": ([fine[:, ::2, ::2], by_means(fine, 4)], [4.0]),
+        "moved": ([np.roll(by_means(fine, 2), 3, axis=2)], []),
+        "odd": ([by_means(fine, 2)[:, :90]], []),
+    }
+    for levels, factors in cases.values():
+        image = lazy_image(pyramid([fine, *levels]), "he")
+        assert [factor for _, factor in image.coarser] == factors
+        assert (image.read(0, 0, 301, 203) == fine).all()
+    swapped = pyramid([fine, by_means(fine, 2)], names=("b", "g", "r"))
+    level, factor = lazy_image(swapped, "he").level(2.0)
+    assert factor == 2
+    assert (level.read(0, 0, 150, 101) == by_means(fine, 2)[::-1]).all()  # in the order red, green, blue
+
+
 def read_all(sdata, **kwargs):
     image = read_section(sdata, **kwargs).image
-    return image.read(0, 0, image.width_px, image.height_px).astype(int)
+    return np.moveaxis(image.read(0, 0, image.width_px, image.height_px), 0, -1).astype(int)
 
 
 @pytest.mark.parametrize(

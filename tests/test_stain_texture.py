@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from histosge._encoders.stain_texture import CELL_PX, DISC_UM, MPP, StainTexture
-from histosge._tiles import LazyImage, blocks
+from histosge._image import LazyImage
+from histosge._tiles import blocks
 
 HAEMATOXYLIN = np.array([0.65, 0.70, 0.29]) / np.linalg.norm([0.65, 0.70, 0.29])
 EOSIN = np.array([0.07, 0.99, 0.11]) / np.linalg.norm([0.07, 0.99, 0.11])
@@ -46,7 +47,7 @@ def embed(image, xy, *, block_px=1024):
         align_px=encoder.align_px,
         block_px=block_px,
     ):
-        pixels = torch.from_numpy(np.ascontiguousarray(block.pixels.transpose(2, 0, 1)))
+        pixels = torch.from_numpy(np.ascontiguousarray(block.pixels))
         out[block.rows] = encoder.embed_block(pixels, torch.from_numpy(block.xy_px)).numpy()
     return out
 

@@ -28,8 +28,9 @@ from spatialdata import SpatialData, read_zarr
 from spatialdata.models import ShapesModel, TableModel
 from spatialdata.transformations import Identity, Scale, get_transformation
 
-from histosge._section import _store
-from histosge._section._store import TableStore, open_table
+from histosge._section import _rows, _store
+from histosge._section._rows import open_table
+from histosge._section._store import TableStore
 
 RECIPE = {
     "head": "in-context+kriging",
@@ -144,7 +145,7 @@ def assert_same_stores(path, at_once):
     assert_geodataframe_equal(a.shapes["bins"], b.shapes["bins"])
     assert get_transformation(a.shapes["bins"], get_all=True) == get_transformation(b.shapes["bins"], get_all=True)
     assert nodes(path) == nodes(at_once)
-    assert _store._geo(path / SHAPES) == _store._geo(at_once / SHAPES)
+    assert _rows.geo(path / SHAPES) == _rows.geo(at_once / SHAPES)
     consolidated = zarr.open_group(path, mode="r").metadata.consolidated_metadata
     assert consolidated is not None
     assert "tables/predicted/obs/region/codes" in consolidated.flattened_metadata
@@ -239,7 +240,7 @@ def test_chunks_of_a_large_table(tmp_path):
 
 @given(st.integers(1, 10**6), st.integers(1, 10**6))
 def test_no_chunk_straddles_parts(part_rows, wanted):
-    n = _store._chunk_rows(part_rows, wanted=wanted, whole=False)
+    n = _rows.chunk_rows(part_rows, wanted=wanted, whole=False)
     assert part_rows % n == 0
     assert n == part_rows or part_rows > wanted
 
@@ -279,14 +280,18 @@ def test_the_fit_outlives_a_run_that_was_killed_before_its_first_part(tmp_path):
     assert (opened(tmp_path / "out.zarr").folder / "model.json").exists()
 
 
-@pytest.mark.parametrize("killed_at", ["_row_arrays", "_write_json"])
+@pytest.mark.parametrize("killed_at", ["row_arrays", "_write_json"])
 def test_killed_while_being_set_up(tmp_path, monkeypatch, killed_at):
     table, shapes = whole(30)
     store = opened(tmp_path / "out.zarr", n=30)
     with monkeypatch.context() as patch:
-        patch.setattr(_store, killed_at, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        if killed_at == "_row_arrays":  # not in _layout, which comes earlier
-            patch.setattr(_store, "_layout", lambda *_: {})
+        patch.setattr(
+            _store if killed_at == "_write_json" else _rows,
+            killed_at,
+            lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
+        if killed_at == "row_arrays":  # not in layout, which comes earlier
+            patch.setattr(_rows, "layout", lambda *_: {})
         with pytest.raises(KeyboardInterrupt):
             fill(store, table, shapes)
     path = fill(opened(tmp_path / "out.zarr", n=30), table, shapes).finish()

@@ -10,19 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from histosge._tiles import Block, LazyImage, blocks, cut, prefetch, thumbnail, tile_batches
+from histosge._image import LazyImage
+from histosge._tiles import Block, batches, blocks, cut, prefetch, tile_batches
 
 properties = settings(deadline=None, max_examples=25)
 
 
 def noise(height, width, *, channels=3, seed=0):
     return np.random.default_rng(seed).integers(0, 255, (channels, height, width), dtype=np.uint8)
-
-
-def padded(image, margin):
-    """The image on white, (h, w, 3): what any window of it must look like."""
-    white = ((0, 0), (margin, margin), (margin, margin))
-    return np.moveaxis(np.pad(image, white, constant_values=255), 0, -1)
 
 
 class Counting:
@@ -44,74 +39,12 @@ class Counting:
         raise AssertionError(msg)
 
 
-# --------------------------------------------------------------------------------------------------------- read
-
-
-@properties
-@given(st.integers(-9, 30), st.integers(-9, 24), st.integers(1, 40), st.integers(1, 40))
-def test_read_is_a_window_of_the_image_on_white(x0, y0, width, height):
-    data = noise(17, 23)
-    found = LazyImage(data).read(x0, y0, x0 + width, y0 + height)
-    expected = padded(data, 60)[y0 + 60 : y0 + 60 + height, x0 + 60 : x0 + 60 + width]
-    assert found.dtype == np.uint8
-    assert (found == expected).all()
-
-
-def test_white_at_all_four_borders():
-    found = LazyImage(np.zeros((3, 4, 6), np.uint8)).read(-1, -2, 7, 5)
-    assert found.shape == (7, 8, 3)
-    assert (found[2:6, 1:7] == 0).all()
-    for border in (found[:2], found[6:], found[:, :1], found[:, 7:]):
-        assert (border == 255).all()
-
-
-def test_size():
-    image = LazyImage(np.zeros((3, 4, 6), np.uint8))
-    assert (image.height_px, image.width_px) == (4, 6)
-
-
-def test_rgba_is_laid_on_white():
-    data = np.zeros((4, 1, 3), np.uint8)
-    data[:3] = np.array([200, 100, 0])[:, None, None]
-    data[3] = [255, 0, 128]
-    solid, empty, half = LazyImage(data).read(0, 0, 3, 1)[0]
-    assert solid.tolist() == [200, 100, 0]
-    assert empty.tolist() == [255, 255, 255]
-    assert np.abs(half - np.array([227, 177, 127])).max() <= 1
-
-
-@pytest.mark.parametrize(("dtype", "white"), [(np.uint16, 65535.0), (np.float32, 1.0), (np.float64, 255.0)])
-@pytest.mark.parametrize("channels", [3, 4])
-def test_other_dtypes_become_the_same_uint8(dtype, white, channels):
-    eight = noise(9, 11, channels=channels)
-    other = eight * (white / 255)
-    other = np.rint(other).astype(dtype) if dtype == np.uint16 else other.astype(dtype)
-    expected, found = LazyImage(eight).read(-2, -2, 13, 11), LazyImage(other, white=white).read(-2, -2, 13, 11)
-    assert found.dtype == np.uint8
-    assert np.abs(found.astype(int) - expected).max() <= (1 if channels == 4 else 0)
-
-
-def test_values_beyond_white_do_not_wrap_around():
-    data = np.array([-0.1, 0.5, 1.2], np.float32).reshape(3, 1, 1)
-    assert LazyImage(data, white=1.0).read(0, 0, 1, 1)[0, 0].tolist() == [0, 128, 255]
-
-
-def test_dask_and_zarr_read_like_numpy(tmp_path):
-    import dask.array as da
-    import zarr
-
-    data = noise(50, 70)
-    stored = zarr.create_array(tmp_path / "image.zarr", data=data, chunks=(3, 16, 16))
-    for lazy in (da.from_array(data, chunks=(3, 16, 16)), stored):
-        assert (LazyImage(lazy).read(-3, 10, 60, 55) == LazyImage(data).read(-3, 10, 60, 55)).all()
-
-
 # ------------------------------------------------------------------------------------------------------- blocks
 
 
 def windows(image, xy, *, scale, block_px, tile_px=6, align_px=1, halo_px=None):
-    """The pixels around every place, by blocks: (n, tile, tile, 3)."""
-    out = np.zeros((len(xy), tile_px, tile_px, 3), np.uint8)
+    """The pixels around every place, by blocks: (n, 3, tile, tile)."""
+    out = np.zeros((len(xy), 3, tile_px, tile_px), np.uint8)
     seen = np.zeros(len(xy), int)
     halo_px = tile_px // 2 + 1 if halo_px is None else halo_px
     for block in blocks(image, xy, scale=scale, halo_px=halo_px, block_px=block_px, align_px=align_px):
@@ -162,11 +95,11 @@ def test_a_ramp_stays_the_same_ramp(scale, shift):
     ramp = np.stack(np.broadcast_arrays(x[None], y[:, None], (x[None] + y[:, None]) / 2)).round().astype(np.uint8)
     xy = places(30, height - 80, width - 80, seed=1) + 40 + shift
     for block in blocks(LazyImage(ramp), xy, scale=scale, halo_px=5, block_px=48):
-        h, w, _ = block.pixels.shape
+        _, h, w = block.pixels.shape
         # pixel j of the block covers [j, j + 1): its centre, in pixels of the image, from the first place
         at_x = (np.arange(w) + 0.5 - block.xy_px[0, 0]) * scale + xy[block.rows[0], 0]
         at_y = (np.arange(h) + 0.5 - block.xy_px[0, 1]) * scale + xy[block.rows[0], 1]
-        expected = np.stack(np.broadcast_arrays(at_x[None], at_y[:, None], (at_x[None] + at_y[:, None]) / 2), -1)
+        expected = np.stack(np.broadcast_arrays(at_x[None], at_y[:, None], (at_x[None] + at_y[:, None]) / 2))
         assert np.abs(block.pixels - expected).max() <= 1.01
 
 
@@ -176,7 +109,7 @@ def test_positions_in_a_block_are_those_in_the_image():
         offset = xy[block.rows] / 2 - block.xy_px
         assert np.allclose(offset, offset[0])
         assert np.allclose(offset[0] % 4, 0)  # blocks begin on the grid
-        far = block.pixels.shape[1::-1] - block.xy_px
+        far = block.pixels.shape[:0:-1] - block.xy_px
         assert block.xy_px.min() >= 7
         assert far.min() >= 7
 
@@ -211,7 +144,7 @@ def test_blocks_are_read_lazily_and_once():
         assert len(slide.read) == i + 1  # one read a block, when it is asked for
         x, y = np.floor(xy[block.rows[0]]).astype(int)
         col, row = np.floor(block.xy_px[0]).astype(int)
-        assert block.pixels[row, col].tolist() == [x % 251, y % 241, y // 256]
+        assert block.pixels[:, row, col].tolist() == [x % 251, y % 241, y // 256]
     assert sum(h * w for h, w in slide.read) < 6 * 1224**2
     assert max(max(side) for side in slide.read) <= 1024 + 2 * 96 + 1
 
@@ -226,7 +159,7 @@ def test_a_tile_is_centred_on_its_place(tile_px):
     data[:, 21, 33] = 0
     xy = np.array([[33.5, 21.5]]) if tile_px % 2 else np.array([[33.4, 21.4]])
     ((tiles, _),) = tile_batches(LazyImage(data), xy, scale=1.0, tile_px=tile_px, batch_size=4)
-    row, col = np.argwhere(tiles[0, :, :, 0] == 0)[0]
+    row, col = np.argwhere(tiles[0, 0] == 0)[0]
     assert (row, col) == (tile_px // 2, tile_px // 2)
 
 
@@ -253,17 +186,17 @@ def test_tile_batches_cover_every_place_once(n, batch_size, seed):
     rng = np.random.default_rng(seed)
     xy = rng.random((n, 2)) * [9000, 90]  # several blocks
     image = LazyImage(Counting(90, 9000))
-    batches = list(tile_batches(image, xy, scale=1.0, tile_px=2, batch_size=batch_size))
-    sizes = [len(rows) for _, rows in batches]
+    found = [(t.copy(), rows) for t, rows in tile_batches(image, xy, scale=1.0, tile_px=2, batch_size=batch_size)]
+    sizes = [len(rows) for _, rows in found]
     assert sizes == [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
-    assert sorted(np.concatenate([rows for _, rows in batches])) == list(range(n))
-    for tiles, rows in batches:
-        assert tiles.shape == (len(rows), 2, 2, 3)
+    assert sorted(np.concatenate([rows for _, rows in found])) == list(range(n))
+    for tiles, rows in found:
+        assert tiles.shape == (len(rows), 3, 2, 2)
         assert tiles.dtype == np.uint8
         corner = np.rint(xy[rows] - 1).astype(int)
         known = ((corner >= 0) & (corner < [9000, 90])).all(1)  # the others are white there
         assert (tiles[known, 0, 0, 0] == corner[known, 0] % 251).all()
-        assert (tiles[known, 0, 0, 1] == corner[known, 1] % 241).all()
+        assert (tiles[known, 1, 0, 0] == corner[known, 1] % 241).all()
 
 
 def test_a_dense_block_is_not_cut_all_at_once(monkeypatch):
@@ -272,9 +205,9 @@ def test_a_dense_block_is_not_cut_all_at_once(monkeypatch):
 
     sizes = []
 
-    def counting(block, *, tile_px):
+    def counting(block, *, tile_px, out):
         sizes.append(len(block.rows))
-        return cut(block, tile_px=tile_px)
+        return cut(block, tile_px=tile_px, out=out)
 
     monkeypatch.setattr(_tiles, "cut", counting)
     image, xy = LazyImage(noise(64, 64)), places(1000, 64, 64)
@@ -282,12 +215,62 @@ def test_a_dense_block_is_not_cut_all_at_once(monkeypatch):
     assert max(sizes) <= 32
 
 
+def test_a_batch_holds_until_the_next_one_is_asked_for():
+    """Buffers are few and used again, but never under the eyes of the one who computes."""
+    image, xy = LazyImage(noise(300, 300)), places(700, 300, 300)
+    (one,) = blocks(image, xy, scale=1.0, halo_px=5, block_px=10_000)
+    expected = np.empty((700, 3, 8, 8), np.uint8)
+    expected[one.rows] = cut(one, tile_px=8)
+    made = []
+
+    def empty(shape):
+        made.append(np.zeros(shape, np.uint8))
+        return made[-1]
+
+    found = blocks(image, xy, scale=1.0, halo_px=5, block_px=60)
+    for tiles, rows in batches(found, tile_px=8, batch_size=16, empty=empty):
+        time.sleep(0.002)  # the other thread works on meanwhile
+        assert (tiles == expected[rows]).all()
+    assert len(made) == 4
+
+
+@pytest.mark.parametrize(("scale", "level"), [(1.0, 1), (2.0, 2), (3.0, 2), (4.0, 4), (6.0, 4)])
+def test_a_pyramid_is_read_at_the_level_that_is_fine_enough(scale, level):
+    """A ramp is a ramp on every level, so that places stay where they are; levels are told apart by the blue."""
+    x, y = np.arange(240) + 0.5, np.arange(200) + 0.5
+
+    def ramp(f):
+        xs, ys = (v.reshape(-1, f).mean(1) for v in (x, y))
+        return np.stack(np.broadcast_arrays(xs[None], ys[:, None], 40.0 * f)).round().astype(np.uint8)
+
+    image = LazyImage(ramp(1), coarser=tuple((ramp(f), float(f)) for f in (2, 4)))
+    xy = places(30, 120, 160, seed=1) + 40
+    for block in blocks(image, xy, scale=scale, halo_px=5, block_px=48):
+        assert (block.pixels[2] == 40 * level).all()
+        _, h, w = block.pixels.shape
+        at_x = (np.arange(w) + 0.5 - block.xy_px[0, 0]) * scale + xy[block.rows[0], 0]
+        at_y = (np.arange(h) + 0.5 - block.xy_px[0, 1]) * scale + xy[block.rows[0], 1]
+        inside = np.ix_((at_y > 8) & (at_y < 192), (at_x > 8) & (at_x < 232))
+        assert np.abs(block.pixels[0] - at_x[None])[inside].max() <= 1.01
+        assert np.abs(block.pixels[1] - at_y[:, None])[inside].max() <= 1.01
+
+
+def test_prefetch_closes_what_it_reads_ahead():
+    """Behind one thread that reads ahead may stand another."""
+    inner = prefetch(iter(range(1000)))
+    outer = prefetch(i for i in inner)
+    assert next(outer) == 0
+    outer.close()
+    inner.close()
+    assert not workers()
+
+
 def test_cut_takes_the_pixels_themselves():
-    pixels = np.moveaxis(noise(20, 30), 0, -1)
+    pixels = noise(20, 30)
     block = Block(pixels, np.array([5, 2]), np.array([[10.0, 8.0], [20.2, 11.8]]))
     tiles = cut(block, tile_px=6)
-    assert (tiles[0] == pixels[5:11, 7:13]).all()
-    assert (tiles[1] == pixels[9:15, 17:23]).all()
+    assert (tiles[0] == pixels[:, 5:11, 7:13]).all()
+    assert (tiles[1] == pixels[:, 9:15, 17:23]).all()
 
 
 # ----------------------------------------------------------------------------------------------------- prefetch
@@ -353,35 +336,3 @@ def test_prefetch_stopped_early_leaves_no_thread(how):
         with pytest.raises(KeyError):
             stream.throw(KeyError("the consumer failed"))
     assert not workers()
-
-
-# ---------------------------------------------------------------------------------------------------- thumbnail
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "max_px"), [(400, 600, 100), (4100, 300, 512), (64, 64, 64), (50, 80, 200)]
-)
-def test_thumbnail_keeps_the_mean(height, width, max_px):
-    data = noise(height, width)
-    data[0] //= 2
-    small, factor = thumbnail(LazyImage(data), max_px=max_px)
-    assert factor == max(1, -(-max(height, width) // max_px))
-    assert small.shape == (-(-height // factor), -(-width // factor), 3)
-    assert max(small.shape) <= max_px
-    assert small.mean((0, 1)) == pytest.approx(data.mean((1, 2)), abs=1.0)
-
-
-def test_thumbnail_is_the_mean_of_each_square():
-    """1100 rows at a factor of 7 are read in two strips: no cell mixes them or is moved."""
-    data = noise(1106, 70)
-    small, factor = thumbnail(LazyImage(data), max_px=158)
-    assert factor == 7
-    expected = data.reshape(3, 158, 7, 10, 7).mean((2, 4))
-    assert np.abs(np.moveaxis(small, -1, 0) - expected).max() <= 0.52
-
-
-def test_thumbnail_is_read_by_strips():
-    slide = Counting(5000, 400)
-    thumbnail(LazyImage(slide), max_px=500)
-    assert len(slide.read) >= 4
-    assert max(h for h, _ in slide.read) <= 1024

@@ -30,6 +30,9 @@ TINY = 1e-6
 PART = 512
 """Genes at a time: all at once in float64 need not fit in memory."""
 
+PASS = 2**16
+"""Values that bars are laid around at a time: a quarter of a megabyte, four times."""
+
 
 @dataclass(frozen=True)
 class ErrorBars:
@@ -59,9 +62,26 @@ class ErrorBars:
 
     def interval(self, predicted: Floats) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Lower and upper end (m, g) of the bars around ``predicted``, (m, g); expression is never below 0."""
-        centre = np.maximum(np.asarray(predicted, np.float32), 0)
-        reach = np.minimum(self.quantile * self.sd(centre), self.largest)
-        return np.maximum(centre - reach, 0), centre + reach
+        return self.around(predicted)[1:]
+
+    def around(self, predicted: Floats) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+        """:meth:`sd`, and both ends of :meth:`interval`, in one pass over a few rows at a time, which caches hold."""
+        value = np.asarray(predicted, np.float32)
+        sd, lower, upper = (np.empty(value.shape, np.float32) for _ in range(3))
+        n = max(1, PASS // max(value.shape[-1], 1))
+        centre = np.empty((n, value.shape[-1]), np.float32)
+        for start in range(0, len(value), n):
+            rows = slice(start, start + n)
+            width, reach, end = sd[rows], lower[rows], upper[rows]
+            middle = np.maximum(value[rows], 0, out=centre[: len(width)])
+            np.multiply(middle, self.slope, out=width)
+            width += self.intercept
+            np.sqrt(np.maximum(width, self.floor, out=width), out=width)
+            np.multiply(width, self.quantile, out=reach)
+            np.minimum(reach, self.largest, out=reach)
+            np.add(middle, reach, out=end)
+            np.maximum(np.subtract(middle, reach, out=reach), 0, out=reach)
+        return sd, lower, upper
 
     def to_arrays(self) -> dict[str, NDArray[np.floating]]:
         """Give all fields as arrays, for safetensors."""

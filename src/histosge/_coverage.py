@@ -6,6 +6,7 @@ Positions are (x, y) in pixels of one plane, where pixel ``i`` covers ``[i, i + 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -112,6 +113,15 @@ class Footprints:
             return shapely.bounds(self.polygons)
         half = self.size_px[:, None] / 2
         return np.hstack([self.xy_px - half, self.xy_px + half])
+
+    def digest(self) -> bytes:
+        """Tell these areas from any others."""
+        made = hashlib.sha256(self.kind.encode())
+        for array in (self.xy_px, self.size_px):
+            made.update(np.ascontiguousarray(array))
+        for outline in () if self.polygons is None else shapely.to_wkb(self.polygons):
+            made.update(outline)
+        return made.digest()
 
     def scaled(self, factor: float) -> Footprints:
         """Multiply all positions and sizes by ``factor``, as when the image is resampled."""

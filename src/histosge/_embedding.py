@@ -7,15 +7,19 @@ tokens are the mean of its bins' (but for their surroundings).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import hashlib
+from collections import deque
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from scipy import sparse
 
+from histosge._cache import cache_folder, open_cache
 from histosge._coverage import Footprints, Grid, coverage
+from histosge._image import LazyImage, settle
+from histosge._overlap import share_of_tiles, step_tokens, tiles_over, token_grid
 from histosge._settings import logger, progress_bar, settings
-from histosge._tiles import LazyImage, blocks, prefetch, settle, tile_batches
+from histosge._tiles import Block, batches, blocks, prefetch, tile_batches, tile_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,11 +27,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from histosge._cache import EmbeddingCache, Shelf
+
 STACKS = ("pilm", "rgb")
 """Maps that can be stacked into one embedding; the third one of the paper, position, every head takes by itself."""
 _RGB_WINDOW_UM = 55.0
-_TILE_STEP = 0.55
-"""Step from tile to tile, in tiles, of dense embeddings: neighbours overlap by the rest."""
 DENSE_BLOCK_PX = 4096
 """Edge, at the encoder's scale, of the blocks that tiles are laid over for dense embeddings."""
 
@@ -67,6 +71,7 @@ def embed(
     device: torch.device,
     batch_size: int = 32,
     progress: bool | None = None,
+    report: bool = True,
 ) -> NDArray[np.float32]:
     """Embed places of an image.
 
@@ -92,6 +97,8 @@ def embed(
         Tiles per forward pass.
     progress
         Whether to show a progress bar.
+    report
+        Whether to say what was in the cache.
 
     Returns
     -------
@@ -106,11 +113,16 @@ def embed(
             scale = (spec.mpp if tile_um is None else tile_um / spec.tile_px) / mpp
             run = _WAYS[footprints is not None, hasattr(encoder, "embed_block")]
             where = xy_px if footprints is None else footprints
-            for rows, values in run(image, where, encoder=encoder, scale=scale, device=device, batch_size=batch_size):
+            ledger = _Ledger.open(encoder, device)
+            forward = _Forward(encoder, device=device, batch_size=batch_size)
+            for rows, values in run(image, where, scale=scale, forward=forward, ledger=ledger):
                 out = np.zeros((n, values.shape[1]), np.float32) if out is None else out
                 out[rows] = values
                 bar.update(len(rows))
             parts.append(np.zeros((0, spec.embed_dim), np.float32) if out is None else out)
+            if ledger.n_found:
+                log = logger.info if report else logger.debug
+                log("    %d of %d embeddings were in the cache (%s)", ledger.n_found, n, cache_folder())
         if "rgb" in stack:
             parts.append(_mean_colour(image, xy_px, mpp=mpp))
     joined = np.concatenate(parts, axis=1)
@@ -129,21 +141,35 @@ def block_edge_px(encoder: Any, *, mpp: float, tile_um: float | None) -> float:
     return (1024 if hasattr(encoder, "embed_block") else DENSE_BLOCK_PX) * scale
 
 
-def _embed_blocks(image, xy_px, *, encoder, scale, device, batch_size):  # type: ignore[no-untyped-def]
+def _embed_blocks(image, xy_px, *, scale, forward, ledger):  # type: ignore[no-untyped-def]
+    encoder, device = forward.encoder, forward.device
     for block in prefetch(blocks(image, xy_px, scale=scale, halo_px=encoder.halo_px, align_px=encoder.align_px)):
         values = encoder.embed_block(_on_device(block, device), torch.from_numpy(block.xy_px))
         yield block.rows, values.float().cpu().numpy()
 
 
-def _embed_tiles(image, xy_px, *, encoder, scale, device, batch_size):  # type: ignore[no-untyped-def]
-    tile_px = encoder.spec.tile_px
-    batches = tile_batches(image, xy_px, scale=scale, tile_px=tile_px, batch_size=batch_size)
-    forward = _Forward(encoder, encoder.embed, device=device, batch_size=batch_size)
-    for tiles, rows in prefetch(batches):
-        yield rows, np.concatenate([values.float().cpu().numpy() for values in forward(tiles)])
+def _embed_tiles(image, xy_px, *, scale, forward, ledger):  # type: ignore[no-untyped-def]
+    tile_px, on_gpu = forward.encoder.spec.tile_px, forward.device.type == "cuda"
+    todo = ledger.todo(tile_blocks(image, xy_px, scale=scale, tile_px=tile_px), way="tile")
+    running: deque[tuple[NDArray[np.int64], list[Tensor]]] = deque()
+    for tiles, rows in batches(todo, tile_px=tile_px, batch_size=forward.batch_size, empty=_buffers(pinned=on_gpu)):
+        running.append((rows, list(forward(tiles, forward.encoder.embed))))
+        # a GPU is handed the next batch before the answer to the last one is asked for
+        if len(running) > on_gpu:
+            yield from ledger.done(*_fetched(running.popleft()))
+        yield from ledger.found()
+    for answer in running:
+        yield from ledger.done(*_fetched(answer))
+    yield from ledger.found()
 
 
-def _embed_blocks_densely(image, places, *, encoder, scale, device, batch_size):  # type: ignore[no-untyped-def]
+def _fetched(answer: tuple[NDArray[np.int64], list[Tensor]]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    rows, values = answer
+    return rows, np.concatenate([v.float().cpu().numpy() for v in values])
+
+
+def _embed_blocks_densely(image, places, *, scale, forward, ledger):  # type: ignore[no-untyped-def]
+    encoder, device = forward.encoder, forward.device
     on_grid = places.scaled(1 / settle(scale))  # in pixels of the encoder
     halo_px = encoder.halo_px + _reach(on_grid)
     token_px = encoder.spec.token_px
@@ -154,10 +180,10 @@ def _embed_blocks_densely(image, places, *, encoder, scale, device, batch_size):
         yield block.rows, _under(on_grid.take(block.rows), grid, tokens, around.float().cpu().numpy())
 
 
-def _embed_tiles_densely(image, places, *, encoder, scale, device, batch_size):  # type: ignore[no-untyped-def]
-    spec = encoder.spec
+def _embed_tiles_densely(image, places, *, scale, forward, ledger):  # type: ignore[no-untyped-def]
+    spec = forward.encoder.spec
     on_grid = places.scaled(1 / settle(scale))
-    step_px = _step(spec.tile_px // spec.token_px) * spec.token_px
+    step_px = step_tokens(spec.tile_px // spec.token_px) * spec.token_px
     found = blocks(
         image,
         places.xy_px,
@@ -166,15 +192,16 @@ def _embed_tiles_densely(image, places, *, encoder, scale, device, batch_size): 
         block_px=DENSE_BLOCK_PX,
         align_px=step_px,
     )
-    forward = _Forward(encoder, encoder.embed_tokens, device=device, batch_size=batch_size)
-    for block in prefetch(found):
+    for block in prefetch(ledger.todo(found, way=f"dense, {step_px} px from tile to tile", areas=on_grid)):
         some = on_grid.take(block.rows)
-        tiles = _tiles_over(block.pixels.shape[:2], some.bounds() - (*block.origin_px, *block.origin_px), spec, step_px)
-        tokens, summary = _token_grid(block.pixels, tiles, spec, step_px=step_px, forward=forward)
+        tiles = tiles_over(block.pixels.shape[1:], some.bounds() - (*block.origin_px, *block.origin_px), spec, step_px)
+        tokens, summary = token_grid(block, tiles, spec, step_px=step_px, forward=forward)
         x0, y0 = block.origin_px
         grid = Grid(x0, y0, spec.token_px, *tokens.shape[:2])
-        around = _share_of_tiles(block.xy_px, tiles, spec, step_px=step_px) @ summary
-        yield block.rows, _under(some, grid, tokens, around)
+        around = share_of_tiles(block.xy_px, tiles, spec, step_px=step_px) @ summary
+        yield from ledger.done(block.rows, _under(some, grid, tokens, around))
+        yield from ledger.found()
+    yield from ledger.found()
 
 
 _WAYS = {  # dense, block encoder
@@ -186,7 +213,8 @@ _WAYS = {  # dense, block encoder
 
 
 def _on_device(block: Any, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(block.pixels.transpose(2, 0, 1))).to(device)  # (3, h, w)
+    pixels = block.pixels if block.pixels.flags.writeable else block.pixels.copy()  # torch shares no read-only memory
+    return torch.from_numpy(np.ascontiguousarray(pixels)).to(device)  # (3, h, w)
 
 
 def _reach(places: Footprints) -> int:
@@ -202,108 +230,113 @@ def _under(places: Footprints, grid: Grid, tokens: Tensor, around: NDArray[np.fl
     return np.concatenate([share @ flat, around], axis=1)
 
 
-# ------------------------------------------------------------------------------------------- tokens from overlapping tiles
+# -------------------------------------------------------------------------------------------------- kept from run to run
 
 
-def _step(side: int) -> int:
-    """Tokens from one tile to the next, of tiles ``side`` tokens wide."""
-    return max(1, round(_TILE_STEP * side))
+_SCHEME = 1
+"""Counts up when the same pixels and places come to other embeddings."""
 
 
-def _window(u: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Weight of what lies at a share ``u`` of a tile's edge (Hann): none at its border, where it lacks context."""
-    return np.where((u > 0) & (u < 1), np.sin(np.pi * u) ** 2, 0.0)
+class _Ledger:
+    """What of the blocks is on the shelf already, and what is put there.
 
-
-def _tiles_over(shape: tuple[int, int], bounds: NDArray[np.float64], spec: Any, step_px: int) -> NDArray[np.int64]:
-    """Number of each tile that some place is under, -1 for others: (rows, cols) of tiles that fit into a block."""
-    n_rows, n_cols = ((side - spec.tile_px) // step_px + 1 for side in shape)
-    low = np.floor((bounds[:, :2] - spec.tile_px) / step_px).astype(np.int64) + 1
-    high = np.ceil(bounds[:, 2:] / step_px).astype(np.int64)  # the first tile beyond
-    low, high = np.clip(low, 0, [n_cols, n_rows]), np.clip(high, 0, [n_cols, n_rows])
-    edges = np.zeros((n_rows + 1, n_cols + 1), np.int64)  # corners of rectangles; their sums fill them
-    for sign, x, y in ((1, low, low), (-1, high, low), (-1, low, high), (1, high, high)):
-        np.add.at(edges, (y[:, 1], x[:, 0]), sign)
-    wanted = edges.cumsum(0).cumsum(1)[:-1, :-1] > 0
-    number = np.full(wanted.shape, -1, np.int64)
-    number[wanted] = np.arange(wanted.sum())
-    return number
-
-
-def _token_grid(pixels: Any, number: NDArray[np.int64], spec: Any, *, step_px: int, forward: Any) -> tuple[Tensor, Any]:
-    """Tokens over a block, where tiles overlap the mean of theirs, and each tile's summary.
-
-    Returns
-    -------
-    tokens
-        (rows, cols, c) float32.
-    summary
-        (n_tiles, d) float32.
+    A block is known by its own pixels and places, so that nothing is ever read back for another image, another scale or
+    other places, and a run that was killed goes on at its last block.
     """
-    side = spec.tile_px // spec.token_px
-    step = step_px // spec.token_px
-    row, col = np.nonzero(number >= 0)
-    windows = np.lib.stride_tricks.sliding_window_view(pixels, (spec.tile_px, spec.tile_px), axis=(0, 1))
-    edge = _window((np.arange(side) + 0.5) / side)
-    weight = torch.as_tensor(edge[:, None] * edge, dtype=torch.float32)[..., None]  # (side, side, 1)
-    shape = [n // spec.token_px for n in pixels.shape[:2]]
-    total: Any = None
-    weights, summaries = torch.zeros(*shape, 1), []
-    done, size = 0, forward.batch_size  # which may be halved on the way
-    for start in range(0, len(row), size):
-        some = slice(start, start + size)
-        tiles = np.moveaxis(windows[row[some] * step_px, col[some] * step_px], 1, -1)  # (b, tile, tile, 3)
-        for tokens, summary in forward(tiles):  # (b, side, side, c), (b, d)
-            if total is None:
-                total = torch.zeros(*shape, tokens.shape[-1], device=tokens.device)
-                weight, weights = weight.to(tokens.device), weights.to(tokens.device)
-            for one in tokens:
-                r, c = int(row[done]) * step, int(col[done]) * step
-                total[r : r + side, c : c + side].addcmul_(one.float(), weight)
-                weights[r : r + side, c : c + side] += weight
-                done += 1
-            summaries.append(summary.float().cpu().numpy())
-    return total.div_(weights.clamp_min(1e-12)), np.concatenate(summaries)
+
+    def __init__(self, cache: EmbeddingCache | None, made_by: dict[str, Any] | None, *, rounds: bool) -> None:
+        self.n_found = 0
+        self._cache, self._made_by, self._rounds = cache, made_by, rounds
+        self._shelf: Shelf | None = None
+        self._areas: Footprints | None = None
+        self._found: deque[tuple[NDArray[np.int64], NDArray[Any]]] = deque()
+        self._waiting: deque[tuple[str, int]] = deque()  # digest of a block and how many places it has
+        self._values: list[NDArray[Any]] = []  # of the first one
+
+    @classmethod
+    def open(cls, encoder: Any, device: torch.device) -> Self:
+        """Keep nothing where nobody can tell whether the encoder would say the same again."""
+        identity, cache = getattr(encoder, "identity", None), open_cache()
+        made_by = None if identity is None or cache is None else identity(device)
+        # an encoder that is not ours may mean every digit
+        return cls(cache, made_by, rounds=identity is not None and settings.precision != "float32")
+
+    def todo(self, found: Iterator[Block], *, way: str, areas: Footprints | None = None) -> Iterator[Block]:
+        """Pass on blocks that are not on the shelf; runs in the thread that reads ahead."""
+        self._areas = areas
+        if self._cache is not None and self._made_by is not None:
+            self._shelf = self._cache.shelf({"encoder": self._made_by, "way": way, "scheme": _SCHEME})
+        try:
+            for block in found:
+                if self._shelf is not None:
+                    digest = self._digest(block)
+                    values = self._shelf.get(digest)
+                    if values is not None and len(values) == len(block.rows):
+                        self._found.append((block.rows, values))
+                        continue
+                    self._waiting.append((digest, len(block.rows)))
+                yield block
+        finally:
+            found.close()  # type: ignore[attr-defined]
+
+    def found(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Rows and values of the blocks that were on the shelf."""
+        while self._found:
+            rows, values = self._found.popleft()
+            self.n_found += len(rows)
+            yield rows, values.astype(np.float32)
+
+    def done(
+        self, rows: NDArray[np.int64], values: NDArray[np.float32]
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Give what was computed, in the order of ``todo``, rounded as it is kept; put whole blocks on the shelf."""
+        fits = np.abs(values).max(initial=0) <= np.finfo(np.float16).max
+        kept: NDArray[Any] = values.astype(np.float16) if self._rounds and fits else values
+        yield rows, kept.astype(np.float32)
+        if self._shelf is None:
+            return
+        self._values.append(kept)
+        while self._waiting and sum(map(len, self._values)) >= self._waiting[0][1]:
+            digest, n = self._waiting.popleft()
+            so_far = np.concatenate(self._values)
+            self._shelf.put(digest, so_far[:n])
+            self._values = [so_far[n:]]
+
+    def _digest(self, block: Block) -> str:
+        digest = hashlib.sha256(repr((block.pixels.shape, block.origin_px if self._areas else None)).encode())
+        digest.update(np.ascontiguousarray(block.pixels))
+        digest.update(np.ascontiguousarray(block.xy_px))
+        if self._areas is not None:
+            digest.update(self._areas.take(block.rows).digest())
+        return digest.hexdigest()
 
 
-def _share_of_tiles(
-    xy_px: NDArray[np.float64], number: NDArray[np.int64], spec: Any, *, step_px: int
-) -> sparse.csr_matrix:
-    """Weight (n, n_tiles) of each tile's summary at places; the same window as for tokens, so nothing jumps."""
-    per_edge = -(-spec.tile_px // step_px)  # tiles over a place along one edge
-    last = np.floor(xy_px / step_px).astype(np.int64)  # (n, 2), (x, y)
-    back = np.arange(per_edge)
-    tile = last[:, None] - back[None, :, None]  # (n, per_edge, 2)
-    weight = _window((xy_px[:, None] - tile * step_px) / spec.tile_px)
-    inside = (tile >= 0) & (tile < number.shape[::-1])
-    weight = np.where(inside, weight, 0.0)
-    tile = np.where(inside, tile, 0)
-    both = weight[:, :, None, 1] * weight[:, None, :, 0]  # (n, rows, cols)
-    which = number[tile[:, :, None, 1], tile[:, None, :, 0]]
-    both = np.where(which >= 0, both, 0.0).reshape(len(xy_px), -1)
-    both /= both.sum(1, keepdims=True)
-    where = np.repeat(np.arange(len(xy_px)), both.shape[1])
-    shape = (len(xy_px), int(number.max()) + 1)
-    made = sparse.csr_matrix((both.ravel(), (where, which.clip(0).ravel())), shape=shape, dtype=np.float32)
-    made.eliminate_zeros()
-    return made
+# ------------------------------------------------------------------------------------------------------- on the device
+
+
+def _buffers(*, pinned: bool) -> Callable[[tuple[int, ...]], NDArray[np.uint8]]:
+    """What makes memory for tiles: pinned, a GPU fetches it by itself."""
+    return lambda shape: torch.empty(shape, dtype=torch.uint8, pin_memory=pinned).numpy()
 
 
 class _Forward:
     """Run tiles through an encoder in batches, halved once if memory runs out."""
 
-    def __init__(self, encoder: Any, call: Callable[[Tensor], Any], *, device: torch.device, batch_size: int) -> None:
-        self.encoder, self.call, self.device, self.asked = encoder, call, device, batch_size
+    def __init__(self, encoder: Any, *, device: torch.device, batch_size: int) -> None:
+        self.encoder, self.device, self.asked = encoder, device, batch_size
         self.batch_size, self.halved = batch_size, False
 
-    def __call__(self, tiles: NDArray[np.uint8]) -> Iterator[Any]:
-        """Yield what the encoder says of (b, tile, tile, 3) uint8, batch after batch."""
+    def __call__(self, tiles: NDArray[np.uint8], call: Callable[[Tensor], Any]) -> Iterator[Any]:
+        """Yield what the encoder says of (b, 3, tile, tile) uint8, batch after batch."""
         start = 0
         while start < len(tiles):
-            some = torch.from_numpy(np.ascontiguousarray(tiles[start : start + self.batch_size]))
+            some = torch.from_numpy(tiles[start : start + self.batch_size])
             try:
-                on_device = some.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # (b, 3, tile, tile) uint8
-                values = self.call(on_device)
+                on_device = some.to(self.device, non_blocking=True)  # (b, 3, tile, tile) uint8
+                copied = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+                values = call(on_device)
+                if copied is not None:
+                    copied.synchronize()  # the buffer that tiles lie in is filled anew as soon as the caller goes on
             except torch.OutOfMemoryError as err:
                 if self.halved or self.batch_size == 1:
                     spec = self.encoder.spec
@@ -329,6 +362,6 @@ def _mean_colour(image: LazyImage, xy_px: NDArray[np.float64], *, mpp: float) ->
     """Mean red, green and blue (0 to 1) in a window of a spot's size: the paper's RGB map."""
     out = np.zeros((len(xy_px), 3), np.float32)
     side = max(1, round(_RGB_WINDOW_UM / mpp))
-    for tiles, rows in prefetch(tile_batches(image, xy_px, scale=1.0, tile_px=side, batch_size=256)):
-        out[rows] = tiles.mean(axis=(1, 2), dtype=np.float32) / 255
+    for tiles, rows in tile_batches(image, xy_px, scale=1.0, tile_px=side, batch_size=256):
+        out[rows] = tiles.mean(axis=(2, 3), dtype=np.float32) / 255
     return out

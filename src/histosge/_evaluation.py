@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from scipy import sparse, stats
 from histosge._heads import Head, Places, Spots, get_head, parts_of
 from histosge._metrics import correlation, morans_i
 from histosge._settings import logger
+from histosge._training import side_by_side
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -95,23 +97,33 @@ def cross_fit(
         msg = f"head_options of {sorted(unknown)}: head {head!r} takes options by name, for example {{{names[0]!r}: {{...}}}}."
         raise ValueError(msg)
     device = spots.embedding.device
-    heads: list[tuple[float, Head]] = []
-    parts: dict[str, Floats] = {}
     folds = np.unique(fold)
-    for name in names:
-        make, given = get_head(name), arguments.get(name, {})
-        held_out = np.zeros(spots.expression.shape, np.float32)
-        for one in folds:
-            known = spots.take(torch.as_tensor(np.flatnonzero(fold != one), device=device))
-            rows = np.flatnonzero(fold == one)
-            fitted = make(**given).fit(known, rng=rng, progress=progress)
-            hidden = Places.of(spots.take(torch.as_tensor(rows, device=device)), hidden=False)
-            held_out[rows] = fitted.predict(hidden, context=known).clamp_min(0).cpu().numpy()
-            if make.averaged and final:
-                heads.append((1 / len(folds) / len(names), fitted))
-        if not make.averaged and final:
-            heads.append((1 / len(names), make(**given).fit(spots, rng=rng, progress=progress)))
-        parts[name] = held_out
+    parts = {name: np.zeros(spots.expression.shape, np.float32) for name in names}
+
+    def fit(name: str, one: int | None, seed: int) -> Head | None:
+        """Fit without fold ``one`` and predict it, or fit on all spots."""
+        head = get_head(name)(**arguments.get(name, {}))
+        own_rng = np.random.default_rng(seed)  # tasks run side by side: each has a source of its own
+        if one is None:
+            return head.fit(spots, rng=own_rng, progress=progress)
+        known = spots.take(torch.as_tensor(np.flatnonzero(fold != one), device=device))
+        rows = np.flatnonzero(fold == one)
+        head = head.fit(known, rng=own_rng, progress=progress)
+        hidden = Places.of(spots.take(torch.as_tensor(rows, device=device)), hidden=False)
+        parts[name][rows] = head.predict(hidden, context=known).clamp_min(0).cpu().numpy()
+        return head if head.averaged and final else None
+
+    asked: list[tuple[str, int | None]] = [(name, int(one)) for one in folds for name in names]
+    asked += [(name, None) for name in names if final and not get_head(name).averaged]
+    seeds = rng.integers(2**63 - 1, size=len(asked)).tolist()
+    tasks = [partial(fit, name, one, seed) for (name, one), seed in zip(asked, seeds, strict=True)]
+    made = side_by_side(tasks, device=device, desc=f"fitting {head}", progress=progress)
+    heads = [
+        (1 / len(names) / (1 if one is None else len(folds)), fitted)
+        for name in names
+        for (whose, one), fitted in zip(asked, made, strict=True)
+        if whose == name and fitted is not None
+    ]
     return CrossFit(np.mean(list(parts.values()), axis=0), parts, fold, heads)
 
 

@@ -7,6 +7,8 @@ import hashlib
 import inspect
 import json
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,17 +20,19 @@ from scipy import sparse
 
 from histosge._calibration import ErrorBars, calibrate
 from histosge._evaluation import choose_genes, compare, cross_fit, score, summary
-from histosge._heads import Parts, Places, Spots, get_head, parts_of
+from histosge._heads import LowRank, Parts, Places, Spots, get_head, parts_of
 from histosge._recipe import Recipe
 from histosge._settings import logger
 from histosge._splits import block_folds
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from histosge._heads import Head
+    from histosge._heads._protocol import Expansion, Run
     from histosge._recipe import SpotParts
     from histosge._section import Section
 
@@ -36,6 +40,10 @@ RIVALS = ("ridge", "nearest")
 """Simple heads that are scored on the same folds every time."""
 _FORMAT = 3
 _SAME_PCC = 0.01
+_PLACES_AT_ONCE = 16384
+"""Places that all heads are asked at together"""
+_VALUES_AT_ONCE = 2**17
+"""Values of the expression that a thread makes at a time: half a megabyte, which its cache holds."""
 _FITTED = ("mean", "weights")
 """What a simple head takes when it is restored, and is no option of it."""
 FAR_UM = 204_800.0
@@ -159,18 +167,40 @@ class Model:
     ) -> NDArray[np.float32]:
         """Predict (m, genes) at places, given measured spots with the genes ``context_genes``; see :meth:`predict`."""
         context = context.to(device)
-        columns = torch.as_tensor(self.context_genes.get_indexer(self.genes), device=device)
-        out = np.zeros((len(places), len(self.genes)), np.float32)
-        for start in range(0, len(out), 16384):  # a part's (m, genes) for one head at a time
-            rows = slice(start, start + 16384)
-            where = Places(
-                torch.as_tensor(places[rows]).to(device),
-                torch.as_tensor(xy_um[rows], dtype=torch.float32).to(device),
-                torch.as_tensor(own[rows]).to(device),
-            )
-            total = sum(w * h.predict(where, context=context)[:, columns].clamp_min(0) for w, h in self.heads)
-            out[rows] = total.cpu().numpy()  # type: ignore[union-attr]
+        out = np.empty((len(places), len(self.genes)), np.float32)
+        with workers(device) as run:
+            for start in range(0, len(out), _PLACES_AT_ONCE):
+                rows = slice(start, start + _PLACES_AT_ONCE)
+                where = Places(
+                    torch.as_tensor(places[rows]).to(device),
+                    torch.as_tensor(xy_um[rows], dtype=torch.float32).to(device),
+                    torch.as_tensor(own[rows]).to(device),
+                )
+                self._mean(where, context, out=torch.from_numpy(out[rows]), run=run)
         return out
+
+    def _mean(self, places: Places, context: Spots, *, out: Tensor, run: Run) -> None:
+        """Weighted mean of what the heads say, into ``out`` (m, genes): a few rows at a time, which caches hold."""
+        columns = torch.as_tensor(self.context_genes.get_indexer(self.genes), device=places.xy_um.device)
+        said: list[tuple[float, Tensor, Expansion]] = []
+        for kind in dict.fromkeys(type(head) for _, head in self.heads):
+            weights, heads = zip(*((w, head) for w, head in self.heads if type(head) is kind), strict=True)
+            if isinstance(heads[0], LowRank):
+                answers = heads[0].answers(heads, places, context=context, run=run)
+            else:
+                answers = [head.predict(places, context=context) for head in heads]
+            said += zip(weights, answers, (_expansion(head, columns) for head in heads), strict=True)
+
+        @torch.inference_mode()
+        def expand(rows: slice) -> None:
+            values = None
+            for weight, answer, into in said:
+                one = into(answer[rows]).clamp_min_(0)
+                values = one.mul_(weight) if values is None else values.add_(one, alpha=weight)
+            out[rows] = values  # type: ignore[assignment]
+
+        n = max(1, _VALUES_AT_ONCE // len(self.genes)) if out.device == places.xy_um.device else len(places)
+        list(run(expand, [slice(start, start + n) for start in range(0, len(places), n)]))
 
     def fingerprint(self) -> str:
         """Digest of the weights and of what is said of them, to tell models apart."""
@@ -265,6 +295,25 @@ class Model:
             ErrorBars.from_arrays(bars) if bars else None,
             config["info"],
         )
+
+
+@contextmanager
+def workers(device: torch.device) -> Iterator[Run]:
+    """Map over pieces on as many threads as torch may use, each with one: pieces, not threads, decide on the digits."""
+    n = torch.get_num_threads()
+    if device.type != "cpu" or n == 1:
+        yield map
+        return
+    try:
+        with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(n)  # threads to come take the number that was set last, be it by a worker
+
+
+def _expansion(head: Head, columns: Tensor) -> Expansion:
+    """How what a head answers becomes expression of the genes ``columns``."""
+    return head.expansion(columns) if isinstance(head, LowRank) else lambda answer: answer[:, columns]
 
 
 def check_arguments(

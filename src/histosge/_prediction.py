@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +16,18 @@ import numpy as np
 from histosge._conservation import Conservation, noise_variance, shrinkage
 from histosge._coverage import block_order, spot_by_bin
 from histosge._embedding import block_edge_px
+from histosge._image import thumbnail
 from histosge._model import Model
 from histosge._recipe import embed_targets, warn_below_token
 from histosge._section import TableStore, own_spots, predicted_table, section_counts, shapes_element
 from histosge._settings import logger, progress_bar
-from histosge._tiles import thumbnail
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
     from anndata import AnnData
+    from geopandas import GeoDataFrame
     from numpy.typing import NDArray
     from scipy import sparse
     from spatialdata import SpatialData
@@ -250,20 +252,35 @@ def predict_to_store(
     at_spots, model = _fitted(store, question, answer.fit)
     oracle = answer.oracle(question, model, at_spots)
     own_shapes = question.sdata.shapes[targets.key].loc[targets.instances] if places is None else None
-    start, begun = time(), len(store.done)
+    start, finished = time(), set(store.done)
     with progress_bar(desc="predicting", total=len(targets), unit="place", show=question.progress) as bar:
-        for part in range(store.n_parts):
-            rows = order[store.rows(part)]
-            if part not in store.done:
+
+        def put(part: int, table: AnnData, shapes: GeoDataFrame | None) -> None:
+            store.write(part, table, shapes=shapes)
+            bar.update(table.n_obs)
+
+        bar.update(sum(len(order[store.rows(part)]) for part in store.done))
+        # a part is written while the next is predicted; no more wait, since each is half a gigabyte
+        with ThreadPoolExecutor(1) as writer:
+            written: Future[None] | None = None
+            for part in range(store.n_parts):
+                if part in finished:
+                    continue
+                rows = order[store.rows(part)]
                 table = oracle.table(rows)
                 shapes = None
                 if places is not None:
                     some, instances = places.keep(rows), targets.instances[rows]
                     shapes = shapes_element(question.sdata, section, some, square=question.square, instances=instances)
-                store.begin(table, name=name, shapes=shapes, shapes_key=targets.key, shapes_whole=own_shapes)
-                store.write(part, table, shapes=shapes)
-            bar.update(len(rows))
-    logger.info("    predicted %d of %d parts (%.0f s)", store.n_parts - begun, store.n_parts, time() - start)
+                if written is None:
+                    store.begin(table, name=name, shapes=shapes, shapes_key=targets.key, shapes_whole=own_shapes)
+                else:
+                    written.result()
+                written = writer.submit(put, part, table, shapes)
+                del table, shapes  # the writer's alone: it goes when it is written
+            if written is not None:
+                written.result()
+    logger.info("    predicted %d of %d parts (%.0f s)", store.n_parts - len(finished), store.n_parts, time() - start)
     return store.finish()
 
 

@@ -165,6 +165,7 @@ def embed_targets(
         device=device,
         batch_size=batch_size,
         progress=progress,
+        report=report,
     )
     log("    finished (%.0f s)", time() - start)
     return values

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,6 +58,17 @@ class Settings:
         Show progress bars. ``None`` shows them where standard error is a terminal or a notebook.
     verbosity
         0 errors, 1 warnings, 2 what was done (default), 3 details.
+    precision
+        What encoders compute in. ``None``: bfloat16 on CUDA, float32 elsewhere, and embeddings are rounded to float16.
+        ``"float32"``: float32 everywhere, nothing rounded. ``"bfloat16"``: bfloat16 everywhere, faster on processors that
+        compute in it.
+    cache_dir
+        Folder that embeddings are kept in, so that a second run does not compute them again. ``None`` takes the
+        environment variable ``HISTOSGE_CACHE`` or, without it, ``histosge`` in the system's cache folder. A folder that
+        holds something else is refused. ``histosge cache list`` says where it is and what is in it.
+    cache_gb
+        How large that folder may grow, in gigabytes (10⁹ bytes): what was not used for longest goes first. 0 turns the
+        cache off.
 
     Examples
     --------
@@ -67,6 +80,9 @@ class Settings:
     device: str | None = None
     progress: bool | None = None
     verbosity: int = 2
+    precision: str | None = None
+    cache_dir: str | Path | None = None
+    cache_gb: float = 20.0
 
     def __setattr__(self, name: str, value: Any) -> None:
         names = [f.name for f in fields(self)]
@@ -79,6 +95,20 @@ class Settings:
                 msg = f"settings.verbosity={value!r}: choose one of 0 (errors), 1 (warnings), 2 (info), 3 (details)."
                 raise ValueError(msg)
             logger.setLevel(levels[value])
+        if name == "precision" and value not in (None, "float32", "bfloat16"):
+            msg = f"settings.precision={value!r}: choose 'float32', 'bfloat16', or None for the device's own."
+            raise ValueError(msg)
+        if name == "cache_dir" and value is not None and (not isinstance(value, str | Path) or not str(value).strip()):
+            msg = (
+                f"settings.cache_dir={value!r} is not a folder. Pass a str or a Path, or None for HISTOSGE_CACHE or the "
+                "system's cache folder."
+            )
+            raise ValueError(msg)
+        if name == "cache_gb" and (
+            not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf
+        ):
+            msg = f"settings.cache_gb={value!r}: choose a number of gigabytes, such as 20, or 0 to turn the cache off."
+            raise ValueError(msg)
         super().__setattr__(name, value)
 
     @contextmanager

@@ -1,67 +1,31 @@
-"""Lazy image → blocks → tiles. Each block of the image is read and resampled once, then every tile is cut from it.
+"""Blocks of the image → tiles. Each block is read and resampled once, then every tile is cut from it.
 
-Nothing here knows of torch or of SpatialData: an image is anything that can be sliced as ``(channel, y, x)``.
+Nothing here knows of torch or of SpatialData.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image as PILImage
 
+from histosge._image import LazyImage, Regions, UInt8, settle
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-UInt8 = NDArray[np.uint8]
+    from numpy.typing import NDArray
+
+    from histosge._image import Box
+
 T = TypeVar("T")
-
-_WHITE = 255
-
-
-@dataclass(frozen=True)
-class LazyImage:
-    """An RGB image on disk or in memory, read by regions as uint8."""
-
-    data: Any
-    """Sliceable, shape (3 or 4, height, width): a dask, zarr or numpy array."""
-    white: float = 255.0
-    """The value of a white pixel: 255 for uint8, 65535 for uint16, 1 for most floats."""
-
-    @property
-    def height_px(self) -> int:
-        return int(self.data.shape[1])
-
-    @property
-    def width_px(self) -> int:
-        return int(self.data.shape[2])
-
-    def read(self, x0: int, y0: int, x1: int, y1: int) -> UInt8:
-        """Read ``[y0, y1) x [x0, x1)`` as (height, width, 3) uint8; what lies outside the image is white."""
-        left, top = max(x0, 0), max(y0, 0)
-        right, bottom = min(x1, self.width_px), min(y1, self.height_px)
-        if right <= left or bottom <= top:
-            return np.full((y1 - y0, x1 - x0, 3), _WHITE, np.uint8)
-        inside = self._to_rgb8(np.asarray(self.data[:, top:bottom, left:right]))
-        if inside.shape[:2] == (y1 - y0, x1 - x0):
-            return inside
-        out = np.full((y1 - y0, x1 - x0, 3), _WHITE, np.uint8)
-        out[top - y0 : bottom - y0, left - x0 : right - x0] = inside
-        return out
-
-    def _to_rgb8(self, part: NDArray[Any]) -> UInt8:
-        rgb = np.moveaxis(part, 0, -1)  # (h, w, 3 or 4)
-        if rgb.dtype == np.uint8 and self.white == 255 and rgb.shape[-1] == 3:
-            return np.ascontiguousarray(rgb)
-        value = rgb.astype(np.float32) * np.float32(255.0 / self.white)
-        if value.shape[-1] == 4:  # what shines through is the white of the slide
-            alpha = value[..., 3:] / 255.0
-            value = value[..., :3] * alpha + _WHITE * (1 - alpha)
-        return np.clip(np.rint(value), 0, 255).astype(np.uint8)
+_AHEAD = 2
+"""Batches, or blocks, that are made while one is computed with."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +33,13 @@ class Block:
     """A part of the image at the encoder's scale and the places that lie in it."""
 
     pixels: UInt8
-    """(height, width, 3)"""
+    """(3, height, width)"""
     rows: NDArray[np.int64]
     """(m,) which places these are."""
     xy_px: NDArray[np.float64]
     """(m, 2) where they lie in ``pixels``."""
     origin_px: tuple[int, int] = (0, 0)
     """Where ``pixels`` begin in the whole resampled image, (x, y)"""
-
-
-def settle(scale: float) -> float:
-    """Leave an image as it is where its scale is right to half a percent: no mpp is known better."""
-    return 1.0 if abs(scale - 1) < 0.005 else scale
 
 
 def blocks(
@@ -95,7 +54,8 @@ def blocks(
     """Read the image block by block, resampled, with the places of each block.
 
     All positions refer to one resampled image whose pixel ``j`` covers ``[j * scale, (j + 1) * scale)`` of the
-    source, so that a place sees the same pixels whichever block it falls into.
+    source, so that a place sees the same pixels whichever block it falls into. The source is the pyramid level that is
+    just fine enough, and each of its chunks is read once.
 
     Parameters
     ----------
@@ -114,75 +74,135 @@ def blocks(
     """
     scale = settle(scale)
     place = np.asarray(xy_px, float) / scale
+    image, level_px = image.level(scale)
+    scale = settle(scale / level_px)  # from here on of the level
     cell = np.floor(place / block_px).astype(np.int64)
     order = np.lexsort((cell[:, 0], cell[:, 1]))
     edges = np.flatnonzero(np.any(np.diff(cell[order], axis=0), axis=1)) + 1
-    for rows in np.split(order, edges):
-        if len(rows) == 0:
-            continue
+    groups = [rows for rows in np.split(order, edges) if len(rows)]
+    boxes = []
+    for rows in groups:
         x0, y0 = (np.floor(place[rows].min(axis=0)).astype(int) - halo_px).tolist()
         x1, y1 = (np.floor(place[rows].max(axis=0)).astype(int) + halo_px + 1).tolist()
-        x0, y0 = x0 - x0 % align_px, y0 - y0 % align_px
-        pixels = _read_resampled(image, x0, y0, x1, y1, scale=scale)
-        yield Block(pixels, rows, place[rows] - (x0, y0), (x0, y0))
+        boxes.append((x0 - x0 % align_px, y0 - y0 % align_px, x1, y1))
+    sources = [_source(box, scale=scale) for box in boxes]
+    regions = Regions(image, sources)
+    for i, (rows, box) in enumerate(zip(groups, boxes, strict=True)):
+        pixels = _resampled(regions.read(i), sources[i], box, scale=scale)
+        yield Block(pixels, rows, place[rows] - box[:2], box[:2])
 
 
-def _read_resampled(image: LazyImage, x0: int, y0: int, x1: int, y1: int, *, scale: float) -> UInt8:
-    """Read ``[y0, y1) x [x0, x1)`` of the resampled image."""
+def _source(box: Box, *, scale: float) -> Box:
+    """What of the source a box of the resampled image is made of."""
     if scale == 1:
-        return image.read(x0, y0, x1, y1)
+        return box
     # the triangle filter of an antialiased shrink reaches `scale` pixels to either side
     margin = int(np.ceil(max(scale, 1))) + 1
-    sx0, sy0 = int(np.floor(x0 * scale)) - margin, int(np.floor(y0 * scale)) - margin
-    sx1, sy1 = int(np.ceil(x1 * scale)) + margin, int(np.ceil(y1 * scale)) + margin
-    source = PILImage.fromarray(image.read(sx0, sy0, sx1, sy1))
-    # one direction at a time: Pillow rounds between the two and takes the cheaper one first, so that a pixel would
-    # depend on the shape of its block
-    bilinear, height = PILImage.Resampling.BILINEAR, sy1 - sy0
-    narrow = source.resize((x1 - x0, height), bilinear, box=(x0 * scale - sx0, 0, x1 * scale - sx0, height))
-    box = (0, y0 * scale - sy0, x1 - x0, y1 * scale - sy0)
-    return np.asarray(narrow.resize((x1 - x0, y1 - y0), bilinear, box=box))
+    x0, y0 = (int(np.floor(low * scale)) - margin for low in box[:2])
+    x1, y1 = (int(np.ceil(high * scale)) + margin for high in box[2:])
+    return x0, y0, x1, y1
 
 
-def cut(block: Block, *, tile_px: int) -> UInt8:
-    """Cut the tile around each place of a block: (m, tile_px, tile_px, 3)."""
+def _resampled(source: UInt8, at: Box, box: Box, *, scale: float) -> UInt8:
+    """Make a box of the resampled image of the source, which lies ``at``."""
+    if scale == 1:
+        return source
+    x0, y0, x1, y1 = box
+    (_, height, _), bilinear = source.shape, PILImage.Resampling.BILINEAR
+    out = np.empty((3, y1 - y0, x1 - x0), np.uint8)
+
+    def resample(channel: int) -> None:
+        # one direction at a time: Pillow rounds between the two and takes the cheaper one first, so that a pixel would
+        # depend on the shape of its block
+        wide = PILImage.fromarray(np.ascontiguousarray(source[channel]))
+        narrow = wide.resize((x1 - x0, height), bilinear, box=(x0 * scale - at[0], 0, x1 * scale - at[0], height))
+        across = (0, y0 * scale - at[1], x1 - x0, y1 * scale - at[1])
+        out[channel] = np.asarray(narrow.resize((x1 - x0, y1 - y0), bilinear, box=across))
+
+    with ThreadPoolExecutor(3) as threads:  # Pillow works without the interpreter's lock
+        list(threads.map(resample, range(3)))
+    return out
+
+
+def cut(block: Block, *, tile_px: int, out: UInt8 | None = None) -> UInt8:
+    """Cut the tile around each place of a block: (m, 3, tile_px, tile_px), into ``out`` where that is given."""
     # halves always round up: rint would round them by the block's own offset
     start = np.floor(block.xy_px - tile_px / 2 + 0.5).astype(np.int64)  # (m, 2), (x, y)
-    windows = np.lib.stride_tricks.sliding_window_view(block.pixels, (tile_px, tile_px), axis=(0, 1))
-    # (rows, cols, 3, tile, tile) → only the wanted ones are copied
-    return np.moveaxis(windows[start[:, 1], start[:, 0]], 1, -1)
+    out = np.empty((len(start), 3, tile_px, tile_px), np.uint8) if out is None else out
+    # one by one: a fancy index over windows takes two and a half times as long
+    for tile, (x, y) in zip(out, start.tolist(), strict=True):
+        tile[:] = block.pixels[:, y : y + tile_px, x : x + tile_px]
+    return out
+
+
+def _fresh(shape: tuple[int, ...]) -> UInt8:
+    return np.empty(shape, np.uint8)
+
+
+def batches(
+    found: Iterator[Block], *, tile_px: int, batch_size: int, empty: Callable[[tuple[int, ...]], UInt8] = _fresh
+) -> Iterator[tuple[UInt8, NDArray[np.int64]]]:
+    """Cut a tile around each place of blocks, in batches of ``batch_size`` (the last may be smaller), ahead of time.
+
+    Tiles lie in a few buffers that are used again and again: new memory costs more than the copy. A batch holds until
+    the next one is asked for.
+
+    Parameters
+    ----------
+    found
+        The blocks.
+    tile_px
+        Edge of a tile.
+    batch_size
+        Tiles of a batch.
+    empty
+        Makes a buffer of a shape: pinned memory, for a GPU.
+
+    Yields
+    ------
+    tiles
+        (b, 3, tile_px, tile_px) uint8.
+    rows
+        (b,) which places these are.
+    """
+
+    def filled() -> Iterator[tuple[UInt8, NDArray[np.int64]]]:
+        buffers: list[UInt8] = []
+        rows: list[NDArray[np.int64]] = []
+        turn, waiting = 0, 0
+        for block in found:
+            start = 0
+            while start < len(block.rows):
+                if len(buffers) <= turn:
+                    buffers.append(empty((batch_size, 3, tile_px, tile_px)))
+                some = slice(start, start + batch_size - waiting)
+                piece = Block(block.pixels, block.rows[some], block.xy_px[some])
+                size = len(piece.rows)
+                cut(piece, tile_px=tile_px, out=buffers[turn][waiting : waiting + size])
+                rows.append(piece.rows)
+                start, waiting = start + size, waiting + size
+                if waiting == batch_size:
+                    yield buffers[turn], np.concatenate(rows)
+                    rows, waiting = [], 0
+                    turn = (turn + 1) % (_AHEAD + 2)  # those ahead, the one in use and the one being filled
+        if waiting:
+            yield buffers[turn][:waiting], np.concatenate(rows)
+
+    return prefetch(filled(), depth=_AHEAD)
 
 
 def tile_batches(
     image: LazyImage, xy_px: NDArray[np.float64], *, scale: float, tile_px: int, batch_size: int
 ) -> Iterator[tuple[UInt8, NDArray[np.int64]]]:
-    """Cut a tile around each place, in batches of ``batch_size`` (the last may be smaller).
+    """Cut a tile around each place of an image, as :func:`batches` does."""
+    return batches(tile_blocks(image, xy_px, scale=scale, tile_px=tile_px), tile_px=tile_px, batch_size=batch_size)
 
-    Yields
-    ------
-    tiles
-        (b, tile_px, tile_px, 3) uint8.
-    rows
-        (b,) which places these are.
-    """
-    tiles: list[UInt8] = []
-    rows: list[NDArray[np.int64]] = []
-    waiting = 0
+
+def tile_blocks(image: LazyImage, xy_px: NDArray[np.float64], *, scale: float, tile_px: int) -> Iterator[Block]:
+    """Read the blocks that tiles are cut from."""
     # a block holds some hundred tiles at Visium pitch and 30 MB of pixels
-    for block in blocks(image, xy_px, scale=scale, halo_px=tile_px // 2 + 1, block_px=max(2048, 4 * tile_px)):
-        for part in range(0, len(block.rows), batch_size):  # a dense block is never cut all at once
-            some = slice(part, part + batch_size)
-            piece = Block(block.pixels, block.rows[some], block.xy_px[some])
-            tiles.append(cut(piece, tile_px=tile_px))
-            rows.append(piece.rows)
-            waiting += len(piece.rows)
-            if waiting >= batch_size:
-                all_tiles, all_rows = np.concatenate(tiles), np.concatenate(rows)
-                yield all_tiles[:batch_size], all_rows[:batch_size]
-                tiles, rows = [all_tiles[batch_size:]], [all_rows[batch_size:]]
-                waiting -= batch_size
-    if waiting:
-        yield np.concatenate(tiles), np.concatenate(rows)
+    found = blocks(image, xy_px, scale=scale, halo_px=tile_px // 2 + 1, block_px=max(3072, 4 * tile_px))
+    return prefetch(found, depth=1)
 
 
 def prefetch(items: Iterator[T], *, depth: int = 2) -> Iterator[T]:
@@ -204,9 +224,13 @@ def prefetch(items: Iterator[T], *, depth: int = 2) -> Iterator[T]:
             for item in items:
                 if not put((True, item)):
                     return
+                del item  # or it would be held until the next one is made
         except BaseException as err:  # noqa: BLE001  handed over and raised in the caller's thread
             put((False, err))
             return
+        finally:
+            if hasattr(items, "close"):  # another thread may stand behind them
+                items.close()
         put((False, None))
 
     thread = threading.Thread(target=work, name="histosge-prefetch", daemon=True)
@@ -222,15 +246,3 @@ def prefetch(items: Iterator[T], *, depth: int = 2) -> Iterator[T]:
     finally:
         stop.set()
         thread.join()
-
-
-def thumbnail(image: LazyImage, *, max_px: int) -> tuple[UInt8, int]:
-    """Shrink the image by a whole factor to at most ``max_px``, strip by strip: (h, w, 3) and the factor."""
-    factor = max(1, -(-max(image.height_px, image.width_px) // max_px))
-    strips = []
-    step = max(1, 1024 // factor) * factor
-    for top in range(0, image.height_px, step):
-        bottom = min(top + step, image.height_px)
-        strip = PILImage.fromarray(image.read(0, top, image.width_px, bottom))
-        strips.append(np.asarray(strip.reduce(factor) if factor > 1 else strip))
-    return np.concatenate(strips), factor

@@ -1,20 +1,34 @@
-"""The training loop of the neural heads: AdamW, one-cycle rate, early stopping, deterministic."""
+"""The training loop of the neural heads (AdamW, one-cycle rate, early stopping), and fits side by side. Deterministic.
+
+Torch's global random state and its number of threads belong to the whole process. So what runs side by side draws from
+generators of its own and computes on one core: its digits depend neither on the number of workers nor on their timing.
+"""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
+from torch import nn
 
 from histosge._settings import progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
-    from torch import Tensor, nn
+    from torch import Tensor
+
+T = TypeVar("T")
+
+_global_state = threading.RLock()
+"""Held while torch's global random state is borrowed."""
+_worker = threading.local()
+"""``stop``: the event that ends the work of this thread, if it is one of a pool"""
 
 
 @dataclass(frozen=True)
@@ -32,9 +46,12 @@ class Schedule:
 
 @contextmanager
 def seeded(rng: np.random.Generator, device: torch.device) -> Iterator[torch.Generator]:
-    """Seed torch from ``rng`` inside the block and leave its global state as it was."""
+    """Seed torch from ``rng`` inside the block and leave its global state as it was.
+
+    One block at a time: others wait, so the block should be short. The generator it gives is good beyond the block.
+    """
     seed = int(rng.integers(2**63 - 1))
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with _global_state, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield torch.Generator().manual_seed(seed)
 
@@ -51,6 +68,104 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(n)
+
+
+class Dropout(nn.Dropout):
+    """Dropout from a generator, where one is set, instead of torch's global state."""
+
+    generator: torch.Generator | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero a share of the entries in training, and scale up the others."""
+        if not self.training or self.p == 0:
+            return x
+        # half the time of bernoulli_, in which a large part of the training went
+        kept = torch.rand(x.shape, generator=self.generator, dtype=x.dtype, device=x.device).ge_(self.p)
+        return x * kept.div_(max(1 - self.p, 1e-6))
+
+
+class _Watch:
+    """Stands in for the progress bar of one worker among several: says nothing, and ends its work when it is in vain."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self.stop = stop
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self) -> None:
+        if self.stop.is_set():
+            raise _InVainError
+
+    def set_postfix(self, **_: object) -> None:
+        pass
+
+
+class _InVainError(Exception):
+    """Another task failed, or the user interrupted: never seen outside the pool."""
+
+
+def steps_bar(*, desc: str, total: int, unit: str, show: bool | None) -> AbstractContextManager[Any]:
+    """Open a progress bar for the steps of one fit; where several run side by side, only their common bar is shown."""
+    stop = getattr(_worker, "stop", None)
+    return progress_bar(desc=desc, total=total, unit=unit, show=show) if stop is None else _Watch(stop)
+
+
+def side_by_side(
+    tasks: Sequence[Callable[[], T]], *, device: torch.device, desc: str, progress: bool | None
+) -> list[T]:
+    """Run independent tasks on as many cores as torch may use, one core each; one after the other on a GPU.
+
+    Parameters
+    ----------
+    tasks
+        What to do, the longest first. Randomness must come from generators that belong to one task each.
+    device
+        Where the tasks compute.
+    desc
+        What the progress bar says.
+    progress
+        Whether to show the progress bar.
+
+    Returns
+    -------
+    What each task returned, in order. The first error that a task raises ends the others and is raised.
+    """
+    with progress_bar(desc=desc, total=len(tasks), unit="fit", show=progress) as bar:
+        if device.type != "cpu":
+            return [_counted(task, bar) for task in tasks]
+        n_workers = min(torch.get_num_threads(), len(tasks))
+        with one_thread():
+            if n_workers <= 1:
+                return [_counted(task, bar) for task in tasks]
+            stop = threading.Event()
+            with ThreadPoolExecutor(n_workers, "histosge", _start_worker, (stop,)) as pool:
+                futures = [pool.submit(task) for task in tasks]
+                try:
+                    for future in as_completed(futures):
+                        future.result()
+                        bar.update()
+                except (
+                    BaseException
+                ):  # also when interrupted: what is queued is dropped, what runs ends at its next step
+                    stop.set()
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+            return [future.result() for future in futures]
+
+
+def _counted(task: Callable[[], T], bar: Any) -> T:
+    done = task()
+    bar.update()
+    return done
+
+
+def _start_worker(stop: threading.Event) -> None:
+    _worker.stop = stop
+    torch.set_num_threads(1)  # OpenMP keeps it for each thread
 
 
 def stopping_spots(n: int, *, rng: np.random.Generator, fraction: float = 0.1) -> tuple[Tensor, Tensor]:
@@ -70,6 +185,7 @@ def train(
     generator: torch.Generator,
     desc: str,
     progress: bool | None,
+    noise: torch.Generator | None = None,
 ) -> list[float]:
     """Train ``module`` and leave it with the weights that did best on the stopping spots.
 
@@ -91,27 +207,34 @@ def train(
         What the progress bar says.
     progress
         Whether to show the progress bar.
+    noise
+        Source of the dropout, on the device of ``module``; ``None`` for torch's global one.
 
     Returns
     -------
     Loss on the stopping spots after each epoch.
     """
-    optimiser = torch.optim.AdamW(
-        module.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True
-    )
+    dropouts = [part for part in module.modules() if isinstance(part, Dropout)]
+    for dropout in dropouts:
+        dropout.generator = noise
+    # one long vector, of which the parameters are views: the same steps, without a call for every parameter
+    parameters = list(module.parameters())
+    vector = torch.cat([p.detach().flatten() for p in parameters])
+    for parameter, view in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
+        parameter.data = view.view_as(parameter)
+    optimiser = torch.optim.AdamW([vector], lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True)
     per_epoch = -(-n_spots // schedule.batch_size)
     n_epochs = max(1, round(schedule.n_steps / per_epoch))
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, schedule.learning_rate, total_steps=n_epochs * per_epoch)
     history: list[float] = []
     best, best_state, waited = float("inf"), None, 0
-    with progress_bar(desc=desc, total=n_epochs, unit="epoch", show=progress) as bar:
+    with steps_bar(desc=desc, total=n_epochs, unit="epoch", show=progress) as bar:
         for _ in range(n_epochs):
             module.train()
             for batch in torch.randperm(n_spots, generator=generator).split(schedule.batch_size):
-                optimiser.zero_grad(set_to_none=True)
-                value = loss(batch)
-                value.backward()
-                torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+                slopes = torch.autograd.grad(loss(batch), parameters, materialize_grads=True)
+                vector.grad = torch.cat([slope.flatten() for slope in slopes])
+                vector.grad.mul_((1 / (vector.grad.norm() + 1e-6)).clamp_max(1))  # clipped at length 1
                 optimiser.step()
                 cycle.step()
             module.eval()
@@ -126,11 +249,15 @@ def train(
                 waited += 1
                 if waited >= schedule.patience:
                     break
+    for dropout in dropouts:
+        dropout.generator = None
     if best_state is None:
         msg = (
             "training diverged: the loss on the stopping spots was never a number. "
             "Look for NaN or infinite values in the embedding and the counts."
         )
         raise RuntimeError(msg)
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()  # a tensor of its own again: what shares memory cannot be stored
     module.load_state_dict(best_state)
     return history

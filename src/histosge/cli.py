@@ -134,10 +134,19 @@ def demo(*, out: Path, seed: int) -> None:
 @click.option("--key-added", default="histosge", show_default=True, help="Name of the table.")
 @click.option("--device", help="cpu, cuda, cuda:1, mps.")
 @click.option("--batch-size", default=64, show_default=True, help="Tiles per forward pass.")
+@click.option("--no-cache", is_flag=True, help="Neither read nor keep embeddings; see `histosge cache`.")
 @click.option("--seed", default=0, show_default=True, help="Seed.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.zarr.")
 def predict(
-    *, source: Path, target: Path, weights: str | None, genes: str, seed: int, overwrite: bool, **options: object
+    *,
+    source: Path,
+    target: Path,
+    weights: str | None,
+    genes: str,
+    no_cache: bool,
+    seed: int,
+    overwrite: bool,
+    **options: object,
 ) -> None:
     """Predict expression for the section IN.zarr and write everything to OUT.zarr.
 
@@ -160,7 +169,8 @@ def predict(
         sdata = sd.read_zarr(source)
         if weights is not None:
             options["encoder"] = sge.load_encoder(options["encoder"], weights=weights)
-        sge.tl.predict(sdata, genes=wanted, rng=seed, **options)  # type: ignore[arg-type]
+        with sge.settings.override(**({"cache_gb": 0} if no_cache else {})):
+            sge.tl.predict(sdata, genes=wanted, rng=seed, **options)  # type: ignore[arg-type]
         fresh = target.with_name(f".{target.name}.part")  # what was there stays until there is something better
         shutil.rmtree(fresh, ignore_errors=True)
         sdata.write(fresh)
@@ -183,3 +193,104 @@ def encoders(*, as_json: bool) -> None:
         click.echo(json.dumps(json.loads(frame.reset_index().to_json(orient="records")), indent=1))
         return
     click.echo(frame.drop(columns=["url"], errors="ignore").to_string())
+
+
+@main.group()
+def cache() -> None:
+    """List or remove embeddings that are kept on disk, so that a second run does not compute them again.
+
+    \b
+    Examples:
+      histosge cache list
+      histosge cache clear --encoder uni2
+      HISTOSGE_CACHE=/scratch/histosge histosge cache list
+    """  # noqa: D301
+
+
+@cache.command("list")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with all that the embeddings depend on.")
+def cache_list(*, as_json: bool) -> None:
+    """Say where embeddings are kept, of which encoders, and how large they are.
+
+    \b
+    Examples:
+      histosge cache list
+      histosge cache list --json
+    """  # noqa: D301
+    from histosge._cache import EmbeddingCache
+
+    try:
+        kept = EmbeddingCache.from_settings()
+        shelves = kept.shelves()
+    except (ValueError, OSError) as err:
+        _fail(err)
+    n_bytes = sum(shelf.n_bytes for shelf in shelves)
+    if as_json:
+        rows = [
+            {
+                "encoder": shelf.encoder,
+                "n_blocks": shelf.n_blocks,
+                "n_bytes": shelf.n_bytes,
+                "last_used": shelf.last_used.isoformat(timespec="seconds"),
+                "recipe": shelf.recipe,
+            }
+            for shelf in shelves
+        ]
+        told = {"folder": str(kept.root), "limit_bytes": kept.limit_bytes, "n_bytes": n_bytes, "shelves": rows}
+        click.echo(json.dumps(told, indent=1))
+        return
+    if shelves:
+        table = [("encoder", "mpp", "tile_um", "dense", "blocks", "size", "last used")]
+        for shelf in shelves:
+            recipe = [_cell(shelf.value(name)) for name in ("mpp", "tile_um", "dense")]
+            last_used = f"{shelf.last_used.astimezone():%Y-%m-%d %H:%M}"
+            table.append((_cell(shelf.encoder), *recipe, str(shelf.n_blocks), _size(shelf.n_bytes), last_used))  # type: ignore[arg-type]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for row in table:
+            name, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            click.echo("  ".join([name.strip().ljust(widths[0]), *others]))
+    click.echo(f"{_size(n_bytes)} of at most {_size(kept.limit_bytes)} in {kept.root}")
+
+
+@cache.command("clear")
+@click.option("--encoder", help="Only embeddings by this encoder; see `histosge cache list`.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+def cache_clear(*, encoder: str | None, yes: bool) -> None:
+    """Remove embeddings that are kept; nothing else in the folder is touched.
+
+    \b
+    Examples:
+      histosge cache clear
+      histosge cache clear --encoder uni2 --yes
+    """  # noqa: D301
+    from histosge._cache import EmbeddingCache
+
+    try:
+        kept = EmbeddingCache.from_settings()
+        shelves = kept.shelves(encoder=encoder)
+        size = _size(sum(shelf.n_bytes for shelf in shelves))
+        if shelves and not yes:
+            whose = "all encoders" if encoder is None else repr(encoder)
+            click.confirm(f"Remove the embeddings by {whose}, {size}, from {kept.root}?", abort=True, err=True)
+        freed = kept.clear(encoder=encoder)
+    except (ValueError, OSError) as err:
+        _fail(err)
+    click.echo(f"freed {_size(freed)} in {kept.root}")
+
+
+def _cell(value: object) -> str:
+    """Write a value of a recipe, or a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def _size(n_bytes: float) -> str:
+    """Write a number of bytes with three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 999.5:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} TB"

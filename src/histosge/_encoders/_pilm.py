@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import warnings
 from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,7 +19,7 @@ from histosge._encoders._hub import PAGES, commit, explained
 from histosge._encoders._registry import with_tokens
 from histosge._encoders._spec import EncoderSpec
 from histosge._encoders._tokens import Dense, of_library, of_timm, once, patch_px
-from histosge._settings import logger
+from histosge._settings import logger, settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,6 +67,7 @@ class TileEncoder:
         self._owner = module if owner is None else owner
         self._half = half
         self._channels_last = False
+        self._weights: str | None = None
         self._mean = torch.tensor(spec.mean).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(spec.std).view(1, 3, 1, 1) * 255
 
@@ -79,6 +83,30 @@ class TileEncoder:
         if self._channels_last:
             self._module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
+
+    def precision(self, device: torch.device) -> torch.dtype:
+        """Type that it computes in: bfloat16 on CUDA, float32 elsewhere, or as ``settings.precision`` says."""
+        wanted = settings.precision or ("bfloat16" if device.type == "cuda" else "float32")
+        return torch.bfloat16 if self._half and wanted == "bfloat16" else torch.float32
+
+    def identity(self, device: torch.device) -> dict[str, Any] | None:
+        """What its embeddings depend on, beside the pixels; ``None`` for a module of the user's without a revision.
+
+        Such a module may be changed and look the same. Of all others the weights are hashed, once, so that it does not
+        matter what a name or a branch of the hub stood for.
+        """
+        spec = self.spec
+        if spec.source == "user" and spec.revision is None:
+            return None
+        if self._weights is None:
+            self._weights = weights_digest(self._module)
+        libraries = ("timm", "lazyslide-models", "transformers")
+        return {
+            **spec.to_dict(),
+            "weights": self._weights,
+            "precision": str(self.precision(device)).removeprefix("torch."),
+            "versions": {name: version(name) for name in libraries if _installed(name)},
+        }
 
     def embed(self, tiles: Tensor) -> Tensor:
         """Embed tiles.
@@ -148,7 +176,8 @@ class TileEncoder:
         return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
 
     def _autocast(self, tiles: Tensor) -> torch.autocast:
-        return torch.autocast("cuda", dtype=torch.bfloat16, enabled=self._half and tiles.device.type == "cuda")
+        half = self.precision(tiles.device) == torch.bfloat16
+        return torch.autocast(tiles.device.type, dtype=torch.bfloat16, enabled=half)
 
     def _pooled(self, out: Any, n: int) -> Tensor:
         """Check what the network gave for ``n`` tiles, and copy it out of inference mode: a head may be trained on it."""
@@ -162,6 +191,19 @@ class TileEncoder:
             )
             raise ValueError(msg)
         return out.float().clone()
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Hash all weights and buffers by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _installed(name: str) -> bool:
+    return find_spec(name.replace("-", "_")) is not None
 
 
 def own(module: nn.Module, spec: EncoderSpec) -> TileEncoder:

@@ -5,13 +5,14 @@ A head sees tensors only. All expression is log1p-normalised, all positions are 
 
 from __future__ import annotations
 
-from histosge._heads._protocol import Head, Parts, Places, Spots
+from histosge._heads._protocol import Head, LowRank, Parts, Places, Spots
 from histosge._heads._registry import DEFAULT_HEAD, HEADS, default_head, divides, get_head, parts_of
 
 __all__ = [
     "DEFAULT_HEAD",
     "HEADS",
     "Head",
+    "LowRank",
     "Parts",
     "Places",
     "Spots",

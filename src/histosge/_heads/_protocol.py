@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
     import numpy as np
     from torch import Tensor
+
+    Run = Callable[[Callable[[Any], None], Iterable[Any]], Iterable[None]]
+    """``map``, or that of a pool of threads"""
+    Expansion = Callable[[Tensor], Tensor]
+    """From components (m, Q) to expression (m, g)"""
 
 
 @dataclass(frozen=True)
@@ -127,4 +134,18 @@ class Head(Protocol):
     @classmethod
     def from_state(cls, config: dict[str, Any], weights: dict[str, Tensor]) -> Self:
         """Restore a fitted head."""
+        ...
+
+
+@runtime_checkable
+class LowRank(Head, Protocol):
+    """A head whose answer is a few components, small beside the expression that is made of them."""
+
+    @classmethod
+    def answers(cls, heads: Sequence[Self], places: Places, *, context: Spots, run: Run = map) -> list[Tensor]:
+        """Components (m, Q) of each of several heads of this class, their pieces worked out by ``run``."""
+        ...
+
+    def expansion(self, columns: Tensor | None = None) -> Expansion:
+        """How components become expression, of all genes or of ``columns``: ``predict`` is this of its answer."""
         ...

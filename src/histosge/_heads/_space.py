@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from histosge._heads._protocol import Spots
+    from histosge._heads._protocol import Expansion, Spots
 
 
 def standardiser(embedding: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,6 +67,13 @@ class Space:
         """Expression (n, G) of components (n, Q)."""
         return torch.addmm(self.gene_mean, components * self.gene_spread, self.gene_axes)
 
+    def expansion(self, columns: Tensor | None = None) -> Expansion:
+        """:meth:`genes`, of all genes or of ``columns``."""
+        mean, axes = self.gene_mean, self.gene_axes
+        if columns is not None:
+            mean, axes = mean[columns], axes[:, columns]
+        return lambda components: torch.addmm(mean, components * self.gene_spread, axes)
+
     def to(self, device: torch.device | str) -> Space:
         """Move to ``device``."""
         return Space(**{name: tensor.to(device) for name, tensor in self.state().items()})
@@ -84,12 +91,18 @@ def n_gene_components(n_spots: int) -> int:
 def principal(values: Tensor, n_components: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (c,), axes (q, c) and spread (q,) of the first principal components of (n, c) values.
 
-    Randomised SVD (Halko, Martinsson and Tropp, 2011) from the seed in force; signs are fixed by the largest entry.
+    Randomised SVD (Halko, Martinsson and Tropp, 2011, algorithm 4.4) with the same random directions every time, which
+    know nothing of the values; signs are fixed by the largest entry.
     """
     n_components = min(n_components, len(values) - 1, values.shape[1])
     mean = values.mean(0)
     centred = values - mean
-    _, size, axes = torch.svd_lowrank(centred, q=min(n_components + 10, *centred.shape), niter=4)
-    axes, size = axes.T[:n_components].contiguous(), size[:n_components]
+    directions = (centred.shape[1], min(n_components + 10, *centred.shape))
+    start = torch.randn(directions, generator=torch.Generator().manual_seed(0), dtype=values.dtype)
+    basis = torch.linalg.qr(centred @ start.to(values.device)).Q  # (n, q + 10)
+    for _ in range(4):
+        basis = torch.linalg.qr(centred @ torch.linalg.qr(centred.T @ basis).Q).Q
+    _, size, axes = torch.linalg.svd(basis.T @ centred, full_matrices=False)
+    axes, size = axes[:n_components].contiguous(), size[:n_components]
     largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
     return mean, axes * largest.sign(), size / max(len(values) - 1, 1) ** 0.5

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from histosge._heads._protocol import Expansion
+
 _BEND = 4.0
 """Sharpness of the softplus in log1p units: below about a quarter a rate leaves the straight line."""
 _MOST = 9.0
@@ -93,13 +95,15 @@ class Aggregate(InContext):
         parts = spots.parts or Parts.whole(spots)
         _check(parts, len(spots))
         learn, stop = (rows.to(device) for rows in stopping_spots(len(spots), rng=rng))
-        with seeded(rng, device) as generator, one_thread():
+        with one_thread():
             known = spots.take(learn)
             n_genes = self.config["n_components"] or n_gene_components(len(known))
             space = self.space = Space.fit(known, n_image=self.config["n_image_components"], n_genes=n_genes)
             image, components = self._image(spots.embedding, space), space.components(spots.expression)
             part_image = self._image(parts.embedding, space)  # (p, P)
-            network = self.network = self._build(image.shape[1], components.shape[1]).to(device)
+            with seeded(rng, device) as generator:
+                network = self.network = self._build(image.shape[1], components.shape[1]).to(device)
+            noise = torch.Generator(device).manual_seed(int(rng.integers(2**63 - 1)))
             mean = torch.log1p(torch.expm1(known.expression).mean(0)).clamp_min(1e-3)
             network.base.copy_(mean + torch.log1p(-torch.exp(-_BEND * mean)) / _BEND)  # inverse of the softplus
             axes = space.gene_axes * space.gene_spread[:, None]  # (Q, G)
@@ -119,8 +123,9 @@ class Aggregate(InContext):
 
             def loss(batch: Tensor) -> Tensor:
                 rows = learn[batch.to(device)]
-                hide = torch.rand(len(rows), 1, 1, device=device) * self.config["thinning"]
-                return error(rows, present[rows] & (torch.rand(present[rows].shape, device=device) >= hide))
+                hide = torch.rand(len(rows), 1, 1, device=device, generator=noise) * self.config["thinning"]
+                drawn = torch.rand(present[rows].shape, device=device, generator=noise)
+                return error(rows, present[rows] & (drawn >= hide))
 
             with torch.no_grad():  # the error of the mean is the unit, so that clipped gradients are alike everywhere
                 plain = torch.expm1(mean).expand(len(learn), -1)
@@ -132,6 +137,7 @@ class Aggregate(InContext):
                 n_spots=len(learn),
                 schedule=Schedule(n_steps=300, batch_size=64, learning_rate=3e-3, weight_decay=0.5, patience=10),
                 generator=generator,
+                noise=noise,
                 desc="training aggregate head",
                 progress=progress,
             )
@@ -141,9 +147,13 @@ class Aggregate(InContext):
         """Disagreement of mean rates (b, G), in counts per 10,000, with what was measured on the spots ``rows``."""
         return (torch.log1p(rate) - spots.expression[rows]).square().mean()
 
-    def _genes(self, components: Tensor, space: Space) -> Tensor:
-        axes = space.gene_axes * space.gene_spread[:, None]
-        return self.network.log_rate(components, axes)  # type: ignore[union-attr]
+    def expansion(self, columns: Tensor | None = None) -> Expansion:
+        space, network = self.space, self.network
+        axes, start = space.gene_axes * space.gene_spread[:, None], network.base + network.step  # type: ignore[union-attr]
+        if columns is not None:
+            axes, start = axes[:, columns], start[columns]
+
+        return lambda components: softplus(torch.addmm(start, components, axes), beta=_BEND).clamp_(max=_MOST)
 
     def _around(self, centre: Tensor, xy_um: Tensor, own: Tensor, context: Spots) -> tuple[Tensor, Tensor, Tensor]:
         """Spots near centres (n, 2), and where they lie from each centre's places (n, M, 2)."""

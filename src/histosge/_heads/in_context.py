@@ -23,18 +23,22 @@ from torch import nn
 from histosge._geometry import nearest_spots
 from histosge._heads._protocol import Places, Spots
 from histosge._heads._space import Space, n_gene_components
-from histosge._training import Schedule, one_thread, seeded, stopping_spots, train
+from histosge._training import Dropout, Schedule, one_thread, seeded, stopping_spots, train
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
     from torch import Tensor
+
+    from histosge._heads._protocol import Expansion, Run
 
 _WAVES_PITCH = (8.0, 4.0, 2.0)
 """Wavelengths of the position code, in pitches: the context is about five pitches wide."""
 _FARTHEST_PITCH = 20.0
 """A spot farther away says nothing about a place: spots of other sections, and of the far side of a hole."""
 N_POSITION = 4 * len(_WAVES_PITCH) + 3
-_PLACES_AT_ONCE = 512
+_PLACES_AT_ONCE = 1024
 """Places that ask together in prediction: few and side by side, they share their neighbours."""
 _STRIP_PITCH = 5.0
 """Places are put in order along strips this wide, about as far as they look."""
@@ -59,6 +63,20 @@ class _Known:
     """(n, 2 W)"""
 
 
+@dataclass(frozen=True)
+class _Around:
+    """Neighbours of some places: the same for all networks that look equally far."""
+
+    seen: Tensor
+    """(U,) spots that any of them looks at"""
+    at: Tensor
+    """(B, K) which of these"""
+    position: Tensor
+    """(B, K, N_POSITION)"""
+    present: Tensor
+    """(B, K)"""
+
+
 class _Network(nn.Module):
     """One place asks its measured neighbours. Shapes: B places, K neighbours, D embedding, Q components, W width."""
 
@@ -73,9 +91,9 @@ class _Network(nn.Module):
         self.position = nn.Linear(N_POSITION, 2 * width)
         self.merge = nn.Linear(width, width)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU("tanh"), nn.Dropout(dropout), nn.Linear(2 * width, width)
+            nn.Linear(width, 2 * width), nn.GELU("tanh"), Dropout(dropout), nn.Linear(2 * width, width)
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.image_path = nn.Linear(n_embedding, n_components)
         self.mix = nn.Parameter(torch.zeros(n_heads, n_components))
         self.neighbour_path = nn.Parameter(torch.full((n_components,), 0.5))
@@ -99,12 +117,39 @@ class _Network(nn.Module):
         neighbours = torch.einsum("bhk,bkq,hq->bq", weight, components, self.mix.softmax(0))
         return self._answer(x, place, read, neighbours)
 
+    def learn(
+        self, place: Tensor, spots: Tensor, components: Tensor, *, near: Tensor, position: Tensor, present: Tensor
+    ) -> Tensor:
+        """What ``forward`` answers, of all spots and the rows ``near`` (B, K) of those that are neighbours.
+
+        Keys and values are worked out once for each spot that any of the places sees: in training half of the neighbours
+        are hidden, and of the others some are seen by several. The code of a position is linear in keys and values: query
+        and weights go through it, not every pair.
+        """
+        (b, k), h = near.shape, self.n_heads
+        x = self.dropout(self.embed(place))  # (B, W)
+        c = x.shape[-1] // h
+        query = (self.query(self.norm_place(x)) / c**0.5).view(b, h, c)  # (B, H, C = W / H)
+        # what is hidden is told by `present`: which spot it was does not matter
+        seen, at = torch.where(present, near, near[:1, :1]).unique(return_inverse=True)  # (U,), (B, K)
+        known = self.know(spots[seen], components[seen]) + self.position.bias  # (U, 2 W)
+        key, value = known.index_select(0, at.flatten()).view(b, k, 2, h, c).unbind(2)  # (B, K, H, C) each
+        key_code, value_code = self.position.weight.view(2, h, c, N_POSITION)  # (H, C, N_POSITION) each
+        of_step = (query.transpose(0, 1) @ key_code).transpose(0, 1) @ position.mT  # (B, H, K)
+        weight = _attention((query[:, None] * key).sum(-1).mT + of_step, present[:, None])
+        kept = self.dropout(weight)
+        steps = (kept @ position).transpose(0, 1) @ value_code.mT  # (H, B, C)
+        read = (kept.mT[..., None] * value).sum(1) + steps.transpose(0, 1)  # (B, H, C)
+        theirs = components.index_select(0, near.flatten()).view(b, k, -1)  # (B, K, Q)
+        neighbours = (weight @ theirs * self.mix.softmax(0)).sum(1)  # (B, Q)
+        return self._answer(x, place, read.flatten(1), neighbours)
+
     def know(self, spots: Tensor, components: Tensor) -> Tensor:
         """Keys and values (..., 2 W) of spots, but for their positions."""
         return self.key_value(self.norm_spot(self.embed(spots) + self.express(components)))
 
-    def ask(self, place: Tensor, near: Tensor, position: Tensor, present: Tensor, known: _Known) -> Tensor:
-        """What ``forward`` answers in evaluation, from what is known of spots: rows (B, K) of it are the neighbours.
+    def ask(self, place: Tensor, around: _Around, known: _Known) -> Tensor:
+        """What ``forward`` answers in evaluation, from what is known of spots.
 
         A key is a spot's plus its position's, and so a score is the sum of two: of places with the spots that any of them
         looks at, U in number, and of places with the few numbers of the position code. Values are read in the same way.
@@ -114,12 +159,12 @@ class _Network(nn.Module):
         x = self.embed(place)  # (B, W)
         c = x.shape[-1] // heads
         query = self.query(self.norm_place(x)).view(b, heads, c).transpose(0, 1) / c**0.5  # (H, B, C = W / H)
-        seen, at = near.unique(return_inverse=True)  # (U,), (B, K)
-        at = at.expand(heads, -1, -1)  # (H, B, K)
+        seen, position = around.seen, around.position  # (U,), (B, K, N_POSITION)
+        at = around.at.expand(heads, -1, -1)  # (H, B, K)
         key, value = (known.key_value[seen] + self.position.bias).view(-1, 2, heads, c).permute(1, 2, 0, 3)
         key_code, value_code = self.position.weight.view(2, heads, c, N_POSITION)  # (H, C, N_POSITION) each
         of_step = ((query @ key_code).transpose(0, 1) @ position.mT).transpose(0, 1)  # (H, B, K)
-        weight = _attention((query @ key.mT).gather(2, at) + of_step, present)
+        weight = _attention((query @ key.mT).gather(2, at) + of_step, around.present)
         spread = weight.new_zeros(heads, b, len(seen)).scatter_add_(2, at, weight)  # (H, B, U)
         steps = (weight.transpose(0, 1) @ position).transpose(0, 1)  # (H, B, N_POSITION)
         read = spread @ value + steps @ value_code.mT  # (H, B, C)
@@ -193,13 +238,15 @@ class InContext:
         device = spots.embedding.device
         learn, stop = stopping_spots(len(spots), rng=rng)
         learn, stop = learn.to(device), stop.to(device)
-        with seeded(rng, device) as generator, one_thread():
+        with one_thread():
             known = spots.take(learn)
             n_genes = self.config["n_components"] or n_gene_components(len(known))
             space = Space.fit(known, n_image=self.config["n_image_components"], n_genes=n_genes)
             self.space = space
             image, components = self._image(spots.embedding, space), space.components(spots.expression)
-            self.network = self._build(image.shape[1], components.shape[1]).to(device)
+            with seeded(rng, device) as generator:
+                network = self.network = self._build(image.shape[1], components.shape[1]).to(device)
+            noise = torch.Generator(device).manual_seed(int(rng.integers(2**63 - 1)))
             # a stopping spot asks the learning spots, and so does a learning spot (but not itself)
             own = torch.full((len(spots),), -1, device=device)
             own[learn] = torch.arange(len(learn), device=device)
@@ -209,50 +256,73 @@ class InContext:
             weight = weight / weight.sum()
 
             def error(rows: Tensor, seen: Tensor) -> Tensor:
-                answer = self.network(image[rows], image[near[rows]], components[near[rows]], position[rows], seen)  # type: ignore[misc]
+                around = {"near": near[rows], "position": position[rows], "present": seen}
+                answer = network.learn(image[rows], image, components, **around)
                 return ((answer - components[rows]) ** 2 @ weight).mean()
 
             def loss(batch: Tensor) -> Tensor:
                 rows = learn[batch.to(device)]
-                hide = torch.rand(len(rows), 1, device=device) * self.config["thinning"]
-                return error(rows, present[rows] & (torch.rand(present[rows].shape, device=device) >= hide))
+                hide = torch.rand(len(rows), 1, device=device, generator=noise) * self.config["thinning"]
+                drawn = torch.rand(present[rows].shape, device=device, generator=noise)
+                return error(rows, present[rows] & (drawn >= hide))
 
             train(
-                self.network,
+                network,
                 loss=loss,
                 stopping_loss=lambda: error(stop, present[stop]),
                 n_spots=len(learn),
                 schedule=Schedule(n_steps=300, batch_size=64, learning_rate=3e-3, weight_decay=0.5, patience=10),
                 generator=generator,
+                noise=noise,
                 desc="training in-context head",
                 progress=progress,
             )
         return self
 
     def predict(self, places: Places, *, context: Spots) -> Tensor:
+        (components,) = self.answers([self], places, context=context)
+        with torch.inference_mode():
+            return self.expansion()(components)
+
+    @classmethod
+    def answers(cls, heads: Sequence[Self], places: Places, *, context: Spots, run: Run = map) -> list[Tensor]:
+        """Components (m, Q) of each head: neighbours are looked for once, and each piece of the places asks all."""
+        # many small steps: with a busy core among two, two threads took ten times as long as one (docs/benchmarks.md)
+        with torch.inference_mode(), one_thread():
+            ready = [head._ready(context, places.embedding.device) for head in heads]
+            answers = [known.components.new_empty(len(places), known.components.shape[1]) for _, _, known in ready]
+            reach = [head.config["n_neighbours"] for head in heads]
+            near = {k: head._neighbours(places, context) for k, head in dict(zip(reach, heads, strict=True)).items()}
+            along = _along_strips(places.xy_um.cpu().numpy(), width_um=_STRIP_PITCH * context.pitch_um)
+
+            @torch.inference_mode()
+            def ask(rows: Tensor) -> None:
+                around = {}
+                for k, (index, step, present) in near.items():
+                    seen, at = index[rows].unique(return_inverse=True)
+                    around[k] = _Around(seen, at, encode_position(step[rows]), present[rows])
+                embedding = places.embedding[rows]
+                for k, head, answer, (network, space, known) in zip(reach, heads, answers, ready, strict=True):
+                    answer[rows] = network.ask(head._image(embedding, space), around[k], known)
+
+            list(run(ask, torch.as_tensor(along, device=places.embedding.device).split(_PLACES_AT_ONCE)))
+        return answers
+
+    def _ready(self, context: Spots, device: torch.device) -> tuple[_Network, Space, _Known]:
+        """Move to where it is asked, and work out what is a matter of the context alone."""
         if self.network is None or self.space is None:
             msg = f"head {self.name!r} is not fitted: call fit() first."
             raise RuntimeError(msg)
-        device = places.embedding.device
-        self.network.to(device).eval()
-        space = self.space = self.space.to(device)
-        near, step, present = self._neighbours(places, context)
-        along = _along_strips(places.xy_um.cpu().numpy(), width_um=_STRIP_PITCH * context.pitch_um)
-        # many small steps: with a busy core among two, two threads took ten times as long as one (docs/benchmarks.md)
-        with torch.inference_mode(), one_thread():
-            if self._known is None or self._known.spots is not context:
-                components = space.components(context.expression)
-                key_value = self.network.know(self._image(context.embedding, space), components)
-                self._known = _Known(context, components, key_value)
-            answer = self._known.components.new_empty(len(places), len(space.gene_axes))
-            for rows in torch.as_tensor(along, device=device).split(_PLACES_AT_ONCE):
-                image, position = self._image(places.embedding[rows], space), encode_position(step[rows])
-                answer[rows] = self.network.ask(image, near[rows], position, present[rows], self._known)
-            return self._genes(answer, space)
+        network, space = self.network.to(device).eval(), self.space.to(device)
+        self.space = space
+        if self._known is None or self._known.spots is not context:
+            components = space.components(context.expression)
+            self._known = _Known(context, components, network.know(self._image(context.embedding, space), components))
+        return network, space, self._known
 
-    def _genes(self, components: Tensor, space: Space) -> Tensor:
-        """Expression (m, g) of components (m, Q)."""
-        return space.genes(components)
+    def expansion(self, columns: Tensor | None = None) -> Expansion:
+        """How components (m, Q) become expression (m, g), of all genes or of ``columns``."""
+        return self.space.expansion(columns)  # type: ignore[union-attr]
 
     def _image(self, embedding: Tensor, space: Space) -> Tensor:
         # one scale for all components: the first stay the largest; 3 keeps them within the reach of the layers

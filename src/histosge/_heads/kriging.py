@@ -23,14 +23,15 @@ from scipy.spatial import cKDTree
 
 from histosge._heads._protocol import Places, Spots
 from histosge._heads._space import Space, n_gene_components
-from histosge._settings import progress_bar
-from histosge._training import one_thread, seeded
+from histosge._training import one_thread, steps_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
+
+    from histosge._heads._protocol import Expansion, Run
 
 _MOST_COMPONENTS = 16
 """Components beyond these are nearly all noise, and each costs a factorisation."""
@@ -43,7 +44,7 @@ _INNER = 0.6
 """A tile lies within this share of the way to the farthest of its spots: all of its places have spots around them."""
 _KEPT_PARTS = 64
 """Tiles that are kept worked out, a megabyte each."""
-_PAIRS_AT_ONCE = {"cpu": 2**19, "other": 2**25}
+_PAIRS_AT_ONCE = {"cpu": 2**18, "other": 2**25}
 """Covariances of places with spots that are worked out at once: on a processor, what its cache holds."""
 _FIRST_LENGTHS = (5.0, 0.8, 8.0, 0.8)
 """Where lengths start and what the prior holds them near: pitches, image, and both again for the product."""
@@ -102,7 +103,8 @@ class Kriging:
     def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
         device = spots.embedding.device
         n_genes = self.config["n_components"] or min(n_gene_components(len(spots)), _MOST_COMPONENTS)
-        with seeded(rng, device) as generator, one_thread():
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63 - 1)))
+        with one_thread():
             self.space = Space.fit(spots, n_image=self.config["n_image_components"], n_genes=n_genes)
             sample = torch.randperm(len(spots), generator=generator)[: self.config["n_sample"]]
             known = spots.take(sample.to(device))
@@ -123,26 +125,29 @@ class Kriging:
         common = common.requires_grad_()
         own = target.new_zeros(5, n_components).requires_grad_()
         distance, unlike, alike = _distances(place, place), _squares(image, image), image @ image.T
-        eye = torch.eye(n, device=target.device)
         optimiser = torch.optim.Adam([lengths, common, own], lr=0.1)
-        with progress_bar(desc="fitting kriging", total=self.config["n_steps"], unit="step", show=progress) as bar:
+        with steps_bar(desc="fitting kriging", total=self.config["n_steps"], unit="step", show=progress) as bar:
             for _ in range(self.config["n_steps"]):
                 optimiser.zero_grad(set_to_none=True)
                 share = (common + own).exp()  # (5, Q)
                 kernels = _kernels(distance, unlike, alike, lengths)  # (4, n, n)
-                covariance = torch.einsum("pq,pij->qij", share[:4], kernels)  # (Q, n, n)
-                covariance = covariance + (share[4] + _JITTER)[:, None, None] * eye
                 prior = (lengths - first).square().sum() / (2 * 0.5**2) + (common - start).square().sum() / 2
                 prior = prior + own.square().sum() / 2
                 # the likelihood's gradient is known (ibid., equation 5.9): cheaper than back through the factors
                 with torch.no_grad():
+                    flat = kernels.flatten(1)  # (4, n n)
+                    covariance = (share[:4].T @ flat).view(-1, n, n)  # (Q, n, n)
+                    covariance.diagonal(dim1=1, dim2=2).add_((share[4] + _JITTER)[:, None])
                     factor = torch.linalg.cholesky(covariance)
                     inverse = torch.cholesky_inverse(factor)  # (Q, n, n)
                     weight = inverse @ target.T[:, :, None]  # (Q, n, 1)
-                    slope = (inverse - weight @ weight.mT) / (2 * n)
                     deviance = (target.T[:, None] @ weight).sum() / 2
                     deviance = deviance + factor.diagonal(dim1=1, dim2=2).log().sum()
-                torch.autograd.backward([covariance, prior / n], [slope, None])
+                    slope = inverse.baddbmm_(weight, weight.mT, alpha=-1).div_(2 * n).flatten(1)  # (Q, n n)
+                    of_noise = slope[:, :: n + 1].sum(1)  # (Q,) along the diagonal
+                    of_share = torch.cat([flat @ slope.T, of_noise[None]])  # (5, Q)
+                    of_kernels = (share[:4] @ slope).view_as(kernels)
+                torch.autograd.backward([kernels, share, prior / n], [of_kernels, of_share, None])
                 optimiser.step()
                 bar.update()
                 bar.set_postfix(loss=f"{float((deviance + prior.detach()) / n):.4f}")
@@ -156,6 +161,19 @@ class Kriging:
         return found
 
     def predict(self, places: Places, *, context: Spots) -> Tensor:
+        (components,) = self.answers([self], places, context=context)
+        with torch.inference_mode():
+            return self.expansion()(components)
+
+    @classmethod
+    def answers(cls, heads: Sequence[Self], places: Places, *, context: Spots, run: Run = map) -> list[Tensor]:
+        return [head._answer(places, context, run) for head in heads]
+
+    def expansion(self, columns: Tensor | None = None) -> Expansion:
+        return self.space.expansion(columns)  # type: ignore[union-attr]
+
+    def _answer(self, places: Places, context: Spots, run: Run) -> Tensor:
+        """Components (m, Q) at places."""
         if self.space is None:
             raise _not_fitted()
         device = places.embedding.device
@@ -163,7 +181,7 @@ class Kriging:
         self.parameters = {name: tensor.to(device) for name, tensor in self.parameters.items()}
         components = space.gene_mean.new_zeros(len(places), len(space.gene_axes))
         if len(context) == 0 or len(places) == 0:  # nothing is known around: the prior mean
-            return space.genes(components)
+            return components
         with torch.inference_mode():
             if self._context is not context:
                 self._context, self._known = context, OrderedDict()
@@ -173,8 +191,8 @@ class Kriging:
                 own = torch.where(near[at] == own, at, -1)  # `near` is sorted; -1 is in no part
                 known = self._recall(context, near, space, leave_out=bool((own >= 0).any()))
                 some = Places(places.embedding[rows], places.xy_um[rows], own)
-                components[rows] = self._read(some, known, space, pitch_um=context.pitch_um)
-            return space.genes(components)  # (m, g)
+                components[rows] = self._read(some, known, space, pitch_um=context.pitch_um, run=run)
+        return components
 
     def _recall(self, context: Spots, near: Tensor, space: Space, *, leave_out: bool) -> _Known:
         """Spots ``near`` of the context, worked out when they are first asked for, and of late."""
@@ -212,12 +230,14 @@ class Kriging:
                 left_out[:, q] = -(inverse @ target[:, q]) / precision
         return _Known(place, image, share[:3, None] * weight, share[3] * (image.T @ weight), left_out)
 
-    def _read(self, places: Places, known: _Known, space: Space, *, pitch_um: float) -> Tensor:
+    def _read(self, places: Places, known: _Known, space: Space, *, pitch_um: float, run: Run = map) -> Tensor:
         """Components (m, Q) at places; where a place is a spot, those that all other spots give it."""
         lengths = self.parameters["lengths"]
         out = known.slope.new_empty(len(places), known.slope.shape[1])
         pairs = _PAIRS_AT_ONCE["cpu" if out.device.type == "cpu" else "other"]
-        for rows in torch.arange(len(places), device=out.device).split(max(1, pairs // len(known.place))):
+
+        @torch.inference_mode()
+        def read(rows: slice) -> None:
             place, image = _inputs(places.take(rows), space, pitch_um)
             some = image @ known.slope  # (m', Q)
             for decay, weight in zip(
@@ -225,6 +245,9 @@ class Kriging:
             ):
                 some.addmm_(decay, weight)
             out[rows] = some
+
+        n = max(1, pairs // len(known.place))
+        list(run(read, [slice(start, start + n) for start in range(0, len(places), n)]))
         if known.left_out is not None:
             hidden = places.own >= 0
             out[hidden] = known.left_out[places.own[hidden]]
@@ -276,15 +299,25 @@ def _decays(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Near, alike, near and alike: what ``_kernels`` stacks, (m, n) each, worked out where it lies."""
     near, alike, both_near, both_alike = lengths.exp().tolist()
-    distance = (place[:, :1] - places[:, 0]).square_()
-    other = place[:, 1:] - places[:, 1]
+    x, y = places.T.contiguous()  # (n,) each: strided ones cost several times as much
+    distance = (place[:, :1] - x).square_()
+    other = place[:, 1:] - y
     distance.addcmul_(other, other).sqrt_()
     # minus half the square of the difference, by one product: a b - a a / 2 - b b / 2
     a = torch.cat([image, image.square().sum(1, keepdim=True) / -2, image.new_ones(len(image), 1)], 1)
     b = torch.cat([images, images.new_ones(len(images), 1), images.square().sum(1, keepdim=True) / -2], 1)
     unlike = torch.mm(a, b.T, out=other).clamp_max_(0)
-    both = torch.mul(unlike, 1 / both_alike**2).add_(distance, alpha=-1 / both_near).exp_()
-    return distance.mul_(-1 / near).exp_(), unlike.mul_(1 / alike**2).exp_(), both
+    both = _exp(torch.mul(unlike, 1 / both_alike**2).add_(distance, alpha=-1 / both_near))
+    return _exp(distance.mul_(-1 / near)), _exp(unlike.mul_(1 / alike**2)), both
+
+
+def _exp(values: Tensor) -> Tensor:
+    """Exponential in place; on a processor numpy's, which takes half as long as torch's."""
+    if values.device.type != "cpu":
+        return values.exp_()
+    array = values.numpy()
+    np.exp(array, out=array)
+    return values
 
 
 def _parts(places: Places, context: Spots) -> Iterator[tuple[Tensor, Tensor]]:

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from histosge._heads._protocol import Places, Spots
 
 
+_PENALTIES = np.logspace(-1, 7, 25)
+_TINY = 1e-12
+"""Length below which a component is not there: a constant embedding has none."""
+
+
 class Mean:
     """Every place gets the mean of the spots learnt from: what any head must beat to be worth anything."""
 
@@ -102,22 +107,19 @@ class Ridge:
         self.weights = weights
 
     def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
-        from sklearn.decomposition import PCA
-        from sklearn.linear_model import RidgeCV
-
         mean, spread = standardiser(spots.embedding)
-        scaled = standardise(spots.embedding, mean, spread).cpu().numpy().astype(np.float64)
-        n_components = max(1, min(256, len(spots) // 4, scaled.shape[1]))
-        pca = PCA(n_components, svd_solver="full").fit(scaled)
-        ridge = RidgeCV(np.logspace(-1, 7, 25)).fit(pca.transform(scaled), spots.expression.cpu().numpy())
-        slope = pca.components_.T @ np.atleast_2d(ridge.coef_).T  # (d, g)
-        offset = ridge.intercept_ - pca.mean_ @ slope
-        self.weights = {
-            "mean": mean,
-            "spread": spread,
-            "slope": torch.as_tensor(slope, dtype=torch.float32),
-            "offset": torch.as_tensor(offset, dtype=torch.float32).reshape(-1),
-        }
+        # in float64, and on the processor: not every device has it
+        x = standardise(spots.embedding, mean, spread).cpu().double()
+        y = spots.expression.cpu().double()
+        n_components = max(1, min(256, len(x) // 4, x.shape[1]))
+        x_mean, y_mean = x.mean(0), y.mean(0)
+        axes, left, size = _components(x - x_mean, n_components)
+        shrunk = left.T @ (y - y_mean)  # (q, g): the answer in each component, before the penalty
+        kept = size**2 / (size**2 + torch.as_tensor(_PENALTIES)[:, None])  # (penalties, q)
+        kept = kept[_left_out_error(y - y_mean, left, shrunk, kept).argmin()]
+        slope = axes @ ((kept / size.clamp_min(_TINY))[:, None] * shrunk)  # (d, g)
+        offset = y_mean - x_mean @ slope
+        self.weights = {"mean": mean, "spread": spread, "slope": slope.float(), "offset": offset.float()}
         return self
 
     def predict(self, places: Places, *, context: Spots) -> Tensor:
@@ -134,6 +136,38 @@ class Ridge:
     @classmethod
     def from_state(cls, config: dict[str, Any], weights: dict[str, Tensor]) -> Self:
         return cls(weights)
+
+
+def _components(centred: Tensor, n_components: int) -> tuple[Tensor, Tensor, Tensor]:
+    """First principal components of (n, d): axes (d, q), scores of unit length (n, q), and their lengths (q,).
+
+    From the smaller of the two products of the matrix with itself. That squares its condition, but what float64 then
+    loses is far below any penalty.
+    """
+    n, d = centred.shape
+    square, side = torch.linalg.eigh(centred.T @ centred if d <= n else centred @ centred.T)
+    size = square.flip(0)[:n_components].clamp_min(0).sqrt()
+    side = side.flip(1)[:, :n_components]
+    other = (centred @ side if d <= n else centred.T @ side) / size.clamp_min(_TINY)
+    return (side, other, size) if d <= n else (other, side, size)
+
+
+def _left_out_error(y: Tensor, left: Tensor, shrunk: Tensor, kept: Tensor) -> Tensor:
+    """Squared leave-one-out error over all spots and genes for every penalty, (penalties,).
+
+    The error at a spot left out is its residual over one minus its leverage (Golub, Heath and Wahba, 1979). The squared
+    residual is multiplied out, so that the (n, g) values are gone through once and not for every penalty.
+    """
+    own = y.square().sum(1)  # (n,)
+    crossed = left * (y @ shrunk.T)  # (n, q)
+    within = shrunk @ shrunk.T  # (q, q)
+    errors = []
+    for share in kept:
+        some = left * share  # (n, q)
+        residual = own - 2 * crossed @ share + ((some @ within) * some).sum(1)
+        leverage = 1 / len(y) + (some * left).sum(1)  # the mean is learnt as well
+        errors.append((residual / (1 - leverage) ** 2).sum())
+    return torch.stack(errors)
 
 
 def _not_fitted(name: str) -> RuntimeError:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from histosge._section._counts import TARGET_SUM, per_target_sum
 from histosge._section._read import MIN_SPOTS, Section, centroids, column, read_section, section_counts
-from histosge._section._store import TableStore, open_table
+from histosge._section._rows import open_table
+from histosge._section._store import TableStore
 from histosge._section._write import (
     Targets,
     commit,

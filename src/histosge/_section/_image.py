@@ -6,14 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from histosge._image import LazyImage
 from histosge._settings import logger
-from histosge._tiles import LazyImage
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from spatialdata import SpatialData
 
 _THUMBNAILS = ("_hires_image", "_lowres_image")
 _RGB_NAMES = {"r": 0, "g": 1, "b": 2, "a": 3, "red": 0, "green": 1, "blue": 2, "alpha": 3}
+
+_SAME_GREY = 2.0
+"""Grey levels, of 255, that a level of a pyramid may differ from the mean of the finest."""
 
 
 def find_image(sdata: SpatialData, key: str | None) -> str:
@@ -37,12 +42,12 @@ def find_image(sdata: SpatialData, key: str | None) -> str:
 
 
 def lazy_image(element: Any, key: str) -> LazyImage:
-    """Take the finest scale of an image, lazily, as RGB."""
+    """Take an image with all its scales, lazily, as RGB."""
     from spatialdata import get_pyramid_levels
     from xarray import DataTree
 
-    array = get_pyramid_levels(element, n=0) if isinstance(element, DataTree) else element
-    array = array.transpose("c", "y", "x")
+    arrays = list(get_pyramid_levels(element)) if isinstance(element, DataTree) else [element]
+    array, *rest = (level.transpose("c", "y", "x") for level in arrays)
     names = [str(c).lower() for c in array.coords["c"].values] if "c" in array.coords else []
     if array.sizes["c"] not in (3, 4):
         msg = (
@@ -50,7 +55,7 @@ def lazy_image(element: Any, key: str) -> LazyImage:
             "Pass image_key= of a colour image."
         )
         raise ValueError(msg)
-    data = array.data
+    order = np.arange(array.sizes["c"])
     if names and not all(n.isdigit() for n in names):
         if sorted(_RGB_NAMES.get(n, -1) for n in names) != list(range(len(names))):
             msg = (
@@ -59,17 +64,23 @@ def lazy_image(element: Any, key: str) -> LazyImage:
             )
             raise ValueError(msg)
         order = np.argsort([_RGB_NAMES[n] for n in names])
-        if list(order) != list(range(len(names))):
-            data = data[order]
-    dtype = np.dtype(array.dtype)
+    in_order = (order == np.arange(len(order))).all()
+    data = [level.data if in_order else level.data[order] for level in (array, *rest)]
+    white = _white(data[0], key)
+    return LazyImage(data[0], white, tuple(_coarser(data, white)))
+
+
+def _white(data: Any, key: str) -> float:
+    """The value of a white pixel."""
+    dtype = np.dtype(data.dtype)
     if dtype == np.uint8:
-        return LazyImage(data)
+        return 255.0
     if dtype != np.uint16 and dtype.kind != "f":
         msg = (
             f"image {key!r} has dtype {dtype}; pass an RGB image of dtype uint8, uint16 or float (0 to 1, or 0 to 255)."
         )
         raise ValueError(msg)
-    step = max(1, max(array.sizes["y"], array.sizes["x"]) // 1000)
+    step = max(1, max(data.shape[1:]) // 1000)
     sample = np.asarray(data[:, ::step, ::step])
     low, high = float(np.nanmin(sample)), float(np.nanmax(sample))
     if dtype.kind == "f" and (low < 0 or high > 255 or not np.isfinite(sample).all()):
@@ -77,4 +88,26 @@ def lazy_image(element: Any, key: str) -> LazyImage:
         raise ValueError(msg)
     white = 1.0 if dtype.kind == "f" and high <= 1 else 255.0 if high <= 255 else 65535.0
     logger.info("converting image %r from %s (white = %g) to uint8", key, dtype, white)
-    return LazyImage(data, white=white)
+    return white
+
+
+def _coarser(data: list[Any], white: float) -> Iterator[tuple[Any, float]]:
+    """Levels of a pyramid that show what the finest shows: shrunken by a whole factor, by means and not by leaving out."""
+    finest = LazyImage(data[0], white)
+    height, width = data[0].shape[1:]
+    for level in data[1:]:
+        factor = round(height / level.shape[1])
+        # a level ends with the last whole pixel, or with one more
+        fits = all(n // factor <= m <= -(-n // factor) for n, m in zip((height, width), level.shape[1:], strict=True))
+        if factor > 1 and fits and level.dtype == data[0].dtype and _agree(finest, LazyImage(level, white), factor):
+            yield level, float(factor)
+
+
+def _agree(fine: LazyImage, coarse: LazyImage, factor: int) -> bool:
+    """Whether a level is the mean of the finest, in the middle of the image: levels of any origin come along."""
+    side = max(1, min(128, 1024 // factor, coarse.height_px, coarse.width_px))
+    x, y = (coarse.width_px - side) // 2, (coarse.height_px - side) // 2
+    there = coarse.read(x, y, x + side, y + side).astype(float)
+    whole = fine.read(x * factor, y * factor, (x + side) * factor, (y + side) * factor).astype(float)
+    mean = whole.reshape(3, side, factor, side, factor).mean((2, 4))
+    return bool(np.abs(there - mean).mean() <= _SAME_GREY)

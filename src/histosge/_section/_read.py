@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from scipy import sparse
     from spatialdata import SpatialData
 
-    from histosge._tiles import LazyImage
+    from histosge._image import LazyImage
 
 MIN_SPOTS = 30
 _NEARLY_EMPTY = 0.02

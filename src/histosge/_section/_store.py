@@ -6,12 +6,9 @@ on disk. A run that was killed, however, goes on where it stopped.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
-import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
+from histosge._section import _rows
 from histosge._settings import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from anndata import AnnData
     from geopandas import GeoDataFrame
 
@@ -50,6 +46,8 @@ class TableStore:
     part_rows: int
     done: set[int] = field(default_factory=set)
     """Parts that are on disk"""
+    _matrices: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """``X`` and layers, open: by ``begin``, since how zarr opens is a setting of all threads"""
 
     @classmethod
     def open(cls, path: str | Path, *, recipe: dict[str, Any], n_rows: int, part_rows: int) -> TableStore:
@@ -144,21 +142,22 @@ class TableStore:
             given = "neither" if shapes is None else "both"
             msg = f"shapes=, shapes_whole=: pass one of them, not {given}; shapes= where each part brings its own."
             raise ValueError(msg)
-        sample = _first_row(table)
+        sample = _rows.first_row(table)
         setup: dict[str, Any] = {
             "name": name,
             "shapes_key": shapes_key,
             "shapes": "in parts" if shapes is not None else "whole",
-            "layout": _layout(sample, _held(sample)),
+            "layout": _rows.layout(sample, _rows.held(sample)),
         }
         if self._zarr.exists():
             before = self._setup()
-            _refuse_other_layout(before.pop("layout"), setup.pop("layout"), of="this run's table")
+            _rows.refuse_other_layout(before.pop("layout"), setup.pop("layout"), of="this run's table")
             other = [key for key, value in setup.items() if before[key] != value]
             if other:
                 there = ", ".join(f"{key}={setup[key]!r} (there: {before[key]!r})" for key in other)
                 msg = f"{self._partial} was begun otherwise: {there}. Finish that run, or remove the folder."
                 raise ValueError(msg)
+            self._matrices.update(_rows.writable(self._zarr / "tables", name))
             return
         from spatialdata import SpatialData
 
@@ -166,20 +165,21 @@ class TableStore:
         shutil.rmtree(draft, ignore_errors=True)
         # one row tells the installed version's format; every array of rows is replaced by one of full length
         element = shapes.iloc[:1] if shapes is not None else shapes_whole
-        with _quiet():
+        with _rows.quiet():
             SpatialData(shapes={shapes_key: element}, tables={name: sample}).write(
                 draft, consolidate_metadata=False, update_sdata_path=False
             )
             group = zarr.open_group(draft / "tables" / name, mode="r+", use_consolidated=False)
-            for key in _row_arrays(group):
+            for key in _rows.row_arrays(group):
                 self._lengthen(group, key)
         if shapes is not None:
-            geo = _geo(draft / "shapes" / shapes_key / "shapes.parquet")
+            geo = _rows.geo(draft / "shapes" / shapes_key / "shapes.parquet")
             encoding = geo["columns"][geo["primary_column"]]["encoding"]
             setup["geometry_encoding"] = "WKB" if encoding == "WKB" else "geoarrow"
-            _write_shapes(self._partial / _SAMPLE, shapes.iloc[:1], encoding=setup["geometry_encoding"])
+            _rows.write_shapes(self._partial / _SAMPLE, shapes.iloc[:1], encoding=setup["geometry_encoding"])
         _write_json(self._partial / _SETUP, setup)
         draft.rename(self._zarr)
+        self._matrices.update(_rows.writable(self._zarr / "tables", name))
 
     def write(self, part: int, table: AnnData, *, shapes: GeoDataFrame | None = None) -> None:
         """Write the rows of a part, and its shapes if they are written part by part.
@@ -207,13 +207,13 @@ class TableStore:
             told = "are written in parts: pass" if shapes is None else "were written whole: leave out"
             msg = f"part {part}: the shapes {setup['shapes_key']!r} of this store {told} shapes=."
             raise ValueError(msg)
-        held, matrices = _held(table), _matrices(table)
-        layout = _layout(table, held)
-        _refuse_other_layout(setup["layout"], layout, of=f"part {part}")
+        held, matrices = _rows.held(table), _rows.matrices(table)
+        layout = _rows.layout(table, held)
+        _rows.refuse_other_layout(setup["layout"], layout, of=f"part {part}")
         group = zarr.open_group(self._zarr / "tables" / setup["name"], mode="r+", use_consolidated=False)
         for key in [key for key in layout if key not in {"obs", "var"}]:
-            values: Any = matrices[key] if _is_matrix(key) else held[key]
-            target: Any = group[key]
+            values: Any = matrices[key] if _rows.is_matrix(key) else held[key]
+            target: Any = self._matrices.get(key, group[key])
             target[rows] = values[:]
         if shapes is not None:
             self._write_part_of_shapes(part, shapes, encoding=setup["geometry_encoding"])
@@ -234,12 +234,12 @@ class TableStore:
         if setup["shapes"] == "in parts":
             parts = [self._part(part, "parquet") for part in range(self.n_parts)]
             joined = self._partial / "shapes.parquet"
-            _join(parts, sample=self._partial / _SAMPLE, target=joined)
+            _rows.join(parts, sample=self._partial / _SAMPLE, target=joined)
             joined.replace(self._zarr / "shapes" / setup["shapes_key"] / "shapes.parquet")
         for torn in self._zarr.rglob("*.partial"):  # zarr's own: chunks in the making when a run was killed
             if torn.is_file():
                 torn.unlink()
-        with _quiet():
+        with _rows.quiet():
             zarr.consolidate_metadata(zarr.storage.LocalStore(self._zarr))
         self._zarr.rename(self.path)
         # the marker goes last, lest a run that is killed here leaves a folder that seems not ours
@@ -267,9 +267,9 @@ class TableStore:
 
         old: Any = group[key]
         rows, width = min(self.part_rows, self.n_rows), max(math.prod(old.shape[1:]), 1)
-        wanted = _CHUNK[0] if _is_matrix(key) else _CHUNK_VALUES // width
-        n_rows = _chunk_rows(rows, wanted=max(wanted, 1), whole=self.n_parts == 1)
-        rest = (min(width, _CHUNK[1], max(_CHUNK_VALUES // n_rows, 1)),) if _is_matrix(key) else old.shape[1:]
+        wanted = _CHUNK[0] if _rows.is_matrix(key) else _CHUNK_VALUES // width
+        n_rows = _rows.chunk_rows(rows, wanted=max(wanted, 1), whole=self.n_parts == 1)
+        rest = (min(width, _CHUNK[1], max(_CHUNK_VALUES // n_rows, 1)),) if _rows.is_matrix(key) else old.shape[1:]
         numeric = old.dtype.kind in "fiu" and old.dtype.itemsize > 1
         dtype, fill, attributes = old.metadata.data_type, old.fill_value, old.attrs.asdict()
         del group[key]
@@ -290,38 +290,13 @@ class TableStore:
 
         target = self._part(part, "parquet")
         draft = target.with_suffix(".tmp")
-        _write_shapes(draft, shapes, encoding=encoding)
+        _rows.write_shapes(draft, shapes, encoding=encoding)
         wanted, found = pq.read_schema(self._partial / _SAMPLE), pq.read_schema(draft)
         if not found.equals(wanted):
             columns = [dict(zip(schema.names, map(str, schema.types), strict=True)) for schema in (found, wanted)]
             msg = f"part {part}: its shapes have the columns {columns[0]}, but those that began the store {columns[1]}."
             raise ValueError(msg)
         draft.replace(target)
-
-
-def open_table(path: str | Path, name: str) -> AnnData:
-    """Open a table of a store with ``X`` and layers left on disk (dask), all else in memory.
-
-    Parameters
-    ----------
-    path
-        The ``SpatialData`` store.
-    name
-        Name of the table.
-    """
-    import anndata as ad
-    import dask.array as da
-
-    tables = Path(path) / "tables"
-    if not (tables / name / "zarr.json").is_file():
-        there = sorted(p.name for p in tables.iterdir() if p.is_dir()) if tables.is_dir() else []
-        msg = f"name={name!r} is not among the tables of {str(path)!r}: {there}."
-        raise KeyError(msg)
-    group = zarr.open_group(tables / name, mode="r")
-    lazy = {key: da.from_zarr(group[key]) for key in _row_arrays(group) if _is_matrix(key)}
-    rest = {key: ad.io.read_elem(group[key]) for key in ("obs", "var", "obsm", "varm", "uns")}
-    layers = {key.removeprefix("layers/"): array for key, array in lazy.items() if key != "X"}
-    return ad.AnnData(X=lazy.get("X"), layers=layers, **rest)
 
 
 # -- the partial folder
@@ -405,167 +380,3 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     draft = path.with_name(f"{path.name}.tmp")
     draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
     draft.replace(path)
-
-
-# -- arrays
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what nobody can mend: parquet inside zarr, strings without a specification, shards to come."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="zarr v3 autosharding")
-        warnings.filterwarnings("ignore", category=zarr.errors.UnstableSpecificationWarning)
-        warnings.filterwarnings("ignore", category=zarr.errors.ZarrUserWarning)
-        yield
-
-
-def _chunk_rows(part_rows: int, *, wanted: int, whole: bool) -> int:
-    """Rows of a chunk near to those wanted; a whole number of chunks makes a part, unless there is but one."""
-    if part_rows <= wanted or whole:
-        return min(part_rows, wanted)
-    small = [d for d in range(1, math.isqrt(part_rows) + 1) if part_rows % d == 0]
-    return min({*small, *(part_rows // d for d in small)}, key=lambda d: abs(math.log(d / wanted)))
-
-
-def _is_matrix(key: str) -> bool:
-    """Whether an array is rows by genes."""
-    return key == "X" or key.startswith("layers/")
-
-
-def _matrices(table: AnnData) -> dict[str, Any]:
-    """``X`` and layers by their paths; newer versions of anndata count ``X`` among the layers, as ``None``."""
-    found = {} if table.X is None else {"X": table.X}
-    return found | {f"layers/{key}": values for key, values in table.layers.items() if key is not None}
-
-
-def _first_row(table: AnnData) -> AnnData:
-    """The first row as a table of its own, all categories kept (anndata's own slices drop them)."""
-    import anndata as ad
-
-    unfit = [f"{what}={list(held)}" for what in ("obsp", "varp") if len(held := getattr(table, what))]
-    unfit += ["raw"] if table.raw is not None else []
-    unfit += [f"{key} ({type(v).__name__})" for key, v in _matrices(table).items() if not isinstance(v, np.ndarray)]
-    if unfit or not table.n_obs:
-        msg = (
-            f"table: {', '.join(unfit) or '0 rows'} cannot be written in parts; a part has rows, and X, layers and "
-            "obsm that are numpy arrays."
-        )
-        raise ValueError(msg)
-    rows = {key: np.asarray(values)[:1] for key, values in _matrices(table).items()}
-    return ad.AnnData(
-        X=rows.pop("X", None),
-        layers={key.removeprefix("layers/"): values for key, values in rows.items()},
-        obs=table.obs.iloc[:1],
-        obsm={key: values.iloc[:1] if hasattr(values, "iloc") else values[:1] for key, values in table.obsm.items()},
-        var=table.var,
-        varm=dict(table.varm),
-        uns=dict(table.uns),
-    )
-
-
-def _held(table: AnnData) -> zarr.Group:
-    """``obs`` and ``obsm`` as anndata would write them, in memory."""
-    import anndata as ad
-
-    group = zarr.open_group(zarr.storage.MemoryStore(), mode="w", zarr_format=3)
-    with _quiet():
-        ad.io.write_elem(group, "obs", table.obs)
-        ad.io.write_elem(group, "obsm", dict(table.obsm))
-    return group
-
-
-def _row_arrays(group: zarr.Group) -> list[str]:
-    """Paths of all arrays of a table whose first dimension is its rows."""
-    found = ["X"] if "X" in group else []
-    for name in ("layers", "obsm"):
-        if name in group:
-            found += [key for inner in group[name] for key in _arrays_of(group, f"{name}/{inner}")]  # type: ignore[union-attr]
-    return found + _arrays_of(group, "obs")
-
-
-def _arrays_of(group: zarr.Group, key: str) -> list[str]:
-    """Paths of the arrays that an element with rows is made of, by anndata's encoding."""
-    element = group[key]
-    kind = str(element.attrs.get("encoding-type"))
-    if isinstance(element, zarr.Array):
-        return [key]
-    if kind == "dataframe":
-        return [path for inner in element for path in _arrays_of(group, f"{key}/{inner}")]
-    if kind == "categorical":
-        return [f"{key}/codes"]
-    if kind.startswith("nullable"):
-        return [f"{key}/values", f"{key}/mask"]
-    msg = f"table: {key} is a {kind}, which cannot be written in parts; make it a numpy array or a column of obs."
-    raise ValueError(msg)
-
-
-def _layout(table: AnnData, held: zarr.Group) -> dict[str, str]:
-    """Describe all that must be the same in every part: names, types, widths, categories."""
-    layout = {"var": _digest([str(name) for name in table.var_names])}
-    layout["obs"] = _digest([str(name) for name in table.obs.columns])
-    for key, values in _matrices(table).items():
-        layout[key] = f"{'dense' if isinstance(values, np.ndarray) else type(values).__name__} {values.dtype}"
-    for key in _row_arrays(held):
-        array = held[key]
-        layout[key] = f"{array.dtype} {'x'.join(map(str, array.shape[1:]))}".strip()  # type: ignore[union-attr]
-        if key.endswith("/codes"):
-            column = held[key.removesuffix("/codes")]
-            values = np.asarray(column["categories"][:]).tolist()  # type: ignore[index]
-            layout[key] = f"{_digest(values)}, {'' if column.attrs['ordered'] else 'not '}ordered"
-    return layout
-
-
-def _digest(values: list[Any]) -> str:
-    """A few values as they are, many by their number and hash."""
-    text = json.dumps(values)
-    return text if len(text) <= 200 else f"{len(values)} names ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
-
-
-def _refuse_other_layout(wanted: dict[str, str], found: dict[str, str], *, of: str) -> None:
-    other = [key for key in sorted(wanted | found) if wanted.get(key) != found.get(key)]
-    if other:
-        told = "; ".join(f"{key} is {found.get(key, 'absent')}, not {wanted.get(key, 'absent')}" for key in other)
-        msg = (
-            f"{of} differs from the part that began the store: {told}. All parts need the same names, types and "
-            "categories (of a categorical column: all that occur in any part)."
-        )
-        raise ValueError(msg)
-
-
-# -- shapes
-
-
-def _geo(path: Path) -> dict[str, Any]:
-    """GeoParquet's own metadata of a file."""
-    import pyarrow.parquet as pq
-
-    return dict(json.loads(pq.read_schema(path).metadata[b"geo"]))
-
-
-def _write_shapes(path: Path, shapes: GeoDataFrame, *, encoding: str) -> None:
-    """Write shapes as spatialdata does, but with the index as a column of its own."""
-    from spatialdata.models import ShapesModel
-
-    frame = shapes.copy(deep=False)
-    frame.attrs = {key: value for key, value in shapes.attrs.items() if key != ShapesModel.TRANSFORM_KEY}
-    frame.to_parquet(path, geometry_encoding=encoding, index=True)
-
-
-def _join(parts: list[Path], *, sample: Path, target: Path) -> None:
-    """Join the files of all parts, one part in memory at a time; the metadata speak of the whole."""
-    import pyarrow.parquet as pq
-
-    schema = pq.read_schema(sample)
-    geo = _geo(sample)
-    columns = [_geo(path)["columns"][geo["primary_column"]] for path in parts]
-    whole = geo["columns"][geo["primary_column"]]
-    whole["geometry_types"] = sorted({kind for column in columns for kind in column["geometry_types"]})
-    boxes = np.array([column["bbox"] for column in columns])  # (n_parts, 4) xmin, ymin, xmax, ymax
-    whole["bbox"] = [*boxes[:, :2].min(0).tolist(), *boxes[:, 2:].max(0).tolist()]
-    schema = schema.with_metadata({**schema.metadata, b"geo": json.dumps(geo).encode()})
-    with pq.ParquetWriter(target, schema) as writer:
-        for path in parts:
-            file = pq.ParquetFile(path)
-            for i in range(file.num_row_groups):
-                writer.write_table(file.read_row_group(i).replace_schema_metadata(schema.metadata))

@@ -11,9 +11,9 @@ import pandas as pd
 from histosge import _keys
 from histosge._coverage import Footprints
 from histosge._geometry import Places, in_mask, nearest_spots, refine, square_bins, tissue_mask
+from histosge._image import thumbnail
 from histosge._section._read import _affine, _drawn_size, _regions, _scale, apply, centroids, ours
 from histosge._settings import logger
-from histosge._tiles import thumbnail
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -284,8 +284,7 @@ def predicted_table(
     obs["distance_to_spot_um"] = distance_um.astype(np.float32)
     adata = ad.AnnData(X=expression, obs=obs, var=var)
     if bars is not None:
-        adata.layers["sd"] = bars.sd(expression)
-        adata.layers["lower"], adata.layers["upper"] = bars.interval(expression)
+        adata.layers["sd"], adata.layers["lower"], adata.layers["upper"] = bars.around(expression)
     for name, values in (layers or {}).items():
         adata.layers[name] = values
     adata.obsm["spatial"] = targets.xy_px

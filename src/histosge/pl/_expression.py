@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from histosge import _keys
+from histosge._image import thumbnail
 from histosge._section import Section, centroids, read_section
 from histosge._section import to_image as places_in_image
-from histosge._tiles import thumbnail
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

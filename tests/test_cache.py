@@ -1,0 +1,668 @@
+"""Embeddings kept on disk: the same values back or none, never more than the limit, nothing of anybody else's touched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import histosge as sge
+from histosge import _cache
+from histosge._cache import EmbeddingCache, cache_folder, open_cache
+from histosge._settings import Settings, logger, settings
+
+RECIPE = {"encoder": {"name": "uni", "mpp": 0.5}, "tile_um": 112.0, "dense": False, "versions": ["torch 2.9"]}
+MARKER = "histosge-cache.json"
+BLOCK_BYTES = 128 + 8 * 4 * 2 + 4  # head, float16, checksum
+
+
+@pytest.fixture
+def root(cache_folder):
+    return cache_folder
+
+
+@pytest.fixture
+def details():
+    with settings.override(verbosity=3):
+        yield
+
+
+def digest(i):
+    return hashlib.blake2b(str(i).encode(), digest_size=16).hexdigest()
+
+
+def values(seed=0, shape=(8, 4), dtype=np.float16):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def small(root, n_blocks, *, spare=0):
+    """A cache with room for so many blocks of `values()`."""
+    return EmbeddingCache(root, n_blocks * BLOCK_BYTES + spare)
+
+
+def size(root):
+    return sum(p.stat().st_size for p in root.rglob("*") if p.is_file() and p.suffix in {".npy", ".part"})
+
+
+def there(shelf, n):
+    """Which of the first n blocks are kept, without touching them."""
+    return [i for i in range(n) if (shelf.folder / f"{digest(i)}.npy").exists()]
+
+
+# --------------------------------------------------------------------------------------------------------- get and put
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("shape", [(8, 4), (1, 1536), (0, 7), (120, 3)])
+def test_what_was_put_is_got(root, dtype, shape):
+    put = values(shape=shape, dtype=dtype)
+    put.flat[:2] = [np.nan, -0.0][: put.size]  # nothing is rounded or mended
+    open_cache().shelf(RECIPE).put(digest(0), put)
+    got = open_cache().shelf(dict(reversed(RECIPE.items()))).get(digest(0))
+    assert (got.dtype, got.shape) == (put.dtype, put.shape)
+    assert got.tobytes() == put.tobytes()
+    got[:] = 0  # the caller's own
+    assert open_cache().shelf(RECIPE).get(digest(0)).tobytes() == put.tobytes()
+
+
+@pytest.mark.parametrize(
+    "view", [np.transpose, lambda a: a[::2, 1:], np.asfortranarray], ids=["transposed", "strided", "fortran"]
+)
+def test_any_order_in_memory(root, view):
+    shelf = open_cache().shelf(RECIPE)
+    shelf.put(digest(0), view(values()))
+    np.testing.assert_array_equal(shelf.get(digest(0)), view(values()))
+
+
+def test_numpy_reads_the_files(root):
+    shelf = open_cache().shelf(RECIPE)
+    shelf.put(digest(0), values())
+    np.testing.assert_array_equal(np.load(shelf.folder / f"{digest(0)}.npy", allow_pickle=False), values())
+
+
+def test_nothing_is_made_before_something_is_put(root):
+    cache = open_cache()
+    assert cache.root == root
+    assert cache.shelf(RECIPE).get(digest(0)) is None
+    assert cache.shelves() == []
+    assert cache.clear() == 0
+    assert not root.exists()
+
+
+def test_recipe_is_kept_to_be_read(root):
+    shelf = open_cache().shelf(RECIPE)
+    shelf.put(digest(0), values())
+    assert json.loads((shelf.folder / "recipe.json").read_text()) == RECIPE
+    assert re.fullmatch("[0-9a-f]{64}", shelf.folder.name)
+    assert sorted(p.name for p in root.iterdir()) == [shelf.folder.name, MARKER]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {**RECIPE, "encoder": {"name": "uni", "mpp": 0.25}},
+        {**RECIPE, "tile_um": 112.00000001},
+        {**RECIPE, "dense": True},
+        {**RECIPE, "versions": ["torch 2.10"]},
+        {**RECIPE, "more": None},
+        {"encoder": "uni"},
+    ],
+)
+def test_another_recipe_or_digest_gets_nothing(root, other):
+    cache = open_cache()
+    cache.shelf(RECIPE).put(digest(0), values())
+    assert cache.shelf(other).get(digest(0)) is None
+    assert cache.shelf(RECIPE).get(digest(1)) is None
+
+
+def test_another_format_gets_nothing(root, monkeypatch):
+    open_cache().shelf(RECIPE).put(digest(0), values())
+    monkeypatch.setattr(_cache, "_FORMAT", 2)
+    assert open_cache().shelf(RECIPE).get(digest(0)) is None
+
+
+def _cut(data):
+    return data[:-1]
+
+
+def _flip(data):
+    return data[:140] + bytes([data[140] ^ 1]) + data[141:]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_cut, _flip, lambda d: d[:64], lambda d: b"", lambda d: bytes(len(d)), lambda d: b"x", lambda d: d + b"\0"],
+    ids=["cut", "one bit", "half a head", "empty", "zeros", "one byte", "longer"],
+)
+def test_damaged_blocks_count_as_absent(root, log, details, damage):
+    shelf = open_cache().shelf(RECIPE)
+    shelf.put(digest(0), values())
+    path = shelf.folder / f"{digest(0)}.npy"
+    path.write_bytes(damage(path.read_bytes()))
+    assert shelf.get(digest(0)) is None
+    assert not path.exists()
+    assert "cannot be read" in log.text
+    assert [r.levelno for r in log.records] == [logging.DEBUG]
+    shelf.put(digest(0), values())
+    np.testing.assert_array_equal(shelf.get(digest(0)), values())
+
+
+def test_block_that_cannot_be_read_nor_removed(root, log, details):
+    shelf = open_cache().shelf(RECIPE)
+    shelf.put(digest(0), values())
+    (shelf.folder / f"{digest(1)}.npy").mkdir()
+    assert shelf.get(digest(1)) is None
+    assert "cannot be read" in log.text
+
+
+def test_whole_or_not_at_all(root, monkeypatch):
+    """An interruption in the middle of writing leaves nothing that could be taken for a block."""
+    shelf = open_cache().shelf(RECIPE)
+    shelf.put(digest(0), values())
+
+    def interrupted(path, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            shelf.put(digest(1), values())
+    assert shelf.get(digest(1)) is None
+    assert there(shelf, 2) == [0]
+    assert not list(root.rglob("*.part"))
+    shelf.put(digest(1), values(1))  # the lock is free again
+    np.testing.assert_array_equal(shelf.get(digest(1)), values(1))
+
+
+def test_threads_put_the_same(root):
+    shelf = open_cache().shelf(RECIPE)
+    start = threading.Barrier(4)
+    got = []
+
+    def work():
+        start.wait()
+        for i in range(20):
+            shelf.put(digest(i), values(i))
+            got.append(np.array_equal(shelf.get(digest(i)), values(i)))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == [True] * 80
+    assert there(shelf, 20) == list(range(20))
+    assert not list(root.rglob("*.part"))
+    assert _cache._LEDGERS[root].n_bytes == size(root) == 20 * BLOCK_BYTES
+
+
+WORKER = """
+import sys
+from pathlib import Path
+import numpy as np
+from histosge import _cache
+
+root, limit_bytes, first, clears = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "clears"
+cache = _cache.EmbeddingCache(root, limit_bytes)
+shelf = cache.shelf({"encoder": "uni"})
+kept = 0
+for i in range(60):
+    key = i % 15 + first
+    shelf.put(f"{key:016x}", np.full((8, 4), key, np.float16))
+    got = shelf.get(f"{key:016x}")
+    kept += got is not None
+    assert got is None or (got.shape == (8, 4) and (got == key).all()), got
+    if clears and i % 10 == 9:
+        cache.clear()
+assert not _cache._LEDGERS[root].warned
+print(kept)
+"""
+
+
+def test_processes_share_a_folder(root):
+    """Three at once, one of which clears again and again and all of which evict: no wrong value, no warning."""
+    workers = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                WORKER,
+                str(root),
+                str(10 * BLOCK_BYTES),
+                str(first),
+                "clears" if first == 0 else "-",
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for first in range(3)
+    ]
+    for worker in workers:
+        out, err = worker.communicate(timeout=60)
+        assert (worker.returncode, err) == (0, "")
+        assert int(out) > 30  # most of what was put is there a moment later
+    assert not list(root.rglob("*.part"))
+    for shelf in root.iterdir():
+        assert shelf.name == MARKER or (shelf / "recipe.json").exists()
+
+
+def test_cleared_while_something_is_put(root, monkeypatch):
+    """The shelf is made again."""
+    cache = open_cache()
+    shelf = cache.shelf(RECIPE)
+    shelf.put(digest(0), values())
+    set_up, calls = _cache.Shelf._set_up, []
+
+    def then_cleared(self):
+        set_up(self)
+        if not calls:
+            for folder in list(cache._folders()):
+                _cache._remove(folder)
+        calls.append(1)
+
+    monkeypatch.setattr(_cache.Shelf, "_set_up", then_cleared)
+    shelf.put(digest(1), values(1))
+    assert len(calls) == 2
+    assert there(shelf, 2) == [1]
+    assert json.loads((shelf.folder / "recipe.json").read_text()) == RECIPE
+
+
+# ------------------------------------------------------------------------------------------------------------ the limit
+
+
+def aged(shelf, *keys):
+    """Say that these blocks were last used in this order, long ago."""
+    for age, i in enumerate(keys):
+        os.utime(shelf.folder / f"{digest(i)}.npy", (1e9 + age, 1e9 + age))
+
+
+def test_least_recently_used_go_first(root):
+    shelf = small(root, 10).shelf(RECIPE)
+    for i in range(10):
+        shelf.put(digest(i), values(i))
+    assert there(shelf, 10) == list(range(10))
+    aged(shelf, 3, 1, 4, 0, 5, 9, 2, 6, 8, 7)
+    shelf.get(digest(3))  # the oldest becomes the newest
+    shelf.put(digest(4), values(4))  # and so does what is put again
+    shelf.put(digest(10), values(10))  # 10 % are left free: two go
+    assert there(shelf, 11) == [2, 3, 4, 5, 6, 7, 8, 9, 10]
+    shelf.put(digest(11), values(11))
+    shelf.put(digest(12), values(12))
+    assert there(shelf, 13) == [2, 3, 4, 6, 7, 8, 10, 11, 12]
+
+
+def test_eviction_is_over_all_shelves(root):
+    cache = small(root, 4)
+    old, new = cache.shelf(RECIPE), cache.shelf({"encoder": "mine"})
+    for i in range(2):
+        old.put(digest(i), values(i))
+    aged(old, 1, 0)
+    for i in range(3):
+        new.put(digest(i), values(i))
+    assert there(old, 2) == []
+    assert there(new, 3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("spare", [0, 1, BLOCK_BYTES - 1])
+def test_never_larger_than_the_limit(root, spare):
+    rng = np.random.default_rng(0)
+    cache = small(root, 20, spare=spare)
+    shelf = cache.shelf(RECIPE)
+    most = 0
+    for i in range(150):
+        shelf.put(digest(i), values(i, shape=(int(rng.integers(1, 20)), 4)))
+        assert size(root) <= cache.limit_bytes
+        assert _cache._LEDGERS[root].n_bytes == size(root)
+        assert there(shelf, 150)[-1] == i
+        most = max(most, size(root))
+    assert most > 0.9 * cache.limit_bytes
+
+
+def test_another_process_fills_the_folder(root):
+    """What it put is seen after a twentieth of the limit, and then there is room made for both."""
+    cache = small(root, 40)
+    shelf = cache.shelf(RECIPE)
+    shelf.put(digest(0), values())
+    for i in range(100, 139):  # not by this ledger
+        (shelf.folder / f"{digest(i)}.npy").write_bytes(bytes(BLOCK_BYTES))
+    for i in range(1, 5):
+        shelf.put(digest(i), values(i))
+    assert size(root) <= cache.limit_bytes
+    assert there(shelf, 5)[-4:] == [1, 2, 3, 4]
+
+
+def test_the_folder_is_seldom_listed(root, monkeypatch):
+    listed = []
+    blocks = _cache._blocks
+    monkeypatch.setattr(_cache, "_blocks", lambda folder: listed.append(folder) or blocks(folder))
+    shelf = EmbeddingCache(root, 10**9).shelf(RECIPE)
+    for i in range(100):
+        shelf.put(digest(i), values(i))
+        shelf.get(digest(i))
+    assert len(listed) <= 1
+
+
+def test_smaller_limit_holds_at_the_next_put(root):
+    shelf = small(root, 30).shelf(RECIPE)
+    for i in range(30):
+        shelf.put(digest(i), values(i))
+    small(root, 10).shelf(RECIPE).put(digest(30), values(30))
+    assert size(root) <= 10 * BLOCK_BYTES
+    assert there(shelf, 31)[-1] == 30
+
+
+def test_block_larger_than_the_limit(root, log, details):
+    cache = small(root, 1)
+    shelf = cache.shelf(RECIPE)
+    shelf.put(digest(0), values())
+    shelf.put(digest(1), values(shape=(9, 4)))
+    assert there(shelf, 2) == [0]  # nothing goes for it
+    assert "larger than the cache may grow" in log.text
+    assert [r.levelno for r in log.records] == [logging.DEBUG]
+
+
+def test_what_cannot_be_evicted_leaves_no_room(root, monkeypatch, log, details):
+    shelf = small(root, 1).shelf(RECIPE)
+    shelf.put(digest(0), values())
+
+    def held(path, *, missing_ok=False):
+        raise PermissionError(13, "in use", str(path))
+
+    monkeypatch.setattr(Path, "unlink", held)
+    shelf.put(digest(1), values())
+    assert there(shelf, 2) == [0]
+    assert "there is no room for it" in log.text
+
+
+def test_unfinished_files_of_killed_processes_count_and_go(root):
+    shelf = small(root, 4).shelf(RECIPE)
+    shelf.put(digest(0), values())
+    left = shelf.folder / f"{digest(9)}.{'0' * 16}.part"
+    left.write_bytes(bytes(BLOCK_BYTES))
+    os.utime(left, (1, 1))
+    half = root / f"{shelf.folder.name}.{'1' * 16}.part"
+    half.mkdir()
+    (half / f"{digest(8)}.npy").write_bytes(bytes(BLOCK_BYTES))
+    os.utime(half / f"{digest(8)}.npy", (2, 2))
+    _cache._LEDGERS.clear()  # a new process
+    for i in range(1, 4):
+        shelf.put(digest(i), values(i))
+        assert size(root) <= 4 * BLOCK_BYTES
+    assert not left.exists()
+    assert len(open_cache().shelves()) == 1
+    open_cache().clear()
+    assert [p.name for p in root.iterdir()] == [MARKER]
+
+
+# --------------------------------------------------------------------------------------------------- shelves and clear
+
+
+@pytest.fixture
+def two(root):
+    cache = open_cache()
+    for i in range(3):
+        cache.shelf(RECIPE).put(digest(i), values(i))
+    cache.shelf({**RECIPE, "dense": True}).put(digest(0), values())
+    cache.shelf({"encoder": "mine"}).put(digest(0), values())
+    return cache
+
+
+def test_shelves(two, root):
+    old = two.shelf(RECIPE)
+    aged(old, 1, 2, 0)
+    found = two.shelves()
+    assert [info.encoder for info in found[:2]] in (["uni", "mine"], ["mine", "uni"])
+    info = found[-1]  # last used first
+    assert (info.folder, info.recipe, info.n_blocks, info.n_bytes) == (old.folder, RECIPE, 3, 3 * BLOCK_BYTES)
+    assert info.last_used.timestamp() == 1e9 + 2
+    assert sum(info.n_bytes for info in found) == size(root)
+    assert (info.value("mpp"), info.value("tile_um"), info.value("nothing")) == (0.5, 112.0, None)
+    assert {info.encoder for info in two.shelves(encoder="uni")} == {"uni"}
+
+
+def test_clear_one_encoder(two, root):
+    assert two.clear(encoder="uni") == 4 * BLOCK_BYTES
+    assert [info.encoder for info in two.shelves()] == ["mine"]
+    assert two.shelf(RECIPE).get(digest(0)) is None
+    assert two.shelf({"encoder": "mine"}).get(digest(0)) is not None
+    two.shelf(RECIPE).put(digest(0), values())
+    assert _cache._LEDGERS[root].n_bytes == size(root) == 2 * BLOCK_BYTES
+
+
+def test_clear_all(two, root):
+    assert two.clear() == 5 * BLOCK_BYTES
+    assert [p.name for p in root.iterdir()] == [MARKER]  # the folder stays ours
+    assert two.clear() == 0
+    assert open_cache().shelves() == []
+
+
+def test_clear_removes_only_what_the_cache_made(two, root, tmp_path):
+    mine = [root / "notes.txt", root / ("f" * 63), two.shelf(RECIPE).folder / "thesis.docx", tmp_path / "a.npy"]
+    for path in mine[:3]:
+        path.write_text("mine")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / f"{digest(0)}.npy").write_text("mine")
+    (root / ("a" * 64)).symlink_to(outside, target_is_directory=True)
+    (root / "sub").mkdir()
+    (root / "sub" / f"{digest(0)}.npy").write_text("mine")
+    two.clear()
+    assert len(list(root.rglob("thesis.docx"))) == 1
+    assert mine[0].exists()
+    assert mine[1].exists()
+    assert (outside / f"{digest(0)}.npy").exists()
+    assert (root / "sub" / f"{digest(0)}.npy").exists()
+    assert two.shelves() == []
+
+
+@pytest.mark.parametrize("recipe", [None, "{", "[]"])
+def test_shelf_without_its_recipe(root, recipe):
+    cache = open_cache()
+    shelf = cache.shelf(RECIPE)
+    shelf.put(digest(0), values())
+    (shelf.folder / "recipe.json").unlink()
+    if recipe is not None:
+        (shelf.folder / "recipe.json").write_text(recipe)
+    (info,) = cache.shelves()
+    assert (info.encoder, info.recipe, info.n_blocks) == (None, {}, 1)
+    assert cache.clear() == BLOCK_BYTES
+    assert cache.shelves() == []
+
+
+def test_unknown_encoder(two, root):
+    msg = f"encoder='unii': nothing is kept of it in {root}; there are 'mine', 'uni'."
+    with pytest.raises(ValueError, match=re.escape(msg)):
+        two.clear(encoder="unii")
+    two.clear()
+    with pytest.raises(ValueError, match=r"encoder='uni': nothing is kept of it in .*; there is nothing\."):
+        two.clear(encoder="uni")
+
+
+# ------------------------------------------------------------------------------------------------- folders and settings
+
+
+@pytest.mark.parametrize("name", ["precious.txt", ".hidden", "histosge.json"])
+def test_folder_of_somebody_else_is_refused(root, name):
+    root.mkdir()
+    (root / name).write_text("mine")
+    with pytest.raises(
+        ValueError,
+        match=rf"{root} would be the folder .* holds something that is not histosge's \(there is no {MARKER} in it\)\. "
+        "Set settings.cache_dir or HISTOSGE_CACHE to a new or an empty folder",
+    ):
+        open_cache()
+    assert [p.name for p in root.iterdir()] == [name]
+    with settings.override(cache_gb=0):
+        assert open_cache() is None
+
+
+def test_empty_folder_is_taken(root):
+    root.mkdir()
+    open_cache().shelf(RECIPE).put(digest(0), values())
+    assert open_cache().shelf(RECIPE).get(digest(0)) is not None
+
+
+def test_turned_off(root):
+    open_cache().shelf(RECIPE).put(digest(0), values())
+    with settings.override(cache_gb=0):
+        assert open_cache() is None
+        assert len(EmbeddingCache.from_settings().shelves()) == 1  # but it can be looked at, and cleared
+        EmbeddingCache.from_settings().clear()
+    assert open_cache().shelves() == []
+
+
+def test_file_in_the_place_of_the_folder(root, log):
+    root.write_text("mine")
+    for _ in range(3):
+        assert open_cache() is None
+    (told,) = log.records  # once
+    assert told.levelno == logging.WARNING
+    assert told.getMessage().startswith(f"embeddings cannot be kept in {root} and will be computed again next time (")
+    for word in ("Not a directory", "settings.cache_dir", "HISTOSGE_CACHE", "settings.cache_gb=0"):
+        assert word in told.getMessage()
+    assert root.read_text() == "mine"
+
+
+def test_folder_that_becomes_unusable(root, log):
+    cache = open_cache()
+    root.parent.mkdir(exist_ok=True)
+    root.write_text("mine")
+    shelf = cache.shelf(RECIPE)
+    for i in range(3):
+        shelf.put(digest(i), values())
+        assert shelf.get(digest(i)) is None
+    (told,) = log.records
+    assert f"cannot be kept in {root}" in told.getMessage()
+
+
+@pytest.mark.parametrize("n_before", [0, 2])
+def test_full_disk(root, log, monkeypatch, n_before):
+    """The run goes on, says so once, leaves nothing half, and still reads what is there."""
+    shelf = open_cache().shelf(RECIPE)
+    for i in range(n_before):
+        shelf.put(digest(i), values(i))
+
+    def full(path, target):
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", full)
+        for i in range(2, 5):
+            shelf.put(digest(i), values(i))
+    assert [r.levelno for r in log.records] == [logging.WARNING]
+    assert "No space left on device" in log.text
+    assert there(shelf, 5) == list(range(n_before))
+    assert not list(root.rglob("*.part"))
+    for i in range(n_before):
+        np.testing.assert_array_equal(shelf.get(digest(i)), values(i))
+    shelf.put(digest(5), values(5))  # space was freed
+    np.testing.assert_array_equal(shelf.get(digest(5)), values(5))
+    assert len(log.records) == 1
+
+
+def test_cache_that_is_only_read(root, monkeypatch):
+    shelf = open_cache().shelf(RECIPE)
+    shelf.put(digest(0), values())
+
+    def refused(*_args, **_options):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refused)
+    np.testing.assert_array_equal(shelf.get(digest(0)), values())
+
+
+def test_where_it_is(root, monkeypatch, tmp_path):
+    assert cache_folder() == root
+    with settings.override(cache_dir=tmp_path / "a"):
+        assert cache_folder() == open_cache().root == tmp_path / "a"
+    with settings.override(cache_dir="~/x"):
+        assert cache_folder() == Path.home() / "x"
+    with settings.override(cache_dir="x"):
+        assert cache_folder() == Path.cwd() / "x"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    for unset in (lambda: monkeypatch.setenv("HISTOSGE_CACHE", ""), lambda: monkeypatch.delenv("HISTOSGE_CACHE")):
+        unset()
+        assert "histosge" in cache_folder().parts
+        if os.name == "posix" and not (Path.home() / "Library").exists():
+            assert cache_folder() == tmp_path / "xdg" / "histosge" / "embeddings"
+
+
+def test_limit_is_in_gigabytes():
+    assert open_cache().limit_bytes == 20_000_000_000
+    with settings.override(cache_gb=0.5):
+        assert open_cache().limit_bytes == 500_000_000
+
+
+@pytest.mark.parametrize("value", [-1, -0.1, float("nan"), float("inf"), "20", None, True])
+def test_wrong_limit(value):
+    msg = f"settings.cache_gb={value!r}: choose a number of gigabytes, such as 20, or 0 to turn the cache off."
+    with pytest.raises(ValueError, match=re.escape(msg)):
+        sge.settings.cache_gb = value
+    with pytest.raises(ValueError, match="cache_gb"):
+        Settings(cache_gb=value)
+    assert sge.settings.cache_gb == 20
+
+
+@pytest.mark.parametrize("value", ["", " ", 3, True, b"x"])
+def test_wrong_folder(value):
+    msg = f"settings.cache_dir={value!r} is not a folder. Pass a str or a Path, or None for HISTOSGE_CACHE"
+    with pytest.raises(ValueError, match=re.escape(msg)):
+        sge.settings.cache_dir = value
+    assert sge.settings.cache_dir is None
+
+
+# -------------------------------------------------------------------------------------------------------- wrong arguments
+
+
+@pytest.mark.parametrize(
+    "name", ["", "abc", "../" + "a" * 20, "A" * 16, "g" * 16, "a" * 129, "a" * 16 + "\n", None, b"a" * 16]
+)
+def test_wrong_digest(root, name):
+    shelf = open_cache().shelf(RECIPE)
+    for use in (shelf.get, lambda d: shelf.put(d, values())):
+        with pytest.raises(ValueError, match=f"^{re.escape(f'digest={name!r}: pass 16 to 128 hexadecimal digits')}"):
+            use(name)
+    assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (np.zeros((2, 3)), "float64 of shape (2, 3)"),
+        (np.zeros(3, np.float32), "float32 of shape (3,)"),
+        (np.zeros((2, 3), object), "object of shape (2, 3)"),
+        ([[1.0]], "list"),
+        (None, "NoneType"),
+    ],
+)
+def test_wrong_values(root, wrong, told):
+    msg = f"values is {told}: pass an array of places x features, float16 or float32."
+    with pytest.raises(ValueError, match=re.escape(msg)):
+        open_cache().shelf(RECIPE).put(digest(0), wrong)
+
+
+@pytest.mark.parametrize("value", [np.float32(1), np.zeros(2), float("nan"), Path("x"), {1, 2}, {"a": b"b"}])
+def test_recipe_that_is_not_json(root, value):
+    msg = f"recipe['mpp']={value!r} cannot be written as JSON ("
+    with pytest.raises(TypeError, match=rf"{re.escape(msg)}.*\): pass finite numbers, strings"):
+        open_cache().shelf({"encoder": "uni", "mpp": value})
+
+
+@pytest.mark.parametrize("recipe", [{}, {"encoder": None}, {"encoder": ""}, {"encoder": {"mpp": 1}}, {"encoder": 3}])
+def test_recipe_without_encoder(root, recipe):
+    with pytest.raises(ValueError, match=r"recipe=.* does not name its encoder.*a name or a dict with a 'name'\."):
+        open_cache().shelf(recipe)
+
+
+def test_logger_is_back_to_its_level():
+    assert logger.level == logging.INFO
