@@ -433,3 +433,20 @@ def test_averages_of_independent_errors_are_covered_more_often_and_shared_ones_a
 def test_an_average_over_nothing_is_refused(k):
     with pytest.raises(ValueError, match=rf"k={k} spots cannot be averaged\. Give k=1"):
         neighbour_average(np.ones((5, 2)), xy=np.zeros((5, 2)), k=k)
+
+
+@pytest.mark.parametrize("n_genes", [1, 7, 70_000])
+def test_bars_in_one_pass_are_those_of_the_formula(n_genes):
+    """Whatever the number of rows that are taken at a time: all, some, or one."""
+    rng = np.random.default_rng(0)
+    values = rng.random((4, n_genes), np.float32)
+    bars = ErrorBars(values[0], values[1] - 0.5, values[2] / 4, 2 * values[3], np.full(n_genes, 0.8, np.float32), 0.9)
+    predicted = rng.normal(0.5, 1, (9 if n_genes > 7 else 20_000, n_genes)).astype(np.float32)
+    kept = predicted.copy()
+    sd, lower, upper = bars.around(predicted)
+    centre = np.maximum(predicted, 0)
+    np.testing.assert_array_equal(predicted, kept)
+    np.testing.assert_array_equal(sd, np.sqrt(np.maximum(bars.intercept + bars.slope * centre, bars.floor)))
+    reach = np.minimum(bars.quantile * sd, bars.largest)
+    np.testing.assert_array_equal(lower, np.maximum(centre - reach, 0))
+    np.testing.assert_array_equal(upper, centre + reach)

@@ -539,6 +539,26 @@ def test_many_places_are_predicted_in_parts(section, embedding, ridge):
         assert np.abs(out - at_spots(model, section, embedding)[rows]).max() < 1e-5
 
 
+@pytest.mark.parametrize("head", ["in-context+kriging", "aggregate"])
+def test_threads_do_not_change_a_digit(section, embedding, head):
+    """Of what is asked: a factorisation by LAPACK, kept with the context, may depend on its threads."""
+    model = fit(section, embedding, head=head, n_folds=2)
+    context = model.context(section, embedding, device=CPU)
+    own = np.arange(len(embedding))
+    n = torch.get_num_threads()
+    said = {}
+    try:
+        for threads in (2, 1):
+            torch.set_num_threads(threads)
+            said[threads] = model.predict_from(
+                context, places=embedding, xy_um=section.xy_um, own=own, device=CPU
+            )  # fmt: skip
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(n)
+    np.testing.assert_array_equal(said[1], said[2])
+
+
 def test_predicting_a_section_without_the_genes(section, embedding, ridge):
     gone = ridge.context_genes[0]
     other = with_genes(section, [f"{g}-x" if g == gone else g for g in section.genes])

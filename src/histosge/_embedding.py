@@ -125,7 +125,7 @@ def embed(
                 log("    %d of %d embeddings were in the cache (%s)", ledger.n_found, n, cache_folder())
         if "rgb" in stack:
             parts.append(_mean_colour(image, xy_px, mpp=mpp))
-    joined = np.concatenate(parts, axis=1)
+    joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
     if not np.isfinite(joined).all():
         msg = (
             f"encoder {spec.name!r} gave {(~np.isfinite(joined)).any(1).sum()} embeddings that are not finite, "

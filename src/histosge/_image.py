@@ -104,11 +104,12 @@ class Regions:
         self._image = replace(image, data=behind(image.data))
         self._boxes = boxes
         self._edges = _chunk_edges(self._image.data)
-        self._last: dict[tuple[int, int], int] = {}
-        self._kept: dict[tuple[int, int], UInt8] = {}
+        self._users: dict[tuple[int, int], list[int]] = {}
+        self._kept: dict[tuple[int, int], tuple[UInt8, int, int]] = {}  # pixels, and where they begin: x, y
         self._kept_bytes = 0
-        if self._edges is not None:
-            self._last = {chunk: i for i, box in enumerate(boxes) for chunk in self._chunks(box)}
+        for i, box in enumerate(boxes if self._edges is not None else []):
+            for chunk in self._chunks(box):
+                self._users.setdefault(chunk, []).append(i)
 
     def read(self, i: int) -> UInt8:
         """Read box ``i``: (3, height, width) uint8."""
@@ -118,26 +119,35 @@ class Regions:
         y_edges, x_edges = self._edges
         chunks = list(self._chunks(box))
         out = self._blank(box)
-        for row, col in chunks:
-            if (row, col) in self._kept:
-                _paste(out, box, self._kept[row, col], x_edges[col], y_edges[row])
+        for chunk in chunks:
+            if chunk in self._kept:
+                _paste(out, box, *self._kept[chunk])
         for rows, cols in _rectangles([chunk for chunk in chunks if chunk not in self._kept]):
             x0, y0 = x_edges[cols.start], y_edges[rows.start]
             part = self._image.read(x0, y0, x_edges[cols.stop], y_edges[rows.stop])
             _paste(out, box, part, x0, y0)
             for row in range(rows.start, rows.stop):
                 for col in range(cols.start, cols.stop):
-                    size = 3 * (y_edges[row + 1] - y_edges[row]) * (x_edges[col + 1] - x_edges[col])
-                    if self._last[row, col] > i and self._kept_bytes + size <= _MOST_KEPT:
-                        inside = np.s_[
-                            y_edges[row] - y0 : y_edges[row + 1] - y0, x_edges[col] - x0 : x_edges[col + 1] - x0
-                        ]
-                        self._kept[row, col] = part[:, *inside].copy()
-                        self._kept_bytes += size
+                    self._keep((row, col), part, x0, y0, after=i)
         for chunk in chunks:
-            if self._last[chunk] <= i and chunk in self._kept:
-                self._kept_bytes -= self._kept.pop(chunk).nbytes
+            if self._users[chunk][-1] <= i and chunk in self._kept:
+                self._kept_bytes -= self._kept.pop(chunk)[0].nbytes
         return out
+
+    def _keep(self, chunk: tuple[int, int], part: UInt8, x0: int, y0: int, *, after: int) -> None:
+        """Keep of a chunk, in ``part`` which begins at ``(x0, y0)``, what later boxes need."""
+        later = [self._boxes[i] for i in self._users[chunk] if i > after]
+        if not later or self._edges is None:
+            return
+        (y_edges, x_edges), (row, col) = self._edges, chunk
+        left = max(x_edges[col], min(box[0] for box in later))
+        top = max(y_edges[row], min(box[1] for box in later))
+        right = min(x_edges[col + 1], max(box[2] for box in later))
+        bottom = min(y_edges[row + 1], max(box[3] for box in later))
+        size = 3 * (bottom - top) * (right - left)
+        if self._kept_bytes + size <= _MOST_KEPT:
+            self._kept[chunk] = part[:, top - y0 : bottom - y0, left - x0 : right - x0].copy(), left, top
+            self._kept_bytes += size
 
     def _blank(self, box: Box) -> UInt8:
         """Pixels of a box, white where it reaches beyond the image."""
@@ -235,7 +245,7 @@ def _fast(array: Any) -> Any:
 
 
 def thumbnail(image: LazyImage, *, max_px: int) -> tuple[UInt8, int]:
-    """Shrink the image by a whole factor to at most ``max_px``, strip by strip: (h, w, 3) and the factor."""
+    """Shrink the image by a whole factor to at most ``max_px``, part by part: (h, w, 3) and the factor."""
     factor = max(1, -(-max(image.height_px, image.width_px) // max_px))
     level, per_px = image.level(factor)
     if per_px.is_integer():
@@ -243,11 +253,16 @@ def thumbnail(image: LazyImage, *, max_px: int) -> tuple[UInt8, int]:
         image, factor = level, rest * int(per_px)
     else:
         rest = factor
-    step = max(1, 1024 // rest) * rest
-    edges = [*range(0, image.height_px, step), image.height_px]
-    boxes = [(0, top, image.width_px, bottom) for top, bottom in zip(edges, edges[1:], strict=False)]
-    regions, strips = Regions(image, boxes), []
-    for i in range(len(boxes)):
-        strip = PILImage.fromarray(np.ascontiguousarray(np.moveaxis(regions.read(i), 0, -1)))
-        strips.append(np.asarray(strip.reduce(rest) if rest > 1 else strip))
-    return np.concatenate(strips), factor
+    step = max(1, 2048 // rest) * rest  # parts are whole cells, and of one size whatever the image's
+    boxes = [
+        (x, y, min(x + step, image.width_px), min(y + step, image.height_px))
+        for y in range(0, image.height_px, step)
+        for x in range(0, image.width_px, step)
+    ]
+    out = np.empty((-(-image.height_px // rest), -(-image.width_px // rest), 3), np.uint8)
+    regions = Regions(image, boxes)
+    for i, (x0, y0, x1, y1) in enumerate(boxes):
+        part = PILImage.fromarray(np.ascontiguousarray(np.moveaxis(regions.read(i), 0, -1)))
+        small = np.asarray(part.reduce(rest) if rest > 1 else part)
+        out[y0 // rest : -(-y1 // rest), x0 // rest : -(-x1 // rest)] = small
+    return out, factor

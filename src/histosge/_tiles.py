@@ -200,8 +200,8 @@ def tile_batches(
 
 def tile_blocks(image: LazyImage, xy_px: NDArray[np.float64], *, scale: float, tile_px: int) -> Iterator[Block]:
     """Read the blocks that tiles are cut from."""
-    # a block holds some hundred tiles at Visium pitch and 30 MB of pixels
-    found = blocks(image, xy_px, scale=scale, halo_px=tile_px // 2 + 1, block_px=max(3072, 4 * tile_px))
+    # a block holds some hundred tiles at Visium pitch and 15 MB of pixels
+    found = blocks(image, xy_px, scale=scale, halo_px=tile_px // 2 + 1, block_px=max(2048, 4 * tile_px))
     return prefetch(found, depth=1)
 
 

@@ -1,0 +1,318 @@
+"""What a million targets cost, and how costs grow with targets and with spots: prediction and writing, not embedding.
+
+    python benchmarks/growth.py store [--n 1000000] [--head in-context+kriging]   # reads ../shared/data
+    python benchmarks/growth.py targets [--largest 1000000]                       # reads ../shared/data
+    python benchmarks/growth.py spots [--largest 100000] [--heads in-context kriging ...]
+
+The model is fitted on mouse_colon_visium with `stain-texture`. Targets are small bins over the section; each has the
+embedding of a spot drawn at random, so that no image is read. `spots` works on synthetic arrays. docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+N_GENES = 1000
+
+
+def peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def exponent(sizes, seconds) -> float:
+    """Slope of a straight line through the logarithms."""
+    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+
+
+# ---------------------------------------------------------------------------------------------------- a fitted section
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A section, its model and what its spots look like."""
+
+    sdata: object
+    section: object
+    encoder: object
+    recipe: object
+    at_spots: np.ndarray
+    model: object
+
+
+def fitted(options) -> Fitted:
+    from sections import load, require_data
+
+    require_data()
+    import torch
+
+    import histosge as sge
+    from histosge._model import Model, fit_model
+    from histosge._recipe import embed_parts, embed_targets, prepare
+    from histosge._section import own_spots, read_section
+
+    sge.settings.progress = False
+    sdata = load("mouse_colon_visium")
+    section = read_section(sdata, report=False)
+    dense = "aggregate" in options.head
+    encoder, recipe = prepare(section, "stain-texture", tile_um=None, stack=("pilm",), dense=dense)
+    cpu = torch.device("cpu")
+    kept = None if options.keep is None else Path(options.keep) / options.head
+    if kept is not None and (kept / "config.json").exists():
+        return Fitted(sdata, section, encoder, recipe, np.load(kept / "spots.npy"), Model.load(kept))
+    how = {"device": cpu, "batch_size": 32}
+    at_spots = embed_targets(sdata, section, own_spots(section), encoder, recipe, **how, progress=False, report=False)
+    parts = [embed_parts(section, encoder, recipe, **how)] if dense else None
+    model = fit_model(
+        [section], [at_spots], recipe=recipe, head=options.head, genes=N_GENES, n_folds=5,
+        rng=np.random.default_rng(0), device=cpu, parts=parts, progress=False,
+    )  # fmt: skip
+    if kept is not None:
+        model.save(kept, overwrite=True)
+        np.save(kept / "spots.npy", at_spots)
+    return Fitted(sdata, section, encoder, recipe, at_spots, model)
+
+
+def question(known: Fitted, n: int):
+    """Ask at ``n`` square bins over the section, whose embeddings are there without an image."""
+    import pandas as pd
+    import torch
+
+    from histosge._coverage import Footprints
+    from histosge._geometry import square_bins
+    from histosge._prediction import Question
+    from histosge._section import Targets
+
+    class Resampled(Question):
+        def embed(self, targets, *, part=False):
+            if targets.key == known.section.spots_key:
+                return known.at_spots
+            which = np.asarray(targets.instances, np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(33)
+            return known.at_spots[(which % np.uint64(len(known.at_spots))).astype(np.int64)]
+
+    section = known.section
+    margin_px = section.pitch_um / 2 / section.mpp
+    edge_px = 8.0 / section.mpp
+    for _ in range(4):
+        places = square_bins(section.xy_px, bin_px=edge_px, margin_px=margin_px)
+        if n <= len(places) < 1.02 * n:
+            break
+        edge_px *= np.sqrt(len(places) / (1.01 * n))
+    places = places.keep(np.arange(n))
+    areas = Footprints.squares(places.xy_px, edge_px=places.size_px)
+    true = np.ones(n, bool)
+    grid = places.array_row, places.array_col
+    targets = Targets("bins", pd.RangeIndex(n), places.xy_px, places.spot, true, *grid, "all", areas)
+    return Resampled(
+        known.sdata, section, targets, places, square=True, encoder=known.encoder, recipe=known.recipe,
+        device=torch.device("cpu"), batch_size=32, progress=False,
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- store
+
+
+def predicted(known: Fitted, n: int, path: Path) -> float:
+    """Seconds of predicting and writing."""
+    from histosge._prediction import Answer, predict_to_store
+
+    asked = question(known, n)
+    answer = Answer(lambda _: known.model, lambda _: {"head": known.model.head}, conserve=False, layer=None)
+    start = perf_counter()
+    predict_to_store(asked, answer, path, name="predicted", arguments={})
+    return perf_counter() - start
+
+
+def random_numbers(like: Path, path: Path) -> float:
+    """Seconds of writing random numbers into arrays of the same shapes, chunks and codecs; they are made beforehand."""
+    import zarr
+
+    from histosge._prediction import PART_ROWS
+
+    there = zarr.open_group(like / "tables" / "predicted", mode="r")
+    arrays = {name: there[name] for name in ("X", "layers/sd", "layers/lower", "layers/upper")}
+    n, n_genes = arrays["X"].shape
+    rng = np.random.default_rng(0)
+    part = {name: rng.random((min(PART_ROWS, n), n_genes), np.float32) for name in arrays}
+    start = perf_counter()
+    group = zarr.open_group(path, mode="w")
+    for name, array in arrays.items():
+        group.create_array(
+            name, shape=array.shape, chunks=array.chunks, dtype=array.dtype, compressors=array.compressors,
+            fill_value=array.fill_value,
+        )  # fmt: skip
+    for first in range(0, n, PART_ROWS):
+        last = min(first + PART_ROWS, n)
+        for name in arrays:
+            group[name][first:last] = part[name][: last - first]
+    return perf_counter() - start
+
+
+def size_gib(path: Path) -> float:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 2**30
+
+
+def store(options) -> None:
+    known = fitted(options)
+    print(
+        f"{options.head}: {len(known.at_spots)} spots, {options.n:,} targets x {len(known.model.genes)} genes",
+        flush=True,
+    )
+    found = []
+    for _ in range(options.repeats):
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            os.sync()
+            ours = predicted(known, options.n, Path(folder) / "ours.zarr")
+            peak, size = peak_gib(), size_gib(Path(folder) / "ours.zarr")
+            os.sync()
+            theirs = random_numbers(Path(folder) / "ours.zarr", Path(folder) / "random.zarr")
+            random_size = size_gib(Path(folder) / "random.zarr")
+        found.append((ours, theirs, ours / theirs))
+        print(
+            f"predict and write {ours:.1f} s ({options.n / ours:,.0f} targets/s, {size:.2f} GiB), random numbers {theirs:.1f} s "
+            f"({random_size:.2f} GiB), ratio {ours / theirs:.2f}, peak of predicting {peak:.2f} GiB",
+            flush=True,
+        )
+    if options.repeats > 1:
+        print("medians: {:.1f} s, {:.1f} s, ratio {:.2f}".format(*np.median(found, axis=0)))
+
+
+# ------------------------------------------------------------------------------------------------------------- targets
+
+
+def targets(options) -> None:
+    """Predict parts as a store does, with error bars and tables, and throw them away."""
+    from histosge._prediction import PART_ROWS, Answer
+
+    known = fitted(options)
+    sizes = [n for n in (10_000, 32_000, 100_000, 320_000, 1_000_000) if n <= options.largest]
+    seconds = []
+    for n in sizes:
+        asked = question(known, n)
+        answer = Answer(lambda _: known.model, lambda _: {"head": known.model.head}, conserve=False, layer=None)
+        start = perf_counter()
+        oracle = answer.oracle(asked, known.model, known.at_spots)
+        for first in range(0, n, PART_ROWS):
+            oracle.table(np.arange(first, min(first + PART_ROWS, n)))
+        seconds.append(perf_counter() - start)
+        print(
+            f"{n:>9,} targets {seconds[-1]:7.2f} s  {1e6 * seconds[-1] / n:6.1f} µs each  peak {peak_gib():.2f} GiB",
+            flush=True,
+        )
+    print(f"time grows with targets to the power of {exponent(sizes, seconds):.3f}")
+
+
+# --------------------------------------------------------------------------------------------------------------- spots
+
+
+def spots(options) -> None:
+    """Fit and predict with more and more spots, every size and head in a process of its own."""
+    sizes = [n for n in (1_000, 3_200, 10_000, 32_000, 100_000) if n <= options.largest]
+    for head in options.heads:
+        found = []
+        for n in sizes:
+            ask = [sys.executable, __file__, "one", "--head", head, "--n", str(n), "--places", str(options.places)]
+            try:
+                done = subprocess.run(ask, capture_output=True, text=True, timeout=options.seconds, check=False)
+            except subprocess.TimeoutExpired:
+                print(f"{head:12} {n:>8,} spots: not finished in {options.seconds} s", flush=True)
+                break
+            if done.returncode:
+                print(f"{head:12} {n:>8,} spots: failed, {done.stderr.strip().splitlines()[-1]}", flush=True)
+                break
+            found.append({"n": n} | json.loads(done.stdout.strip().splitlines()[-1]))
+            print(
+                "{head:12} {n:>8,} spots: fit {fit:7.2f} s, first answer {first:6.2f} s, {places:,} places {again:6.2f} s, "
+                "peak {peak:.2f} GiB (data {data:.2f})".format(head=head, places=options.places, **found[-1]),
+                flush=True,
+            )  # fmt: skip
+        if len(found) > 2:
+            large = found[-3:]
+            slopes = {
+                what: exponent([f["n"] for f in large], [f[what] for f in large])
+                for what in ("fit", "first", "again", "peak")
+            }
+            print(f"{head:12} exponents over the last three: " + ", ".join(f"{k} {v:.2f}" for k, v in slopes.items()))
+
+
+def one(options) -> None:
+    """Fit and predict once; a line of JSON."""
+    import torch
+
+    from histosge._heads import Places, Spots, get_head
+
+    rng = np.random.default_rng(0)
+    side = int(np.ceil(np.sqrt(options.n)))
+    xy_um = 100.0 * np.stack(np.divmod(np.arange(options.n), side), 1)
+    latent = np.stack([np.sin(xy_um[:, i % 2] / (300 * (i + 1))) for i in range(8)], 1).astype(np.float32)
+
+    def seen(values, width, noise):
+        mixed = values @ rng.standard_normal((values.shape[1], width), np.float32)
+        for start in range(0, len(mixed), 4096):  # noise of all at once would be the peak
+            some = mixed[start : start + 4096]
+            some += noise * rng.standard_normal(some.shape, np.float32)
+        return mixed
+
+    embedding = seen(latent, 120, 1.0)
+    expression = seen(latent, N_GENES, 2.0)
+    np.maximum(expression, 0, out=expression)
+    known = Spots(*map(torch.from_numpy, (embedding, expression, xy_um.astype(np.float32))), 100.0)
+    which = rng.integers(options.n, size=options.places)
+    at = xy_um[which] + rng.uniform(-50, 50, (options.places, 2))
+    places = Places(
+        known.embedding[torch.from_numpy(which)],
+        torch.from_numpy(at.astype(np.float32)),
+        torch.full((options.places,), -1),
+    )
+    head, data = get_head(options.head)(), peak_gib()
+    times = [perf_counter()]
+    head.fit(known, rng=np.random.default_rng(0), progress=False)
+    times.append(perf_counter())
+    head.predict(places.take(slice(0, 256)), context=known)
+    times.append(perf_counter())
+    head.predict(places, context=known)
+    times.append(perf_counter())
+    fit, first, again = np.diff(times)
+    print(json.dumps({"fit": fit, "first": first, "again": again, "peak": peak_gib(), "data": data}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    jobs = parser.add_subparsers(required=True)
+    for job in (store, targets):
+        command = jobs.add_parser(job.__name__)
+        command.set_defaults(job=job)
+        command.add_argument("--head", default="in-context+kriging")
+        command.add_argument("--keep", help="folder to keep the fitted model in, and to take it from")
+    command.add_argument("--largest", type=int, default=1_000_000)
+    command = jobs.choices["store"]
+    command.add_argument("--n", type=int, default=1_000_000)
+    command.add_argument("--repeats", type=int, default=1)
+    command.add_argument("--folder", help="where to write: 16 GiB for a million targets, twice")
+    command = jobs.add_parser("spots")
+    command.set_defaults(job=spots)
+    command.add_argument("--largest", type=int, default=100_000)
+    command.add_argument("--heads", nargs="+", default=["in-context", "kriging", "aggregate", "ridge", "nearest"])
+    command.add_argument("--places", type=int, default=20_000)
+    command.add_argument("--seconds", type=int, default=600, help="limit of one size")
+    command = jobs.add_parser("one")
+    command.set_defaults(job=one)
+    command.add_argument("--head", required=True)
+    command.add_argument("--n", type=int, required=True)
+    command.add_argument("--places", type=int, default=20_000)
+    options = parser.parse_args()
+    options.job(options)
+
+
+if __name__ == "__main__":
+    main()
