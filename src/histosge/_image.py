@@ -218,7 +218,7 @@ def behind(data: Any) -> Any:
     """Return the zarr array that a dask array does nothing but read, or ``data`` itself.
 
     dask asks zarr for one chunk a task, and zarr decodes them in Python: a region read at once, by ``zarrs``, comes
-    about seven times as fast (docs/benchmarks.md).
+    several times as fast (docs/benchmarks.md).
     """
     import zarr
 
