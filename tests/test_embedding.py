@@ -352,6 +352,12 @@ def test_numbers_too_large_for_half_precision_stay(gradient):
     assert values.max() > 1e5
 
 
+def test_what_is_refused_is_not_kept(gradient, cache_folder):
+    with pytest.raises(RuntimeError, match="not finite"):
+        embed(gradient, places(20), mpp=1.0, encoder=Kept(times=np.nan), device=CPU)
+    assert not list(cache_folder.rglob("*.npy"))
+
+
 def test_an_encoder_that_nobody_knows_is_not_kept(gradient, cache_folder):
     for _ in range(2):
         encoder = Sees()

@@ -299,7 +299,8 @@ class _Ledger:
         while self._waiting and sum(map(len, self._values)) >= self._waiting[0][1]:
             digest, n = self._waiting.popleft()
             so_far = np.concatenate(self._values)
-            self._shelf.put(digest, so_far[:n])
+            if np.isfinite(so_far[:n]).all():  # what is about to be refused is not kept
+                self._shelf.put(digest, so_far[:n])
             self._values = [so_far[n:]]
 
     def _digest(self, block: Block) -> str:
