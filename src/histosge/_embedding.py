@@ -113,7 +113,7 @@ def embed(
             scale = (spec.mpp if tile_um is None else tile_um / spec.tile_px) / mpp
             run = _WAYS[footprints is not None, hasattr(encoder, "embed_block")]
             where = xy_px if footprints is None else footprints
-            ledger = _Ledger.open(encoder, device)
+            ledger = _Ledger.open(encoder, device, tile_um=float(tile_um or spec.tile_um))
             forward = _Forward(encoder, device=device, batch_size=batch_size)
             for rows, values in run(image, where, scale=scale, forward=forward, ledger=ledger):
                 out = np.zeros((n, values.shape[1]), np.float32) if out is None else out
@@ -244,9 +244,9 @@ class _Ledger:
     other places, and a run that was killed goes on at its last block.
     """
 
-    def __init__(self, cache: EmbeddingCache | None, made_by: dict[str, Any] | None, *, rounds: bool) -> None:
+    def __init__(self, cache: EmbeddingCache | None, recipe: dict[str, Any] | None, *, rounds: bool) -> None:
         self.n_found = 0
-        self._cache, self._made_by, self._rounds = cache, made_by, rounds
+        self._cache, self._recipe, self._rounds = cache, recipe, rounds
         self._shelf: Shelf | None = None
         self._areas: Footprints | None = None
         self._found: deque[tuple[NDArray[np.int64], NDArray[Any]]] = deque()
@@ -254,18 +254,19 @@ class _Ledger:
         self._values: list[NDArray[Any]] = []  # of the first one
 
     @classmethod
-    def open(cls, encoder: Any, device: torch.device) -> Self:
+    def open(cls, encoder: Any, device: torch.device, *, tile_um: float) -> Self:
         """Keep nothing where nobody can tell whether the encoder would say the same again."""
         identity, cache = getattr(encoder, "identity", None), open_cache()
         made_by = None if identity is None or cache is None else identity(device)
+        recipe = None if made_by is None else {"encoder": made_by, "tile_um": tile_um, "scheme": _SCHEME}
         # an encoder that is not ours may mean every digit
-        return cls(cache, made_by, rounds=identity is not None and settings.precision != "float32")
+        return cls(cache, recipe, rounds=identity is not None and settings.precision != "float32")
 
     def todo(self, found: Iterator[Block], *, way: str, areas: Footprints | None = None) -> Iterator[Block]:
         """Pass on blocks that are not on the shelf; runs in the thread that reads ahead."""
         self._areas = areas
-        if self._cache is not None and self._made_by is not None:
-            self._shelf = self._cache.shelf({"encoder": self._made_by, "way": way, "scheme": _SCHEME})
+        if self._cache is not None and self._recipe is not None:
+            self._shelf = self._cache.shelf(self._recipe | {"way": way, "dense": areas is not None})
         try:
             for block in found:
                 if self._shelf is not None:
