@@ -7,8 +7,6 @@ import hashlib
 import inspect
 import json
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,9 +22,10 @@ from histosge._heads import LowRank, Parts, Places, Spots, get_head, parts_of
 from histosge._recipe import Recipe
 from histosge._settings import logger
 from histosge._splits import block_folds
+from histosge._training import workers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -295,20 +294,6 @@ class Model:
             ErrorBars.from_arrays(bars) if bars else None,
             config["info"],
         )
-
-
-@contextmanager
-def workers(device: torch.device) -> Iterator[Run]:
-    """Map over pieces on as many threads as torch may use, each with one: pieces, not threads, decide on the digits."""
-    n = torch.get_num_threads()
-    if device.type != "cpu" or n == 1:
-        yield map
-        return
-    try:
-        with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool.map
-    finally:
-        torch.set_num_threads(n)  # threads to come take the number that was set last, be it by a worker
 
 
 def _expansion(head: Head, columns: Tensor) -> Expansion:

@@ -157,6 +157,20 @@ def side_by_side(
             return [future.result() for future in futures]
 
 
+@contextmanager
+def workers(device: torch.device) -> Iterator[Callable[..., Any]]:
+    """Map over pieces on as many threads as torch may use, each with one: pieces, not threads, decide on the digits."""
+    n = torch.get_num_threads()
+    if device.type != "cpu" or n == 1:
+        yield map
+        return
+    try:
+        with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(n)  # threads to come take the number that was set last, be it by a worker
+
+
 def _counted(task: Callable[[], T], bar: Any) -> T:
     done = task()
     bar.update()

@@ -40,7 +40,8 @@ def embed(
     """Embed places of the H&E image with a pathology image large model.
 
     Each place is the centre of a tile at the physical scale the encoder was trained at. The image is read block by
-    block; its size does not matter for memory.
+    block; its size does not matter for memory. Embeddings of tile encoders are kept on disk (``settings.cache_dir``,
+    ``settings.cache_gb``): a second run reads them, and one that was interrupted goes on.
 
     Parameters
     ----------
@@ -85,7 +86,8 @@ def embed(
     ``None``, or with ``inplace=False`` the table. Written:
 
     ``sdata.tables["{target}_{encoder}"]``
-        Annotates the target shapes, one row each, with ``obsm["X_{encoder}"]`` (n, d) float32 embeddings,
+        Annotates the target shapes, one row each, with ``obsm["X_{encoder}"]`` (n, d) float32 embeddings
+        (of tile encoders rounded to half precision, unless ``settings.precision`` is ``"float32"``),
         ``obsm["spatial"]`` (n, 2) float64 (x, y) in pixels of the image, and ``uns["histosge"]`` provenance.
 
     Raises
