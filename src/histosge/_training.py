@@ -148,9 +148,8 @@ def side_by_side(
                     for future in as_completed(futures):
                         future.result()
                         bar.update()
-                except (
-                    BaseException
-                ):  # also when interrupted: what is queued is dropped, what runs ends at its next step
+                except BaseException:
+                    # also when interrupted: what is queued is dropped, what runs ends at its next step
                     stop.set()
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
