@@ -40,6 +40,8 @@ _EVICT_TO = 0.9
 """Share of the limit that is left after old blocks went, so that this is seldom."""
 _UNLISTED = 0.05
 """Share of the limit after which the folder is listed again: other processes may have filled it."""
+_TURNS = 8
+"""Times a block is written while other processes keep clearing its shelf."""
 _DTYPES = ("float16", "float32")
 _CHECKSUM_BYTES = 4
 
@@ -227,9 +229,9 @@ class Shelf:
         ledger = self.cache._ledger
         with ledger.lock:
             try:
-                if path.exists():
-                    os.utime(path)
-                elif self.cache._make_room(n_bytes):
+                if _touch(path):
+                    return
+                if self.cache._make_room(n_bytes):
                     checksum = zlib.crc32(body, zlib.crc32(head)).to_bytes(_CHECKSUM_BYTES, "little")
                     self._write(path, head, body, checksum)
                     ledger.n_bytes = (ledger.n_bytes or 0) + n_bytes
@@ -247,7 +249,7 @@ class Shelf:
 
     def _write(self, path: Path, *parts: Any) -> None:
         """Write under another name, then rename."""
-        for last in (False, True):
+        for turn in range(_TURNS):
             fresh = path.with_name(f"{path.stem}.{token_hex(8)}.part")
             try:
                 self._set_up()
@@ -255,8 +257,8 @@ class Shelf:
                     for part in parts:
                         file.write(part)
                 fresh.rename(path)
-            except FileNotFoundError:  # another process cleared the shelf meanwhile
-                if last:
+            except FileNotFoundError:  # another process cleared the shelf, or made room, meanwhile
+                if turn == _TURNS - 1:
                     raise
             except FileExistsError:  # Windows does not rename over what another process put
                 fresh.unlink()
@@ -389,6 +391,15 @@ def _read(path: Path) -> NDArray[Any]:
     np.lib.format.read_magic(head)
     shape, _, dtype = np.lib.format.read_array_header_1_0(head)
     return content[head.tell() :].view(dtype).reshape(shape)
+
+
+def _touch(path: Path) -> bool:
+    """Mark a block as used now, if it is there: in one step, as another process may remove it between two."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _part(folder: Path) -> Path:
