@@ -18,9 +18,9 @@ import histosge as sge
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
-NAMESPACES = ("pp", "tl", "pl", "datasets")
+NAMESPACES = ("pp", "tl", "pl", "io", "datasets")
 HEAVY = {"anndata", "matplotlib", "pandas", "scanpy", "spatialdata", "squidpy", "timm", "torch"}
-POSITIONAL = {"pp": 1, "tl": 1, "pl": 2, "datasets": 1, "": 1}  # a plot takes the data and the gene
+POSITIONAL = {"pp": 1, "tl": 1, "pl": 2, "io": 2, "datasets": 1, "": 1}  # a plot takes the data and the gene
 
 
 def public() -> dict[str, object]:

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 from histosge._settings import settings
 
 if TYPE_CHECKING:
-    from histosge import datasets, pl, pp, tl
+    from histosge import datasets, io, pl, pp, tl
     from histosge._encoders import EncoderSpec, encoders, load_encoder
     from histosge._model import Model
 
 __version__ = "0.1.0"
-__all__ = ["EncoderSpec", "Model", "datasets", "encoders", "load_encoder", "pl", "pp", "settings", "tl"]
+__all__ = ["EncoderSpec", "Model", "datasets", "encoders", "io", "load_encoder", "pl", "pp", "settings", "tl"]
 
 # nothing heavy at import: torch, scanpy and spatialdata come with the first call that needs them
-_NAMESPACES = ("datasets", "pl", "pp", "tl")
+_NAMESPACES = ("datasets", "io", "pl", "pp", "tl")
 _ROOMS = {
     "EncoderSpec": "histosge._encoders",
     "Model": "histosge._model",

@@ -1,4 +1,4 @@
-"""Sections to try things on."""
+"""Sections with known truth, made offline."""
 
 from __future__ import annotations
 
