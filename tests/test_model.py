@@ -636,6 +636,7 @@ def test_round_trip(section, embedding, head, tmp_path):
         "config.json",
         "model.safetensors",
         "scores.csv",
+        "training.csv",
     ]
     loaded = Model.load(str(tmp_path / "a" / "model"))
     assert np.abs(at_spots(loaded, section, embedding) - at_spots(model, section, embedding)).max() < 1e-5
@@ -647,6 +648,10 @@ def test_round_trip(section, embedding, head, tmp_path):
     assert loaded.recipe.stack == ("pilm", "rgb")
     pd.testing.assert_frame_equal(loaded.scores, model.scores, check_dtype=False, check_names=False)
     assert repr(loaded) == repr(model)
+    pd.testing.assert_frame_equal(loaded.training, model.training)
+    assert loaded.spots.pitch_um == model.spots.pitch_um
+    for name in ("embedding", "expression", "xy_um"):
+        assert torch.equal(getattr(loaded.spots, name), getattr(model.spots, name))
 
 
 def test_round_trip_keeps_dtypes_and_names(ridge, tmp_path):
@@ -699,7 +704,7 @@ def test_odd_names_of_genes_survive(section, embedding, tmp_path):
 
 def test_a_saved_model_holds_no_pickles(ridge, tmp_path):
     ridge.save(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["format"] == 3
+    assert json.loads((tmp_path / "config.json").read_text())["format"] == 4
     assert (tmp_path / "model.safetensors").read_bytes()[8:9] == b"{"
     assert (tmp_path / "scores.csv").read_text().startswith("gene,highly_variable,held_out_pcc")
 
@@ -722,13 +727,13 @@ def test_loading_what_is_no_model(tmp_path):
             Model.load(folder)
 
 
-@pytest.mark.parametrize("version", [1, 2, 4, None, "3"])
+@pytest.mark.parametrize("version", [1, 2, 3, 5, None, "4"])
 def test_loading_another_format(ridge, tmp_path, version):
     ridge.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"format": version}))
     with pytest.raises(
-        ValueError, match=rf"has model format {version!r}; this version of histosge reads 3\. Fit it again"
+        ValueError, match=rf"has model format {version!r}; this version of histosge reads 4\. Fit it again"
     ):
         Model.load(tmp_path)
 

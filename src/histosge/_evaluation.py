@@ -57,6 +57,8 @@ class CrossFit:
     """(n_spots,)"""
     heads: list[tuple[float, Head]]
     """Heads and their weights in a prediction: networks of all folds, and other heads fitted on all spots"""
+    losses: dict[tuple[str, int], Sequence[float]]
+    """By name of a head that is trained in epochs, and fold held out: the loss on the stopping spots after each epoch"""
 
 
 def cross_fit(
@@ -99,6 +101,7 @@ def cross_fit(
     device = spots.embedding.device
     folds = np.unique(fold)
     parts = {name: np.zeros(spots.expression.shape, np.float32) for name in names}
+    losses: dict[tuple[str, int], Sequence[float]] = {}
 
     def fit(name: str, one: int | None, seed: int) -> Head | None:
         """Fit without fold ``one`` and predict it, or fit on all spots."""
@@ -111,6 +114,8 @@ def cross_fit(
         head = head.fit(known, rng=own_rng, progress=progress)
         hidden = Places.of(spots.take(torch.as_tensor(rows, device=device)), hidden=False)
         parts[name][rows] = head.predict(hidden, context=known).clamp_min(0).cpu().numpy()
+        if len(head.losses):
+            losses[name, one] = head.losses
         return head if head.averaged and final else None
 
     asked: list[tuple[str, int | None]] = [(name, int(one)) for one in folds for name in names]
@@ -124,7 +129,7 @@ def cross_fit(
         for (whose, one), fitted in zip(asked, made, strict=True)
         if whose == name and fitted is not None
     ]
-    return CrossFit(np.mean(list(parts.values()), axis=0), parts, fold, heads)
+    return CrossFit(np.mean(list(parts.values()), axis=0), parts, fold, heads, dict(sorted(losses.items())))
 
 
 @dataclass(frozen=True)

@@ -269,6 +269,17 @@ def square_bins(xy_px: Floats, *, bin_px: float, margin_px: float) -> Places:
     )
 
 
+def lay_over(width_px: float, height_px: float, *, step_px: float, hexagonal: bool) -> Places:
+    """Lay places over a whole image: square bins side by side, or a hexagonal lattice, its columns in half steps."""
+    row_px = step_px * (np.sqrt(0.75) if hexagonal else 1.0)
+    row, col = (a.ravel() for a in np.indices((int(height_px // row_px), int(width_px // step_px))))
+    shift = 0.5 * (row % 2) if hexagonal else 0.0
+    centre = np.column_stack([(col + 0.5 + shift) * step_px, (row + 0.5) * row_px])
+    col = 2 * col + row % 2 if hexagonal else col
+    nothing = np.full(len(row), -1, dtype=np.int64)
+    return Places(centre, row.astype(np.int64), col.astype(np.int64), float(step_px), nothing)
+
+
 def nearest_spots(
     xy: Floats, spots_xy: Floats, *, k: int, exclude: Ints | None = None
 ) -> tuple[Ints, Floats, NDArray[np.bool_]]:
@@ -324,7 +335,8 @@ def tissue_mask(
     """Find tissue on a thumbnail by its optical density, told by the spots what tissue looks like here.
 
     The threshold is Otsu's (1979), lowered until 95 % of the measured spots are tissue: pale sections, fat and
-    images cropped to the tissue, on which thresholds from the image alone turn over, keep theirs.
+    images cropped to the tissue, on which thresholds from the image alone turn over, keep theirs. Without spots it is
+    Otsu's.
 
     Parameters
     ----------
@@ -340,7 +352,7 @@ def tissue_mask(
     mask
         (h, w)
     share
-        Share of the spots that Otsu's threshold alone would have kept.
+        Share of the spots that Otsu's threshold alone would have kept; NaN without spots.
     """
     from scipy.ndimage import gaussian_filter
     from skimage.filters import threshold_otsu
@@ -352,5 +364,7 @@ def tissue_mask(
     row = np.clip(np.floor(spots_cell[:, 1]).astype(int), 0, density.shape[0] - 1)
     at_spots = density[row, col]
     otsu = float(threshold_otsu(density)) if np.ptp(density) > 0 else -1.0
+    if len(at_spots) == 0:
+        return density >= otsu, float("nan")
     threshold = min(otsu, float(np.quantile(at_spots, 0.05)))
     return density >= threshold, float((at_spots >= otsu).mean())

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 SPLITS = ("blocks", "random", "lattice", "sections", "pseudo-spots")
 PROTOCOLS = ("held-out", "published")
-BLIND = ("nearest", "coordinates")
-"""Heads that know positions only: they have nothing to say of a section on which nothing was measured."""
 SCALES = (2, 4, 8)
 """Numbers of neighbours that measurements and error bars are averaged over, to see what holds at coarser scales."""
 _BUFFER_PITCH = 2.5

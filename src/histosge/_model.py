@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +18,7 @@ from scipy import sparse
 
 from histosge._calibration import ErrorBars, calibrate
 from histosge._evaluation import choose_genes, compare, cross_fit, score, summary
-from histosge._heads import LowRank, Parts, Places, Spots, get_head, parts_of
+from histosge._heads import BLIND, LowRank, Parts, Places, Spots, get_head, parts_of
 from histosge._recipe import Recipe
 from histosge._settings import logger
 from histosge._splits import block_folds
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 RIVALS = ("ridge", "nearest")
 """Simple heads that are scored on the same folds every time."""
-_FORMAT = 3
+_FORMAT = 4
 _SAME_PCC = 0.01
 _PLACES_AT_ONCE = 16384
 """Places that all heads are asked at together"""
@@ -80,6 +80,11 @@ class Model:
         How places must be embedded: encoder, tile in µm, stacked maps.
     info
         Provenance: split, folds, spots, versions.
+    spots
+        The spots it learnt from, which are its context where nothing is measured.
+    training
+        One row an epoch of every head that is trained in epochs: ``head`` and ``fold`` (held out), ``epoch`` (from 1),
+        ``loss`` (on the stopping spots).
 
     Examples
     --------
@@ -100,8 +105,10 @@ class Model:
     scores: pd.DataFrame
     held_out: dict[str, dict[str, float]]
     recipe: Recipe
+    spots: Spots
     bars: ErrorBars | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    training: pd.DataFrame = field(default_factory=lambda: _training_table({}))
 
     def __repr__(self) -> str:
         pcc = self.held_out[self.head]["pcc"]
@@ -145,7 +152,21 @@ class Model:
         return self.predict_from(context, places=places, xy_um=xy_px * section.mpp, own=own, device=device)
 
     def context(self, section: Section, spots: NDArray[np.float32], *, device: torch.device) -> Spots:
-        """Lay out the measured spots of a section, whose embeddings are ``spots``, (n, d), to predict from."""
+        """Lay out the measured spots of a section, whose embeddings are ``spots``, (n, d), to predict from.
+
+        Of a section without any, these are the spots of training, out of reach of all its places: what neighbours would
+        say is left out, and what the image says stays.
+        """
+        if not section.measured:
+            blind = sorted(set(parts_of(self.head)) & set(BLIND))
+            if blind:
+                msg = (
+                    f"the model has the head {self.head!r}, and {' and '.join(map(repr, blind))} knows positions only: nothing "
+                    "is measured on this section. Fit a model with another head=."
+                )
+                raise ValueError(msg)
+            away = self.spots.xy_um.max(0).values + FAR_UM
+            return replace(self.spots, xy_um=self.spots.xy_um - (away / FAR_UM).ceil() * FAR_UM).to(device)
         missing = self.context_genes.difference(section.genes)
         if len(missing):
             msg = (
@@ -209,11 +230,15 @@ class Model:
             digest.update(json.dumps([head.name, weight, config], sort_keys=True).encode())
             for name, tensor in sorted(tensors.items()):
                 digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        for tensor in (self.spots.embedding, self.spots.expression, self.spots.xy_um):
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         digest.update(json.dumps([*self.genes, *self.context_genes, self.recipe.to_dict()], sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the model to a folder: ``config.json``, ``scores.csv`` and ``model.safetensors``.
+        """Write the model to a folder: ``config.json``, ``scores.csv``, ``training.csv`` and ``model.safetensors``.
+
+        The spots that it learnt from are part of it, with their expression.
 
         Parameters
         ----------
@@ -233,6 +258,8 @@ class Model:
         tensors = {
             f"{i}.{name}": t.detach().cpu().contiguous() for i, (_, ws) in enumerate(states) for name, t in ws.items()
         }
+        spots = {"embedding": self.spots.embedding, "expression": self.spots.expression, "xy_um": self.spots.xy_um}
+        tensors |= {f"spots.{name}": t.detach().cpu().contiguous() for name, t in spots.items()}
         if self.bars is not None:
             tensors |= {f"bars.{name}": torch.as_tensor(a) for name, a in self.bars.to_arrays().items()}
         config = {
@@ -245,10 +272,12 @@ class Model:
             "held_out": self.held_out,
             "recipe": self.recipe.to_dict(),
             "context_genes": list(self.context_genes),
+            "pitch_um": self.spots.pitch_um,
             "info": self.info,
         }
         (path / "config.json").write_text(json.dumps(config, indent=1))
         self.scores.to_csv(path / "scores.csv", index_label="gene")
+        self.training.to_csv(path / "training.csv", index=False)
         save_file(tensors, path / "model.safetensors")
 
     @classmethod
@@ -274,7 +303,7 @@ class Model:
         if config.get("format") != _FORMAT:
             msg = f"{path} has model format {config.get('format')!r}; this version of histosge reads {_FORMAT}. Fit it again."
             raise ValueError(msg)
-        tensors = load_file(path / "model.safetensors") if (path / "model.safetensors").exists() else {}
+        tensors = load_file(path / "model.safetensors")
         heads = []
         for i, c in enumerate(config["heads"]):
             mine = {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
@@ -291,9 +320,18 @@ class Model:
             scores,
             config["held_out"],
             Recipe.from_dict(config["recipe"]),
+            Spots(*(tensors[f"spots.{name}"] for name in ("embedding", "expression", "xy_um")), config["pitch_um"]),
             ErrorBars.from_arrays(bars) if bars else None,
             config["info"],
+            pd.read_csv(path / "training.csv"),
         )
+
+
+def _training_table(losses: dict[tuple[str, int], Sequence[float]]) -> pd.DataFrame:
+    """One row an epoch."""
+    rows = [(head, fold, i + 1, loss) for (head, fold), each in losses.items() for i, loss in enumerate(each)]
+    table = pd.DataFrame(rows, columns=["head", "fold", "epoch", "loss"])
+    return table.astype({"fold": int, "epoch": int, "loss": float})
 
 
 def _expansion(head: Head, columns: Tensor) -> Expansion:
@@ -433,10 +471,12 @@ def fit_model(
         "n_spots": len(spots),
         "n_sections": len(sections),
         "pitch_um": spots.pitch_um,
+        "spot_um": float(np.mean([s.spot_um for s in sections])),
     }
     scores.index.name = None
     found = pd.Index(scores.index), pd.Index(names[union]), fitted.heads
-    return Model(head, *found, scores, held_out, recipe, bars, info)
+    kept = replace(spots, parts=None).to("cpu")
+    return Model(head, *found, scores, held_out, recipe, kept, bars, info, _training_table(fitted.losses))
 
 
 def lay_out(

@@ -78,6 +78,9 @@ class Question:
 def check_conservation(question: Question, *, layer: str | None) -> tuple[Places, sparse.csr_matrix]:
     """Refuse what cannot be conserved, before the work; give the bins and the raw counts of the spots."""
     section, places = question.section, question.places
+    if not section.measured:
+        msg = "conserve=True needs measured spots, and nothing was measured on this section: leave conserve= out."
+        raise ValueError(msg)
     counts = section_counts(question.sdata, section, layer=layer)
     if places is None or not question.square or places.size_px * section.mpp > section.spot_um / 2:
         why = f"lays bins of at most half a spot ({section.spot_um / 2:g} µm): pass bin_um="

@@ -114,6 +114,8 @@ class Head(Protocol):
     """Whether a model is the mean of the heads of all folds (networks), or one head fitted on all spots."""
     divides: ClassVar[bool]
     """Whether it learns from the parts of spots, where they are given."""
+    losses: Sequence[float]
+    """Loss on the stopping spots after each epoch of the last :meth:`fit`; empty where nothing is trained in epochs"""
 
     def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
         """Learn from measured spots; every choice (scaling, components, early stopping) is made inside them."""

@@ -20,6 +20,9 @@ HEADS: dict[str, type[Head]] = {head.name: head for head in _ALL}
 DEFAULT_HEAD, DEFAULT_DENSE_HEAD = "in-context+kriging", "aggregate+kriging"
 """Mean of the two strongest, for tiles and for areas: docs/benchmarks.md."""
 
+BLIND = ("nearest", "coordinates")
+"""Know positions only: where nothing is measured they have nothing to say."""
+
 
 def default_head(*, dense: bool) -> str:
     """Choose the head where none was named."""

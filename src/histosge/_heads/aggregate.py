@@ -24,6 +24,8 @@ from histosge._heads.in_context import _FARTHEST_PITCH, InContext, _Network, enc
 from histosge._training import Schedule, one_thread, seeded, stopping_spots, train
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from torch import Tensor
 
@@ -87,6 +89,7 @@ class Aggregate(InContext):
 
     name: ClassVar[str] = "aggregate"
     divides: ClassVar[bool] = True
+    losses: Sequence[float] = ()
     network: _Rates | None  # type: ignore[assignment]
 
     def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
@@ -130,7 +133,7 @@ class Aggregate(InContext):
             with torch.no_grad():  # the error of the mean is the unit, so that clipped gradients are alike everywhere
                 plain = torch.expm1(mean).expand(len(learn), -1)
                 unit = float(self._error(plain, spots, learn).abs().clamp_min(1e-6))
-            train(
+            self.losses = train(
                 network,
                 loss=lambda batch: loss(batch) / unit,
                 stopping_loss=lambda: error(stop, present[stop]) / unit,

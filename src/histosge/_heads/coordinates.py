@@ -11,6 +11,8 @@ from histosge._heads._space import n_gene_components, principal
 from histosge._training import Schedule, one_thread, seeded, stopping_spots, train
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from torch import Tensor
 
@@ -31,6 +33,7 @@ class Coordinates:
     name: ClassVar[str] = "coordinates"
     averaged: ClassVar[bool] = True
     divides: ClassVar[bool] = False
+    losses: Sequence[float] = ()
 
     def __init__(self, *, width: int = 256, n_steps: int = 1500) -> None:
         self.config: dict[str, Any] = {"width": width, "n_steps": n_steps}
@@ -59,7 +62,7 @@ class Coordinates:
             def error(rows: Tensor) -> Tensor:
                 return ((self.network(place[rows]) - target[rows]) ** 2 @ weight).mean()  # type: ignore[misc]
 
-            train(
+            self.losses = train(
                 self.network,
                 loss=lambda batch: error(learn[batch.to(device)]),
                 stopping_loss=lambda: error(stop),

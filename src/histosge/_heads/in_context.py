@@ -208,6 +208,7 @@ class InContext:
     name: ClassVar[str] = "in-context"
     averaged: ClassVar[bool] = True
     divides: ClassVar[bool] = False
+    losses: Sequence[float] = ()
 
     def __init__(
         self,
@@ -266,7 +267,7 @@ class InContext:
                 drawn = torch.rand(present[rows].shape, device=device, generator=noise)
                 return error(rows, present[rows] & (drawn >= hide))
 
-            train(
+            self.losses = train(
                 network,
                 loss=loss,
                 stopping_loss=lambda: error(stop, present[stop]),

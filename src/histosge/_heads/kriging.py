@@ -85,6 +85,7 @@ class Kriging:
     name: ClassVar[str] = "kriging"
     averaged: ClassVar[bool] = False
     divides: ClassVar[bool] = False
+    losses: Sequence[float] = ()
 
     def __init__(
         self, *, n_components: int | None = None, n_image_components: int = 64, n_sample: int = 300, n_steps: int = 30

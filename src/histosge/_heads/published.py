@@ -21,6 +21,8 @@ from histosge._heads._space import standardise, standardiser
 from histosge._training import Schedule, seeded, stopping_spots, train
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from torch import Tensor
 
@@ -83,6 +85,7 @@ class Published:
     name: ClassVar[str] = "published"
     averaged: ClassVar[bool] = True
     divides: ClassVar[bool] = False
+    losses: Sequence[float] = ()
 
     def __init__(self, *, n_neighbours: int = 49, n_steps: int = 300) -> None:
         self.config: dict[str, Any] = {"n_neighbours": n_neighbours, "n_steps": n_steps}
@@ -107,7 +110,7 @@ class Published:
                 rows = batch.to(device)
                 return nn.functional.mse_loss(self._run(inside, rows), known.expression[rows])
 
-            train(
+            self.losses = train(
                 self.network,
                 loss=loss,
                 stopping_loss=lambda: nn.functional.mse_loss(self._run(outside, None), spots.expression[stop]),

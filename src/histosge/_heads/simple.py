@@ -11,6 +11,8 @@ from histosge._geometry import nearest_spots
 from histosge._heads._space import standardise, standardiser
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from histosge._heads._protocol import Places, Spots
@@ -27,6 +29,7 @@ class Mean:
     name: ClassVar[str] = "mean"
     averaged: ClassVar[bool] = False
     divides: ClassVar[bool] = False
+    losses: Sequence[float] = ()
 
     def __init__(self, mean: Tensor | None = None) -> None:
         self.mean = mean
@@ -56,6 +59,7 @@ class Nearest:
     name: ClassVar[str] = "nearest"
     averaged: ClassVar[bool] = False
     divides: ClassVar[bool] = False
+    losses: Sequence[float] = ()
 
     def __init__(self, n_neighbours: int = 20) -> None:
         self.n_neighbours = n_neighbours
@@ -102,6 +106,7 @@ class Ridge:
     name: ClassVar[str] = "ridge"
     averaged: ClassVar[bool] = False
     divides: ClassVar[bool] = False
+    losses: Sequence[float] = ()
 
     def __init__(self, weights: dict[str, Tensor] | None = None) -> None:
         self.weights = weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from histosge._section._bare import is_measured, read_bare
 from histosge._section._counts import TARGET_SUM, per_target_sum
 from histosge._section._read import MIN_SPOTS, Section, centroids, column, read_section, section_counts
 from histosge._section._rows import open_table
@@ -32,11 +33,13 @@ __all__ = [
     "commit",
     "embedding_table",
     "find_embedding",
+    "is_measured",
     "lay_targets",
     "make_table",
     "open_table",
     "own_spots",
     "per_target_sum",
+    "read_bare",
     "predicted_table",
     "read_section",
     "read_targets",

@@ -76,6 +76,11 @@ class Section:
         return self.xy_px * self.mpp
 
     @property
+    def measured(self) -> bool:
+        """Whether there are spots at all: of an H&E image alone there are none."""
+        return len(self.instances) > 0
+
+    @property
     def contiguous(self) -> bool:
         """Whether spots are square bins that leave no gap."""
         return self.technology == "visium-hd"

@@ -10,7 +10,7 @@ import pandas as pd
 
 from histosge import _keys
 from histosge._coverage import Footprints
-from histosge._geometry import Places, in_mask, nearest_spots, refine, square_bins, tissue_mask
+from histosge._geometry import Places, in_mask, lay_over, nearest_spots, refine, square_bins, tissue_mask
 from histosge._image import thumbnail
 from histosge._section._read import _affine, _drawn_size, _regions, _scale, apply, centroids, ours
 from histosge._settings import logger
@@ -86,6 +86,9 @@ def own_spots(section: Section) -> Targets:
 def _in_tissue(section: Section, xy_px: NDArray[np.float64], *, tissue: str) -> tuple[NDArray[np.bool_], str]:
     """Tell which places lie on tissue: dark enough in the image, and for ``"auto"`` inside it."""
     inside = np.asarray(((xy_px >= 0) & (xy_px < [section.image.width_px, section.image.height_px])).all(1))
+    if tissue == "spots" and not section.measured:
+        msg = "tissue='spots' keeps places within reach of a spot, and nothing was measured here. Pass tissue='auto'."
+        raise ValueError(msg)
     if tissue == "spots":
         return inside, "within reach of a measured spot"
     small, factor = thumbnail(section.image, max_px=1024)
@@ -94,7 +97,7 @@ def _in_tissue(section: Section, xy_px: NDArray[np.float64], *, tissue: str) -> 
     mask, share = tissue_mask(
         small, section.xy_px / factor, blur_cells=max(_TISSUE_BLUR_PITCH * section.pitch_um / cell_um, 0.5)
     )
-    how = "optical density of the image"
+    how = "optical density of the image" + ("" if section.measured else ", Otsu's threshold")
     if share < 0.95:
         how += f", threshold lowered to the spots' own (Otsu's would have kept {share:.0%} of them)"
     return inside & in_mask(xy_px, mask, px_per_cell=(factor, factor)), how
@@ -118,7 +121,15 @@ def lay_targets(
                 f"({section.spot_um:g} µm), above which nothing is resolved. For places between spots pass upsample=."
             )
             raise ValueError(msg)
-        places = square_bins(section.xy_px, bin_px=bin_um / section.mpp, margin_px=reach_um / section.mpp)
+        if section.measured:
+            places = square_bins(section.xy_px, bin_px=bin_um / section.mpp, margin_px=reach_um / section.mpp)
+        else:
+            places = _lay_bare(section, step_um=bin_um, hexagonal=False)
+    elif not section.measured:
+        if upsample not in (None, 2, 4, 8, 16):
+            msg = f"upsample={upsample!r}: choose 2, 4, 8 or 16 places for each spot that there would be."
+            raise ValueError(msg)
+        places = _lay_bare(section, step_um=section.pitch_um / np.sqrt(upsample or 4), hexagonal=True)
     elif section.lattice is None:
         msg = (
             f"upsample={upsample or 4}: the spots of {section.spots_key!r} lie on no lattice, so that there is no 'between' "
@@ -143,6 +154,12 @@ def lay_targets(
         else Footprints.squares(places.xy_px, edge_px=places.size_px),
     )
     return targets, places
+
+
+def _lay_bare(section: Section, *, step_um: float, hexagonal: bool) -> Places:
+    """Lay places over the image of a section without spots."""
+    width, height = section.image.width_px, section.image.height_px
+    return lay_over(width, height, step_px=step_um / section.mpp, hexagonal=hexagonal)
 
 
 def to_image(sdata: SpatialData, section: Section, key: str) -> NDArray[np.float64]:
@@ -186,10 +203,11 @@ def read_targets(sdata: SpatialData, section: Section, key: str, *, on_invalid: 
             raise ValueError(msg)
         logger.warning("%s: leaving them out", what)
         element, xy_px = element[~wrong], xy_px[~wrong]
-    near, dist, _ = nearest_spots(xy_px, section.xy_px, k=1)
+    near, dist, present = nearest_spots(xy_px, section.xy_px, k=1)
     areas = _footprints(sdata, section, element, matrix, xy_px)
     # a cell or a bin in the middle of a spot is not the spot
-    same = (dist[:, 0] * section.mpp <= _SAME_PLACE_PITCH * section.pitch_um) & ~_smaller(section, areas)
+    same = (dist[:, 0] * section.mpp <= _SAME_PLACE_PITCH * section.pitch_um) & present[:, 0]
+    same &= ~_smaller(section, areas)
     in_tissue, how = _in_tissue(section, xy_px, tissue="auto")
     grid = {c: element[c].to_numpy(np.int64) if c in element.columns else None for c in ("array_row", "array_col")}
     own = np.where(same, near[:, 0], -1)
@@ -202,7 +220,8 @@ def smaller_than_spot(section: Section, targets: Targets) -> bool:
 
 
 def _smaller(section: Section, areas: Footprints) -> NDArray[np.bool_]:
-    return areas.size_px < 0.9 * np.median(section.footprints.size_px)
+    spot_px = np.median(section.footprints.size_px) if section.measured else section.spot_um / section.mpp
+    return areas.size_px < 0.9 * spot_px
 
 
 def _footprints(
@@ -218,6 +237,8 @@ def _footprints(
     if "radius" not in element.columns or "is_spot" in element.columns:
         return Footprints.discs(xy_px, diameter_px=spot_px)
     size_px = 2 * element["radius"].to_numpy(float) * _scale(matrix, "shapes", section.image_key)
+    if not section.measured:
+        return Footprints.discs(xy_px, diameter_px=size_px)
     # readers draw spots larger than they are: what is drawn as they are is a spot
     spots = sdata.shapes[section.spots_key]
     drawn_px = _drawn_size(spots) * _scale(section.to_image, section.spots_key, section.image_key)
@@ -231,11 +252,15 @@ def shapes_element(
     import geopandas as gpd
     import shapely
     from spatialdata.models import ShapesModel
-    from spatialdata.transformations import get_transformation
+    from spatialdata.transformations import Affine, get_transformation
 
     back = np.asarray(np.linalg.inv(section.to_image), np.float64)
     # a dict of its own: moving the places later must not move the spots
-    transformations = dict(get_transformation(sdata.shapes[section.spots_key], get_all=True))
+    measured = section.spots_key if section.measured else section.image_key
+    transformations = dict(get_transformation(sdata[measured], get_all=True))
+    if not section.measured:  # pixels of the image; shapes have no channels
+        xy = ("x", "y")
+        transformations = {k: Affine(t.to_affine_matrix(xy, xy), xy, xy) for k, t in transformations.items()}
     if square:
         half = places.size_px / 2
         corner = np.array([[-half, -half], [half, -half], [half, half], [-half, half]])
@@ -271,8 +296,8 @@ def predicted_table(
     """Make the table of predicted expression."""
     import anndata as ad
 
-    _, dist, _ = nearest_spots(targets.xy_px, section.xy_px, k=1)
-    distance_um = dist[:, 0] * section.mpp
+    _, dist, present = nearest_spots(targets.xy_px, section.xy_px, k=1)
+    distance_um = np.where(present[:, 0], dist[:, 0] * section.mpp, np.nan)
     # contiguous bins leave no gap: the corner of a bin belongs to it as well
     radius_um = section.spot_um / (np.sqrt(2) if section.contiguous else 2)
     obs = pd.DataFrame(index=pd.Index([f"{targets.key}-{i}" for i in targets.instances], dtype=str))

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from histosge._embedding import resolve_device
-from histosge._heads import default_head, divides
-from histosge._holdout import BLIND, PROTOCOLS, SPLITS, Measured, Plan, trials
+from histosge._heads import BLIND, default_head, divides
+from histosge._holdout import PROTOCOLS, SPLITS, Measured, Plan, trials
 from histosge._holdout import evaluate as hold_out
 from histosge._model import check_arguments
 from histosge._recipe import DEFAULT_ENCODER, embed_parts, embed_targets, prepare

@@ -27,8 +27,10 @@ from histosge._section import (
     Section,
     Targets,
     commit,
+    is_measured,
     lay_targets,
     open_table,
+    read_bare,
     read_section,
     read_targets,
     shapes_element,
@@ -87,7 +89,7 @@ def predict(
     Parameters
     ----------
     sdata
-        Section with an H&E image and measured spots.
+        Section with an H&E image and measured spots; with ``model=``, an image is enough.
     image_key
         H&E image in ``sdata.images``. ``None`` takes the only one.
     spots_key
@@ -99,7 +101,7 @@ def predict(
     coordinate_system
         Coordinate system that aligns image and spots. ``None`` takes one that holds both.
     mpp
-        µm per pixel of the image. ``None`` takes it from the pitch of the spots.
+        µm per pixel of the image. ``None`` takes it from the pitch of the spots; without spots it is needed.
     pitch_um
         Distance of neighbouring spots in µm. ``None`` takes the technology's: Visium 100, ST 200.
     encoder
@@ -123,6 +125,7 @@ def predict(
         Arguments of the head; see :func:`histosge.tl.fit`.
     model
         A model fitted before, on this or other sections; ``head``, ``genes``, ``n_folds`` and ``level`` are then its own.
+        Where no table of ``sdata`` annotates any shapes, it predicts from the image alone.
     upsample
         Places per measured spot: 2, 4, 8 or 16. With neither this, ``bin_um`` nor ``target_key``, 4 as in the paper.
     bin_um
@@ -174,9 +177,11 @@ def predict(
         grid), ``in_tissue``, ``is_spot`` (the place is a measured spot; its own measurement is hidden from the
         context, but heads have learnt from it: no held-out prediction), ``in_spot`` (its centre lies inside a physical
         spot; bool), ``distance_to_spot_um`` (float32, to the nearest spot's centre). ``obsm["spatial"]`` (n, 2) float64, (x, y) in pixels of the image.
+        Without spots, ``distance_to_spot_um`` is NaN, and places cover the tissue of the whole image.
         ``var``: ``highly_variable`` (bool), ``held_out_pcc``, ``held_out_mse`` (float32, on spots the head never
         saw), ``predictable`` (bool, at a false discovery rate of 5 %). ``uns["histosge"]``: encoder, head, scale,
-        seed, split, versions and held-out scores of the head and its rivals.
+        seed, split, versions, held-out scores of the head and its rivals, and ``training``: the losses of heads that are
+        trained in epochs, as of ``histosge.Model.training``.
 
     Raises
     ------
@@ -217,16 +222,30 @@ def predict(
         raise ValueError(msg)
     seed = int(rng) if isinstance(rng, (int, np.integer)) else "generator"
     generator = np.random.default_rng(rng)
-    section = read_section(
-        sdata,
-        image_key=image_key,
-        spots_key=spots_key,
-        table_key=table_key,
-        layer=layer,
-        coordinate_system=coordinate_system,
-        mpp=mpp,
-        pitch_um=pitch_um,
-    )
+    if model is not None and spots_key is None and table_key is None and not is_measured(sdata):
+        section = read_bare(
+            sdata,
+            image_key=image_key,
+            coordinate_system=coordinate_system,
+            mpp=mpp,
+            pitch_um=pitch_um or model.info["pitch_um"],
+            spot_um=model.info["spot_um"],
+        )
+        logger.warning(
+            "predicting from the image alone: scores and error bars are those of the sections that the model learnt from. "
+            "How it does on others: sge.tl.evaluate([...], split='sections')"
+        )
+    else:
+        section = read_section(
+            sdata,
+            image_key=image_key,
+            spots_key=spots_key,
+            table_key=table_key,
+            layer=layer,
+            coordinate_system=coordinate_system,
+            mpp=mpp,
+            pitch_um=pitch_um,
+        )
     where = resolve_device(device)
 
     shapes, places = {}, None
@@ -301,14 +320,20 @@ def _provenance(section: Section, targets: Targets, model: Model, seed: int | st
         **({} if model.bars is None else {"level": model.bars.level}),
         **model.info,
         "seed": seed,
-        "spots": section.spots_key,
-        "table": section.table_key,
+        **({"spots": section.spots_key, "table": section.table_key} if section.measured else {}),
+        **({"training": {c: v.to_numpy() for c, v in model.training.items()}} if len(model.training) else {}),
         **({} if layer is None else {"layer": layer}),
         "coordinate_system": section.coordinate_system,
         "technology": section.technology,
         "mpp_source": section.mpp_source,
-        "input": "log-normalised" if section.log_normalised else "counts, normalised to 10,000 and log1p",
+        "input": _input(section),
         "tissue": targets.tissue,
         "unit": "log1p of counts per 10,000",
         "versions": {name: version(name) for name in ("histosge", "torch", "spatialdata", "anndata")},
     }
+
+
+def _input(section: Section) -> str:
+    if not section.measured:
+        return "the image alone"
+    return "log-normalised" if section.log_normalised else "counts, normalised to 10,000 and log1p"
