@@ -43,6 +43,7 @@ _PLACES_AT_ONCE = 16384
 """Places that all heads are asked at together"""
 _VALUES_AT_ONCE = 2**17
 """Values of the expression that a thread makes at a time: half a megabyte, which its cache holds."""
+_TRAINING = {"head": object, "fold": int, "epoch": int, "loss": float}
 _FITTED = ("mean", "weights")
 """What a simple head takes when it is restored, and is no option of it."""
 FAR_UM = 204_800.0
@@ -323,15 +324,14 @@ class Model:
             Spots(*(tensors[f"spots.{name}"] for name in ("embedding", "expression", "xy_um")), config["pitch_um"]),
             ErrorBars.from_arrays(bars) if bars else None,
             config["info"],
-            pd.read_csv(path / "training.csv"),
+            pd.read_csv(path / "training.csv").astype(_TRAINING),
         )
 
 
 def _training_table(losses: dict[tuple[str, int], Sequence[float]]) -> pd.DataFrame:
     """One row an epoch."""
     rows = [(head, fold, i + 1, loss) for (head, fold), each in losses.items() for i, loss in enumerate(each)]
-    table = pd.DataFrame(rows, columns=["head", "fold", "epoch", "loss"])
-    return table.astype({"fold": int, "epoch": int, "loss": float})
+    return pd.DataFrame(rows, columns=list(_TRAINING)).astype(_TRAINING)
 
 
 def _expansion(head: Head, columns: Tensor) -> Expansion:
