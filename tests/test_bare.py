@@ -23,8 +23,8 @@ FIT = {"encoder": "stain-texture", "genes": 10, "n_folds": 2}
 
 @pytest.fixture(scope="module")
 def other():
-    """Another section of the same tissue: the same fields and genes, another scan of other nuclei."""
-    return sge.datasets.synthetic(n_rows=12, n_cols=12, n_genes=20, mpp=1.6)
+    """Another section of the same tissue: genes follow the same fields, which lie elsewhere."""
+    return sge.datasets.synthetic(n_rows=12, n_cols=12, n_genes=20, mpp=1.6, rng=1, genes_rng=0)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,8 @@ def test_follows_the_truth_between_spots(model, image_alone, other):
     told = SpatialData(shapes=dict(image_alone.shapes), tables={"t": table})
     told.tables["t"].uns["synthetic"] = other["table"].uns["synthetic"]
     truth = sge.datasets.synthetic_truth(told, target_key="histosge_targets")[list(table.var_names)].to_numpy()
-    assert np.median(correlation(table.X, truth)) > 0.5
+    found = np.median(correlation(table.X, truth))
+    assert found > 0.5, found
 
 
 def test_is_what_evaluate_measures_on_sections_left_out(model, image_alone, other, measured):

@@ -213,7 +213,7 @@ def test_detail_is_as_fine_as_asked(detail_um):
     lag = 2 * detail_um / 8
     found = []
     for seed in range(4):
-        params = {"n_rows": 24, "n_cols": 24, "n_genes": 5, "seed": seed}
+        params = {"n_rows": 24, "n_cols": 24, "n_genes": 5, "seed": seed, "genes_seed": seed}
         usual, tissue = _phantom.hidden_fields(params)
         fields, same_tissue = _phantom.hidden_fields({**params, "detail_um": detail_um})
         for fine in (fields[1], fields[3]):
@@ -425,3 +425,28 @@ def test_glands_are_sharp_and_bluer_and_told_by_genes():
 def test_glands_out_of_range():
     with pytest.raises(ValueError, match=r"gland_um=5 is out of range: glands can be 16 to 200 µm wide"):
         sge.datasets.synthetic(gland_um=5)
+
+
+def test_sections_of_one_tissue_share_their_genes_but_not_their_places():
+    """What a model learns of one holds for the other: the same regression of genes on hidden fields."""
+    loading, truth = [], []
+    for rng, genes_rng in ((1, 7), (2, 7), (2, None)):
+        sdata = sge.datasets.synthetic(**SMALL, rng=rng, genes_rng=genes_rng)
+        params = sdata.tables["table"].uns["synthetic"]
+        assert params["genes_seed"] == (2 if genes_rng is None else 7)
+        fields, _ = _phantom.hidden_fields(params)
+        at = np.random.default_rng(0).uniform(100, 500, (200, 2))
+        log_rate = np.log(_phantom.expected_rates(fields, params, at))
+        x = np.column_stack([np.ones(len(at)), _phantom.sample(fields, at)])
+        loading.append(np.linalg.lstsq(x, log_rate, rcond=None)[0])
+        truth.append(log_rate)
+    np.testing.assert_allclose(loading[0], loading[1], atol=1e-8)
+    assert np.abs(loading[1] - loading[2]).max() > 0.3
+    assert np.abs(truth[0] - truth[1]).max() > 0.3
+
+
+def test_sections_of_earlier_versions_have_one_seed():
+    sdata = sge.datasets.synthetic(**SMALL)
+    before = sge.datasets.synthetic_truth(sdata)
+    del sdata.tables["table"].uns["synthetic"]["genes_seed"]
+    np.testing.assert_array_equal(sge.datasets.synthetic_truth(sdata), before)

@@ -75,7 +75,7 @@ def expected_rates(
     fields: NDArray[np.float64], params: dict[str, Any], xy_um: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Expected counts, up to library size, at places (n, 2): (n, genes)."""
-    random = np.random.default_rng([params["seed"], 2])
+    random = np.random.default_rng([params["genes_seed"], 2])
     n_genes = params["n_genes"]
     loading = np.zeros((len(fields), n_genes))
     first = random.integers(len(fields), size=n_genes)
@@ -108,7 +108,7 @@ def glands(params: Mapping[str, Any]) -> NDArray[np.float64] | None:
 
 def _gland_factors(params: Mapping[str, Any]) -> NDArray[np.float64]:
     """Logarithm of how much more of each gene there is in glands, (genes,); more than half of the genes care."""
-    random, n_genes = np.random.default_rng([params["seed"], 4]), params["n_genes"]
+    random, n_genes = np.random.default_rng([params["genes_seed"], 4]), params["n_genes"]
     factor = random.choice([-1.0, 1.0], n_genes) * random.uniform(0.5, 1.0, n_genes) * (random.random(n_genes) < 0.6)
     factor[n_genes - n_genes // 5 :] = 0
     return 2 * _GLAND_FACTOR * factor

@@ -76,6 +76,7 @@ def synthetic(
     detail_um: float = DETAIL_UM,
     gland_um: float | None = None,
     bin_um: float | None = None,
+    genes_rng: int | None = None,
 ) -> SpatialData:
     """Make a section, Visium-like or as Visium HD, of which the truth is known everywhere.
 
@@ -111,6 +112,9 @@ def synthetic(
     bin_um
         Edge of contiguous square bins, as Visium HD has, that cover the array's extent instead of its spots: a whole
         number from 2 to 100. Bins hold counts by their area, as many in a µm² as spots. ``None`` measures spots.
+    genes_rng
+        Seed of which gene follows which field: sections of one ``genes_rng`` and several ``rng`` are several sections of
+        one tissue. ``None`` takes ``rng``.
 
     Returns
     -------
@@ -130,7 +134,7 @@ def synthetic(
     ``obsm["spatial"]``
         (x, y) in pixels of the image.
     ``uns["synthetic"]``
-        ``n_rows``, ``n_cols``, ``n_genes``, ``seed``, ``detail_um`` and ``gland_um`` (0 for none): all that :func:`synthetic_truth` needs.
+        ``n_rows``, ``n_cols``, ``n_genes``, ``seed``, ``genes_seed``, ``detail_um`` and ``gland_um`` (0 for none): all that :func:`synthetic_truth` needs.
 
     See Also
     --------
@@ -150,6 +154,7 @@ def synthetic(
 
     _check(detail_um=detail_um, gland_um=gland_um, bin_um=bin_um)
     params: dict[str, Any] = {"n_rows": n_rows, "n_cols": n_cols, "n_genes": n_genes, "seed": rng}
+    params["genes_seed"] = rng if genes_rng is None else genes_rng
     params |= {"detail_um": float(detail_um), "gland_um": float(gland_um or 0)}
     random = np.random.default_rng([rng, 1])
     fields, tissue = hidden_fields(params)
@@ -260,7 +265,7 @@ def _params(uns: Mapping[str, Any]) -> dict[str, Any]:
     """What a table remembers, as Python's own numbers; sections of earlier versions have what was usual then."""
     usual = {"detail_um": DETAIL_UM, "gland_um": 0.0}
     read = {name: int(value) for name, value in uns.items() if name not in usual}
-    return read | {name: float(uns.get(name, value)) for name, value in usual.items()}
+    return {"genes_seed": read["seed"]} | read | {name: float(uns.get(name, value)) for name, value in usual.items()}
 
 
 def _spots(n_rows: int, n_cols: int, tissue: NDArray[np.bool_]) -> _Places:
