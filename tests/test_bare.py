@@ -48,8 +48,10 @@ def test_follows_the_truth_between_spots(model, image_alone, other):
     told = SpatialData(shapes=dict(image_alone.shapes), tables={"t": table})
     told.tables["t"].uns["synthetic"] = other["table"].uns["synthetic"]
     truth = sge.datasets.synthetic_truth(told, target_key="histosge_targets")[list(table.var_names)].to_numpy()
-    found = np.median(correlation(table.X, truth))
-    assert found > 0.5, found
+    # four genes follow fields that can be seen; one follows a field that cannot, of which neighbours alone could tell
+    found = np.sort(correlation(table.X, truth))
+    assert (found[-4:] > 0.5).all(), found
+    assert np.median(found) > 0.3, found
 
 
 def test_is_what_evaluate_measures_on_sections_left_out(model, image_alone, other, measured):
