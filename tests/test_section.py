@@ -286,7 +286,7 @@ def test_channels_go_by_name(sdata, names, order):
 
 def test_no_image(sdata):
     del sdata.images["he"]
-    predict_refuses(sdata, r"has no image\. .*fullres_image_file=")
+    predict_refuses(sdata, r"has no image\. .*sge\.io\.read\(path, image=")
 
 
 def test_several_images(sdata):

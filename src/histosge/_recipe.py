@@ -68,7 +68,7 @@ def prepare(
         msg = (
             f"image {section.image_key!r} has {section.mpp:.3g} µm per pixel, far too coarse for a pathology encoder "
             f"(at most {_COARSEST_PILM_MPP}): it is probably the hires image. Read the section with the full-resolution "
-            "image, `spatialdata_io.visium(path, fullres_image_file=...)`, or use encoder='stain-texture'."
+            "image, `sge.io.read(path, image=...)`, or use encoder='stain-texture'."
         )
         raise ValueError(msg)
     _check_dense(encoder, dense=dense)  # before gigabytes are loaded

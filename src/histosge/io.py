@@ -2,4 +2,242 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from histosge._section import open_section
+from histosge._settings import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pandas as pd
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+__all__ = ["read", "write_h5ad"]
+
+
+def read(
+    source: str | Path,
+    *,
+    image: str | Path | None = None,
+    bin_size: int | None = None,
+    dataset_id: str | None = None,
+) -> SpatialData:
+    """Read a section from the folder or file that an instrument or another program wrote.
+
+    What comes back holds one image, one set of spots and one table, so that :func:`histosge.tl.predict` needs no key.
+
+    Parameters
+    ----------
+    source
+        One of: the ``outs`` folder of Space Ranger 1 to 4, or the folder above it, for Visium (CytAssist too) or Visium HD;
+        a folder of files downloaded from 10x Genomics (``NAME_filtered_feature_bc_matrix.h5``, ``spatial``); a ``SpatialData``
+        on disk (``.zarr``); an ``.h5ad`` with ``obsm["spatial"]``, x and y in pixels of its image; the counts of an ST array
+        (``.tsv`` or ``.tsv.gz``, rows called ``XxY``) with the table of its spots beside (columns ``x``, ``y``, ``pixel_x``, ``pixel_y``);
+        an image alone, of which a model of other sections can predict (``predict(model=, mpp=)``).
+    image
+        The full-resolution image that the spots were aligned to: TIFF, JPEG or PNG, RGB. ``None`` takes the only such image
+        that lies in the folder (or above ``outs``) and has the size that Space Ranger was given, or holds all spots.
+    bin_size
+        Visium HD: which bins to read, their edge in µm. ``None`` takes 8, or the only ones there are.
+    dataset_id
+        Name of the section, which its elements begin with. ``None`` takes the prefix of the files, or the folder's name.
+
+    Returns
+    -------
+    A ``SpatialData``; of a ``.zarr`` all that it holds, otherwise:
+
+    ``images["{dataset_id}_full_image"]``
+        uint8 or uint16 RGB, with halved scales down to 1000 px. Without a full-resolution image
+        ``images["{dataset_id}_hires_image"]``, Space Ranger's thumbnail, or no image: then a warning is logged.
+    ``shapes["{dataset_id}"]``
+        Circles, or with Visium HD the squares ``shapes["{dataset_id}_square_008um"]``, in pixels of the full image.
+    ``tables["table"]``
+        Counts of genes at the spots on the tissue, or ``tables["square_008um"]``; of an ``.h5ad`` all that it holds. ``obsm["spatial"]`` (n, 2):
+        (x, y) in pixels of the full image. Of an image alone neither shapes nor table.
+
+    Raises
+    ------
+    FileNotFoundError
+        Where ``source``, ``image`` or one of the files of Space Ranger is not there.
+    ValueError
+        Where ``source`` is nothing of the above, several images may be meant, the image is not RGB, or it is not the one that the spots were aligned to.
+
+    Notes
+    -----
+    :func:`spatialdata_io.visium` and :func:`spatialdata_io.visium_hd` read counts and places. Of what they return, the
+    thumbnails (where there is a full-resolution image), other bins and cells are left out: they are read with these functions.
+
+    A TIFF stays on disk and is read in pieces of about 3 MB when they are asked for, its coarser scales too: keep it where it
+    is, or call ``sdata.write``. A JPEG or PNG is held in memory, 3 bytes a pixel, and takes 10 while it is read; so is a TIFF that is compressed in
+    one piece.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> import histosge as sge
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> sge.datasets.synthetic().write(folder / "section.zarr")
+    >>> sdata = sge.io.read(folder / "section.zarr")
+    >>> sorted(sdata.images), sorted(sdata.shapes)
+    (['he'], ['spots'])
+    """
+    sdata = open_section(source, image=image, bin_size=bin_size, dataset_id=dataset_id)
+    logger.info(
+        "read %s: images %s, shapes %s, tables %s", source, *map(list, (sdata.images, sdata.shapes, sdata.tables))
+    )
+    return sdata
+
+
+def write_h5ad(
+    sdata: SpatialData | AnnData,
+    path: str | Path,
+    *,
+    key: str = "histosge",
+    layers: Sequence[str] = (),
+    overwrite: bool = False,
+) -> None:
+    """Write a predicted table as an ``.h5ad`` for cellxgene and other viewers.
+
+    Parameters
+    ----------
+    sdata
+        A section with a predicted table, or such a table: also one that was left on disk
+        (``predict(store=..., inplace=False)``), which is then copied piece by piece.
+    path
+        File to write, ``"NAME.h5ad"``.
+    key
+        The table in ``sdata.tables``.
+    layers
+        Layers to write beside ``X``: each is as large as ``X``.
+    overwrite
+        Replace a file that is there.
+
+    Returns
+    -------
+    ``None``. The file holds the table as it is, but
+
+    ``X``
+        (n, genes) float32.
+    ``obsm["X_spatial"]``
+        (n, 2) float32, (x, -y): viewers draw y upwards, images have it downwards. ``obsm["spatial"]`` stays (x, y) in pixels.
+    ``obs``
+        Categories are text.
+    ``uns``
+        Without ``"spatialdata_attrs"``, whose shapes are not in the file, and without what an h5ad cannot hold, which the log names.
+    ``layers``
+        Those asked for.
+
+    Raises
+    ------
+    FileExistsError
+        Where ``path`` is there and ``overwrite`` is not set.
+    KeyError
+        Where there is no such table or layer.
+    ValueError
+        Where the table has no ``obsm["spatial"]``, or names of places, genes or columns are not unique.
+
+    Notes
+    -----
+    What cellxgene 1.x asks for, by its documentation ("data requirements") and the checks of its server: counts or expression in ``X``,
+    float32; unique names of ``obs``, ``var`` and their columns; an embedding in ``obsm`` whose name begins with ``X_``, a numpy array of
+    two columns or more without infinite values. ``obsm["spatial"]`` itself it does not offer (its issue 2553).
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> import histosge as sge
+    >>> sdata = sge.datasets.synthetic()
+    >>> sge.tl.predict(sdata, encoder="stain-texture", head="ridge", genes=20)
+    >>> sge.io.write_h5ad(sdata, pathlib.Path(tempfile.mkdtemp()) / "predicted.h5ad")
+    """
+    import anndata as ad
+
+    if isinstance(sdata, ad.AnnData):
+        table = sdata
+    elif key in sdata.tables:
+        table = sdata.tables[key]
+    else:
+        msg = f"key={key!r} is not among the tables of this SpatialData: {list(sdata.tables)}."
+        raise KeyError(msg)
+    path = Path(path).expanduser()
+    if path.exists() and not overwrite:
+        msg = f"path={str(path)!r} is there already. Name another file, or pass overwrite=True."
+        raise FileExistsError(msg)
+    unknown = [name for name in layers if name not in table.layers]
+    if unknown:
+        known = [name for name in table.layers if name is not None]
+        msg = f"layers={unknown} are not among the layers of the table: {known}."
+        raise KeyError(msg)
+    out = _for_viewers(table, layers)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with ad.settings.override(allow_write_nullable_strings=False):  # which anndata before 0.11 cannot read
+            out.write_h5ad(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    logger.info("wrote %d places x %d genes to %s", *out.shape, path)
+
+
+def _for_viewers(table: AnnData, layers: Sequence[str]) -> AnnData:
+    """The table as viewers read it; values are shared with the one given."""
+    import anndata as ad
+
+    axes = {
+        "obs": table.obs_names,
+        "var": table.var_names,
+        "columns of obs": table.obs.columns,
+        "columns of var": table.var.columns,
+    }
+    for what, names in axes.items():
+        if not names.is_unique:
+            twice = list(names[names.duplicated()][:3])
+            msg = f"names of {what} are not unique (for example {twice}), which viewers refuse. Rename or drop them."
+            raise ValueError(msg)
+    if "spatial" not in table.obsm:
+        msg = f'the table has no obsm["spatial"], (n, 2), to draw places at: it has {list(table.obsm)}. Write it there first.'
+        raise ValueError(msg)
+    xy = np.asarray(table.obsm["spatial"])
+    uns = {name: value for name, value in table.uns.items() if name != "spatialdata_attrs"}
+    unfit = [name for name, value in uns.items() if not _fits_h5ad(name, value)]
+    if unfit:
+        logger.warning("leaving out uns%s: an h5ad cannot hold it", unfit)
+    return ad.AnnData(
+        X=table.X.astype(np.float32, copy=False),
+        obs=_text_categories(table.obs),
+        var=_text_categories(table.var),
+        obsm={**table.obsm, "X_spatial": np.column_stack([xy[:, 0], -xy[:, 1]]).astype(np.float32)},
+        varm=dict(table.varm),
+        obsp=dict(table.obsp),
+        uns={name: value for name, value in uns.items() if name not in unfit},
+        layers={name: table.layers[name] for name in layers},
+    )
+
+
+def _text_categories(frame: pd.DataFrame) -> pd.DataFrame:
+    frame = frame.copy(deep=False)
+    for name in frame.columns[frame.dtypes == "category"]:
+        frame[name] = frame[name].cat.rename_categories(lambda value: str(value))
+    return frame
+
+
+def _fits_h5ad(name: str, value: Any) -> bool:
+    """Try to write it, to memory; ``None`` is nothing that viewers' older versions of anndata can read."""
+    import anndata as ad
+    import h5py
+
+    kinds: list[str | None] = []
+    with h5py.File("uns", "w", driver="core", backing_store=False) as file:
+        try:
+            with ad.settings.override(allow_write_nullable_strings=False):
+                ad.io.write_elem(file, name, value)
+        except Exception as err:  # noqa: BLE001  whatever it is, the file shall not hold it
+            logger.debug("uns[%r]: %s", name, err)
+            return False
+        file.visititems(lambda _, item: kinds.append(item.attrs.get("encoding-type")))
+    return "/" not in name and "null" not in kinds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from histosge._section._bare import is_measured, read_bare
 from histosge._section._counts import TARGET_SUM, per_target_sum
+from histosge._section._open import open_section
 from histosge._section._read import MIN_SPOTS, Section, centroids, column, read_section, section_counts
 from histosge._section._rows import open_table
 from histosge._section._store import TableStore
@@ -36,6 +37,7 @@ __all__ = [
     "is_measured",
     "lay_targets",
     "make_table",
+    "open_section",
     "open_table",
     "own_spots",
     "per_target_sum",

@@ -48,7 +48,8 @@ def match_rows(table: AnnData, element: GeoDataFrame, spots_key: str, table_key:
         msg = (
             f"table {table_key!r} does not annotate the spots {spots_key!r}: none of its {len(instances)} "
             f"{instance_key!r} values (for example {list(instances[:2])}) is in the element's index "
-            f"(for example {list(element.index[:2])})."
+            f"(for example {list(element.index[:2])}). Pass the table_key= that annotates these spots, or link them with "
+            "`TableModel.parse`."
         )
         raise ValueError(msg)
     if not known.all():

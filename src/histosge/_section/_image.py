@@ -31,7 +31,7 @@ def find_image(sdata: SpatialData, key: str | None) -> str:
     if not names:
         msg = (
             "this SpatialData has no image. Read the section with its H&E image, "
-            "for example `spatialdata_io.visium(path, fullres_image_file=...)`."
+            "for example `sge.io.read(path, image=...)`."
         )
         raise ValueError(msg)
     full = [n for n in names if not n.endswith(_THUMBNAILS)] or names  # Space Ranger's thumbnails give way
@@ -84,7 +84,7 @@ def _white(data: Any, key: str) -> float:
     sample = np.asarray(data[:, ::step, ::step])
     low, high = float(np.nanmin(sample)), float(np.nanmax(sample))
     if dtype.kind == "f" and (low < 0 or high > 255 or not np.isfinite(sample).all()):
-        msg = f"image {key!r} has values from {low:.4g} to {high:.4g}; a float image goes from 0 to 1 or from 0 to 255."
+        msg = f"image {key!r} has values from {low:.4g} to {high:.4g}; a float image goes from 0 to 1 or from 0 to 255: rescale it."
         raise ValueError(msg)
     white = 1.0 if dtype.kind == "f" and high <= 1 else 255.0 if high <= 255 else 65535.0
     logger.info("converting image %r from %s (white = %g) to uint8", key, dtype, white)

@@ -150,15 +150,19 @@ def read_section(
         )  # fmt: skip
         left_out += int((~keep).sum())
         counts, instances, xy_px, element = counts[keep], instances[keep], xy_px[keep], element[keep]
+    drawn_px = _drawn_size(element) * _scale(to_image, spots_key, image_key)
+    keep = _inside(image, xy_px, spots_key, image_key, coordinate_system, drawn_px=drawn_px)
+    if not keep.all():
+        logger.warning("leaving out %d spots whose centre lies beyond the border of the image", (~keep).sum())
+        left_out += int((~keep).sum())
+        counts, instances, xy_px, element = counts[keep], instances[keep], xy_px[keep], element[keep]
+    xy_px = np.clip(xy_px, 0, [image.width_px, image.height_px])
     if len(xy_px) < MIN_SPOTS:
         msg = (
             f"{len(xy_px)} measured spots are too few to learn from; at least {MIN_SPOTS} are needed. "
             f"Check that the table {table_key!r} annotates the spots {spots_key!r}, or add sections."
         )
         raise ValueError(msg)
-    _check_inside(image, xy_px, spots_key, image_key, coordinate_system)
-
-    drawn_px = _drawn_size(element) * _scale(to_image, spots_key, image_key)
     lattice, why = None, ""
     try:
         lattice = estimate_lattice(xy_px)
@@ -336,9 +340,13 @@ def _drawn_size(element: GeoDataFrame) -> float:
     return float(np.sqrt(np.median(element.geometry.area)))
 
 
-def _check_inside(image: LazyImage, xy_px: NDArray[np.float64], spots: str, image_key: str, system: str) -> None:
-    outside = (xy_px < 0).any(1) | (xy_px > [image.width_px, image.height_px]).any(1)
-    if outside.any():
+def _inside(
+    image: LazyImage, xy_px: NDArray[np.float64], spots: str, image_key: str, system: str, *, drawn_px: float
+) -> NDArray[np.bool_]:
+    """Which centres lie on the image; a query keeps spots that its border cuts, which are no sign of misalignment."""
+    beyond = np.maximum(-xy_px, xy_px - [image.width_px, image.height_px]).max(1)
+    outside = beyond > 0
+    if (beyond > drawn_px / 2).any():
         low, high = xy_px.min(0), xy_px.max(0)
         msg = (
             f"{outside.sum()} of {len(xy_px)} spots of {spots!r} lie outside the image {image_key!r}: they span "
@@ -347,6 +355,7 @@ def _check_inside(image: LazyImage, xy_px: NDArray[np.float64], spots: str, imag
             f"Check image_key= and coordinate_system= (used {system!r})."
         )
         raise ValueError(msg)
+    return beyond <= 1e-6 * drawn_px
 
 
 def _physical_scale(

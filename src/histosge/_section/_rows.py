@@ -95,7 +95,7 @@ def first_row(table: AnnData) -> AnnData:
     if unfit or not table.n_obs:
         msg = (
             f"table: {', '.join(unfit) or '0 rows'} cannot be written in parts; a part has rows, and X, layers and "
-            "obsm that are numpy arrays."
+            "obsm that are numpy arrays. Convert or remove them."
         )
         raise ValueError(msg)
     rows = {key: np.asarray(values)[:1] for key, values in matrices(table).items()}
