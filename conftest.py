@@ -14,4 +14,5 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # nor the user's cache
 _CACHE = tempfile.mkdtemp(prefix="histosge-tests-")
 os.environ["HISTOSGE_CACHE"] = os.path.join(_CACHE, "session")  # noqa: PTH118
+os.environ["HISTOSGE_DATA"] = os.path.join(_CACHE, "data")  # noqa: PTH118
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)

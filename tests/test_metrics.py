@@ -303,7 +303,7 @@ def test_noise_ceiling_of_the_synthetic_section(seed):
     params = {name: int(value) for name, value in table.uns["synthetic"].items()}
     fields, _ = _phantom.hidden_fields(params)
     xy_um = table.obsm["spatial"] * 4.0
-    disc = _phantom.disc_points(datasets._SPOT_UM / 2)
+    disc = _phantom.disc_points(datasets._synthetic._SPOT_UM / 2)
     rate = _phantom.expected_rates(fields, params, (xy_um[:, None] + disc).reshape(-1, 2)).reshape(
         len(xy_um), len(disc), -1
     )

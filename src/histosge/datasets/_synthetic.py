@@ -222,7 +222,9 @@ def synthetic_truth(sdata: SpatialData, *, target_key: str = "spots") -> pd.Data
 
     tables = [t for t in sdata.tables.values() if _UNS in t.uns]
     if not tables:
-        msg = "this SpatialData has no known truth: it was not made by histosge.datasets.synthetic()."
+        msg = (
+            "this SpatialData has no known truth: it was not made by histosge.datasets.synthetic(). Pass one that was."
+        )
         raise ValueError(msg)
     if target_key not in sdata.shapes:
         msg = f"target_key={target_key!r} is not among the shapes of this SpatialData: {list(sdata.shapes)}."

@@ -1,0 +1,353 @@
+"""Sections that others have published: downloaded once, parsed at every call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from histosge._section import open_section
+from histosge._settings import logger
+from histosge.datasets._download import data_folder, fetch_files, missing
+from histosge.datasets._registry import (
+    COUNTS,
+    DLPFC_SECTIONS,
+    HER2ST_SECTIONS,
+    LAYERS,
+    LEGACY_ST,
+    SECTIONS,
+    SPOTS,
+    VISIUM_HD,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pandas as pd
+    from spatialdata import SpatialData
+
+    from histosge.datasets._registry import PublishedSection
+
+
+def published() -> pd.DataFrame:
+    """List the published sections that can be downloaded, and those that are here already.
+
+    Nothing is downloaded for it. Addresses and hashes were taken from public code in November 2026 and are checked at
+    use.
+
+    Returns
+    -------
+    DataFrame, one row a section, indexed by the name that :func:`fetch` takes, with the columns
+
+    ``technology``, ``tissue``
+        What was measured on what.
+    ``size_gb``
+        About, of the download, in gigabytes (10⁹ bytes); NaN where no public source states it.
+    ``licence``
+        Of the data, or "not stated".
+    ``citation``, ``url``
+        What to cite, and the page of the source.
+    ``on_disk``
+        All files are here.
+    ``folder``
+        Where they lie, or would: below the environment variable ``HISTOSGE_DATA`` or, without it, ``histosge/datasets``
+        in the system's cache folder.
+
+    See Also
+    --------
+    fetch : download a section without reading it.
+    load : read it.
+
+    Examples
+    --------
+    >>> import histosge as sge
+    >>> sections = sge.datasets.published()
+    >>> sections.loc["mouse_brain", ["technology", "licence"]].tolist()
+    ['Visium', 'CC BY 4.0']
+    """
+    import pandas as pd
+
+    rows = [
+        {
+            "name": section.name,
+            "technology": section.technology,
+            "tissue": section.tissue,
+            "size_gb": section.size_gb,
+            "licence": section.licence,
+            "citation": section.citation,
+            "url": section.url,
+            "on_disk": not missing(_folder(section), section.files),
+            "folder": str(_folder(section)),
+        }
+        for section in SECTIONS.values()
+    ]
+    return pd.DataFrame(rows).set_index("name").astype({"size_gb": float})
+
+
+def fetch(name: str) -> Path:
+    """Download a published section, or what is missing of it, and read nothing.
+
+    What was interrupted goes on where it stopped, if the server allows it. Files whose hash is published are compared
+    with it; for the others the hash of the first download is recorded beside the file, and the log says so. All are
+    compared at every later call, but for archives, which are unpacked and removed.
+
+    Parameters
+    ----------
+    name
+        One of the names that :func:`published` lists.
+
+    Returns
+    -------
+    Folder with the files.
+
+    Raises
+    ------
+    ValueError
+        No section has this name.
+    DownloadError
+        A file cannot be had: the message names its address, and where to put it if it comes by other means. Or a file
+        is not what it was.
+
+    Examples
+    --------
+    >>> import histosge as sge
+    >>> sge.datasets.fetch("mouse_brain")  # doctest: +SKIP
+    """
+    section = _section(name)
+    folder = _folder(section)
+    left = missing(folder, section.files)
+    if left:
+        size = "" if section.size_gb is None else f", about {section.size_gb:g} GB in all"
+        logger.info("%s: %d of %d files to download%s", name, len(left), len(section.files), size)
+    fetch_files(folder, section.files)
+    return folder
+
+
+def load(name: str) -> SpatialData:
+    """Read a published section by its name, after downloading what is missing of it.
+
+    Parameters
+    ----------
+    name
+        One of the names that :func:`published` lists.
+
+    Returns
+    -------
+    A ``SpatialData`` with image, spots or bins, and table of raw counts; more of some, as their own functions say.
+
+    Raises
+    ------
+    ValueError
+        No section has this name.
+    DownloadError
+        A file cannot be had, or is not what it was.
+
+    Examples
+    --------
+    >>> import histosge as sge
+    >>> sdata = sge.datasets.load("dlpfc_151673")  # doctest: +SKIP
+    """
+    section, folder = _section(name), fetch(name)
+    if section.technology == LEGACY_ST:
+        return _read_text(section, folder)
+    bin_size = 8 if section.technology == VISIUM_HD else None
+    sdata = open_section(folder, image=folder / section.image, bin_size=bin_size, dataset_id=name)
+    if any(file.path == LAYERS for file in section.files):
+        _add_layers(sdata, folder / LAYERS, section=name.removeprefix("dlpfc_"))
+    return sdata
+
+
+def dlpfc(section: str = "151673") -> SpatialData:
+    """Read a section of the human dorsolateral prefrontal cortex, with the layer of each spot (Maynard et al. 2021).
+
+    Twelve Visium sections of three donors, on which spatial domains are usually scored; the first of the four data sets
+    of the HisToSGE paper. The download is 0.55 GB a section, and slow.
+
+    Addresses and hashes were taken from public code in November 2026 and are checked at use. See :func:`fetch` for what
+    happens without a network.
+
+    Parameters
+    ----------
+    section
+        ``"151507"`` to ``"151510"``, ``"151669"`` to ``"151676"``.
+
+    Returns
+    -------
+    A ``SpatialData`` with image, spots and table of raw counts, and in the table
+
+    ``obs["layer"]``
+        Categorical: ``"L1"`` to ``"L6"``, ``"WM"`` (white matter); missing where the authors gave none.
+
+    Examples
+    --------
+    >>> import histosge as sge
+    >>> sdata = sge.datasets.dlpfc("151673")  # doctest: +SKIP
+    >>> sge.tl.predict(sdata)  # doctest: +SKIP
+    """
+    return load(f"dlpfc_{_one_of(section, DLPFC_SECTIONS)}")
+
+
+def mouse_brain() -> SpatialData:
+    """Read a coronal section of an adult mouse brain, stained with H&E (10x Genomics).
+
+    This is "Mouse Brain Section (Coronal)", ``V1_Adult_Mouse_Brain``, Space Ranger 1.1.0: the section that the HisToSGE
+    paper links to, and that squidpy has as ``visium_hne_image``.
+
+    The paper's own figures are very likely of another section. It counts 2903 spots, while squidpy's copy of this one
+    has 2688, and its image is very likely the immunofluorescence of "Adult Mouse Brain Section 1 (Coronal)",
+    ``V1_Adult_Mouse_Brain_Coronal_Section_1``, for which 10x Genomics lists DAPI and anti-NeuN. Encoders of H&E are not
+    made for that: use this section instead, and do not expect the paper's numbers.
+
+    Addresses and hashes were taken from public code in November 2026 and are checked at use. See :func:`fetch` for what
+    happens without a network.
+
+    Returns
+    -------
+    A ``SpatialData`` with image, spots and table of raw counts.
+
+    Examples
+    --------
+    >>> import histosge as sge
+    >>> sdata = sge.datasets.mouse_brain()  # doctest: +SKIP
+    """
+    return load("mouse_brain")
+
+
+def breast_cancer_1() -> SpatialData:
+    """Read a section of an invasive ductal carcinoma of the breast, fresh frozen (10x Genomics).
+
+    Block A, section 1, the third data set of the HisToSGE paper. These are the counts of Space Ranger 1.1.0; the paper
+    links to those of 1.0.0 of the same section, and counts 3813 spots.
+
+    Addresses and hashes were taken from public code in November 2026 and are checked at use. See :func:`fetch` for what
+    happens without a network.
+
+    Returns
+    -------
+    A ``SpatialData`` with image, spots and table of raw counts.
+
+    Examples
+    --------
+    >>> import histosge as sge
+    >>> sdata = sge.datasets.breast_cancer_1()  # doctest: +SKIP
+    """
+    return load("breast_cancer_1")
+
+
+def breast_cancer_2() -> SpatialData:
+    """Read a section of a ductal carcinoma in situ with invasive carcinoma, FFPE (10x Genomics).
+
+    Space Ranger 1.3.0, the fourth data set of the HisToSGE paper.
+
+    Addresses and hashes were taken from public code in November 2026 and are checked at use. See :func:`fetch` for what
+    happens without a network.
+
+    Returns
+    -------
+    A ``SpatialData`` with image, spots and table of raw counts.
+
+    Examples
+    --------
+    >>> import histosge as sge
+    >>> sdata = sge.datasets.breast_cancer_2()  # doctest: +SKIP
+    """
+    return load("breast_cancer_2")
+
+
+def colorectal_cancer_hd() -> SpatialData:
+    """Read a Visium HD section of a colorectal carcinoma, in bins of 8 µm (10x Genomics).
+
+    FFPE, Space Ranger 3.0.0, with an image of 0.27 µm per pixel: a large download.
+
+    Addresses and hashes were taken from public code in November 2026 and are checked at use. See :func:`fetch` for what
+    happens without a network.
+
+    Returns
+    -------
+    A ``SpatialData`` with image, bins and table of raw counts.
+
+    Examples
+    --------
+    >>> import histosge as sge
+    >>> sdata = sge.datasets.colorectal_cancer_hd()  # doctest: +SKIP
+    """
+    return load("colorectal_cancer_hd")
+
+
+def her2st(section: str = "C2") -> SpatialData:
+    """Read a section of a HER2-positive breast cancer: Spatial Transcriptomics, before Visium (Andersson et al. 2021).
+
+    A square array of spots 100 µm wide and 200 µm apart; 187 of them are under the tissue of ``C2``, whose image has
+    0.69 µm per pixel. ``C2`` to ``C6`` are serial sections of one patient.
+
+    Addresses were taken from public code in November 2026 and are checked at use; no hash is published. See
+    :func:`fetch` for what happens without a network.
+
+    Parameters
+    ----------
+    section
+        ``"B4"``, or ``"C2"`` to ``"C6"``.
+
+    Returns
+    -------
+    A ``SpatialData`` with image, spots and table of raw counts.
+
+    Examples
+    --------
+    >>> import histosge as sge
+    >>> sdata = sge.datasets.her2st("C2")  # doctest: +SKIP
+    """
+    return load(f"her2st_{_one_of(section, HER2ST_SECTIONS)}")
+
+
+def _read_text(section: PublishedSection, folder: Path) -> SpatialData:
+    """Read the text files of Spatial Transcriptomics, by way of the h5ad that ``open_section`` reads."""
+    import anndata as ad
+    import numpy as np
+    import pandas as pd
+    from scipy import sparse
+
+    counts = pd.read_csv(folder / COUNTS, sep="\t", index_col=0)
+    spots = pd.read_csv(folder / SPOTS, sep="\t")
+    spots.index = pd.Index([f"{x}x{y}" for x, y in zip(spots["x"], spots["y"], strict=True)])
+    spots = spots.loc[(spots["selected"] == 1) & spots.index.isin(counts.index)]
+    adata = ad.AnnData(
+        sparse.csr_matrix(counts.loc[spots.index].to_numpy(np.float32)),
+        obs=pd.DataFrame({"array_row": spots["y"], "array_col": spots["x"]}),
+        var=pd.DataFrame(index=counts.columns.astype(str)),
+    )
+    adata.obsm["spatial"] = spots[["pixel_x", "pixel_y"]].to_numpy(np.float64)
+    with TemporaryDirectory() as room:
+        adata.write_h5ad(Path(room) / "counts.h5ad")
+        return open_section(Path(room) / "counts.h5ad", image=folder / section.image, dataset_id=section.name)
+
+
+def _add_layers(sdata: SpatialData, path: Path, *, section: str) -> None:
+    """Write the authors' layers, which one file has for all sections, to the table of one."""
+    import pandas as pd
+
+    (table,) = sdata.tables.values()
+    rows = pd.read_csv(path, sep="\t", header=None, names=["barcode", "section", "layer"], dtype=str)
+    layers = rows[rows["section"] == section].set_index("barcode")["layer"].reindex(table.obs_names)
+    if layers.isna().all():
+        msg = f"{path} names no spot of section {section}: it is not the right file. Remove it and call again."
+        raise ValueError(msg)
+    table.obs["layer"] = pd.Categorical(layers, categories=[*(f"L{i}" for i in range(1, 7)), "WM"])
+
+
+def _section(name: str) -> PublishedSection:
+    if name not in SECTIONS:
+        msg = f"name={name!r} is no published section. Choose one of {', '.join(SECTIONS)}."
+        raise ValueError(msg)
+    return SECTIONS[name]
+
+
+def _folder(section: PublishedSection) -> Path:
+    return data_folder() / section.name
+
+
+def _one_of(section: str, allowed: Sequence[str]) -> str:
+    if str(section) not in allowed:
+        msg = f"section={section!r}: choose one of {', '.join(allowed)}."
+        raise ValueError(msg)
+    return str(section)
