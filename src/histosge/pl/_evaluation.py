@@ -112,7 +112,7 @@ def _check_scores(scores: Any) -> None:
         )
         raise ValueError(msg)
     if len(scores) == 0:
-        msg = "scores has no rows: nothing was scored, or nothing is left of it."
+        msg = "scores has no rows: nothing was scored, or nothing is left of it. Evaluate again, or filter less."
         raise ValueError(msg)
     for name in ("split", "protocol"):
         values = list(dict.fromkeys(scores[name]))

@@ -1,23 +1,47 @@
-"""Draw the image, what was measured and what was predicted, side by side."""
+"""Draw the image, what was measured, what was predicted and how sure that is, side by side."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
+from scipy import sparse
 
 from histosge import _keys
-from histosge._image import thumbnail
-from histosge._section import Section, centroids, read_section
-from histosge._section import to_image as places_in_image
+from histosge._section import TARGET_SUM
+from histosge._section._counts import named_layers
+from histosge._section._read import _NEARLY_EMPTY
+from histosge.pl._canvas import (
+    BAR,
+    PLAIN,
+    Canvas,
+    Outlines,
+    categories,
+    colours_of,
+    draw_categories,
+    draw_numbers,
+    lay_panels,
+    legend_shape,
+    measured_spots,
+    open_canvas,
+    panel_inches,
+    predicted_table,
+    region,
+    to_show,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from anndata import AnnData
-    from matplotlib.axes import Axes
     from numpy.typing import NDArray
     from spatialdata import SpatialData
+
+    Values = NDArray[np.float32]
+
+PANELS = ("image", "measured", "predicted", "width")
+_ROWS_AT_ONCE = 32_768
 
 
 def expression(
@@ -27,57 +51,59 @@ def expression(
     key: str = "histosge",
     obs: str | None = None,
     layer: str | None = None,
+    panels: Sequence[str] | None = None,
     cmap: str = "magma",
-    panel_size: float = 4.0,
+    panel_size: float | None = None,
 ) -> NDArray[Any]:
     """Draw the H&E image, measured and predicted expression side by side.
+
+    Places have their true size and shape. More than 20,000 are drawn as a raster, in seconds for a million.
 
     Parameters
     ----------
     sdata
-        Section with a table that :func:`histosge.tl.predict` wrote.
+        Section with a table that :func:`histosge.tl.predict` wrote. The table may be lazy: only what is drawn is read.
     genes
-        One gene or several, a row of panels each.
+        One gene or several.
     key
         Name of the predicted table.
     obs
         Column of the predicted table's ``obs`` to draw as well, for example ``"leiden"``.
     layer
         Layer of the measured table that holds the counts. ``None`` takes the one that was predicted from.
+    panels
+        What to draw of each gene, in this order: ``"image"``, ``"measured"``, ``"predicted"``, and ``"width"``, upper less lower
+        end of the error bars. ``None`` draws the first three, of a section without spots the image and the prediction.
     cmap
         Colour map of the expression.
     panel_size
-        Edge of a panel in inches.
+        Longer edge of a panel in inches. ``None`` is 4, and less for many panels.
 
     Returns
     -------
-    Axes, (genes, panels): H&E, measured, predicted and, with ``obs``, that column. Measured and predicted have a
-    colour scale each, from their 1st to their 99th percentile: a prediction varies less than a noisy measurement.
+    Axes, (genes, panels), ``obs`` last. Genes stand below each other, many in several columns. Each panel has a colour
+    scale of its own, from the 1st to the 99th percentile: a prediction varies less than a noisy measurement.
 
     Raises
     ------
     KeyError
-        Where there is no such table, gene or column.
+        Where there is no such table, gene, column or layer, or image and places are not in ``sdata``.
+    ValueError
+        Where a panel is unknown or has nothing to show.
 
     Examples
     --------
     >>> import histosge as sge
-    >>> sdata = sge.datasets.synthetic()
+    >>> sdata = sge.datasets.synthetic(n_rows=12, n_cols=12, n_genes=20, mpp=2.0)
     >>> sge.tl.predict(sdata, encoder="stain-texture", head="ridge", genes=20, n_folds=2)
     >>> axes = sge.pl.expression(sdata, sdata["histosge"].var_names[0])
     >>> axes.shape
     (1, 3)
     """
-    import matplotlib.pyplot as plt
-
-    if key not in sdata.tables or "head" not in sdata.tables[key].uns.get(_keys.UNS, {}):
-        have = [n for n, t in sdata.tables.items() if "head" in t.uns.get(_keys.UNS, {})]
-        msg = f"key={key!r} is not a table that histosge.tl.predict wrote; there are {have}."
-        raise KeyError(msg)
-    table = sdata.tables[key]
+    table = predicted_table(sdata, key)
     genes = [genes] if isinstance(genes, str) else list(genes)
     missing = [g for g in genes if g not in table.var_names]
-    if missing:
+    if missing or not genes:
         msg = (
             f"genes {missing} were not predicted. Predict them with genes=[...]; here are {list(table.var_names[:5])} …"
         )
@@ -86,117 +112,132 @@ def expression(
         msg = f"obs={obs!r} is not a column of sdata.tables[{key!r}].obs: {list(table.obs.columns)}."
         raise KeyError(msg)
     made = table.uns[_keys.UNS]
-    section = read_section(
-        sdata,
-        image_key=made["image"],
-        spots_key=made["spots"],
-        table_key=made["table"],
-        coordinate_system=made["coordinate_system"],
-        layer=layer if layer is not None else made.get("layer"),
-        mpp=float(made["mpp"]),
-        report=False,
-    )
-    small, factor = thumbnail(section.image, max_px=1500)
-    region = table.obs[_keys.REGION].iloc[0]
-    shapes = _outlines(sdata, section, table, region)
-    spots = section.xy_px, np.full(len(section.xy_px), section.spot_um / section.mpp)
+    kinds = _kinds(panels, sdata, table, key)
+    canvas = open_canvas(sdata, table, key)
+    places = canvas.outlines(region(table), table.obs[_keys.INSTANCE].to_numpy())
+    drawn: dict[str, tuple[Outlines, Values]] = {}
+    measured: pd.Index = pd.Index([])
+    if "measured" in kinds:
+        layer = made.get("layer") if layer is None else layer
+        measured, spots, values = _measured(canvas, made, genes, layer)
+        drawn["measured"] = spots, values
+    if "predicted" in kinds:
+        drawn["predicted"] = places, _columns(table, None, genes)
+    if "width" in kinds:
+        drawn["width"] = places, _columns(table, "upper", genes) - _columns(table, "lower", genes)
 
-    n_panels = 3 + (obs is not None)
-    _, axes = plt.subplots(
-        len(genes),
-        n_panels,
-        figsize=(panel_size * n_panels * 1.12, panel_size * len(genes)),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-        layout="constrained",
-    )
-    for row, gene in zip(axes, genes, strict=True):
-        measured = section.dense([gene])[:, 0] if gene in section.genes else np.zeros(len(section.xy_px))
-        predicted = _column(table, gene)
-        pcc = table.var.loc[gene, "held_out_pcc"]
-        row[0].imshow(small, extent=(0, small.shape[1] * factor, small.shape[0] * factor, 0))
-        row[0].set_title("H&E")
-        _draw(row[1], spots, measured, cmap=cmap, title=f"{gene}, measured")
-        _draw(row[2], shapes, predicted, cmap=cmap, title=f"{gene}, predicted (held-out PCC {pcc:.2f})")
-        if obs is not None:
-            _draw(row[3], shapes, table.obs[obs].to_numpy(), cmap=cmap, title=obs, label=obs)
-        low, high = section.xy_px.min(0), section.xy_px.max(0)
-        margin = section.pitch_um / section.mpp
-        for ax in row:
-            ax.set(xlim=(low[0] - margin, high[0] + margin), ylim=(high[1] + margin, low[1] - margin), aspect="equal")
-            ax.set(xticks=[], yticks=[])
-        _scale_bar(row[0], section)
+    n_panels = len(kinds) + (obs is not None)
+    blocks = max(1, round(np.sqrt(len(genes) / max(n_panels, 1))))
+    n_rows = -(-len(genes) // blocks)
+    if panel_size is None:
+        panel_size = float(np.clip(20 / max(n_rows, blocks * n_panels), 2.0, 4.0))
+    column = None if obs is None else table.obs[obs]
+    named = None if column is None else categories(column)
+    shown = to_show(places, [outlines for outlines, _ in drawn.values()])
+    panel = panel_inches(shown, panel_size)
+    beside = [PLAIN if kind == "image" else BAR for kind in kinds]
+    if column is not None:
+        beside.append(BAR if named is None else legend_shape(list(map(str, named.categories)), panel[1])[1])
+    grid = lay_panels(n_rows, panel=panel, beside=beside * blocks)
+    for ax in grid[-1, (len(genes) - (n_rows - 1) * blocks) * n_panels :]:
+        ax.set_visible(False)
+    axes = grid.reshape(n_rows * blocks, n_panels)[: len(genes)]
+    for i, (row, gene) in enumerate(zip(axes, genes, strict=True)):
+        for ax, kind in zip(row, kinds, strict=False):
+            if kind == "image":
+                canvas.tissue(ax)
+                ax.set_title("H&E", fontsize=9)
+                continue
+            outlines, values = drawn[kind]
+            ax.set_title(_title(kind, gene, table), fontsize=9)
+            if kind == "measured" and gene not in measured:
+                ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", va="center", fontsize=9)
+                continue
+            label = "log1p expression" if kind != "width" else f"width of the {float(made['level']):.0%} interval"
+            draw_numbers(ax, outlines, values[:, i], cmap=cmap if kind != "width" else "cividis", label=label)
+        if column is not None:
+            row[-1].set_title(obs, fontsize=9)
+            if named is None:
+                draw_numbers(row[-1], places, column, cmap=cmap, label=str(obs))
+            else:
+                draw_categories(row[-1], places, named, colours_of(table, str(obs), list(map(str, named.categories))))
+        canvas.frame(row, shown)
     return axes
 
 
-def _column(table: AnnData, gene: str) -> NDArray[np.float32]:
-    values = table[:, gene].X
-    return np.asarray(values.todense() if hasattr(values, "todense") else values, dtype=np.float32).ravel()
-
-
-def _outlines(
-    sdata: SpatialData, section: Section, table: AnnData, region: str
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Where the predicted places lie, and how wide to draw them, in pixels of the image."""
-    element = sdata.shapes[region].loc[table.obs[_keys.INSTANCE].to_numpy()]
-    matrix = places_in_image(sdata, section, region)
-    scale = float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
-    width = (
-        2 * element["radius"].to_numpy() if "radius" in element.columns else np.sqrt(element.geometry.area.to_numpy())
-    )
-    xy = centroids(element) @ matrix[:2, :2].T + matrix[:2, 2]
-    return xy, width * scale
-
-
-def _draw(
-    ax: Axes,
-    shapes: tuple[NDArray[np.float64], NDArray[np.float64]],
-    values: Any,
-    *,
-    cmap: str,
-    title: str,
-    label: str = "log1p expression",
-) -> None:
-    """Draw discs in data coordinates, coloured by numbers or by category."""
-    import matplotlib.pyplot as plt
-    from matplotlib.collections import EllipseCollection
-
-    xy, width = shapes
-    discs = EllipseCollection(
-        width, width, np.zeros(len(xy)), units="xy", offsets=xy, offset_transform=ax.transData, linewidths=0
-    )
-    values = np.asarray(values)
-    if values.dtype.kind in "fiu":
-        discs.set(array=values.astype(float), cmap=cmap, clim=tuple(np.percentile(values, [1, 99])))
-        ax.add_collection(discs)
-        ax.figure.colorbar(discs, ax=ax, shrink=0.7, label=label)
-    else:
-        names = sorted(set(values.astype(str)), key=lambda v: (len(v), v))
-        colours = plt.get_cmap("tab20")(np.arange(len(names)) % 20)
-        discs.set_facecolor(list(map(tuple, colours[[names.index(v) for v in values.astype(str)]])))
-        ax.add_collection(discs)
-        handles = [plt.Line2D([], [], marker="o", ls="", color=c, label=n) for n, c in zip(names, colours, strict=True)]
-        ax.legend(
-            handles=handles,
-            loc="upper left",
-            bbox_to_anchor=(1, 1),
-            frameon=False,
-            handletextpad=0.1,
-            # a legend taller than its panel would push all panels together
-            ncols=-(-len(names) // 12),
-            fontsize=8,
-            columnspacing=0.5,
+def _kinds(panels: Sequence[str] | None, sdata: SpatialData, table: AnnData, key: str) -> list[str]:
+    """Panels of a gene."""
+    made = table.uns[_keys.UNS]
+    if panels is None:
+        return ["image", *(["measured"] if "table" in made else []), "predicted"]
+    kinds = [panels] if isinstance(panels, str) else list(panels)
+    unknown = [kind for kind in kinds if kind not in PANELS]
+    if unknown or not kinds or len(set(kinds)) < len(kinds):
+        msg = f"panels={panels!r}: choose any of {PANELS}, each once."
+        raise ValueError(msg)
+    if "width" in kinds and not {"lower", "upper"} <= set(table.layers):
+        msg = (
+            f"panels={panels!r}: sdata.tables[{key!r}] has no error bars. Predict with level=0.9, or leave out 'width'."
         )
-    ax.set_title(title)
-    ax.set_facecolor("white")
+        raise ValueError(msg)
+    if "measured" in kinds and "table" not in made:
+        msg = f"panels={panels!r}: nothing was measured on this section. Leave out 'measured'."
+        raise ValueError(msg)
+    return kinds
 
 
-def _scale_bar(ax: Axes, section: Section) -> None:
-    """Draw a bar of 500 µm, or of 1 mm on large sections."""
-    wide = np.ptp(section.xy_um[:, 0]) > 4000
-    length_um = 1000 if wide else 500
-    x, y = ax.get_xlim()[0], ax.get_ylim()[0]
-    step = 0.4 * section.pitch_um / section.mpp
-    ax.plot([x + step, x + step + length_um / section.mpp], [y - step] * 2, color="black", lw=3, solid_capstyle="butt")
-    ax.text(x + step, y - 1.5 * step, "1 mm" if wide else "500 µm", va="bottom", ha="left", fontsize=8)
+def _title(kind: str, gene: str, table: AnnData) -> str:
+    if kind != "predicted":
+        return f"{gene}\n{'measured' if kind == 'measured' else 'width of the error bars'}"
+    return f"{gene}\npredicted, held-out PCC {table.var.loc[gene, 'held_out_pcc']:.2f}"
+
+
+def _columns(table: AnnData, layer: str | None, genes: Sequence[str]) -> Values:
+    """Values of some genes, (n, genes); of a lazy table nothing else is read."""
+    columns = table.var_names.get_indexer(pd.Index(genes))
+    matrix = table.X if layer is None else table.layers[layer]
+    return _dense(matrix[:, columns])
+
+
+def _dense(part: Any) -> Values:
+    part = part.compute() if hasattr(part, "compute") else part
+    return np.asarray(part.toarray() if sparse.issparse(part) else part, dtype=np.float32)
+
+
+def _measured(
+    canvas: Canvas, made: dict[str, Any], genes: Sequence[str], layer: str | None
+) -> tuple[pd.Index, Outlines, Values]:
+    """Which genes were measured, at which spots, and what :func:`read_section` would make of their counts.
+
+    It would hold all genes in memory, several times over; here they are read in runs of rows for their sums.
+    """
+    table, rows, outlines = measured_spots(canvas, made)
+    if layer is not None and layer not in table.layers:
+        msg = (
+            f"layer={layer!r} is not among the layers of table {made['table']!r}: {named_layers(table)} (None means X)."
+        )
+        raise KeyError(msg)
+    columns = table.var_names.get_indexer(pd.Index(genes))
+    total, values, whole, largest = [], [], True, 0.0
+    for part in _runs(table.X if layer is None else table.layers[layer], rows):
+        stored = part.data if sparse.issparse(part) else part
+        total.append(np.asarray(part.sum(axis=1), np.float64).ravel())
+        values.append(_dense(part[:, np.maximum(columns, 0)]))
+        whole = whole and bool(np.all(stored == np.rint(stored)))
+        largest = max(largest, float(stored.max(initial=0)))
+    counts, sums = np.concatenate(values), np.concatenate(total)
+    counts[:, columns < 0] = 0
+    keep = sums > _NEARLY_EMPTY * np.median(sums[sums > 0])
+    if whole or (largest >= 20 and "log1p" not in table.uns):
+        counts = np.log1p(counts * (TARGET_SUM / np.where(sums > 0, sums, 1))[:, None]).astype(np.float32)
+    return table.var_names.intersection(genes), outlines if keep.all() else outlines.take(keep), counts[keep]
+
+
+def _runs(matrix: Any, rows: NDArray[np.int64]) -> Iterator[Any]:
+    """Rows of a matrix, in memory or lazy, a run at a time; by columns compressed ones at once."""
+    step = len(rows) if getattr(matrix, "format", None) == "csc" else _ROWS_AT_ONCE
+    for start in range(0, len(rows), step):
+        run = rows[start : start + step]
+        together = run[-1] - run[0] + 1 == len(run) and bool((np.diff(run) == 1).all())
+        part = matrix[run[0] : run[-1] + 1] if together else matrix[run]
+        yield part.compute() if hasattr(part, "compute") else part
