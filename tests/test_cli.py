@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
 from datetime import datetime
+from functools import partial
+from io import StringIO
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
+import scanpy as sc
 import spatialdata as sd
 from click.testing import CliRunner
 from PIL import Image
+from tests.spaceranger import full_image, write_visium
 
 import histosge as sge
 from histosge._cache import open_cache
-from histosge.cli import _size, main
+from histosge._settings import logger
+from histosge.cli import main
+from histosge.cli._shared import as_table
 
 FAST = ["--encoder", "stain-texture", "--head", "nearest", "--genes", "5", "--upsample", "2"]
+PREDICT = sge.tl.predict
+COMMANDS = [
+    [],
+    ["demo"],
+    ["predict"],
+    ["fit"],
+    ["evaluate"],
+    ["encoders"],
+    ["datasets"],
+    ["datasets", "list"],
+    ["datasets", "fetch"],
+    ["datasets", "synthetic"],
+    ["cache"],
+    ["cache", "list"],
+    ["cache", "clear"],
+    ["doctor"],
+]
 
 
 @pytest.fixture(autouse=True)
@@ -29,15 +54,55 @@ def _quiet_again():
     sge.settings.verbosity = 2
 
 
+def small(**options):
+    return sge.datasets.synthetic(**{"n_rows": 7, "n_cols": 7, "n_genes": 8, "mpp": 2.0} | options)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli") / "in.zarr"
-    sge.datasets.synthetic(n_rows=7, n_cols=7, n_genes=8, mpp=2.0).write(path)
+    small().write(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def predicted(source, tmp_path_factory):
+    """The one real run of predict: what click returned, where it wrote, and what was in the input before."""
+    out, before = tmp_path_factory.mktemp("cli") / "out.zarr", files(source)
+    done = run("predict", source, out, *FAST, "--json", "--no-cache")
+    assert done.exit_code == 0, done.output
+    return done, out, before
+
+
+@pytest.fixture(scope="module")
+def back(predicted):
+    return sd.read_zarr(predicted[1])
+
+
+@pytest.fixture
+def asked(back, monkeypatch):
+    """Collects what predict is asked; it answers with the table of the real run."""
+    calls = []
+
+    def predict(sdata, **options):
+        print("a library prints")  # noqa: T201
+        logger.info("predict logs")
+        calls.append(options)
+        sdata.shapes["histosge_targets"] = back.shapes["histosge_targets"]
+        sdata.tables[options["key_added"]] = back.tables["histosge"].copy()
+
+    monkeypatch.setattr(sge.tl, "predict", predict)
+    return calls
 
 
 def run(*args):
     return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def works(*args):
+    done = run(*args)
+    assert done.exit_code == 0, done.output
+    return done
 
 
 def fails(*args, code=1):
@@ -46,133 +111,386 @@ def fails(*args, code=1):
     assert isinstance(done.exception, SystemExit), done.exception
     assert done.exit_code == code
     assert "Traceback" not in done.output
-    return done.output
+    assert done.stdout == ""
+    return done.stderr
 
 
 def files(path):
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
-def test_help():
-    for command in ([], ["predict"], ["demo"], ["encoders"], ["cache"], ["cache", "list"], ["cache", "clear"]):
-        done = run(*command, "--help")
-        assert done.exit_code == 0
-        assert "Usage:" in done.output
-    assert "--pitch-um" in run("predict", "-h").output
-    assert run("--version").output.strip() == f"histosge, version {sge.__version__}"
+def folder_only(_self, path):
+    """Write nothing of a SpatialData, where nobody looks at it."""
+    path.mkdir()
 
 
-def test_options_are_those_of_python():
-    """Same names and defaults as tl.predict."""
-    import inspect
-
-    python = inspect.signature(sge.tl.predict).parameters
-    renamed = {"seed": "rng", "source": "sdata"}
-    own = {"target", "weights", "overwrite", "no_cache"}
-    for option in main.commands["predict"].params:
-        if option.name in own:
-            continue
-        name = renamed.get(option.name, option.name)
-        assert name in python, name
-        default = python[name].default
-        if default is not inspect.Parameter.empty and isinstance(option.default, str | int | float) and option.default:
-            assert str(option.default) == str(default), name
+def command_of(words):
+    command = main
+    for word in words:
+        command = command.commands[word]
+    return command
 
 
-def test_starts_as_a_program():
+# ------------------------------------------------------------------------------------------------------ the frame
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help(words):
+    done = works(*words, "--help")
+    assert "Usage:" in done.stdout
+    assert "Examples:\n" in done.stdout
+    assert "histosge " + " ".join(words) in done.stdout.split("Examples:")[1]
+    assert works(*words, "-h").stdout == done.stdout
+
+
+def test_every_command_is_known_here():
+    def walk(command, words):
+        yield list(words)
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from walk(inner, (*words, name))
+
+    assert sorted(walk(main, ())) == sorted(COMMANDS)
+
+
+def test_help_tells_exit_codes():
+    told = works("--help").stdout
+    for line in ("0  done", "1  an error", "2  wrong usage"):
+        assert line in told
+
+
+def test_version():
+    assert works("--version").output.strip() == f"histosge, version {sge.__version__}"
+
+
+FUNCTIONS = {
+    ("predict",): (lambda: sge.tl.predict, ["tests", "out.zarr"]),
+    ("fit",): (lambda: sge.tl.fit, ["tests", "model"]),
+    ("evaluate",): (lambda: sge.tl.evaluate, ["tests"]),
+    ("datasets", "synthetic"): (lambda: sge.datasets.synthetic, ["out.zarr"]),
+    ("datasets", "fetch"): (lambda: sge.datasets.fetch, ["name"]),
+    ("encoders",): (lambda: sge.encoders, []),
+}
+ABSENT = {
+    "sdata": "is the argument IN",
+    "inplace": "a shell writes files, and no object",
+}
+OWN = {  # the function that an option belongs to, or a reason for it
+    "source": "sdata",
+    "sources": "sdata",
+    "target": "where to write to",
+    "images": "image of io.read, once for each section",
+    "bin_size": lambda: sge.io.read,
+    "dataset_id": lambda: sge.io.read,
+    "layers": lambda: sge.io.write_h5ad,
+    "weights": lambda: sge.load_encoder,
+    "resolution": lambda: sge.tl.domains,
+    "n_domains": lambda: sge.tl.domains,
+    "domains": "runs tl.domains",
+    "plot": "runs pl.expression or pl.evaluation",
+    "report": "runs pl.report",
+    "out": "where to write to",
+    "no_cache": "settings.cache_gb = 0",
+    "overwrite": "whether to replace files",
+    "as_json_": "how to tell the result",
+}
+OTHERWISE = {
+    ("predict", "store"): "a flag: OUT.zarr is the store",
+    ("predict", "model"): "a folder instead of what Model.load makes of it",
+}
+
+
+@pytest.mark.parametrize("words", FUNCTIONS, ids=" ".join)
+def test_options_are_those_of_python(words):
+    """Same names, same defaults; each exception is listed above with its reason."""
+    function, arguments = FUNCTIONS[words]
+    python = inspect.signature(function()).parameters
+    shell = command_of(words).make_context("x", list(arguments)).params
+    assert {name for name in python if name not in shell} <= set(ABSENT)
+    required = {"name"}
+    for name, value in shell.items():
+        if name in python and name not in required and (*words, name) not in OTHERWISE:
+            assert value == python[name].default, name
+        elif name not in python:
+            assert name in OWN, f"--{name} is no argument of {function().__name__}"
+            if callable(OWN[name]):
+                assert value == inspect.signature(OWN[name]()).parameters[name].default, name
+    flags = {flag for option in command_of(words).params for flag in option.opts if flag.startswith("--")}
+    for name in set(shell) & set(python):
+        assert {f"--{name.replace('_', '-')}", name} & (flags | {"name"}), name
+
+
+def test_starts_as_a_program(tmp_path):
+    """As the entry point does: what is told, what is logged and the exit code are apart."""
+    from importlib.metadata import entry_points
+
+    [entry] = entry_points(group="console_scripts", name="histosge")
+    assert entry.load() is main
+    code = "import sys; from histosge.cli import main; sys.argv[0] = 'histosge'; main()"
     done = subprocess.run(
-        [sys.executable, "-c", "from histosge.cli import main; main()", "--version"],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-c", code, "predict", tmp_path / "nowhere", "out.zarr"], capture_output=True, text=True
     )
-    assert sge.__version__ in done.stdout
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Usage: histosge predict [OPTIONS] IN OUT")
+
+
+def test_quiet_and_verbose(source, tmp_path, asked, monkeypatch):
+    monkeypatch.setattr(sd.SpatialData, "write", folder_only)
+    for i, words in enumerate((["-q", "predict"], ["predict", "-q"])):
+        done = works(*words, source, tmp_path / f"{i}.zarr", *FAST)
+        assert (done.stdout, done.stderr) == ("", "a library prints\n")
+    done = works("predict", source, tmp_path / "out.zarr", *FAST)
+    assert done.stdout == ""
+    read, *rest = done.stderr.splitlines()
+    assert read.startswith(f"read {source}: images ['he']")
+    assert rest == ["a library prints", "predict logs", f"wrote {tmp_path / 'out.zarr'}"]
+    for words in (["-v", "predict"], ["predict", "-v"]):
+        done = run(*words, source, tmp_path / "out.zarr", *FAST)  # which is there
+        assert done.exit_code == 1
+        assert "Traceback (most recent call last)" in done.stderr
+        assert "exists already" in done.stderr.splitlines()[-1]
+
+
+def test_messages_are_one_line(source, tmp_path, monkeypatch):
+    def predict(*_, **__):
+        msg = "first\n  second\n"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(sge.tl, "predict", predict)
+    assert fails("-q", "predict", source, tmp_path / "o.zarr", *FAST) == "histosge: first second\n"
+    monkeypatch.setattr(sge.tl, "predict", lambda *_, **__: [][0])  # a fault of ours has a traceback to report
+    assert isinstance(run("predict", source, tmp_path / "o.zarr", *FAST).exception, IndexError)
+
+
+# ------------------------------------------------------------------------------------------------------- encoders
 
 
 def test_encoders():
-    done = run("encoders")
-    assert done.exit_code == 0
+    done = works("encoders")
     for word in ("stain-texture", "h-optimus-0", "licence", "gated"):
-        assert word in done.output
+        assert word in done.stdout
+
+
+def test_tables_are_aligned():
+    rows = [("long name", 1, 0.5, True, None, float("nan")), ("b", 1000, 1234.5, False, "x", 2.0)]
+    assert as_table(["name", "n", "share", "is", "text", "value"], rows).splitlines() == [
+        "name          n  share   is  text  value",
+        "long name     1    0.5  yes  -         -",
+        "b          1000   1234   no  x         2",
+    ]
+    assert as_table(["a"], [(-0.0001,), (0.66,)], decimals=3).split() == ["a", "0.000", "0.660"]
 
 
 def test_encoders_as_json():
-    done = run("encoders", "--json")
-    rows = json.loads(done.stdout)
+    rows = json.loads(works("encoders", "--json").stdout)
     frame = sge.encoders()
     assert [r["encoder"] for r in rows] == list(frame.index)
     uni = next(r for r in rows if r["encoder"] == "uni")
     assert uni["mpp"] == 0.5
     assert uni["gated"] is True
+    assert next(r for r in rows if r["encoder"] == "conch_v1.5")["token_um"] is None  # NaN is no JSON
 
 
-def test_predict(source, tmp_path):
-    before = files(source)
-    done = run("predict", source, tmp_path / "out.zarr", *FAST)
-    assert done.exit_code == 0, done.output
+# -------------------------------------------------------------------------------------------------------- predict
+
+
+def test_predict(source, predicted, back):
+    done, out, before = predicted
     assert files(source) == before
-    back = sd.read_zarr(tmp_path / "out.zarr")
+    assert sorted(p.name for p in out.parent.iterdir()) == ["out.zarr"]  # nothing half-written beside it
     assert set(back.images) == {"he"}
     assert set(back.shapes) == {"spots", "histosge_targets"}
     assert set(back.tables) == {"table", "histosge"}
     table = back.tables["histosge"]
-    assert table.n_vars == 5
-    assert table.uns["histosge"]["head"] == "nearest"
     sdata = sd.read_zarr(source)
     sge.tl.predict(sdata, encoder="stain-texture", head="nearest", genes=5, upsample=2)
     np.testing.assert_array_equal(table.X, sdata.tables["histosge"].X)
-    assert "wrote" in done.stderr
-    assert done.stdout == ""  # only results go there
+    np.testing.assert_array_equal(table.layers["upper"], sdata.tables["histosge"].layers["upper"])
+    assert "added" in done.stderr
+    assert f"wrote {out}" in done.stderr
 
 
-def test_options_arrive(source, tmp_path):
+def test_predict_tells_json(source, predicted, back):
+    done, out, _ = predicted
+    told = json.loads(done.stdout)  # all of it
+    table = back.tables["histosge"]
+    made = table.uns["histosge"]
+    assert (told["source"], told["out"], told["plot"], told["report"]) == (str(source), str(out), None, None)
+    assert (told["n_places"], told["n_genes"]) == table.shape
+    assert told["n_predictable"] == table.var["predictable"].sum()
+    assert (told["table"], told["encoder"], told["head"], told["seed"]) == ("histosge", "stain-texture", "nearest", 0)
+    assert told["mpp"] == pytest.approx(2.0, rel=0.01)
+    assert told["held_out"]["nearest"]["pcc"] == made["held_out"]["nearest"]["pcc"]
+
+
+ALL_OPTIONS = {  # each with another value than the default
+    "--genes GENE003,GENE001": {"genes": ["GENE003", "GENE001"]},
+    "--bin-um 50 --conserve --on-invalid skip": {"bin_um": 50.0, "conserve": True, "on_invalid": "skip"},
+    "--upsample 2 --target-key cells --tissue spots": {"upsample": 2, "target_key": "cells", "tissue": "spots"},
+    "--encoder stain-texture --tile-um 100": {"encoder": "stain-texture", "tile_um": 100.0},
+    "--stack pilm,rgb --no-dense": {"stack": ("pilm", "rgb"), "dense": False},
+    "--head nearest --n-folds 3 --level none": {"head": "nearest", "n_folds": 3, "level": None},
+    '--head-options {"n_neighbours":6}': {"head_options": {"n_neighbours": 6}},
+    "--key-added fine --rng 3 --mpp 2.0": {"key_added": "fine", "rng": 3, "mpp": 2.0},
+    "--pitch-um 90 --layer raw": {"pitch_um": 90.0, "layer": "raw"},
+    "--image-key he --spots-key spots": {"image_key": "he", "spots_key": "spots"},
+    "--table-key table --coordinate-system x": {"table_key": "table", "coordinate_system": "x"},
+    "--device cpu --batch-size 8 --no-progress": {"device": "cpu", "batch_size": 8, "progress": False},
+}
+
+
+def test_options_arrive(source, tmp_path, asked, monkeypatch):
+    python = inspect.signature(PREDICT).parameters
+    given = {name: value for values in ALL_OPTIONS.values() for name, value in values.items()}
+    monkeypatch.setattr(sd.SpatialData, "write", folder_only)
+    works("predict", source, tmp_path / "out.zarr", *(word for line in ALL_OPTIONS for word in line.split()))
+    assert asked == [{name: p.default for name, p in python.items() if name not in {"sdata", "model"}} | given]
+    assert set(python) - set(given) == {"sdata", "model", "store", "inplace"}
+    assert all(value != python[name].default for name, value in given.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--genes", "all"], {"genes": "all"}),
+        (["--genes", "12"], {"genes": 12}),
+        (["--genes", "EPCAM, VIM,"], {"genes": ["EPCAM", "VIM"]}),
+        (["--level", "0.5"], {"level": 0.5}),
+        (["--level", "NONE"], {"level": None}),
+        (["--rng", "7"], {"rng": 7}),
+        (["--dense", "--progress"], {"dense": True, "progress": True}),
+    ],
+)
+def test_values_are_read(tmp_path, asked, source, monkeypatch, options, wanted):
+    monkeypatch.setattr(sd.SpatialData, "write", folder_only)
+    works("predict", source, tmp_path / "out.zarr", *options)
+    assert {name: asked[0][name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--level", "high"], "'high' is neither a number between 0 and 1, such as 0.9, nor 'none'"),
+        (["--head-options", "[1]"], "'[1]' is no object in JSON, such as"),
+        (["--head-options", "{k: 1}"], "is no object in JSON"),
+        (["--plot", "map.gif"], "--plot map.gif: the name must end in .png or .pdf or .svg."),
+        (["--report", "page"], "--report page: the name must end in .html."),
+        (["--n-domains", "4"], "--n-domains: for --domains. Pass that as well"),
+        (["--resolution", "1.0"], "--resolution: for --domains."),
+        (["--layers", "sd"], "--layers: OUT.zarr holds all layers."),
+        (["--domains", "--n-domains", "1"], "'--n-domains': 1 is not in the range x>=2"),
+        (["--store", "--overwrite"], "--store goes on where an earlier run stopped and replaces nothing"),
+        (["--store", "--domains"], "need the whole table in memory: leave --store out"),
+        (["--store", "--plot", "map.png"], "need the whole table in memory"),
+        (
+            ["--model", "tests", "--n-folds", "5", "--level", "none"],
+            "--n-folds, --level: the model in tests has its own.",
+        ),
+        (["--image", "nowhere.tif"], "'nowhere.tif' does not exist"),
+        (["--image", "README.md", "--image", "LICENSE"], "--image is given 2 times for 1 sections"),
+        (["--weights", "nowhere"], "'nowhere' does not exist"),
+        (["--typo"], "No such option"),
+    ],
+)
+def test_wrong_usage(source, tmp_path, asked, options, match):
+    told = fails("predict", source, tmp_path / "out.zarr", *options, code=2)
+    assert match in " ".join(told.split())
+    assert asked == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_usage_of_names(source, tmp_path):
+    assert "choose a name that ends in .zarr" in fails("predict", source, tmp_path / "out.csv", code=2)
+    assert "--store writes a SpatialData store" in fails("predict", source, tmp_path / "out.h5ad", "--store", code=2)
+    assert "does not exist" in fails("predict", tmp_path / "nowhere", tmp_path / "out.zarr", *FAST, code=2)
+
+
+def test_table_alone(source, tmp_path, asked):
+    done = works("predict", source, tmp_path / "out.h5ad", *FAST, "--layers", "lower,upper")
+    assert ".part." not in done.stderr
+    table = ad.read_h5ad(tmp_path / "out.h5ad")
+    assert table.n_vars == 5
+    assert set(table.layers) == {"lower", "upper"}
+    assert table.uns["histosge"]["head"] == "nearest"
+    assert "exists already: pass --overwrite" in fails("predict", source, tmp_path / "out.h5ad", *FAST)
+    works("predict", source, tmp_path / "out.h5ad", *FAST, "--overwrite")
+
+
+def test_from_a_section_to_a_map_in_one_line(source, tmp_path, asked, monkeypatch):
+    def domains(sdata, *, key, **options):
+        assert options == {"resolution": 0.5, "n_domains": 3, "rng": 4}
+        sdata.tables[key].obs["domain"] = pd.Categorical.from_codes(np.arange(sdata.tables[key].n_obs) % 3, list("012"))
+
+    def report(sdata, path, **options):
+        assert options == {"key": "histosge", "genes": None}
+        assert "domain" in sdata.tables["histosge"].obs
+        path.write_text("a page")
+
+    monkeypatch.setattr(sge.tl, "domains", domains)
+    monkeypatch.setattr(sge.pl, "report", report)
+    out, plot, page = (tmp_path / name for name in ("out.zarr", "map.png", "report.html"))
+    options = ["--domains", "--n-domains", "3", "--resolution", "0.5", "--rng", "4", "--plot", plot, "--report", page]
+    done = works("predict", source, out, *FAST[:2], *options, "--json")
+    told = json.loads(done.stdout)
+    assert (told["n_domains"], told["plot"], told["report"]) == (3, str(plot), str(page))
+    assert ".part." not in done.stderr
+    column = sd.read_zarr(out).tables["histosge"].obs["domain"]
+    assert list(column.cat.categories) == ["0", "1", "2"]
+    picture = np.asarray(Image.open(plot).convert("RGB"))
+    assert picture.std() > 20
+    assert picture.shape[1] > 1.5 * picture.shape[0]  # two genes, four panels
+    assert page.read_text() == "a page"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["map.png", "out.zarr", "report.html"]
+
+
+def test_a_picture_that_fails_costs_no_prediction(source, tmp_path, asked, monkeypatch):
+    def report(*_, **__):
+        msg = "no font"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(sge.pl, "report", report)
+    monkeypatch.setattr(sd.SpatialData, "write", folder_only)
+    out, page = tmp_path / "out.zarr", tmp_path / "report.html"
+    told = fails("predict", source, out, *FAST, "--report", page).splitlines()
+    assert told[-2:] == [f"wrote {out}", "histosge: no font"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_from_a_folder_of_space_ranger(tmp_path, asked):
+    written = write_visium(tmp_path / "in", small())
     out = tmp_path / "out.zarr"
-    options = ["--genes", "GENE003,GENE001", "--bin-um", "50", "--key-added", "fine", "--seed", "3", "--mpp", "2.0"]
-    keys = ["--image-key", "he", "--spots-key", "spots", "--table-key", "table", "--coordinate-system", "synthetic"]
-    done = run("-q", "predict", source, out, *FAST[:4], *options, *keys, "--device", "cpu", "--batch-size", "8")
-    assert done.exit_code == 0, done.output
-    assert "added" not in done.output
-    table = sd.read_zarr(out).tables["fine"]
-    assert list(table.var_names) == ["GENE001", "GENE003"]
-    told = table.uns["histosge"]
-    assert (told["seed"], told["mpp_source"]) == (3, "given")
-    assert not table.obs["is_spot"].any()
+    works("predict", written.source, out, "--image", written.image, "--dataset-id", "mine", *FAST)
+    back = sd.read_zarr(out)
+    assert (set(back.images), set(back.shapes)) == ({"mine_full_image"}, {"mine", "histosge_targets"})
+    pixels = np.moveaxis(np.asarray(back.images["mine_full_image"]), 0, -1)
+    np.testing.assert_array_equal(pixels, full_image(small()))
+    told = fails("predict", written.source, tmp_path / "2.zarr", "--bin-size", "8", *FAST)
+    assert "bin_size=8, but" in told
 
 
-def test_all_genes_at_the_spots(source, tmp_path):
-    done = run("predict", source, tmp_path / "out.zarr", *FAST[:4], "--genes", "all", "--target-key", "spots")
-    assert done.exit_code == 0, done.output
-    assert sd.read_zarr(tmp_path / "out.zarr").tables["histosge"].n_vars == 8
+def test_named_genes_are_drawn(source, tmp_path, asked, back, monkeypatch):
+    drawn = {}
+
+    def expression(sdata, genes, **options):
+        drawn.update(genes=genes, **options)
+        import matplotlib.pyplot as plt
+
+        return plt.subplots(1, 2, squeeze=False)[1]
+
+    monkeypatch.setattr(sge.pl, "expression", expression)
+    monkeypatch.setattr(sd.SpatialData, "write", folder_only)
+    table = back.tables["histosge"]
+    some = list(table.var_names[:3])
+    works("predict", source, tmp_path / "1.zarr", "--genes", ",".join([*some, "NOPE"]), "--plot", tmp_path / "1.png")
+    assert drawn == {"genes": some, "key": "histosge", "obs": None}
+    works("predict", source, tmp_path / "2.zarr", "--plot", tmp_path / "2.png")
+    best = table.var["held_out_pcc"].to_numpy().argsort()[::-1][:2]
+    assert drawn["genes"] == list(table.var_names[best])
 
 
-@pytest.mark.parametrize(("level", "wanted"), [("0.5", 0.5), ("none", None), (None, 0.9)])
-def test_level_arrives(source, tmp_path, level, wanted):
-    options = [] if level is None else ["--level", level]
-    done = run("predict", source, tmp_path / "out.zarr", *FAST, *options)
-    assert done.exit_code == 0, done.output
-    table = sd.read_zarr(tmp_path / "out.zarr").tables["histosge"]
-    assert table.uns["histosge"].get("level") == wanted
-    assert {name for name in table.layers if name} == (set() if wanted is None else {"sd", "lower", "upper"})
-    if wanted is not None:
-        assert (table.layers["lower"] <= table.X).all()
-        assert (table.layers["upper"] >= table.X).all()
+# ------------------------------------------------------------------------------------------ nothing of the user's
 
 
-def test_level_that_is_no_number(source, tmp_path):
-    told = fails("predict", source, tmp_path / "out.zarr", *FAST, "--level", "high", code=2)
-    assert "'high' is neither a number between 0 and 1, such as 0.9, nor 'none'" in told
-    assert not (tmp_path / "out.zarr").exists()
-
-
-def test_several_heads_arrive(source, tmp_path):
-    done = run("predict", source, tmp_path / "out.zarr", *FAST, "--head", "ridge+nearest")
-    assert done.exit_code == 0, done.output
-    told = sd.read_zarr(tmp_path / "out.zarr").tables["histosge"].uns["histosge"]
-    assert told["head"] == "ridge+nearest"
-    assert set(told["held_out"]) == {"ridge+nearest", "ridge", "nearest"}
-
-
-def test_nothing_is_overwritten(source, tmp_path):
+def test_nothing_is_overwritten(source, tmp_path, asked):
     out = tmp_path / "out.zarr"
     out.mkdir()
     (out / "precious.txt").write_text("mine")
@@ -180,111 +498,295 @@ def test_nothing_is_overwritten(source, tmp_path):
     told = fails("predict", source, out, *FAST, "--overwrite")
     assert "does not look like results of histosge" in told
     assert (out / "precious.txt").read_text() == "mine"
+    (tmp_path / "file.zarr").write_text("mine")
+    assert "does not look like" in fails("predict", source, tmp_path / "file.zarr", *FAST, "--overwrite")
+    (tmp_path / "map.png").write_text("mine")
+    other = tmp_path / "other.zarr"
+    assert "map.png exists already" in fails("predict", source, other, *FAST, "--plot", tmp_path / "map.png")
+    assert not other.exists()
+    assert asked == []  # and this is told before the work
 
 
-def test_results_are_overwritten_if_told(source, tmp_path):
-    out = shutil.copytree(source, tmp_path / "out.zarr")
+def test_results_are_overwritten_if_told(source, tmp_path, asked, monkeypatch):
+    monkeypatch.setattr(sd.SpatialData, "write", lambda self, path: path.mkdir() or (path / "new").touch())
+    out = tmp_path / "out.zarr"
+    out.mkdir()
+    (out / "zarr.json").touch()
     assert "exists already" in fails("predict", source, out, *FAST)
-    assert "second" not in sd.read_zarr(out).tables
-    assert run("predict", source, out, *FAST, "--overwrite", "--key-added", "second").exit_code == 0
-    assert "second" in sd.read_zarr(out).tables
+    works("predict", source, out, *FAST, "--overwrite")
+    assert [p.name for p in out.iterdir()] == ["new"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.zarr"]
 
 
-def test_a_failed_run_keeps_the_old_results(source, tmp_path):
+def test_a_failed_run_keeps_the_old_results(source, tmp_path, asked, monkeypatch):
     out = shutil.copytree(source, tmp_path / "out.zarr")
     before = files(out)
-    fails("predict", source, out, "--encoder", "stain-texture", "--head", "typo", "--overwrite")
-    assert out.exists()
+
+    def half(_self, path):
+        path.mkdir()
+        (path / "half").touch()
+        raise OSError(28, "No space left on device", "out.zarr")
+
+    monkeypatch.setattr(sd.SpatialData, "write", half)
+    options = ["--overwrite", "--plot", tmp_path / "map.png"]
+    assert "No space left on device" in fails("predict", source, out, *FAST, *options).splitlines()[-1]
     assert files(out) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.zarr"]
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
-def test_input_is_never_the_output(source, tmp_path, overwrite):
+def test_input_is_never_the_output(source, tmp_path, asked, overwrite):
     before = files(source)
     link = tmp_path / "link.zarr"
     link.symlink_to(source)
-    for out in (source, source.parent / "." / source.name, link):
+    for out in (source, source.parent / "." / source.name, link, source.parent):
         told = fails("predict", source, out, *FAST, *overwrite)
-        assert "choose another name" in told
+        assert "choose another name, nothing of the input is overwritten" in told
+    assert "choose another name" in fails("fit", source, source, *FAST[:2], *overwrite)
     assert files(source) == before
 
 
-@pytest.mark.parametrize(
-    "overwrite",
-    [
-        [],
-        ["--overwrite"],
-    ],
-)
-def test_output_is_never_around_the_input(tmp_path, overwrite):
-    """A store that holds the input must not be replaced by the output."""
-    outer = tmp_path / "outer.zarr"
-    section = sge.datasets.synthetic(n_rows=7, n_cols=7, n_genes=8, mpp=2.0)
-    section.write(outer)
-    inner = outer / "inner.zarr"
-    section.write(inner)
-    fails("predict", inner, outer, "--encoder", "stain-texture", "--head", "typo", *overwrite)
-    assert inner.exists()
+def test_two_outputs_of_one_name(source, tmp_path):
+    told = fails("evaluate", source, "-o", tmp_path / "a.csv", "--plot", tmp_path / "." / "a.csv")
+    assert "two of the outputs have one name" in told
+
+
+# ------------------------------------------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
         (["--image-key", "HE"], "image_key='HE' is not among the images of this SpatialData: ['he']."),
-        (["--spots-key", "x"], "spots_key='x' is not among the shapes"),
-        (["--layer", "raw"], "layer='raw' is not among the layers"),
-        (["--target-key", "x"], "target_key='x' is not among the shapes"),
         (["--head", "typo"], "head='typo' is unknown."),
-        (["--encoder", "unii"], "far too coarse"),
-        (["--encoder", "uni"], "fullres_image_file="),
-        (["--genes", "NOPE"], "genes: 1 of 1 names are not in the table"),
-        (["--upsample", "3"], "upsample=3: choose one of"),
         (["--upsample", "4", "--bin-um", "8"], "pass one of them"),
-        (["--key-added", "a b"], "key_added='a b' is not a valid name"),
         (["--device", "gpu"], "device='gpu' is not a device torch knows"),
-        (["--level", "1.5"], "level=1.5: choose a share between 0 and 1, such as 0.9"),
         (["--level", "nan"], "level=nan: choose a share between 0 and 1"),
-        (["--batch-size", "0"], "batch_size=0: pass a whole number"),
+        (["--encoder", "test_vit", "--weights", "tests"], "is not a folder in the hub's layout"),
+        (["--model", "tests"], "tests holds no model: there is no config.json"),
     ],
 )
 def test_mistakes_are_told(source, tmp_path, options, match):
     out = tmp_path / "out.zarr"
-    told = fails("predict", source, out, *FAST[:4], *options)
+    told = fails("predict", source, out, *(FAST[:4] if "--model" not in options else []), *options)
     last = told.strip().splitlines()[-1]
     assert last.startswith("histosge: ")
     assert match in last
-    assert not out.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_input_that_is_none(source, tmp_path):
+def test_input_that_is_none(tmp_path):
     (tmp_path / "empty").mkdir()
     told = fails("predict", tmp_path / "empty", tmp_path / "out.zarr", *FAST)
     assert told.startswith("histosge: ")
     assert len(told) > 30
-    assert "does not exist" in fails("predict", tmp_path / "nowhere", tmp_path / "out.zarr", *FAST, code=2)
-    assert "weights" in fails("predict", source, tmp_path / "o", *FAST, "--weights", tmp_path / "no", code=2)
 
 
-def test_weights(source, tmp_path):
-    told = fails("predict", source, tmp_path / "o.zarr", "--encoder", "test_vit", "--weights", tmp_path)
-    assert "is not a folder in the hub's layout" in told
-
-
-def test_missing_library_is_told(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [ImportError, MemoryError, KeyError])
+def test_errors_are_told(source, tmp_path, monkeypatch, error):
     def predict(*_, **__):
         msg = "'hibou' requires transformers < 5.0"
-        raise ImportError(msg)
+        raise error(msg)
 
     monkeypatch.setattr(sge.tl, "predict", predict)
-    assert "transformers < 5.0" in fails("predict", source, tmp_path / "o.zarr", "--encoder", "hibou-b")
+    told = fails("-q", "predict", source, tmp_path / "o.zarr", "--encoder", "hibou-b")
+    assert told == "histosge: 'hibou' requires transformers < 5.0\n"
 
 
-def test_error_of_the_system_is_told(source, tmp_path, monkeypatch):
-    def predict(*_, **__):
-        raise OSError(28, "No space left on device", "out.zarr")
+# ---------------------------------------------------------------------------------------------- many sections
 
-    monkeypatch.setattr(sge.tl, "predict", predict)
-    assert "No space left on device" in fails("predict", source, tmp_path / "o.zarr", *FAST)
+
+@pytest.fixture(scope="module")
+def model(source, tmp_path_factory):
+    """Folder of a model, of two sections, and what was told."""
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    done = works(
+        "fit", source, source, folder, "--encoder", "stain-texture", "--head", "ridge", "--n-folds", "2", "--json"
+    )
+    return folder, done
+
+
+def test_fit(model):
+    folder, done = model
+    told = json.loads(done.stdout)
+    kept = sge.Model.load(folder)
+    assert told["head"] == kept.head == "ridge"
+    assert told["held_out"] == json.loads(json.dumps(kept.held_out))
+    assert (told["n_genes"], told["encoder"]) == (8, "stain-texture")
+    assert f"wrote {folder}" in done.stderr
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["model"]
+
+
+def test_model_is_used(source, model, tmp_path, asked, monkeypatch):
+    monkeypatch.setattr(sd.SpatialData, "write", folder_only)
+    works("predict", source, tmp_path / "out.zarr", "--model", model[0])
+    assert asked[0]["model"].fingerprint() == sge.Model.load(model[0]).fingerprint()
+    assert asked[0]["encoder"] == "stain-texture"
+
+
+def test_model_and_store(source, model, tmp_path):
+    """Really: no option but the model, and a store that is whole."""
+    out = tmp_path / "out.zarr"
+    told = json.loads(works("predict", source, out, "--model", model[0], "--upsample", "2", "--store", "--json").stdout)
+    back = sd.read_zarr(out)
+    assert (set(back.tables), set(back.images)) == ({"histosge"}, set())
+    assert (told["n_places"], told["n_genes"]) == back.tables["histosge"].shape
+    assert told["head"] == back.tables["histosge"].uns["histosge"]["head"] == "ridge"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.zarr"]
+    assert "exists already" in fails("predict", source, out, "--model", model[0], "--upsample", "2", "--store")
+
+
+def test_fit_of_what_cannot_be(source, tmp_path, model):
+    before = files(model[0])
+    assert "exists already" in fails("fit", source, model[0], *FAST[:4])
+    assert "head='typo' is unknown" in fails("fit", source, model[0], *FAST[:2], "--head", "typo", "--overwrite")
+    assert files(model[0]) == before
+    assert "Missing argument" in fails("fit", source, code=2)
+
+
+# ------------------------------------------------------------------------------------------------------- evaluate
+
+
+QUICK = [
+    "--encoder",
+    "stain-texture",
+    "--heads",
+    "ridge,mean",
+    "--n-splits",
+    "2",
+    "--n-folds",
+    "2",
+    "--buffer-um",
+    "50",
+]
+
+
+@pytest.fixture(scope="module")
+def scored(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    out, plot = folder / "scores.csv", folder / "scores.png"
+    done = works("evaluate", source, *QUICK, "-o", out, "--plot", plot, "--json")
+    return done, out, plot
+
+
+@pytest.fixture
+def asked_scores(scored, monkeypatch):
+    """Collects what evaluate is asked; it answers with the scores of the real run."""
+    calls = []
+
+    def evaluate(sections, **options):
+        print("a library prints")  # noqa: T201
+        calls.append((sections, options))
+        return pd.read_csv(scored[1])
+
+    monkeypatch.setattr(sge.tl, "evaluate", evaluate)
+    return calls
+
+
+def test_evaluate(source, scored):
+    done, out, plot = scored
+    scores = pd.read_csv(out)
+    wanted = sge.tl.evaluate(
+        sd.read_zarr(source), encoder="stain-texture", heads=["ridge", "mean"], n_splits=2, n_folds=2, buffer_um=50
+    )
+    assert list(scores) == list(wanted)
+    np.testing.assert_allclose(scores["pcc"], wanted["pcc"])
+    told = json.loads(done.stdout)
+    assert list(told["heads"]) == ["ridge", "mean"]  # best first
+    for head, means in told["heads"].items():
+        assert means["pcc"] == pytest.approx(wanted.loc[wanted["head"] == head, "pcc"].mean())
+    assert (told["split"], told["n_genes"], told["n_rows"]) == ("blocks", 8, len(wanted))
+    assert (told["sources"], told["out"], told["plot"]) == ([str(source)], str(out), str(plot))
+    assert np.asarray(Image.open(plot).convert("RGB")).std() > 10
+    assert f"wrote {plot}" in done.stderr
+    assert sorted(p.name for p in out.parent.iterdir()) == ["scores.csv", "scores.png"]
+
+
+def test_means_are_printed(source, scored, asked_scores):
+    done = works("evaluate", source, *QUICK)
+    head, first, second = (line.split() for line in done.stdout.splitlines())
+    assert head[:4] == ["head", "pcc", "spearman", "mse"]
+    assert (first[0], second[:2]) == ("ridge", ["mean", "0.000"])
+    assert float(first[1]) == pytest.approx(pd.read_csv(scored[1]).query("head == 'ridge'")["pcc"].mean(), abs=6e-4)
+    assert done.stderr.splitlines()[-1] == "a library prints"
+
+
+def test_scores_on_standard_output(source, scored, asked_scores):
+    done = works("evaluate", source, *QUICK, "-o", "-")
+    pd.testing.assert_frame_equal(pd.read_csv(StringIO(done.stdout)), pd.read_csv(scored[1]))
+
+
+def test_scores_as_parquet(source, scored, asked_scores, tmp_path):
+    works(
+        "evaluate",
+        source,
+        source,
+        *QUICK,
+        "-o",
+        tmp_path / "scores.parquet",
+        "--split",
+        "sections",
+        "--buffer-um",
+        "50",
+    )
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "scores.parquet"), pd.read_csv(scored[1]))
+    [(sections, options)] = asked_scores
+    assert len(sections) == 2
+    assert (options["split"], options["buffer_um"], options["heads"]) == ("sections", 50.0, ("ridge", "mean"))
+
+
+@pytest.mark.parametrize(
+    ("options", "match", "code"),
+    [
+        (["-o", "scores.txt"], "--out scores.txt: the name must end in .csv or .parquet, or be '-'.", 2),
+        (["-o", "-", "--json"], "--out - and --json both write to standard output", 2),
+        (["--split", "sections"], "split='sections' leaves one section out, and there is only one", 1),
+        (["--split", "typo"], "split='typo' is unknown. Choose one of", 1),
+        (["--head-options", '{"x": {}}'], "head_options name ['x'], which are not among the heads", 1),
+    ],
+)
+def test_evaluate_tells_mistakes(source, options, match, code):
+    assert match in " ".join(fails("evaluate", source, *QUICK, *options, code=code).split())
+
+
+# ------------------------------------------------------------------------------------------------------- datasets
+
+
+def test_datasets_list():
+    names = list(sge.datasets.published().index)
+    lines = works("datasets", "list").stdout.splitlines()
+    assert [line.split()[0] for line in lines[-len(names) :]] == names
+    rows = json.loads(works("datasets", "list", "--json").stdout)
+    assert [row["name"] for row in rows] == names
+    assert all(isinstance(row["on_disk"], bool) for row in rows)
+
+
+def test_datasets_fetch(tmp_path, monkeypatch):
+    folder, asked = tmp_path / "kept" / "mouse_brain", []
+    monkeypatch.setattr(sge.datasets, "fetch", lambda name: asked.append(name) or folder)
+    monkeypatch.setattr(sge.datasets, "load", lambda name: small())
+    assert works("datasets", "fetch", "mouse_brain").stdout == f"{folder}\n"
+    out = tmp_path / "out.zarr"
+    told = json.loads(works("datasets", "fetch", "mouse_brain", out, "--json").stdout)
+    assert told == {"name": "mouse_brain", "folder": str(folder), "out": str(out)}
+    assert "spots" in sd.read_zarr(out).shapes
+    assert asked == ["mouse_brain", "mouse_brain"]
+    assert "exists already" in fails("datasets", "fetch", "mouse_brain", out)
+    assert asked == ["mouse_brain", "mouse_brain"]
+
+
+def test_datasets_fetch_of_what_is_not():
+    assert "mouse_brian" in fails("datasets", "fetch", "mouse_brian")
+
+
+def test_datasets_synthetic(tmp_path):
+    out = tmp_path / "out.zarr"
+    options = ["--n-rows", "7", "--n-cols", "7", "--n-genes", "8", "--mpp", "2", "--detail-um", "60", "--rng", "4"]
+    done = works("datasets", "synthetic", out, *options)
+    wanted = small(rng=4, detail_um=60.0)
+    assert (sd.read_zarr(out).tables["table"].X != wanted.tables["table"].X).nnz == 0
+    assert (done.stdout, done.stderr) == ("", f"wrote {out}\n")
+    assert "detail_um=1.0 is out of range" in fails("datasets", "synthetic", tmp_path / "o.zarr", "--detail-um", "1")
 
 
 # --------------------------------------------------------------------------------------------------------- cache
@@ -308,7 +810,8 @@ def test_cache_list(kept):
     assert done.exit_code == 0, done.output
     head, first, second, total = done.stdout.splitlines()
     assert head.split() == ["encoder", "mpp", "tile_um", "dense", "blocks", "size", "last", "used"]
-    assert len(head) == len(first) == len(second)
+    for column in ("mpp", "tile_um", "blocks"):  # numbers end where their name ends
+        assert head.index(column) + len(column) == len(first[: head.index(column) + len(column)].rstrip())
     assert first.split()[:7] == ["uni", "0.5", "112", "yes", "2", "18.2", "kB"]
     assert first.split()[7] == f"{datetime.fromtimestamp(2e9):%Y-%m-%d}"
     assert second.split()[:7] == ["mine", "-", "-", "-", "1", str(mine.n_bytes), "B"]
@@ -385,22 +888,6 @@ def test_cache_command_starts_without_torch(cache_folder):
     assert done.stdout.splitlines() == [f"0 B of at most 20 GB in {cache_folder}", "[]"]
 
 
-@pytest.mark.parametrize(
-    ("n_bytes", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1 kB"),
-        (999_499, "999 kB"),
-        (999_500, "1 MB"),
-        (2.5e10, "25 GB"),
-        (3e13, "30 TB"),
-    ],
-)
-def test_sizes(n_bytes, text):
-    assert _size(n_bytes) == text
-
-
 @pytest.fixture
 def small_demo(monkeypatch):
     """The demo on a section a quarter as large, with the fast head."""
@@ -409,9 +896,10 @@ def small_demo(monkeypatch):
         sge.datasets, "synthetic", lambda **k: synthetic(**{"n_rows": 8, "n_cols": 8, "n_genes": 20, "mpp": 2.0} | k)
     )
     monkeypatch.setattr(sge.tl, "predict", lambda s, **k: predict(s, **{"head": "ridge", "n_folds": 2} | k))
+    # the same neighbours with other weights, for which numba compiles nothing
+    monkeypatch.setattr(sc.pp, "neighbors", partial(sc.pp.neighbors, method="gauss"))
 
 
-@pytest.mark.slow
 def test_demo(small_demo, tmp_path):
     out = tmp_path / "demo"
     done = run("demo", "--out", out, "--seed", "1")

@@ -1,0 +1,52 @@
+"""``histosge`` from a shell: the same names and defaults as in Python. One file a command, or a small group of them."""
+
+from __future__ import annotations
+
+import warnings
+
+import click
+
+from histosge import __version__
+from histosge._settings import settings
+from histosge.cli._cache import cache
+from histosge.cli._datasets import datasets
+from histosge.cli._demo import demo
+from histosge.cli._doctor import doctor
+from histosge.cli._encoders import encoders
+from histosge.cli._evaluate import evaluate
+from histosge.cli._fit import fit
+from histosge.cli._predict import predict
+
+__all__ = ["main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="histosge")
+@click.option("-q", "--quiet", is_flag=True, help="Say warnings and errors only.")
+@click.option("-v", "--verbose", is_flag=True, help="Say details, and where an error comes from.")
+def main(*, quiet: bool, verbose: bool) -> None:
+    """Super-resolved spatial transcriptomics from H&E images and Visium-like spots.
+
+    Names and defaults are those of Python: `tile_um=` is --tile-um. Results go to standard output, log and progress to
+    standard error.
+
+    \b
+    Examples:
+      histosge doctor
+      histosge demo
+      histosge predict outs predicted.zarr --image he.tif --domains --plot map.png
+      histosge COMMAND --help
+
+    \b
+    Exit codes:
+      0  done
+      1  an error; the last line says what is wrong and what to do
+      2  wrong usage
+    """  # noqa: D301  click's own mark for a paragraph that is not to be wrapped
+    settings.verbosity = 1 if quiet else 3 if verbose else 2
+    # about a default of zarr's to come, once for every array: nothing that whoever types this could do
+    warnings.filterwarnings("ignore", message="zarr v3 autosharding")
+
+
+for _command in (demo, predict, fit, evaluate, encoders, datasets, cache, doctor):
+    main.add_command(_command)
