@@ -13,11 +13,11 @@ STAMP = $(VENV)/.stamp
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .NOTPARALLEL:
-.PHONY: help demo test lint docs clean FORCE
+.PHONY: help demo test lint docs tutorials dist clean FORCE
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3] [VENV=.venv]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "The first target builds the environment: several GB and some minutes, mostly for torch."
 
 demo: $(STAMP)-run ## predict on a synthetic section, offline; writes ./demo
@@ -34,6 +34,15 @@ lint: $(STAMP)-lint ## style, types and the direction of imports
 
 docs: $(STAMP)-doc ## build the documentation into docs/_build/html; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+tutorials: $(STAMP)-tutorial ## run the notebooks of tutorials/; an error or a warning in one is an error
+	$(BIN)/python tutorials/run.py
+
+dist: $(STAMP)-release ## build wheel and source archive into dist/, check them, and run the demo from the wheel alone
+	rm -rf dist
+	$(BIN)/python -m build --installer pip --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python recipe/try_wheel.py dist
 
 clean: ## remove what the other targets made, the environment too
 	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
@@ -58,7 +67,7 @@ $(STAMP)-run: $(STAMP)-venv pyproject.toml
 	$(PIP) install -e .
 	@touch $@
 
-$(STAMP)-test $(STAMP)-lint $(STAMP)-doc: $(STAMP)-%: $(STAMP)-run
+$(STAMP)-test $(STAMP)-lint $(STAMP)-doc $(STAMP)-tutorial $(STAMP)-release: $(STAMP)-%: $(STAMP)-run
 	$(PIP) install -e . --group $*
 	@touch $@
 

@@ -2,10 +2,13 @@
 
 import os
 import re
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import metadata
+from pathlib import Path
 
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.ext.napoleon import NumpyDocstring
 
 info = metadata("histosge")
@@ -15,7 +18,9 @@ copyright = f"{datetime.now(tz=UTC):%Y}, {author}"
 version = release = info["Version"]
 source_page = dict(url.split(", ", 1) for url in info.get_all("Project-URL", [])).get("Source")
 
+sys.path.insert(0, str(Path(__file__).parent))
 extensions = [
+    "_ext.directives",
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
@@ -26,7 +31,7 @@ extensions = [
     "sphinx_copybutton",
 ]
 templates_path = ["_templates"]
-exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "_ext", "registry", "**.ipynb_checkpoints"]
 default_role = "literal"
 
 # API pages: numpydoc sections, types from the signature only
@@ -65,6 +70,7 @@ other_projects = {
     "scanpy": "https://scanpy.readthedocs.io/en/stable",
     "scipy": "https://docs.scipy.org/doc/scipy",
     "spatialdata": "https://spatialdata.scverse.org/en/stable",
+    "spatialdata_io": "https://spatialdata.scverse.org/projects/io/en/stable",
     "torch": "https://docs.pytorch.org/docs/stable",
     "xarray": "https://docs.xarray.dev/en/stable",
 }
@@ -72,7 +78,7 @@ intersphinx_mapping = {k: (v, None) for k, v in other_projects.items()} if "READ
 nitpick_ignore_regex = [
     # other projects: a link where there is an inventory, plain text where there is none
     (r"py:.*", r"(anndata|collections|dask|geopandas|matplotlib|networkx|numpy|pandas|pathlib|scipy)(\..*)?"),
-    (r"py:.*", r"(shapely|spatialdata|torch|types|typing|xarray|np|os)(\..*)?"),
+    (r"py:.*", r"(shapely|spatialdata|spatialdata_io|torch|types|typing|xarray|np|os)(\..*)?"),
     (
         r"py:.*",
         r"(None|Any|Path|bool|bytes|complex|dict|float|frozenset|int|list|object|set|str|tuple|type|ellipsis|Ellipsis)",
@@ -85,23 +91,28 @@ nitpick_ignore_regex = [
 # Pages
 html_theme = "sphinx_book_theme"
 html_title = project
+html_static_path = ["_static"]
+html_css_files = ["histosge.css"]
 html_theme_options = {
     "path_to_docs": "docs",
     "use_repository_button": source_page is not None,
     "repository_url": source_page or "",
     "show_navbar_depth": 1,
+    "navbar_persistent": [],  # the side bar has a field to search in
 }
 
 
 def link_within_docs(app: Sphinx, relative_path: object, parent: str, content: list[str]) -> None:
     """Let links of README, CHANGELOG and CONTRIBUTING, written for the repository, lead to pages of the documentation."""
-    text = re.sub(r"(!\[[^]]*\]\()(?!docs/|https?:)", r"\1../", content[0])
-    text = re.sub(r"\]\(docs/", "](", text)
-    text = re.sub(r"\]\((CHANGELOG|CONTRIBUTING)\.md", lambda match: f"]({match[1].lower()}.md", text)
     # no pages there: a link to the repository, or the bare words while it has no address
-    elsewhere = "LICENSE|CITATION|CODE_OF_CONDUCT|Makefile|src|tests|benchmarks|tutorials"
+    elsewhere = (
+        "LICENSE|CITATION|CODE_OF_CONDUCT|Makefile|pyproject|(?:docs/registry|src|tests|benchmarks|recipe|[.]github)/"
+    )
     to_source = rf"[\1]({source_page}/blob/main/\2)" if source_page else r"\1"
-    content[0] = re.sub(rf"(?<!!)\[([^]]*)\]\(((?:{elsewhere})\b[^)]*)\)", to_source, text)
+    text = re.sub(rf"(?<!!)\[([^]]*)\]\(((?:{elsewhere})[^)]*)\)", to_source, content[0])
+    text = re.sub(r"(!\[[^]]*\]\()(?!docs/|https?:)", r"\1../", text)
+    text = re.sub(r"\]\(docs/", "](", text)
+    content[0] = re.sub(r"\]\((CHANGELOG|CONTRIBUTING)\.md", lambda match: f"]({match[1].lower()}.md", text)
 
 
 def returns_as_written(self: NumpyDocstring, section: str) -> list[str]:
@@ -112,7 +123,15 @@ def returns_as_written(self: NumpyDocstring, section: str) -> list[str]:
     return self._format_block(":returns: ", lines) if lines else []
 
 
+def know_notebooks_by_their_place(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:
+    """Let notebooks link to each other: Sphinx follows ``docs/tutorials``, a link, and then knows no page of that path."""
+    for docname in env.project.docnames:
+        path = Path(env.doc2path(docname))
+        env.project._path_to_docname.setdefault(path.resolve(), docname)
+
+
 def setup(app: Sphinx) -> None:
-    """Connect the two."""
+    """Connect them."""
     NumpyDocstring._parse_returns_section = returns_as_written
+    app.connect("env-before-read-docs", know_notebooks_by_their_place)
     app.connect("include-read", link_within_docs)
