@@ -147,7 +147,7 @@ def test_no_print_and_no_assert(path):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
     assert asserts == [], "raise an error with a message: assert vanishes under python -O"
-    assert prints == [], "log with histosge's logger, or click.echo in cli.py"
+    assert prints == [], "log with histosge's logger, or click.echo in cli/"
 
 
 def test_versions_agree():

@@ -321,7 +321,7 @@ class Model:
             scores,
             config["held_out"],
             Recipe.from_dict(config["recipe"]),
-            Spots(*(tensors[f"spots.{name}"] for name in ("embedding", "expression", "xy_um")), config["pitch_um"]),
+            Spots(tensors["spots.embedding"], tensors["spots.expression"], tensors["spots.xy_um"], config["pitch_um"]),
             ErrorBars.from_arrays(bars) if bars else None,
             config["info"],
             pd.read_csv(path / "training.csv").astype(_TRAINING),
@@ -360,7 +360,10 @@ def check_arguments(
     for other in sections[1:]:
         names = names.intersection(other.genes, sort=False)
     if len(names) == 0:
-        msg = "the sections have no gene in common, so that nothing can be learnt from them together."
+        msg = (
+            "the sections have no gene in common, so that nothing can be learnt from them together. Check that all name "
+            "genes alike, by symbols or by Ensembl ids."
+        )
         raise ValueError(msg)
     number = isinstance(genes, (int, np.integer)) and not isinstance(genes, bool)
     several = isinstance(genes, Collection) and not isinstance(genes, str) and len(genes) > 0
@@ -376,7 +379,10 @@ def check_arguments(
         if len(missing):
             close = [c for m in missing[:3] for c in difflib.get_close_matches(m, names, n=1)]
             hint = f" Similar names: {close}." if close else ""
-            msg = f"genes: {len(missing)} of {len(wanted)} names are not in the table ({list(missing[:5])}).{hint}"
+            msg = (
+                f"genes: {len(missing)} of {len(wanted)} names are not in the table ({list(missing[:5])}).{hint} Choose from "
+                "its var_names."
+            )
             raise ValueError(msg)
     return names
 

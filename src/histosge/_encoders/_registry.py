@@ -262,13 +262,13 @@ def load_encoder(
     given = ", ".join(f"{k}=" for k, v in options.items() if v is not None)
     if not isinstance(encoder, str):
         if given:
-            msg = f"{given} is for encoders that are loaded by name; encoder={encoder!r:.80} is not a name."
+            msg = f"{given} is for encoders that are loaded by name; encoder={encoder!r:.80} is not a name. Leave it out, or name the encoder."
             raise ValueError(msg)
         if spec is None and hasattr(encoder, "spec") and (hasattr(encoder, "embed") or hasattr(encoder, "embed_block")):
             return encoder
         return _own_module(encoder, spec)
     if spec is not None:
-        msg = f"spec= describes a module of your own; encoder={encoder!r} is a name and has a spec already."
+        msg = f"spec= describes a module of your own; encoder={encoder!r} is a name and has a spec already. Leave spec= out."
         raise ValueError(msg)
     name = _BY_PLAIN.get(_plain(encoder)) or _BY_REPO.get(encoder.lower().removeprefix("hf-hub:"))
     if name == BUILT_IN:
