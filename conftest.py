@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shutil
 import tempfile
+
+import pytest
 
 # before anything is imported: no test reaches the network, opens a window, or fights for cores with the other workers
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,3 +19,44 @@ _CACHE = tempfile.mkdtemp(prefix="histosge-tests-")
 os.environ["HISTOSGE_CACHE"] = os.path.join(_CACHE, "session")  # noqa: PTH118
 os.environ["HISTOSGE_DATA"] = os.path.join(_CACHE, "data")  # noqa: PTH118
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+
+
+# scanpy's neighbours are compiled by numba when they are first asked for, 15 s in each worker: one worker asks for all
+_COMPILED = re.compile(
+    r"test_domains\.py|test_ecosystem\.py|scanpy_goes_on|to_leiden|map_in_one_line|folder_of_space_ranger|test_demo"
+    r"|labels_are_compared|tl/_domains\.py"
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if _COMPILED.search(item.nodeid):
+            item.add_marker(pytest.mark.xdist_group("compiled"))
+
+
+@pytest.fixture(scope="session")
+def _made():
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def _made_once(request, monkeypatch, _made):
+    """Examples of docstrings all begin with the same section: it is made once for each worker."""
+    if not isinstance(request.node, pytest.DoctestItem):
+        return
+    from spatialdata import SpatialData
+
+    from histosge import datasets
+
+    original = datasets.synthetic
+
+    def synthetic(**options):
+        key = tuple(sorted(options.items()))
+        if key not in _made:
+            _made[key] = original(**options)
+        s = _made[key]  # elements are shared, holders and tables are not
+        tables = {name: table.copy() for name, table in s.tables.items()}
+        return SpatialData(images=dict(s.images), shapes=dict(s.shapes), tables=tables)
+
+    if request.node.name != "histosge.datasets._synthetic.synthetic":
+        monkeypatch.setattr(datasets, "synthetic", synthetic)

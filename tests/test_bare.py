@@ -146,11 +146,13 @@ def test_errors(model, image_alone, sdata):
         sge.tl.predict(image_alone, model=model, mpp=1.6, bin_um=8, conserve=True)
     with pytest.raises(ValueError, match=r"coordinate_system='global' does not hold .* one of \['synthetic'\]"):
         sge.tl.predict(image_alone, model=model, mpp=1.6, coordinate_system="global")
+    with pytest.raises(ValueError, match=r"layer='counts', but no table of sdata annotates spots"):
+        sge.tl.predict(image_alone, model=model, mpp=1.6, layer="counts")
     blind = sge.tl.fit(sdata, head="ridge+nearest", **FIT)
     with pytest.raises(ValueError, match=r"'nearest' knows positions only"):
         sge.tl.predict(image_alone, model=blind, mpp=1.6)
     # without a model there is nothing to predict with
-    with pytest.raises(ValueError, match=r"no measured spots found"):
+    with pytest.raises(ValueError, match=r"no measured spots found: .* has no table.* model= and mpp="):
         sge.tl.predict(image_alone, encoder="stain-texture", mpp=1.6)
     assert list(image_alone.gen_elements()) == before
 

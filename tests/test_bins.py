@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, grid_sample
 
 import histosge as sge
-from histosge import _prediction
+from histosge import _doctor, _prediction
 from histosge._coverage import Footprints, Grid, coverage, spot_by_bin
 from histosge._prediction import available_memory, check_memory
 from histosge._section import read_section, read_targets, smaller_than_spot
@@ -609,7 +609,7 @@ def test_the_limit_of_a_container_counts(monkeypatch, tmp_path, limit, used, sta
     for name, text in (("memory.max", limit), ("memory.current", used), ("memory.stat", stat)):
         if text is not None:
             (tmp_path / name).write_text(text)
-    monkeypatch.setattr(_prediction, "Path", lambda path: tmp_path if path == "/sys/fs/cgroup" else Path(path))
+    monkeypatch.setattr(_doctor, "_CGROUP", tmp_path)
     if free is None:
         import psutil
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -544,6 +545,13 @@ def test_input_is_never_the_output(source, tmp_path, asked, overwrite):
         assert "choose another name, nothing of the input is overwritten" in told
     assert "choose another name" in fails("fit", source, source, *FAST[:2], *overwrite)
     assert files(source) == before
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(source, tmp_path, asked):
+    (tmp_path / "file").write_text("")
+    error = fails("predict", source, tmp_path / "file/out.zarr")
+    assert re.search(r"file.out\.zarr cannot be written: (Not a directory|File exists)\. Choose another folder", error)
+    assert not asked
 
 
 def test_two_outputs_of_one_name(source, tmp_path):

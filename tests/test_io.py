@@ -19,6 +19,7 @@ from tests import spaceranger as sr
 
 import histosge as sge
 from histosge._section import read_section
+from histosge._section._image import lazy_image
 from histosge._section._pixels import open_pixels
 
 FAST = {"encoder": "stain-texture", "head": "ridge", "genes": 20, "n_folds": 2}
@@ -227,7 +228,12 @@ def test_image_of_another_size(tmp_path, sdata, log):
     written = sr.write_visium(tmp_path / "run", sdata)
     small = sr.write_image(written.source / "cytassist.tif", sr.full_image(sdata)[::3, ::3])
     check_same(sge.io.read(written.source), sdata, within_px=0.5)  # left alone
-    assert "cytassist.tif has 284 x 258 px, but Space Ranger was given one of about 852 x 771 px" in log.text
+    told = "cytassist.tif has 284 x 258 px, but Space Ranger was given one of about 852 x 771 px"
+    assert told not in log.text  # there is another
+    away = written.image.rename(tmp_path / "away.tif")
+    sge.io.read(written.source)
+    assert told in log.text
+    away.rename(written.image)
     with pytest.raises(ValueError, match=r"cytassist.tif' has 284 x 258 px, but Space Ranger was given"):
         sge.io.read(written.source, image=small)
     plain = sr.write_h5ad(tmp_path / "h5ad", sdata)
@@ -323,7 +329,62 @@ def test_pyramid_of_means(tmp_path):
     assert [factor for _, factor in read_section(read).image.coarser] == [2.0]
 
 
+@pytest.mark.parametrize("kind", ["tif", "png"])
+def test_pyramid_of_odd_sizes(tmp_path, kind):
+    y, x = np.indices((1501, 4099))
+    pixels = np.stack([128 + 100 * np.sin(y / 9), 128 + 100 * np.sin(x / 11), (x + y) % 251], -1).astype(np.uint8)
+    path = sr.write_image(tmp_path / f"slide.{kind}", pixels)
+    (image,) = sge.io.read(path).images.values()
+    assert len(image) == 4
+    for i, level in enumerate(get_pyramid_levels(image)):
+        step = 2**i
+        high, wide = 1501 // step, 4099 // step
+        assert level.shape == (3, high, wide)
+        blocks = pixels[: high * step, : wide * step].reshape(high, step, wide, step, 3).mean((1, 3))
+        np.testing.assert_allclose(np.moveaxis(level.values, 0, -1), blocks, atol=2)
+    image = lazy_image(image, "slide")
+    assert [factor for _, factor in image.coarser] == [2.0, 4.0, 8.0]
+
+
 # -- what is not there
+
+
+@pytest.mark.parametrize(
+    "name", ["half.tif", "plain.tif", "text.tif", "empty.tif", "half.png", "empty.png", "half.jpg"]
+)
+def test_files_that_are_no_whole_image(tmp_path, sdata, log, name):
+    path = tmp_path / name
+    if name == "plain.tif":
+        tifffile.imwrite(path, PIXELS, photometric="rgb")
+    else:
+        sr.write_image(path, PIXELS)
+    whole = path.read_bytes()
+    path.write_bytes({"text": b"text", "empty": b""}.get(path.stem, whole[: len(whole) // 2]))
+    with pytest.raises(ValueError, match=rf"{name}' cannot be read as an image \(.*\)\. Is the file whole\?"):
+        sge.io.read(path)
+    written = sr.write_h5ad(tmp_path / "beside", sdata)
+    path.rename(written.source.parent / name)
+    if path.stem in ("text", "empty"):  # not even its size can be told
+        assert len(sge.io.read(written.source).images) == 1
+        assert f"left alone: '{written.source.parent / name}' cannot be read as an image" in log.text
+
+
+def test_other_files_that_are_not_whole(tmp_path, sdata):
+    store = tmp_path / "half.zarr"
+    store.mkdir()
+    (store / "zarr.json").write_text("{")
+    with pytest.raises(ValueError, match=r"half.zarr' cannot be read as a SpatialData .* Is it whole\?"):
+        sge.io.read(store)
+    written = sr.write_st(tmp_path / "st", sdata)
+    (written.source.parent / "none.tsv").touch()
+    (written.source.parent / "spots.tsv.sha256").write_text("x\ty\tpixel_x\tpixel_y\n")
+    assert list(sge.io.read(written.source).tables) == ["table"]  # neither is taken for the spots
+    table = sdata.tables["table"].copy()
+    del table.uns["spatialdata_attrs"]
+    table.obsm["spatial"] = np.zeros((table.n_obs, 2))
+    table.write_h5ad(tmp_path / "one.h5ad")
+    with pytest.raises(ValueError, match=r"most spots of .*one.h5ad' lie at one place"):
+        sge.io.read(tmp_path / "one.h5ad")
 
 
 def test_what_cannot_be_read(tmp_path, sdata):

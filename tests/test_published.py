@@ -271,6 +271,28 @@ def test_what_the_server_says_is_passed_on(server, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_one_process_at_a_time(server, tmp_path, log):
+    file, folder = RemoteFile(server.put("/a.h5"), "a.h5"), tmp_path / "section"
+    with _download._alone(folder):
+        other = threading.Thread(target=fetch_files, args=(folder, [file]))
+        other.start()
+        other.join(0.3)
+        assert other.is_alive()
+        assert server.asked == []
+    other.join(10)
+    assert not other.is_alive()
+    assert (folder / "a.h5").read_bytes() == TEXT
+    assert f"another process downloads to {folder}: waiting for it" in log.text
+
+
+def test_a_folder_that_is_a_file(server, tmp_path):
+    (tmp_path / "data").write_text("")
+    file = RemoteFile(server.put("/a.h5"), "a.h5")
+    for folder in (tmp_path / "data", tmp_path / "data/section"):
+        with pytest.raises(DownloadError, match=r"the folder .*data.* cannot be used: .*HISTOSGE_DATA to another one"):
+            fetch_files(folder, [file])
+
+
 # --- archives
 
 

@@ -234,21 +234,35 @@ def _cores() -> Iterator[Check]:
     yield Check("cores", "note" if remedy else "ok", told, remedy, details=details)
 
 
+def available_memory() -> int:
+    """Bytes that are free, of this machine or of the container or job it runs in."""
+    return _free_and_limit()[0]
+
+
+def _free_and_limit() -> tuple[int, int | None]:
+    """Bytes that are free, and those that the container or the scheduler allows at most."""
+    import psutil
+
+    free, limit = int(psutil.virtual_memory().available), None
+    for group in _groups():
+        with suppress(OSError, ValueError):  # no limit, or "max"
+            one, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            # files that were read count as used, and are forgotten on demand
+            free = max(min(free, one - used + int(stat.get("inactive_file", 0))), 0)
+            limit = one if limit is None else min(one, limit)
+    return free, limit
+
+
 def _memory() -> Iterator[Check]:
     import psutil
 
-    machine = psutil.virtual_memory()
-    free, limit = int(machine.available), None
-    for group in _groups():
-        with suppress(OSError, ValueError):
-            one, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            free = max(min(free, one - used + int(stat.get("inactive_file", 0))), 0)
-            limit = one if limit is None else min(one, limit)
-    told = f"{readable_size(free)} free of {readable_size(machine.total)}"
-    if limit is not None and limit < machine.total:
+    total = int(psutil.virtual_memory().total)
+    free, limit = _free_and_limit()
+    told = f"{readable_size(free)} free of {readable_size(total)}"
+    if limit is not None and limit < total:
         told += f", {readable_size(limit)} at most, as the container or the scheduler allows"
-    details = {"total_bytes": int(machine.total), "free_bytes": free, "limit_bytes": limit}
+    details = {"total_bytes": total, "free_bytes": free, "limit_bytes": limit}
     few = "Predict with --store, fewer --genes or wider bins: a table that does not fit is refused."
     little = free < _LITTLE_MEMORY
     yield Check("memory", "note" if little else "ok", told, few if little else None, details=details)

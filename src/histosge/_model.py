@@ -80,9 +80,9 @@ class Model:
     recipe
         How places must be embedded: encoder, tile in µm, stacked maps.
     info
-        Provenance: split, folds, spots, versions.
+        Provenance: the split, numbers of folds, spots and sections, pitch and width of the spots in µm.
     spots
-        The spots it learnt from, which are its context where nothing is measured.
+        The spots it learnt from, with embedding and expression: what it predicts from where nothing is measured.
     training
         One row an epoch of every head that is trained in epochs: ``head`` and ``fold`` (held out), ``epoch`` (from 1),
         ``loss`` (on the stopping spots).
@@ -247,6 +247,11 @@ class Model:
             The folder, made if it is not there.
         overwrite
             Whether a model that is there already may be replaced.
+
+        Raises
+        ------
+        FileExistsError
+            Where a model is there already and ``overwrite`` is not set.
         """
         from safetensors.torch import save_file
 
@@ -293,6 +298,13 @@ class Model:
         Returns
         -------
         The model, ready to predict.
+
+        Raises
+        ------
+        FileNotFoundError
+            Where the folder holds no model.
+        ValueError
+            Where another version of histosge saved it, in a format that this one does not read.
         """
         from safetensors.torch import load_file
 

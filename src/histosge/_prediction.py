@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from time import time
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,7 @@ import numpy as np
 
 from histosge._conservation import Conservation, noise_variance, shrinkage
 from histosge._coverage import block_order, spot_by_bin
+from histosge._doctor import available_memory
 from histosge._embedding import block_edge_px
 from histosge._image import thumbnail
 from histosge._model import Model
@@ -24,6 +23,7 @@ from histosge._settings import logger, progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     import torch
     from anndata import AnnData
@@ -130,23 +130,6 @@ def check_memory(n_places: int, n_genes: int, *, n_layers: int, available: int |
             f"with store='NAME.zarr', or ask for less: fewer genes=, larger bins{less}."
         )
         raise MemoryError(msg)
-
-
-def available_memory() -> int:
-    """Bytes that are free, of this machine or of the container it runs in."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    with suppress(OSError, ValueError):  # no container, no limit
-        free = min(free, int(limit.read_text()) - int(used.read_text()) + _reclaimable(used.with_name("memory.stat")))
-    return max(free, 0)
-
-
-def _reclaimable(stat: Path) -> int:
-    """Bytes of files that were read and may be forgotten: a container counts them as used."""
-    lines = dict(line.split() for line in stat.read_text().splitlines())
-    return int(lines.get("inactive_file", 0))
 
 
 @dataclass(frozen=True)

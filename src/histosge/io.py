@@ -52,12 +52,12 @@ def read(
     A ``SpatialData``; of a ``.zarr`` all that it holds, otherwise:
 
     ``images["{dataset_id}_full_image"]``
-        uint8 or uint16 RGB, with halved scales down to 1000 px. Without a full-resolution image
+        uint8, uint16 or float32 RGB, with halved scales down to 1000 px. Without a full-resolution image
         ``images["{dataset_id}_hires_image"]``, Space Ranger's thumbnail, or no image: then a warning is logged.
     ``shapes["{dataset_id}"]``
         Circles, or with Visium HD the squares ``shapes["{dataset_id}_square_008um"]``, in pixels of the full image.
     ``tables["table"]``
-        Counts of genes at the spots on the tissue, or ``tables["square_008um"]``; of an ``.h5ad`` all that it holds. ``obsm["spatial"]`` (n, 2):
+        Counts of genes at the spots on the tissue (of an ST array at all, with ``obs["in_tissue"]``), or ``tables["square_008um"]``; of an ``.h5ad`` all that it holds. ``obsm["spatial"]`` (n, 2):
         (x, y) in pixels of the full image. Of an image alone neither shapes nor table.
 
     Raises
@@ -65,7 +65,8 @@ def read(
     FileNotFoundError
         Where ``source``, ``image`` or one of the files of Space Ranger is not there.
     ValueError
-        Where ``source`` is nothing of the above, several images may be meant, the image is not RGB, or it is not the one that the spots were aligned to.
+        Where ``source`` is nothing of the above, an argument does not apply to it, several images may be meant, the image is not RGB, or its size
+        is not that of the one that the spots were aligned to.
 
     Notes
     -----

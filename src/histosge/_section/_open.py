@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import re
 import warnings
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 
 from histosge import _keys
 from histosge._geometry import nearest_spots
-from histosge._section._pixels import image_size, is_image, open_pixels
+from histosge._section._pixels import image_size, is_image, parse_image
 from histosge._section._read import centroids
 from histosge._settings import logger
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from geopandas import GeoDataFrame
     from numpy.typing import NDArray
     from spatialdata import SpatialData
-    from xarray import DataArray, DataTree
 
 _COUNTS = "filtered_feature_bc_matrix"
 _DEFAULT_BIN_UM = 8
@@ -34,7 +34,6 @@ _SPOT_PER_PITCH = 0.55
 """Of Visium; all that matters of it is that spots do not touch."""
 _BARCODE_OF_BIN = re.compile(r"s_(\d{3})um_\d{5}_\d{5}")
 _SAME_SIZE = 0.01
-_SMALLEST_LEVEL_PX = 1000
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def open_section(
             msg = f"source={str(source)!r} is an image, of which nothing was measured. Leave image= and bin_size= out."
             raise ValueError(msg)
         name = dataset_id or _valid(source.name.partition(".")[0])
-        return SpatialData(images={f"{name}_full_image": _parse_image(source, name)})
+        return SpatialData(images={f"{name}_full_image": parse_image(source, name)})
     outs = next((folder for folder in (source, source / "outs") if _is_outs(folder)), None)
     hd = outs is not None and (outs / "binned_outputs").is_dir()
     if bin_size is not None and not hd:
@@ -94,9 +93,7 @@ def open_section(
         if given:
             msg = f"{' and '.join(f'{k}={v!r}' for k, v in given.items())}: a SpatialData holds its image and names. Leave out."
             raise ValueError(msg)
-        import spatialdata as sd
-
-        return sd.read_zarr(source)
+        return _zarr(source)
     holds = (
         sorted(path.name for path in source.iterdir())[:8]
         if source.is_dir()
@@ -111,6 +108,16 @@ def open_section(
 
 
 # -- counts and places
+
+
+def _zarr(source: Path) -> SpatialData:
+    import spatialdata as sd
+
+    try:
+        return sd.read_zarr(source)
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        msg = f"{str(source)!r} cannot be read as a SpatialData ({type(err).__name__}: {err}). Is it whole? Write or copy it again."
+        raise ValueError(msg) from err
 
 
 def _is_outs(folder: Path) -> bool:
@@ -197,8 +204,8 @@ def _h5ad(path: Path, dataset_id: str | None) -> _Found:
     xy_px = np.asarray(table.obsm["spatial"], float) if "spatial" in table.obsm else np.empty((0, 0))
     if xy_px.shape[1] != 2 or len(xy_px) < 2 or not np.isfinite(xy_px).all():
         msg = (
-            f'{str(path)!r} needs obsm["spatial"], (n, 2): x and y of each spot in pixels of the image; it has '
-            f"{list(table.obsm)}, of shape {xy_px.shape}."
+            f'{str(path)!r} needs obsm["spatial"], (n, 2): x and y of each spot in pixels of the image, none missing, of two '
+            f"spots or more; it has {list(table.obsm)}, of shape {xy_px.shape}. Write it there first."
         )
         raise ValueError(msg)
     return _of_table(table, xy_px, path, dataset_id)
@@ -210,7 +217,7 @@ def _st(path: Path, dataset_id: str | None) -> _Found:
     import pandas as pd
     from scipy import sparse
 
-    files = [other for other in sorted(path.parent.glob("*.tsv*")) if other != path]
+    files = [p for p in sorted(path.parent.iterdir()) if p.name.endswith((".tsv", ".tsv.gz")) and p.name != path.name]
     tables = {file.name: pd.read_csv(file, sep="\t", dtype=str) for file in files if _is_selection(file)}
     if len(tables) != 1:
         msg = (
@@ -243,7 +250,9 @@ def _st(path: Path, dataset_id: str | None) -> _Found:
 def _is_selection(path: Path) -> bool:
     import pandas as pd
 
-    return {"x", "y", "pixel_x", "pixel_y"} <= set(pd.read_csv(path, sep="\t", nrows=0).columns)
+    with contextlib.suppress(pd.errors.EmptyDataError):
+        return {"x", "y", "pixel_x", "pixel_y"} <= set(pd.read_csv(path, sep="\t", nrows=0).columns)
+    return False
 
 
 def _of_table(table: AnnData, xy_px: NDArray[np.float64], path: Path, dataset_id: str | None) -> _Found:
@@ -254,6 +263,9 @@ def _of_table(table: AnnData, xy_px: NDArray[np.float64], path: Path, dataset_id
 
     name = dataset_id or _valid(path.name.partition(".")[0])
     pitch_px = float(np.median(nearest_spots(xy_px, xy_px, k=1, exclude=np.arange(len(xy_px)))[1]))
+    if pitch_px <= 0:
+        msg = f"most spots of {str(path)!r} lie at one place: are their x and y pixels of the image?"
+        raise ValueError(msg)
     bins = _BARCODE_OF_BIN.match(str(table.obs_names[0]))
     key = f"{name}_square_{bins[1]}um" if bins else name
     shapes = gpd.GeoDataFrame(
@@ -327,7 +339,7 @@ def _with_image(found: _Found, source: Path, given: str | Path | None) -> Spatia
     path = _choose_image(found, source, given)
     images: dict[str, Any] = {}
     if path is not None:
-        images[f"{found.name}_full_image"] = _parse_image(path, found.name)
+        images[f"{found.name}_full_image"] = parse_image(path, found.name)
     elif found.hires is not None:
         back = get_transformation(found.hires, to_coordinate_system=found.name)
         set_transformation(found.hires, {found.name: back}, set_all=True)
@@ -338,25 +350,6 @@ def _with_image(found: _Found, source: Path, given: str | Path | None) -> Spatia
         shapes={found.shapes_key: found.shapes},
         tables={found.table_key: found.table},
         attrs=found.attrs,
-    )
-
-
-def _parse_image(path: Path, name: str) -> DataArray | DataTree:
-    """Read an image in pieces, with a pyramid that is computed when it is asked for."""
-    from spatialdata.models import Image2DModel
-    from spatialdata.transformations import Identity
-
-    pixels = open_pixels(path)
-    n_halved = 0
-    while max(pixels.shape[1:]) >> n_halved > _SMALLEST_LEVEL_PX:
-        n_halved += 1
-    return Image2DModel.parse(
-        pixels,
-        dims=("c", "y", "x"),
-        c_coords=["r", "g", "b", "a"][: len(pixels)],
-        scale_factors=[2] * n_halved or None,
-        chunks=pixels.chunksize,
-        transformations={name: Identity()},
     )
 
 
@@ -387,12 +380,21 @@ def _choose_image(found: _Found, source: Path, given: str | Path | None) -> Path
             raise ValueError(msg)
         return path
     there = [p for folder in found.folders if folder.is_dir() for p in sorted(folder.iterdir()) if is_image(p)]
-    fitting = [path for path in there if fits(path)]
+    fitting: list[Path] = []
+    others: list[Path] = []
+    for path in there:
+        try:
+            (fitting if fits(path) else others).append(path)
+        except ValueError as err:  # half of a download, say
+            logger.warning("left alone: %s", err)
     if len(fitting) > 1:
         msg = f"several images lie beside {str(source)!r}; pass image= one of {[str(path) for path in fitting]}."
         raise ValueError(msg)
-    for path in set(there) - set(fitting):
-        logger.warning("%s has %s px, but %s: left alone", path.name, " x ".join(map(str, image_size(path))), wanted)
+    for path in others:  # our own pictures, say: worth a word only where the image is not there
+        logger.log(
+            logging.DEBUG if fitting else logging.WARNING,
+            "%s has %s px, but %s: left alone", path.name, " x ".join(map(str, image_size(path))), wanted,
+        )  # fmt: skip
     if fitting:
         logger.info("image: %s", fitting[0])
         return fitting[0]

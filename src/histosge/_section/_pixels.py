@@ -1,4 +1,4 @@
-"""Files of images → lazy RGB arrays (c, y, x)."""
+"""Files of images → lazy RGB arrays (c, y, x), and images of a ``SpatialData``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import dask.array as da
+    from xarray import DataArray, DataTree
 
 _TIFFS = (".tif", ".tiff", ".btf", ".svs", ".ndpi", ".qptiff")
 _PICTURES = (".jpg", ".jpeg", ".png")
 _CHUNK_PX = 1024
+_SMALLEST_CHUNK_PX = 256
+_SMALLEST_LEVEL_PX = 1000
 _LARGEST_PIECE = 2**28
 """Bytes. TIFFs compressed in larger pieces are read as a whole, once."""
 
@@ -25,24 +28,73 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in (*_TIFFS, *_PICTURES) and path.is_file() and not path.name.startswith(".")
 
 
+class _ImageError(ValueError):
+    """Its message names the image already."""
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say which file it is that a library cannot read, whatever the library raises."""
+    try:
+        yield
+    except (_ImageError, MemoryError):
+        raise
+    except Exception as err:
+        if isinstance(err, OSError) and err.errno is not None:  # of the system, which names the file
+            raise
+        raise _unreadable(path, str(err)) from err
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height in pixels."""
-    if path.suffix.lower() in _TIFFS:
-        import tifffile
+    with _named(path):
+        if path.suffix.lower() in _TIFFS:
+            import tifffile
 
-        with tifffile.TiffFile(path) as file:
-            series = file.series[0]
-            return tuple(series.shape[series.axes.index(axis)] for axis in "XY")  # type: ignore[return-value]
-    with _picture(path) as picture:
-        return picture.size
+            with tifffile.TiffFile(path) as file:
+                series = file.series[0]
+                return tuple(series.shape[series.axes.index(axis)] for axis in "XY")  # type: ignore[return-value]
+        with _picture(path) as picture:
+            return picture.size
 
 
 def open_pixels(path: Path) -> da.Array:
     """Open an RGB image, (c, y, x): a TIFF is read in pieces when they are asked for, others at once."""
+    with _named(path):
+        return _open_tiff(path) if path.suffix.lower() in _TIFFS else _open_picture(path)
+
+
+def parse_image(path: Path, name: str) -> DataArray | DataTree:
+    """Read an image in pieces, with a pyramid of means that is computed when it is asked for."""
+    import dask.array as da
+    from spatialdata.models import Image2DModel
+    from spatialdata.transformations import Identity
+
+    pixels = open_pixels(path)
+    n_halved = 0
+    while max(pixels.shape[1:]) >> n_halved > _SMALLEST_LEVEL_PX:
+        n_halved += 1
+    image = Image2DModel.parse(
+        pixels,
+        dims=("c", "y", "x"),
+        c_coords=["r", "g", "b", "a"][: len(pixels)],
+        scale_factors=[2] * n_halved or None,
+        chunks=pixels.chunksize,
+        transformations={name: Identity()},
+    )
+    # levels of spatialdata's are resized chunk by chunk, and shifted where chunks have odd sizes
+    size, dtype = pixels.chunksize, pixels.dtype
+    for i in range(1, n_halved + 1):
+        size = (-1, *(max(edge // 2, _SMALLEST_CHUNK_PX) for edge in size[1:]))
+        means = da.coarsen(np.mean, pixels, {1: 2, 2: 2}, trim_excess=True)
+        pixels = (means if dtype.kind == "f" else means.round()).astype(dtype).rechunk(size)
+        image[f"scale{i}"]["image"].data = pixels
+    return image
+
+
+def _open_picture(path: Path) -> da.Array:
     import dask.array as da
 
-    if path.suffix.lower() in _TIFFS:
-        return _open_tiff(path)
     with _picture(path) as picture:
         if picture.mode == "P":
             picture = picture.convert("RGB")
@@ -105,6 +157,14 @@ def _open_tiff(path: Path) -> da.Array:
         channel = next((axis for axis in "SC" if axis in axes), "")
         if sorted(axes) != sorted(f"{channel}YX") or not channel or shape[axes.index(channel)] not in (3, 4):
             raise _not_rgb(path, f"has axes {axes} of {shape}")
+        ends = [
+            o + n
+            for part in series.pages
+            if part is not None
+            for o, n in zip(part.dataoffsets, part.databytecounts, strict=True)
+        ]
+        if max(ends, default=0) > path.stat().st_size:  # else pieces would turn out to be missing at any time later
+            raise _unreadable(path, f"it has {path.stat().st_size} bytes, and pixels up to byte {max(ends)}")
         order: Any = tuple(axes.index(axis) for axis in f"{channel}YX")
         n_channels = shape[order[0]]
         plain = {PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR} | ({PHOTOMETRIC.MINISBLACK} if n_channels == 3 else set())
@@ -126,6 +186,11 @@ def _open_tiff(path: Path) -> da.Array:
     return da.from_array(array, chunks=chunks, name=token, meta=np.empty((0, 0, 0), array.dtype))
 
 
-def _not_rgb(path: Path, what: str) -> ValueError:
+def _unreadable(path: Path, why: str) -> _ImageError:
+    msg = f"{str(path)!r} cannot be read as an image ({why}). Is the file whole? Copy or export it again."
+    return _ImageError(msg)
+
+
+def _not_rgb(path: Path, what: str) -> _ImageError:
     msg = f"{str(path)!r} {what}; an H&E image has red, green and blue, of uint8 or uint16. Convert it to RGB."
-    return ValueError(msg)
+    return _ImageError(msg)

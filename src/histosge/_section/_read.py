@@ -256,6 +256,12 @@ def _spots_and_table(sdata: SpatialData, spots_key: str | None, table_key: str |
         if (table_key is None and not ours(t)) or name == table_key
     }
     pairs = [(r, name) for name, regions in tables.items() for r in regions if spots_key in (None, r)]
+    if not pairs and not sdata.tables:
+        msg = (
+            "no measured spots found: this SpatialData has no table. Read the section with its counts (`sge.io.read`), or "
+            "predict from the image alone with a model of other sections, model= and mpp=."
+        )
+        raise ValueError(msg)
     if not pairs:
         what = f"the shapes {spots_key!r}" if spots_key else "any shapes element"
         by = f"table {table_key!r}" if table_key else f"tables {list(tables)}"

@@ -105,7 +105,8 @@ def predict(
 ) -> str | None:
     """Predict expression for the section IN and write it to OUT.
 
-    IN is a SpatialData store (.zarr), a folder of Space Ranger, or a table (.h5ad); --image adds the microscope's image.
+    IN is a SpatialData store (.zarr), a folder of Space Ranger, or a table (.h5ad); --image adds the microscope's image. With
+    --model and --mpp it may be an image alone.
     OUT.zarr gets everything, as SpatialData, with --store the places and the table alone; OUT.h5ad gets the table alone.
     Outputs get their names when they are whole.
 

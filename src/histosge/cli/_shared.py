@@ -7,7 +7,7 @@ import math
 import shutil
 import sys
 import traceback
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,12 +146,18 @@ def written(*targets: Path | None, overwrite: bool, marks: Sequence[str] = ZARR_
         raise ValueError(msg)
     for target in wanted:
         _refuse_foreign(target, overwrite=overwrite, marks=marks)
-        target.parent.mkdir(parents=True, exist_ok=True)
     fresh = [Path() if target is None else target.with_name(f".part.{target.name}") for target in targets]
     pairs = [(new, target) for new, target in zip(fresh, targets, strict=True) if target is not None]
     try:
-        for new, _ in pairs:
-            _remove(new)  # of a run that was killed
+        for new, target in pairs:
+            try:  # before the work, and not after it
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _remove(new)  # of a run that was killed
+                new.touch()
+                _remove(new)
+            except OSError as err:
+                msg = f"{target} cannot be written: {err.strerror or err}. Choose another folder."
+                raise OSError(msg) from err
         yield fresh
         for new, target in pairs:
             # what was there stays until there is something better
@@ -159,11 +165,17 @@ def written(*targets: Path | None, overwrite: bool, marks: Sequence[str] = ZARR_
             _remove(old)
             if target.exists():
                 target.rename(old)
-            new.rename(target)
+            try:
+                new.rename(target)
+            except BaseException:
+                if old.exists():
+                    old.rename(target)
+                raise
             _remove(old)
     finally:
         for new, _ in pairs:
-            _remove(new)
+            with suppress(OSError):  # what went wrong before is what to tell
+                _remove(new)
 
 
 def _remove(path: Path) -> None:

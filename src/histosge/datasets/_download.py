@@ -12,7 +12,7 @@ import shutil
 import tarfile
 import time
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,17 +58,46 @@ def fetch_files(folder: Path, files: Sequence[RemoteFile]) -> None:
     Raises
     ------
     DownloadError
-        A file could not be downloaded, or is not what was recorded.
+        A file could not be downloaded, or is not what was recorded, or the folder cannot be written to.
     """
-    for file in files:
-        if _unpacked(folder, file):
-            continue
-        target = folder / file.path
-        if not target.is_file():
-            _download(folder, file, missing(folder, files))
-        _compare(target, file)
-        if file.unpack:
-            _unpack(folder, file)
+    try:
+        left = [file for file in files if file.unpack and not _unpacked(folder, file)] or missing(folder, files)
+        with _alone(folder) if left else nullcontext():  # a folder that is whole may be read-only
+            for file in files:
+                if _unpacked(folder, file):
+                    continue
+                target = folder / file.path
+                if not target.is_file():
+                    _download(folder, file, missing(folder, files))
+                _compare(target, file)
+                if file.unpack:
+                    _unpack(folder, file)
+    except OSError as err:
+        if isinstance(err, DownloadError):
+            raise
+        msg = (
+            f"the folder {folder} cannot be used: {err.strerror or err}. Mend that, or set the environment variable "
+            "HISTOSGE_DATA to another one."
+        )
+        raise DownloadError(msg) from err
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one process at a time download to a folder: two that append to one part make a file that is neither's."""
+    from filelock import FileLock, Timeout
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(_beside(folder, ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("another process downloads to %s: waiting for it", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _download(folder: Path, file: RemoteFile, left: Sequence[RemoteFile]) -> None:

@@ -138,7 +138,7 @@ def load(name: str) -> SpatialData:
     Raises
     ------
     ValueError
-        No section has this name.
+        No section has this name, or a file of it, put there by other means, is of another section.
     DownloadError
         A file cannot be had, or is not what it was.
 
@@ -177,6 +177,13 @@ def dlpfc(section: str = "151673") -> SpatialData:
 
     ``obs["layer"]``
         Categorical: ``"L1"`` to ``"L6"``, ``"WM"`` (white matter); missing where the authors gave none.
+
+    Raises
+    ------
+    ValueError
+        There is no such section.
+    DownloadError
+        A file cannot be had, or is not what it was.
 
     Examples
     --------
@@ -291,6 +298,13 @@ def her2st(section: str = "C2") -> SpatialData:
     Returns
     -------
     A ``SpatialData`` with image, spots and table of raw counts.
+
+    Raises
+    ------
+    ValueError
+        There is no such section.
+    DownloadError
+        A file cannot be had, or is not what it was.
 
     Examples
     --------

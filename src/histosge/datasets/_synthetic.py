@@ -136,6 +136,11 @@ def synthetic(
     ``uns["synthetic"]``
         ``n_rows``, ``n_cols``, ``n_genes``, ``seed``, ``genes_seed``, ``detail_um`` and ``gland_um`` (0 for none): all that :func:`synthetic_truth` needs.
 
+    Raises
+    ------
+    ValueError
+        Where ``detail_um``, ``gland_um`` or ``bin_um`` is out of range, or no place is left on the tissue.
+
     See Also
     --------
     synthetic_truth : the expected expression at any places of it.
@@ -210,6 +215,13 @@ def synthetic_truth(sdata: SpatialData, *, target_key: str = "spots") -> pd.Data
     Returns
     -------
     (n, genes) DataFrame, float64, indexed like the shapes: log1p of the expected counts per 10,000.
+
+    Raises
+    ------
+    ValueError
+        Where ``sdata`` was not made by :func:`synthetic`.
+    KeyError
+        Where there are no such shapes.
 
     Examples
     --------

@@ -111,6 +111,8 @@ def report(
     ------
     KeyError
         Where there is no such table or gene.
+    TypeError
+        Where ``scores`` is no DataFrame.
     ValueError
         Where ``scores`` mixes what does not compare.
     FileNotFoundError

@@ -92,6 +92,8 @@ def embed(
 
     Raises
     ------
+    KeyError
+        Where a key or layer that is named is not in ``sdata``.
     ValueError
         Where the section cannot be read, the encoder is unknown, or the image is too coarse for it.
     RuntimeError

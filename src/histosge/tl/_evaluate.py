@@ -153,7 +153,9 @@ def evaluate(
     ValueError
         Where the section cannot be read, or a head, split or protocol is unknown or impossible on it.
     KeyError
-        Where ``labels`` is no column of the measured table.
+        Where a key or layer that is named is not in a section, or ``labels`` is no column of the measured table.
+    RuntimeError
+        Where the encoder's weights cannot be had, or memory runs out (``batch_size``).
 
     Notes
     -----

@@ -101,12 +101,17 @@ def fit(
 
     Returns
     -------
-    The model, with held-out scores in ``model.scores`` and ``model.held_out``. Nothing is written into ``sdata``.
+    The model, with held-out scores in ``model.scores`` and ``model.held_out``, and the losses of heads that are trained in
+    epochs in ``model.training``. It holds the spots that it learnt from. Nothing is written into ``sdata``.
 
     Raises
     ------
+    KeyError
+        Where a key or layer that is named is not in a section.
     ValueError
         Where a section cannot be read, or a head, gene or encoder is unknown.
+    RuntimeError
+        Where the encoder's weights cannot be had, or memory runs out (``batch_size``).
 
     Examples
     --------

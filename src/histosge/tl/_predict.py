@@ -185,6 +185,8 @@ def predict(
 
     Raises
     ------
+    KeyError
+        Where a key or layer that is named is not in ``sdata``.
     ValueError
         Where the section cannot be read, an argument is out of range, or ``key_added`` is taken by something that
         histosge did not write. ``sdata`` is then as it was. Where ``dense`` asks for tokens that the encoder has not.
@@ -223,6 +225,9 @@ def predict(
     seed = int(rng) if isinstance(rng, (int, np.integer)) else "generator"
     generator = np.random.default_rng(rng)
     if model is not None and spots_key is None and table_key is None and not is_measured(sdata):
+        if layer is not None:
+            msg = f"layer={layer!r}, but no table of sdata annotates spots: nothing was measured. Leave layer= out."
+            raise ValueError(msg)
         section = read_bare(
             sdata,
             image_key=image_key,
