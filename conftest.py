@@ -29,6 +29,7 @@ _COMPILED = re.compile(
 
 
 def pytest_collection_modifyitems(items):
+    """Let one worker run all that needs it."""
     for item in items:
         if _COMPILED.search(item.nodeid):
             item.add_marker(pytest.mark.xdist_group("compiled"))
