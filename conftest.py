@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import re
 import shutil
 import tempfile
 
@@ -19,20 +18,6 @@ _CACHE = tempfile.mkdtemp(prefix="histosge-tests-")
 os.environ["HISTOSGE_CACHE"] = os.path.join(_CACHE, "session")  # noqa: PTH118
 os.environ["HISTOSGE_DATA"] = os.path.join(_CACHE, "data")  # noqa: PTH118
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
-
-
-# scanpy's neighbours are compiled by numba when they are first asked for, 15 s in each worker: one worker asks for all
-_COMPILED = re.compile(
-    r"test_domains\.py|test_ecosystem\.py|scanpy_goes_on|to_leiden|map_in_one_line|folder_of_space_ranger|test_demo"
-    r"|labels_are_compared|tl/_domains\.py"
-)
-
-
-def pytest_collection_modifyitems(items):
-    """Let one worker run all that needs it."""
-    for item in items:
-        if _COMPILED.search(item.nodeid):
-            item.add_marker(pytest.mark.xdist_group("compiled"))
 
 
 @pytest.fixture(scope="session")

@@ -586,7 +586,7 @@ def test_a_spot_twice(sdata, which):
 
 def test_no_table(sdata):
     del sdata.tables["table"]
-    predict_refuses(sdata, r"no measured spots found: tables \[\] annotate \{\}.*TableModel\.parse\(adata, region=")
+    predict_refuses(sdata, r"no measured spots found: this SpatialData has no table\. Read the section with its counts")
 
 
 def test_table_that_annotates_nothing(sdata):
