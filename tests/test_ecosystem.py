@@ -258,6 +258,7 @@ def test_labels_of_bins(predicted):
     assert get_table_keys(predicted.tables["bins"])[0] == "bins_targets"
 
 
+@pytest.mark.filterwarnings("ignore:Did not read zarr as consolidated:UserWarning")  # spatialdata writes it so
 def test_lazy_tables_have_to_be_loaded(page):
     lazy = ad.experimental.read_lazy(page["folder"] / "section.zarr" / "tables" / "bins")
     assert not isinstance(lazy.X, np.ndarray)
