@@ -22,7 +22,7 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import get_session
 
 import histosge as sge
-from histosge import _doctor
+from histosge import _doctor, _machine
 from histosge._doctor import Check, examine, readable_size
 from histosge.cli import main
 
@@ -196,7 +196,7 @@ def container(monkeypatch, tmp_path):
     """Control groups of a job inside a container."""
     root = tmp_path / "cgroup"
     (root / "slurm" / "job").mkdir(parents=True)
-    monkeypatch.setattr(_doctor, "_CGROUP", root)
+    monkeypatch.setattr(_machine, "_CGROUP", root)
     read_text = Path.read_text
 
     def fake(path, *args, **kwargs):

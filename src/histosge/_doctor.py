@@ -19,6 +19,8 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
+from histosge._machine import control_groups, free_and_limit
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -32,7 +34,6 @@ _LITTLE_DISK = 6e9
 """The largest encoder is 4.6 GB."""
 _LITTLE_MEMORY = 4e9
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pt2", ".pth", ".ckpt")
-_CGROUP = Path("/sys/fs/cgroup")
 
 Status = Literal["ok", "note", "problem"]
 
@@ -217,7 +218,7 @@ def _why_no_cuda() -> str:
 def _cores() -> Iterator[Check]:
     total = os.cpu_count() or 1
     allowed: float = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else total
-    for group in _groups():
+    for group in control_groups():
         with suppress(OSError, ValueError):  # no limit, or "max"
             quota, period = map(float, (group / "cpu.max").read_text().split())
             allowed = min(allowed, quota / period)
@@ -234,31 +235,11 @@ def _cores() -> Iterator[Check]:
     yield Check("cores", "note" if remedy else "ok", told, remedy, details=details)
 
 
-def available_memory() -> int:
-    """Bytes that are free, of this machine or of the container or job it runs in."""
-    return _free_and_limit()[0]
-
-
-def _free_and_limit() -> tuple[int, int | None]:
-    """Bytes that are free, and those that the container or the scheduler allows at most."""
-    import psutil
-
-    free, limit = int(psutil.virtual_memory().available), None
-    for group in _groups():
-        with suppress(OSError, ValueError):  # no limit, or "max"
-            one, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            # files that were read count as used, and are forgotten on demand
-            free = max(min(free, one - used + int(stat.get("inactive_file", 0))), 0)
-            limit = one if limit is None else min(one, limit)
-    return free, limit
-
-
 def _memory() -> Iterator[Check]:
     import psutil
 
     total = int(psutil.virtual_memory().total)
-    free, limit = _free_and_limit()
+    free, limit = free_and_limit()
     told = f"{readable_size(free)} free of {readable_size(total)}"
     if limit is not None and limit < total:
         told += f", {readable_size(limit)} at most, as the container or the scheduler allows"
@@ -266,16 +247,6 @@ def _memory() -> Iterator[Check]:
     few = "Predict with --store, fewer --genes or wider bins: a table that does not fit is refused."
     little = free < _LITTLE_MEMORY
     yield Check("memory", "note" if little else "ok", told, few if little else None, details=details)
-
-
-def _groups() -> list[Path]:
-    """Control groups that this process is in, innermost first: each may have limits."""
-    inner = _CGROUP
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            if line.startswith("0::"):
-                inner = _CGROUP / line.removeprefix("0::").strip("/")
-    return [group for group in (inner, *inner.parents) if group.is_relative_to(_CGROUP)]
 
 
 def _hub() -> Iterator[Check]:

@@ -183,6 +183,13 @@ def recognise(lattice: Lattice, *, spot_px: float, bin_um: float | None) -> Tech
     return Technology("visium-hd", bin_um, bin_um) if bin_um else None
 
 
+def check_upsample(upsample: int) -> None:
+    """Refuse a number of places for which there is no lattice."""
+    if upsample not in UPSAMPLE:
+        msg = f"upsample={upsample!r}: choose one of {UPSAMPLE} (places per measured spot; the paper's is 4)."
+        raise ValueError(msg)
+
+
 def refine(lattice: Lattice, xy_px: Floats, *, upsample: int) -> Places:
     """Lay ``upsample`` places for every spot on a finer lattice that contains the spots' own places.
 
@@ -201,9 +208,7 @@ def refine(lattice: Lattice, xy_px: Floats, *, upsample: int) -> Places:
     upsample
         2, 4, 8 or 16.
     """
-    if upsample not in UPSAMPLE:
-        msg = f"upsample={upsample!r}: choose one of {UPSAMPLE} (places per measured spot; the paper's is 4)."
-        raise ValueError(msg)
+    check_upsample(upsample)
     halvings, odd = divmod(int(np.log2(upsample)), 2)
     # rows: the coarse basis in steps of the fine one
     if not odd:

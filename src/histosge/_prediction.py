@@ -13,9 +13,9 @@ import numpy as np
 
 from histosge._conservation import Conservation, noise_variance, shrinkage
 from histosge._coverage import block_order, spot_by_bin
-from histosge._doctor import available_memory
 from histosge._embedding import block_edge_px
 from histosge._image import thumbnail
+from histosge._machine import available_memory
 from histosge._model import Model
 from histosge._recipe import embed_targets, warn_below_token
 from histosge._section import TableStore, own_spots, predicted_table, section_counts, shapes_element

@@ -57,7 +57,7 @@ def read(
     ``shapes["{dataset_id}"]``
         Circles, or with Visium HD the squares ``shapes["{dataset_id}_square_008um"]``, in pixels of the full image.
     ``tables["table"]``
-        Counts of genes at the spots on the tissue (of an ST array at all, with ``obs["in_tissue"]``), or ``tables["square_008um"]``; of an ``.h5ad`` all that it holds. ``obsm["spatial"]`` (n, 2):
+        Counts of genes at the spots on the tissue, or ``tables["square_008um"]``; of an ``.h5ad`` all that it holds. ``obsm["spatial"]`` (n, 2):
         (x, y) in pixels of the full image. Of an image alone neither shapes nor table.
 
     Raises

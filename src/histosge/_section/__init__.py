@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from histosge._section._bare import is_measured, read_bare
-from histosge._section._counts import TARGET_SUM, per_target_sum
+from histosge._section._counts import TARGET_SUM, match_rows, named_layers, per_target_sum
+from histosge._section._image import lazy_image
 from histosge._section._open import open_section
-from histosge._section._read import MIN_SPOTS, Section, centroids, column, read_section, section_counts
+from histosge._section._read import (
+    MIN_SPOTS,
+    NEARLY_EMPTY,
+    Section,
+    affine,
+    centroids,
+    column,
+    read_section,
+    section_counts,
+)
 from histosge._section._rows import open_table
 from histosge._section._store import TableStore
 from histosge._section._write import (
@@ -25,10 +35,12 @@ from histosge._section._write import (
 
 __all__ = [
     "MIN_SPOTS",
+    "NEARLY_EMPTY",
     "TARGET_SUM",
     "Section",
     "TableStore",
     "Targets",
+    "affine",
     "centroids",
     "column",
     "commit",
@@ -36,13 +48,16 @@ __all__ = [
     "find_embedding",
     "is_measured",
     "lay_targets",
+    "lazy_image",
     "make_table",
+    "match_rows",
+    "named_layers",
     "open_section",
     "open_table",
     "own_spots",
     "per_target_sum",
-    "read_bare",
     "predicted_table",
+    "read_bare",
     "read_section",
     "read_targets",
     "section_counts",

@@ -34,6 +34,7 @@ def read_bare(
     from spatialdata.transformations import get_transformation
 
     _check_scale("mpp", mpp)
+    _check_scale("pitch_um", pitch_um)
     image_key = find_image(sdata, image_key)
     if mpp is None:
         msg = (

@@ -239,9 +239,12 @@ def _st(path: Path, dataset_id: str | None) -> _Found:
             "leaving out %d of %d rows of %s that have no place in %s", (~rows).sum(), len(rows), path.name, name
         )
     counts, known = counts[rows], known.loc[counts.index[rows]]
+    if "selected" in known:  # on the tissue
+        selected = (known["selected"] == "1").to_numpy()
+        counts, known = counts[selected], known[selected]
     table = ad.AnnData(sparse.csr_matrix(counts.to_numpy(np.float32)), obs=known[[]].copy(), var=counts.T[[]])
-    if "selected" in known:
-        table.obs["in_tissue"] = known["selected"].astype(int)
+    for field, axis in (("array_row", y), ("array_col", x)):
+        table.obs[field] = known[axis].astype(float).round().astype(int)
     xy_px = known[["pixel_x", "pixel_y"]].astype(float).to_numpy()
     table.obsm["spatial"] = xy_px
     return _of_table(table, xy_px, path, dataset_id)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from histosge._image import LazyImage
 
 MIN_SPOTS = 30
-_NEARLY_EMPTY = 0.02
+NEARLY_EMPTY = 0.02
 """Scaled to 10,000, the one count of a spot would be the largest value of its gene."""
 
 
@@ -129,7 +129,7 @@ def read_section(
     spots_key, table_key = _spots_and_table(sdata, spots_key, table_key)
     coordinate_system = _coordinate_system(sdata, image_key, spots_key, coordinate_system)
     image = lazy_image(sdata.images[image_key], image_key)
-    to_image = _affine(
+    to_image = affine(
         sdata.shapes[spots_key], sdata.images[image_key], coordinate_system, source_key=spots_key, target_key=image_key
     )
 
@@ -142,11 +142,11 @@ def read_section(
     if not (total > 0).any():
         msg = f"the table {table_key!r} holds no counts at all. Name the layer that does: layer={named_layers(table)}."
         raise ValueError(msg)
-    keep = total > _NEARLY_EMPTY * np.median(total[total > 0])
+    keep = total > NEARLY_EMPTY * np.median(total[total > 0])
     if not keep.all():
         logger.warning(
             "leaving out %d of %d spots that have no counts, or less than %g %% of the median",
-            (~keep).sum(), len(total), 100 * _NEARLY_EMPTY,
+            (~keep).sum(), len(total), 100 * NEARLY_EMPTY,
         )  # fmt: skip
         left_out += int((~keep).sum())
         counts, instances, xy_px, element = counts[keep], instances[keep], xy_px[keep], element[keep]
@@ -302,7 +302,7 @@ def _coordinate_system(sdata: SpatialData, image_key: str, spots_key: str, wante
     return common[0]  # transformations of one alignment agree, whichever system they go through
 
 
-def _affine(source: Any, target: Any, system: str, *, source_key: str, target_key: str) -> NDArray[np.float64]:
+def affine(source: Any, target: Any, system: str, *, source_key: str, target_key: str) -> NDArray[np.float64]:
     """Matrix from an element's own coordinates to another's."""
     from spatialdata.transformations import get_transformation
 

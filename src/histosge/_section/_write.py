@@ -10,9 +10,18 @@ import pandas as pd
 
 from histosge import _keys
 from histosge._coverage import Footprints
-from histosge._geometry import Places, in_mask, lay_over, nearest_spots, refine, square_bins, tissue_mask
+from histosge._geometry import (
+    Places,
+    check_upsample,
+    in_mask,
+    lay_over,
+    nearest_spots,
+    refine,
+    square_bins,
+    tissue_mask,
+)
 from histosge._image import thumbnail
-from histosge._section._read import _affine, _drawn_size, _regions, _scale, apply, centroids, ours
+from histosge._section._read import _drawn_size, _regions, _scale, affine, apply, centroids, ours
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -126,10 +135,9 @@ def lay_targets(
         else:
             places = _lay_bare(section, step_um=bin_um, hexagonal=False)
     elif not section.measured:
-        if upsample not in (None, 2, 4, 8, 16):
-            msg = f"upsample={upsample!r}: choose 2, 4, 8 or 16 places for each spot that there would be."
-            raise ValueError(msg)
-        places = _lay_bare(section, step_um=section.pitch_um / np.sqrt(upsample or 4), hexagonal=True)
+        upsample = 4 if upsample is None else upsample
+        check_upsample(upsample)
+        places = _lay_bare(section, step_um=section.pitch_um / np.sqrt(upsample), hexagonal=True)
     elif section.lattice is None:
         msg = (
             f"upsample={upsample or 4}: the spots of {section.spots_key!r} lie on no lattice, so that there is no 'between' "
@@ -165,7 +173,7 @@ def _lay_bare(section: Section, *, step_um: float, hexagonal: bool) -> Places:
 def to_image(sdata: SpatialData, section: Section, key: str) -> NDArray[np.float64]:
     """Matrix (3, 3) from a shapes element's own coordinates to pixels of the section's image."""
     image = sdata.images[section.image_key]
-    return _affine(sdata.shapes[key], image, section.coordinate_system, source_key=key, target_key=section.image_key)
+    return affine(sdata.shapes[key], image, section.coordinate_system, source_key=key, target_key=section.image_key)
 
 
 def read_targets(sdata: SpatialData, section: Section, key: str, *, on_invalid: str = "raise") -> Targets:

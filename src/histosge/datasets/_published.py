@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from histosge._section import open_section
@@ -16,12 +14,12 @@ from histosge.datasets._registry import (
     LAYERS,
     LEGACY_ST,
     SECTIONS,
-    SPOTS,
     VISIUM_HD,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     import pandas as pd
     from spatialdata import SpatialData
@@ -148,10 +146,9 @@ def load(name: str) -> SpatialData:
     >>> sdata = sge.datasets.load("dlpfc_151673")  # doctest: +SKIP
     """
     section, folder = _section(name), fetch(name)
-    if section.technology == LEGACY_ST:
-        return _read_text(section, folder)
+    source = folder / COUNTS if section.technology == LEGACY_ST else folder
     bin_size = 8 if section.technology == VISIUM_HD else None
-    sdata = open_section(folder, image=folder / section.image, bin_size=bin_size, dataset_id=name)
+    sdata = open_section(source, image=folder / section.image, bin_size=bin_size, dataset_id=name)
     if any(file.path == LAYERS for file in section.files):
         _add_layers(sdata, folder / LAYERS, section=name.removeprefix("dlpfc_"))
     return sdata
@@ -312,28 +309,6 @@ def her2st(section: str = "C2") -> SpatialData:
     >>> sdata = sge.datasets.her2st("C2")  # doctest: +SKIP
     """
     return load(f"her2st_{_one_of(section, HER2ST_SECTIONS)}")
-
-
-def _read_text(section: PublishedSection, folder: Path) -> SpatialData:
-    """Read the text files of Spatial Transcriptomics, by way of the h5ad that ``open_section`` reads."""
-    import anndata as ad
-    import numpy as np
-    import pandas as pd
-    from scipy import sparse
-
-    counts = pd.read_csv(folder / COUNTS, sep="\t", index_col=0)
-    spots = pd.read_csv(folder / SPOTS, sep="\t")
-    spots.index = pd.Index([f"{x}x{y}" for x, y in zip(spots["x"], spots["y"], strict=True)])
-    spots = spots.loc[(spots["selected"] == 1) & spots.index.isin(counts.index)]
-    adata = ad.AnnData(
-        sparse.csr_matrix(counts.loc[spots.index].to_numpy(np.float32)),
-        obs=pd.DataFrame({"array_row": spots["y"], "array_col": spots["x"]}),
-        var=pd.DataFrame(index=counts.columns.astype(str)),
-    )
-    adata.obsm["spatial"] = spots[["pixel_x", "pixel_y"]].to_numpy(np.float64)
-    with TemporaryDirectory() as room:
-        adata.write_h5ad(Path(room) / "counts.h5ad")
-        return open_section(Path(room) / "counts.h5ad", image=folder / section.image, dataset_id=section.name)
 
 
 def _add_layers(sdata: SpatialData, path: Path, *, section: str) -> None:

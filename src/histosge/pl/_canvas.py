@@ -16,9 +16,7 @@ import shapely
 from histosge import _keys
 from histosge._geometry import LEGACY_ST, VISIUM
 from histosge._image import thumbnail
-from histosge._section import centroids
-from histosge._section._counts import match_rows
-from histosge._section._image import lazy_image
+from histosge._section import affine, centroids, lazy_image, match_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -176,23 +174,16 @@ class Canvas:
             )
             raise KeyError(msg)
         element = element.loc[instances]
-        matrix = self._to_image(key)
+        image = self.sdata.images[self.image_key]
+        matrix = affine(
+            self.sdata.shapes[key], image, self.coordinate_system, source_key=key, target_key=self.image_key
+        )
         if (shapely.get_type_id(element.geometry.to_numpy()) == shapely.GeometryType.POINT).all():
             xy = centroids(element) @ matrix[:2, :2].T + matrix[:2, 2]
             scale = np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
             stored = 2 * scale * element["radius"].to_numpy(float)
             return Outlines(xy, stored if diameter_um is None else np.full(len(xy), diameter_um / self.mpp), "disc")
         return _polygons(element, matrix)
-
-    def _to_image(self, key: str) -> Floats:
-        """Matrix from an element's own coordinates to pixels of the image."""
-        from spatialdata.transformations import get_transformation
-
-        source, target = (
-            np.asarray(get_transformation(e, self.coordinate_system).to_affine_matrix(("x", "y"), ("x", "y")))
-            for e in (self.sdata.shapes[key], self.sdata.images[self.image_key])
-        )
-        return np.linalg.solve(target, source)
 
     def tissue(self, ax: Axes) -> None:
         """Draw the image."""

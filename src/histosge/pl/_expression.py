@@ -9,9 +9,7 @@ import pandas as pd
 from scipy import sparse
 
 from histosge import _keys
-from histosge._section import TARGET_SUM
-from histosge._section._counts import named_layers
-from histosge._section._read import _NEARLY_EMPTY
+from histosge._section import NEARLY_EMPTY, TARGET_SUM, named_layers
 from histosge.pl._canvas import (
     BAR,
     PLAIN,
@@ -227,7 +225,7 @@ def _measured(
         largest = max(largest, float(stored.max(initial=0)))
     counts, sums = np.concatenate(values), np.concatenate(total)
     counts[:, columns < 0] = 0
-    keep = sums > _NEARLY_EMPTY * np.median(sums[sums > 0])
+    keep = sums > NEARLY_EMPTY * np.median(sums[sums > 0])
     if whole or (largest >= 20 and "log1p" not in table.uns):
         counts = np.log1p(counts * (TARGET_SUM / np.where(sums > 0, sums, 1))[:, None]).astype(np.float32)
     return table.var_names.intersection(genes), outlines if keep.all() else outlines.take(keep), counts[keep]

@@ -233,7 +233,7 @@ def predict(
             image_key=image_key,
             coordinate_system=coordinate_system,
             mpp=mpp,
-            pitch_um=pitch_um or model.info["pitch_um"],
+            pitch_um=model.info["pitch_um"] if pitch_um is None else pitch_um,
             spot_um=model.info["spot_um"],
         )
         logger.warning(
