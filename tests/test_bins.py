@@ -27,9 +27,9 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, grid_sample
 
 import histosge as sge
-from histosge import _doctor, _prediction
+from histosge import _prediction
 from histosge._coverage import Footprints, Grid, coverage, spot_by_bin
-from histosge._prediction import available_memory, check_memory
+from histosge._prediction import check_memory
 from histosge._section import read_section, read_targets, smaller_than_spot
 from histosge._section._store import TableStore
 from histosge.tl import _predict
@@ -587,35 +587,6 @@ def test_memory_is_checked_before_the_work(small, model, monkeypatch, tmp_path):
         assert sizes.pop() == (n, n_genes, 0)
     sge.tl.predict(small, inplace=False, conserve=True, **ask)
     assert sizes.pop() == (n, 10, 4)
-
-
-def test_free_memory_is_plausible():
-    import psutil
-
-    assert 2**24 < available_memory() <= psutil.virtual_memory().total
-
-
-@pytest.mark.parametrize(
-    ("limit", "used", "stat", "free"),
-    [
-        ("1000000\n", "400000\n", "anon 1\ninactive_file 0\n", 600_000),
-        ("1000000\n", "900000\n", "anon 1\ninactive_file 300000\nfile 5\n", 400_000),  # files are forgotten on demand
-        ("1000\n", "2000\n", "inactive_file 0\n", 0),
-        ("max\n", "400000\n", "inactive_file 0\n", None),
-        (None, None, None, None),
-    ],
-)
-def test_the_limit_of_a_container_counts(monkeypatch, tmp_path, limit, used, stat, free):
-    for name, text in (("memory.max", limit), ("memory.current", used), ("memory.stat", stat)):
-        if text is not None:
-            (tmp_path / name).write_text(text)
-    monkeypatch.setattr(_doctor, "_CGROUP", tmp_path)
-    if free is None:
-        import psutil
-
-        assert available_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.5)
-    else:
-        assert available_memory() == free
 
 
 # ------------------------------------------------------------------------------------------------------------ stores
