@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import nn
 
 from histosge._evaluation import correlation, cross_fit, score
 from histosge._heads import DEFAULT_HEAD, HEADS, Places, Spots, get_head, in_context, kriging, parts_of
+from histosge._heads import _conditioning as conditioning
 from histosge._heads import published as published_file
 from histosge._heads._space import principal, standardise, standardiser
 from histosge._training import Dropout, Schedule, one_thread, seeded, side_by_side, stopping_spots, train
@@ -849,8 +851,8 @@ def test_kriging_of_a_context_in_parts_is_that_at_once(kriged, monkeypatch):
     places, counted = Places.of(held_out, hidden=False), []
     at_once = head.predict(places, context=known)
     fresh = get_head("kriging").from_state(*head.state())
-    condition = fresh._condition
-    monkeypatch.setattr(fresh, "_condition", lambda *a, **k: counted.append(1) or condition(*a, **k))
+    condition = conditioning.Conditioned._condition
+    monkeypatch.setattr(conditioning.Conditioned, "_condition", lambda *a, **k: counted.append(1) or condition(*a, **k))
     parts = [fresh.predict(places.take(slice(i, i + 7)), context=known) for i in range(0, len(places), 7)]
     assert torch.allclose(torch.cat(parts), at_once, atol=1e-5)
     assert len(counted) == 1
@@ -871,11 +873,34 @@ def test_kriging_learns_from_a_sample_of_the_spots(small):
     assert (drawn[0] != drawn[2]).any()
 
 
-def in_parts(monkeypatch, *, n_near, n_drawn=0):
-    """Have kriging predict in parts, each from so many spots around it and so many of all."""
-    monkeypatch.setattr(kriging, "_MOST_SPOTS", 50)
-    monkeypatch.setattr(kriging, "_NEAR_SPOTS", n_near)
-    monkeypatch.setattr(kriging, "_DRAWN_SPOTS", n_drawn)
+def test_kriging_components_share_few_covariances(kriged):
+    """So that a factorisation serves several of them."""
+    head, _, _ = kriged
+    shares = head.parameters["shares"].exp()
+    assert shares.shape[1] > 4
+    assert shares.unique(dim=1).shape[1] == 4
+    assert torch.allclose(shares.sum(0), torch.ones(shares.shape[1]))
+
+
+def test_only_similar_shares_are_tied():
+    rng = np.random.default_rng(0)
+    kinds = np.array(
+        [[0.8, 0.1, 0.05, 0.0, 0.05], [0.1, 0.8, 0.0, 0.05, 0.05], [0, 0, 0.1, 0.1, 0.8], [0.1, 0.1, 0.5, 0.2, 0.1]]
+    )
+    which = np.array([0, 1, 2, 3, 0, 0, 3, 2, 1, 0])
+    shares = kinds[which] * np.exp(0.02 * rng.standard_normal((10, 5)))
+    tied = conditioning.tie(torch.from_numpy(shares.T * rng.uniform(0.5, 2, 10))).T.numpy()
+    shares /= shares.sum(1, keepdims=True)
+    for kind in range(4):
+        assert np.allclose(tied[which == kind], shares[which == kind].mean(0))
+    few = torch.from_numpy(shares[:4].T)
+    assert torch.equal(conditioning.tie(few), few / few.sum(0))
+
+
+def in_tiles(monkeypatch, *, n_near, n_drawn, n_tile=60):
+    """Have kriging predict by tiles, each from so many spots in and around it and so many that stand for the others."""
+    for name, value in {"MOST": 50, "TILE": n_tile, "NEAR": n_near, "DRAWN": n_drawn}.items():
+        monkeypatch.setattr(conditioning, f"_{name}_SPOTS", value)
 
 
 @pytest.fixture(scope="module")
@@ -885,156 +910,242 @@ def wide():
     return fit("kriging", known, n_sample=150), known, held_out
 
 
-def test_kriging_in_parts_is_nearer_to_exact_with_spots_of_all(wide, monkeypatch):
+@pytest.fixture
+def fresh(wide):
+    """Give the head of ``wide``, nothing worked out, what it knows and what it is asked."""
     head, known, held_out = wide
+    return get_head("kriging").from_state(*head.state()), known, held_out
+
+
+def by_tile(head, places, known):
+    """Rows of the spots that each place's tile conditions on exactly, once places were predicted."""
+    conditioned = head._conditioned
+    found = {}
+    for tile, rows in conditioned.tiles(places.xy_um / PITCH, places.own):
+        found |= dict.fromkeys(rows.tolist(), conditioned.known(tile, leave_out=False).spots.numpy())
+    assert sorted(found) == list(range(len(places)))
+    return [found[i] for i in range(len(places))]
+
+
+def dense(head, known, place, near, q, *, without=None):
+    """What a place is told in float64, by one large system: covariances of spots far from it go through drawn ones."""
+    lengths, shares = (head.parameters[name].double().exp().numpy() for name in ("lengths", "shares"))
+    covariance, noise = Covariance(lengths, shares[:4, q]), shares[4, q] + 1e-4
+    at, asked = inputs(head, known), inputs(head, place)
+    drawn = inputs(head, known.take(head._conditioned._drawn_spots))
+    inverse = np.linalg.inv(covariance(drawn) + 1e-3 * np.eye(len(drawn)))
+    there, here = covariance(drawn, at), covariance(drawn, asked)
+    matrix, row = there.T @ inverse @ there, here.T @ inverse @ there
+    matrix[np.diag_indices(len(at))] = covariance.diag(at)
+    matrix[np.ix_(near, near)] = covariance(at[near])
+    row[:, near] = covariance(asked, at[near])
+    matrix += noise * np.eye(len(at))
+    kept = np.setdiff1d(np.arange(len(at)), [] if without is None else [without])
+    return (row[:, kept] @ np.linalg.solve(matrix[np.ix_(kept, kept)], components(head, known)[kept, q])).item()
+
+
+def test_kriging_by_tiles_against_one_dense_system(fresh, monkeypatch):
+    head, known, held_out = fresh
+    in_tiles(monkeypatch, n_near=150, n_drawn=80)
     places = Places.of(held_out, hidden=False)
-    exact = head.predict(places, context=known)
-    error = {}
-    for n_drawn in (0, 200):
-        in_parts(monkeypatch, n_near=100, n_drawn=n_drawn)
+    (found,) = head.answers([head], places, context=known)
+    assert len(head._conditioned._tiles.spots) > 5
+    near = by_tile(head, places, known)
+    for i in range(0, len(places), 15):
+        assert len(near[i]) == 150
+        for q in range(0, found.shape[1], 3):
+            expected = dense(head, known, held_out.take(torch.tensor([i])), near[i], q)
+            assert abs(float(found[i, q]) - expected) < 2e-3
+    # far away as well, where all is said by the image
+    far = dataclasses.replace(places, xy_um=places.xy_um - 1e6).take(torch.arange(3))
+    (found,) = head.answers([head], far, context=known)
+    (near, *_) = by_tile(head, far, known)
+    moved = dataclasses.replace(held_out, xy_um=held_out.xy_um - 1e6)
+    for i in range(3):
+        expected = dense(head, known, moved.take(torch.tensor([i])), near, 0)
+        assert abs(float(found[i, 0]) - expected) < 2e-3
+
+
+def test_kriging_by_tiles_leaves_a_spot_out_of_the_dense_system(fresh, monkeypatch):
+    head, known, _ = fresh
+    in_tiles(monkeypatch, n_near=150, n_drawn=80)
+    places = Places.of(known)
+    (found,) = head.answers([head], places, context=known)
+    near = by_tile(head, places, known)
+    for i in range(0, len(known), 60):
+        assert i in near[i]
+        for q in (0, 4):
+            expected = dense(head, known, known.take(torch.tensor([i])), near[i], q, without=i)
+            assert abs(float(found[i, q]) - expected) < 2e-3
+
+
+@pytest.mark.parametrize(
+    "how", [{"n_near": 1000, "n_drawn": 20}, {"n_near": 60, "n_drawn": 675}], ids=["near", "drawn"]
+)
+def test_kriging_by_tiles_that_see_all_spots_is_exact(wide, fresh, monkeypatch, how):
+    exact, (head, known, held_out) = wide[0], fresh
+    for places in (Places.of(held_out, hidden=False), Places.of(known)):
+        expected = exact.predict(places, context=known)
+        with monkeypatch.context() as patch:
+            in_tiles(patch, **how)
+            found = head.predict(places, context=known)
+            assert head._conditioned._tiles is not None
+        assert (found - expected).abs().max() < (2e-3 if how["n_drawn"] < 100 else 0.05)
+
+
+def test_kriging_by_tiles_is_nearly_exact(wide, fresh, monkeypatch):
+    """The more, the more spots stand for all others."""
+    exact, (head, known, held_out) = wide[0], fresh
+    places = Places.of(held_out, hidden=False)
+    expected = exact.predict(places, context=known)
+    errors = []
+    for n_drawn in (5, 50, 200):
+        in_tiles(monkeypatch, n_near=150, n_drawn=n_drawn)
         head._context = None
-        error[n_drawn] = float((head.predict(places, context=known) - exact).square().mean())
-    head._context = None
-    assert error[200] < error[0]
+        errors.append(float((head.predict(places, context=known) - expected)[:, :6].square().mean().sqrt()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.05 * held_out.expression[:, :6].std(0).min()
 
 
-def test_kriging_in_parts_that_see_all_spots_is_exact(wide, monkeypatch):
-    head, known, held_out = wide
-    places = [Places.of(held_out, hidden=False), Places.of(known)]
-    exact = [head.predict(p, context=known) for p in places]
-    in_parts(monkeypatch, n_near=1000)
-    for one, other in zip(exact, [head.predict(p, context=known) for p in places], strict=True):
-        assert torch.allclose(one, other, atol=1e-4)
-
-
-def test_kriging_in_parts_is_nearly_exact(wide, monkeypatch):
-    """Few places spread over many spots: every part has the spots around all of its places, not around its middle."""
-    head, known, held_out = wide
-    places = Places.of(held_out, hidden=False)
-    exact = head.predict(places, context=known)
-    in_parts(monkeypatch, n_near=250)
-    parts = list(kriging._parts(places, known))
-    assert len(parts) > 3
-    assert sorted(torch.cat([rows for rows, _ in parts]).tolist()) == list(range(len(places)))
-    gap = (head.predict(places, context=known) - exact)[:, :6]
-    assert gap.square().mean().sqrt() < 0.1 * held_out.expression[:, :6].std(0).min()
-    assert gap.abs().max() < 0.25
-
-
-def test_kriging_in_parts_hides_what_was_measured(wide, monkeypatch):
-    head, known, _ = wide
-    in_parts(monkeypatch, n_near=250)
+def test_kriging_by_tiles_hides_what_was_measured(fresh, monkeypatch):
+    """A hidden spot is also left out of what all spots say together: nothing but a rounding error of it is left."""
+    head, known, _ = fresh
+    in_tiles(monkeypatch, n_near=150, n_drawn=80)
     places = Places.of(known)
     before = head.predict(places, context=known)
-    for i in (0, 97, 400):
+    drawn = int(head._conditioned._drawn_spots[0])
+    for i in (0, 97, 400, drawn):
         expression = known.expression.clone()
         expression[i] += 3
         after = head.predict(places, context=with_expression(known, expression))
-        assert (after[i] == before[i]).all()
+        assert torch.allclose(after[i], before[i], rtol=0, atol=2e-5)
         nearest = (known.xy_um - known.xy_um[i]).norm(dim=1).argsort()[1]
-        assert (after[nearest] != before[nearest]).any()
+        assert (after[nearest] - before[nearest]).abs().max() > 1e-3
     open_ = head.predict(Places.of(known, hidden=False), context=known)
     assert (open_ - before).abs().max() > 0.1
 
 
-def test_kriging_in_parts_tells_sections_apart(wide, monkeypatch):
-    """The middle of places of two sections lies in neither: no part may be cut so."""
-    head, known, held_out = wide
+def test_kriging_by_tiles_tells_sections_apart(wide, fresh, monkeypatch):
+    """Two sections, the same spots measured on both: each as if it were alone, or better."""
+    exact, (head, known, held_out) = wide[0], fresh
     shift = torch.tensor([3e5, 0.0])
 
     def twice(s):
         return Spots(s.embedding.repeat(2, 1), s.expression.repeat(2, 1), torch.cat([s.xy_um, s.xy_um + shift]), PITCH)
 
-    alone = head.predict(Places.of(held_out, hidden=False), context=known)
-    in_parts(monkeypatch, n_near=500)
-    found = head.predict(Places.of(twice(held_out), hidden=False), context=twice(known))
-    for half in found.chunk(2):
-        assert (half - alone).abs().mean() < 0.02
+    places, both = Places.of(twice(held_out), hidden=False), twice(known)
+    expected = exact.predict(places, context=both)
+    in_tiles(monkeypatch, n_near=150, n_drawn=300)
+    found = head.predict(places, context=both)
+    assert (found - expected).abs().mean() < 0.02
+    for near in by_tile(head, places, both)[::10]:
+        assert (near < len(known)).all() or (near >= len(known)).all()
 
 
-def rows_by_part(places, context):
-    """Rows of the spots of each place's part."""
-    found = {}
-    for rows, near in kriging._parts(places, context):
-        found |= dict.fromkeys(rows.tolist(), tuple(near.tolist()))
-    assert sorted(found) == list(range(len(places)))
-    return [found[i] for i in range(len(places))]
+def laid_down(xy):
+    xy = np.asarray(xy, float)
+    tiles = conditioning._Tiles.of(xy)
+    assert sorted(np.concatenate(tiles.spots)) == list(range(len(xy)))
+    return tiles
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.integers(0, 2**31), st.sampled_from([1.0, 1e5]), st.integers(1, 60))
-def test_kriging_tiles_are_laid_down_by_the_context_alone(seed, apart, n_call):
-    """Two clumps of spots, near or far; places among them, between them and beyond: the same part in any call."""
+@given(st.integers(0, 2**31), st.sampled_from([1.0, 1e5]), st.integers(1, 60), st.booleans())
+def test_tiles_are_laid_down_by_the_spots_alone(seed, apart, n_call, lattice):
+    """Two clumps of spots, near or far; places among them, between them and beyond: the same tile in any call."""
     rng = np.random.default_rng(seed)
-    clump = np.repeat([[0.0, 0.0], [30 * apart, 3.0]], 60, axis=0)
-    xy = PITCH * (clump + rng.random((120, 2)) * [12, 10])
-    at = PITCH * np.vstack(
-        [rng.random((40, 2)) * [45 * apart, 20], rng.normal(0, 1e4, (10, 2)), rng.random((10, 2)) * 9]
-    )
-    context = Spots(torch.zeros(120, 2), torch.zeros(120, 1), torch.as_tensor(xy, dtype=torch.float32), PITCH)
-    places = Places(torch.zeros(60, 2), torch.as_tensor(at, dtype=torch.float32), torch.full((60,), -1))
+    xy = np.repeat([[0.0, 0.0], [30 * apart, 3.0]], 60, axis=0) + rng.random((120, 2)) * [12, 10]
+    xy = np.round(xy) if lattice else xy  # many spots on one line, and some on one another
+    at = np.vstack([rng.random((40, 2)) * [45 * apart, 20], rng.normal(0, 1e4, (10, 2)), rng.random((10, 2)) * 9])
     with pytest.MonkeyPatch.context() as patch:
-        in_parts(patch, n_near=20)
-        at_once = rows_by_part(places, context)
-        order = torch.as_tensor(rng.permutation(60))
-        for rows in order.split(n_call):
-            assert rows_by_part(places.take(rows), context) == [at_once[i] for i in rows]
-    for i, near in enumerate(at_once):
-        assert len(near) == 20
-        assert list(near) == sorted(set(near))
-        distance = np.hypot(*(context.xy_um.double().numpy() - places.xy_um[i].double().numpy()).T)
-        inside = (places.xy_um[i] >= context.xy_um.min(0).values).all() & (
-            places.xy_um[i] <= context.xy_um.max(0).values
-        ).all()
-        if inside:
-            rest = np.setdiff1d(np.arange(120), near)
-            # a place is less than `_INNER` of its part's radius from the middle, so no spot around it is left out
-            radius = np.sort(distance)[20 - 1]
-            assert distance[rest].min() > (1 - kriging._INNER) / (1 + kriging._INNER) * radius - PITCH / 2
+        in_tiles(patch, n_near=40, n_drawn=0, n_tile=20)
+        tiles = laid_down(xy)
+        sizes = [len(spots) for spots in tiles.spots]
+        if not lattice:
+            assert 20 / 1.6 < min(sizes) <= max(sizes) < 20 * 1.6
+
+        def tile_of(places):
+            of = np.full(len(places), -1)
+            for tile, rows in tiles.sort(places):
+                assert (of[rows] == -1).all()
+                of[rows] = tile
+            assert (of >= 0).all()
+            return of
+
+        at_once, order = tile_of(at), rng.permutation(60)
+        for rows in np.split(order, range(n_call, 60, n_call)):
+            assert (tile_of(at[rows]) == at_once[rows]).all()
+        # a spot is in its own tile, and a tile has those around it
+        of = tile_of(xy)
+        for tile, spots in enumerate(tiles.spots):
+            assert (of[spots] == tile).all()
+            near = tiles.near(tile)
+            assert len(near) == max(40, len(spots))
+            assert (np.diff(near) > 0).all()
+            assert set(spots) <= set(near)
+            beyond = np.hypot(*np.maximum(np.maximum(xy[spots].min(0) - xy, xy - xy[spots].max(0)), 0).T)
+            assert beyond[near].max() <= np.sort(beyond)[len(near) - 1 :].min() + 1e-9
 
 
-def test_kriging_tiles_end_where_spots_lie_on_one_another(monkeypatch):
-    """More of them in one spot than a tile takes: no halving can bring them apart."""
-    in_parts(monkeypatch, n_near=20)
-    xy = torch.cat([torch.zeros(60, 2), torch.rand(40, 2, generator=torch.Generator().manual_seed(0)) * 5000])
-    context = Spots(torch.zeros(100, 2), torch.zeros(100, 1), xy, PITCH)
-    near = rows_by_part(Places.of(context), context)
-    assert set(near[0]) <= set(range(60))
-    line = dataclasses.replace(context, xy_um=xy * torch.tensor([1.0, 0.0]))
-    assert len(rows_by_part(Places.of(line), line)) == 100
+def test_tiles_end_where_spots_lie_on_one_another(monkeypatch):
+    """More of them in one place than a tile takes: no cut can bring them apart."""
+    in_tiles(monkeypatch, n_near=20, n_drawn=0, n_tile=20)
+    xy = np.vstack([np.zeros((60, 2)), np.random.default_rng(0).random((40, 2)) * 5000])
+    tiles = laid_down(xy)
+    (crowd,) = [spots for spots in tiles.spots if 0 in spots]
+    assert set(range(60)) <= set(crowd)
+    assert set(crowd) <= set(tiles.near(next(i for i, spots in enumerate(tiles.spots) if 0 in spots)))
+    assert len(laid_down(xy * [1, 0]).spots) > 1
+    assert len(laid_down(np.zeros((100, 2))).spots) == 1
+    assert laid_down(np.zeros((100, 2))).sort(np.ones((3, 2)))[0][0] == 0
 
 
-def test_kriging_in_parts_gives_a_place_the_same_in_whatever_company(wide, monkeypatch):
+def test_kriging_by_tiles_gives_a_place_the_same_in_whatever_company(wide, monkeypatch):
     head, known, held_out = wide
-    in_parts(monkeypatch, n_near=250)
+    in_tiles(monkeypatch, n_near=150, n_drawn=80)
+    state = head.state()
     for places in (Places.of(held_out, hidden=False), Places.of(known).take(slice(0, 150))):
-        at_once = head.predict(places, context=known)
+        at_once = get_head("kriging").from_state(*state).predict(places, context=known)
         order = torch.as_tensor(np.random.default_rng(0).permutation(150))
         for n in (7, 64):
-            fresh = get_head("kriging").from_state(*head.state())
+            fresh = get_head("kriging").from_state(*state)
             out = torch.empty_like(at_once)
             for rows in order.split(n):
                 out[rows] = fresh.predict(places.take(rows), context=known)
             assert torch.allclose(out, at_once, atol=1e-5)
 
 
-def test_kriging_keeps_the_parts_last_used(wide, monkeypatch):
+def test_kriging_tiles_are_the_same_side_by_side(fresh, wide, monkeypatch):
+    head, known, held_out = fresh
+    in_tiles(monkeypatch, n_near=150, n_drawn=80)
+    places = Places.of(held_out, hidden=False)
+    (alone,) = head.answers([head], places, context=known)
+    other = get_head("kriging").from_state(*wide[0].state())
+    with ThreadPoolExecutor(3, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        (together,) = other.answers([other], places, context=known, run=pool.map)
+    assert torch.allclose(alone, together, atol=1e-5)
+
+
+def test_kriging_keeps_the_tiles_last_used(wide, monkeypatch):
     """So few that they are thrown away and worked out again, with the same answer."""
     head, known, held_out = wide
-    in_parts(monkeypatch, n_near=250)
+    in_tiles(monkeypatch, n_near=150, n_drawn=80)
     places = Places.of(held_out, hidden=False)
-    n_parts = len(set(rows_by_part(places, known)))
     answers, counts = [], []
+    work = conditioning.Conditioned._condition_tile
     for kept in (64, 2):
-        monkeypatch.setattr(kriging, "_KEPT_PARTS", kept)
-        fresh, counted = get_head("kriging").from_state(*head.state()), []
-        condition = fresh._condition
-        monkeypatch.setattr(fresh, "_condition", lambda *a, c=condition, n=counted, **k: n.append(1) or c(*a, **k))
+        monkeypatch.setattr(conditioning, "_KEPT_TILES", kept)
+        counted = []
+        monkeypatch.setattr(
+            conditioning.Conditioned, "_condition_tile", lambda *a, n=counted, **k: n.append(1) or work(*a, **k)
+        )
+        fresh = get_head("kriging").from_state(*head.state())
         answers += [fresh.predict(places, context=known) for _ in range(2)]
         counts.append(len(counted))
-        assert len(fresh._known) == min(kept, n_parts)
-    assert n_parts > 3
-    assert counts == [n_parts, 2 * n_parts]
+        n_tiles = len(fresh._conditioned.tiles(places.xy_um / PITCH, places.own))
+        assert len(fresh._conditioned._known) == min(kept, n_tiles)
+    assert n_tiles > 5
+    assert counts == [n_tiles, 2 * n_tiles]
     for other in answers[1:]:
         assert (other == answers[0]).all()
 

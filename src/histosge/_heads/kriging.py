@@ -2,69 +2,41 @@
 
 The strongest of the plain rivals, and half of the default (docs/benchmarks.md). Notable choices:
 - covariance of two places = near in space + alike in the image + both + linear in the image
-- each principal component of the expression has its own share of each and its own noise; lengths are common to all
+- principal components of the expression have shares of each and noise of their own, alike ones in common; lengths are
+  common to all
 - lengths and shares maximise the marginal likelihood (Rasmussen and Williams, 2006, §5.4) of a sample of the spots,
   under weak priors that keep small sections from running away
-- nothing of the spots is stored: prediction conditions on the context it is given, a place's own spot left out exactly
-- a large context is cut into tiles of the plane, each conditioned on the spots around it: where they are is a matter of
-  the context alone, so that a place gets the same answer in whatever company it comes
+- nothing of the spots is stored: prediction conditions on the context it is given, a place's own spot left out
+- that is exact, and nearly so with a large context: ``_conditioning.py``
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import numpy as np
 import torch
-from scipy.spatial import cKDTree
 
-from histosge._heads._protocol import Places, Spots
+from histosge._heads._conditioning import Conditioned, Covariance, tie
 from histosge._heads._space import Space, n_gene_components
 from histosge._training import one_thread, steps_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-    from numpy.typing import NDArray
+    import numpy as np
     from torch import Tensor
 
-    from histosge._heads._protocol import Expansion, Run
+    from histosge._heads._conditioning import Known
+    from histosge._heads._protocol import Expansion, Places, Run, Spots
 
 _MOST_COMPONENTS = 16
 """Components beyond these are nearly all noise, and each costs a factorisation."""
-_MOST_SPOTS = 6000
-"""With more spots, places are predicted tile by tile, from the nearest ``_NEAR_SPOTS`` and ``_DRAWN_SPOTS`` of all."""
-_NEAR_SPOTS = 1000
-_DRAWN_SPOTS = 1500
-"""Spots drawn once from all: near ones know the place, these know the image, and hold tiles together."""
-_INNER = 0.6
-"""A tile lies within this share of the way to the farthest of its spots: all of its places have spots around them."""
-_KEPT_PARTS = 64
-"""Tiles that are kept worked out, a megabyte each."""
 _PAIRS_AT_ONCE = {"cpu": 2**18, "other": 2**25}
 """Covariances of places with spots that are worked out at once: on a processor, what its cache holds."""
 _FIRST_LENGTHS = (5.0, 0.8, 8.0, 0.8)
 """Where lengths start and what the prior holds them near: pitches, image, and both again for the product."""
 _JITTER = 1e-4
-
-
-@dataclass(frozen=True)
-class _Known:
-    """Spots worked into weights: kept, since places come in parts."""
-
-    place: Tensor
-    """(n, 2) in pitches"""
-    image: Tensor
-    """(n, P)"""
-    weight: Tensor
-    """(3, n, Q) of each covariance but the linear one"""
-    slope: Tensor
-    """(P, Q) what the linear one comes to"""
-    left_out: Tensor | None
-    """(n, Q) components at each spot, given all others"""
 
 
 class Kriging:
@@ -99,7 +71,7 @@ class Kriging:
         self.space: Space | None = None
         self.parameters: dict[str, Tensor] = {}
         self._context: Spots | None = None
-        self._known: OrderedDict[bytes, _Known] = OrderedDict()
+        self._conditioned: Conditioned | None = None
 
     def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
         device = spots.embedding.device
@@ -112,7 +84,7 @@ class Kriging:
             place, image = _inputs(known, self.space, spots.pitch_um)
             target = self.space.components(known.expression)  # (n, Q)
             self.parameters = self._maximise(place, image, target, progress=progress)
-        self._context = None  # worked out with other lengths
+        self._context = self._conditioned = None  # worked out with other lengths
         return self
 
     def _maximise(self, place: Tensor, image: Tensor, target: Tensor, *, progress: bool | None) -> dict[str, Tensor]:
@@ -152,7 +124,7 @@ class Kriging:
                 optimiser.step()
                 bar.update()
                 bar.set_postfix(loss=f"{float((deviance + prior.detach()) / n):.4f}")
-        found = {"lengths": lengths.detach(), "shares": (common + own).detach()}
+        found = {"lengths": lengths.detach(), "shares": tie((common + own).detach().exp()).log()}
         if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
             msg = (
                 "kriging diverged: the likelihood was not a number. "
@@ -184,65 +156,46 @@ class Kriging:
         if len(context) == 0 or len(places) == 0:  # nothing is known around: the prior mean
             return components
         with torch.inference_mode():
-            if self._context is not context:
-                self._context, self._known = context, OrderedDict()
-            for rows, near in _parts(places, context):
-                own = places.own[rows]
-                at = torch.searchsorted(near, own).clamp_max(len(near) - 1)
-                own = torch.where(near[at] == own, at, -1)  # `near` is sorted; -1 is in no part
-                known = self._recall(context, near, space, leave_out=bool((own >= 0).any()))
-                some = Places(places.embedding[rows], places.xy_um[rows], own)
-                components[rows] = self._read(some, known, space, pitch_um=context.pitch_um, run=run)
+            known = self._condition(context, run)
+            tiles = known.tiles(places.xy_um / context.pitch_um, places.own)
+
+            @torch.inference_mode()
+            def answer(tile: tuple[int, Tensor]) -> None:
+                number, rows = tile
+                some = places.take(rows)
+                weights = known.known(number, leave_out=bool((some.own >= 0).any()))
+                components[rows] = self._read(some, weights, space, pitch_um=context.pitch_um)
+
+            if len(tiles) > 1:
+                list(run(answer, tiles))
+            else:
+                [(number, _)] = tiles
+                weights = known.known(number, leave_out=bool((places.own >= 0).any()))
+                components[:] = self._read(places, weights, space, pitch_um=context.pitch_um, run=run)
         return components
 
-    def _recall(self, context: Spots, near: Tensor, space: Space, *, leave_out: bool) -> _Known:
-        """Spots ``near`` of the context, worked out when they are first asked for, and of late."""
-        key = near.cpu().numpy().tobytes()
-        known = self._known.get(key)
-        if known is None or (leave_out and known.left_out is None):
-            known = self._known[key] = self._condition(context.take(near), space, leave_out=leave_out)
-        self._known.move_to_end(key)
-        while len(self._known) > _KEPT_PARTS:
-            self._known.popitem(last=False)
-        return known
+    def _condition(self, context: Spots, run: Run) -> Conditioned:
+        """Spots of the context, worked out once."""
+        if self._conditioned is None or self._context is not context:
+            space: Space = self.space  # type: ignore[assignment]
+            place, image = _inputs(context, space, context.pitch_um)
+            covariance = Covariance.of(*(self.parameters[name].exp() for name in ("lengths", "shares")))
+            self._conditioned = Conditioned(place, image, space.components(context.expression), covariance, run=run)
+            self._context = context
+        return self._conditioned
 
-    def _condition(self, spots: Spots, space: Space, *, leave_out: bool) -> _Known:
-        """Weights of all spots, and what is said at each spot by all others."""
-        share, lengths = self.parameters["shares"].exp(), self.parameters["lengths"]
-        place, image = _inputs(spots, space, spots.pitch_um)
-        near, alike, both = _decays(place, image, place, image, lengths)  # (n, n) each
-        target = space.components(spots.expression)  # (n, Q)
-        weight = torch.empty_like(target)
-        left_out = torch.empty_like(target) if leave_out else None
-        matrix = torch.empty_like(near)  # covariance, its factor and its inverse: there is room for one of them
-        for q, (of_near, of_alike, of_both, linear, noise) in enumerate(share.T.tolist()):
-            torch.mul(near, of_near, out=matrix)
-            matrix.add_(alike, alpha=of_alike).add_(both, alpha=of_both).addmm_(image, image.T, alpha=linear)
-            matrix.diagonal().add_(noise + _JITTER)
-            factor = torch.linalg.cholesky(matrix.T, out=matrix.T)  # by columns, as LAPACK likes it: nothing is copied
-            half = torch.linalg.solve_triangular(factor, target[:, q : q + 1], upper=False)
-            weight[:, q] = torch.linalg.solve_triangular(factor.T, half, upper=True)[:, 0]
-            if left_out is not None:
-                # Rasmussen and Williams (2006), equation 5.12, without the spot's own term instead of with its difference
-                # from itself: not even a rounding error of what was measured there is left
-                inverse = torch.cholesky_inverse(factor, out=factor)
-                precision = inverse.diagonal().clone()
-                inverse.diagonal().zero_()
-                left_out[:, q] = -(inverse @ target[:, q]) / precision
-        return _Known(place, image, share[:3, None] * weight, share[3] * (image.T @ weight), left_out)
-
-    def _read(self, places: Places, known: _Known, space: Space, *, pitch_um: float, run: Run = map) -> Tensor:
+    def _read(self, places: Places, known: Known, space: Space, *, pitch_um: float, run: Run = map) -> Tensor:
         """Components (m, Q) at places; where a place is a spot, those that all other spots give it."""
-        lengths = self.parameters["lengths"]
         out = known.slope.new_empty(len(places), known.slope.shape[1])
         pairs = _PAIRS_AT_ONCE["cpu" if out.device.type == "cpu" else "other"]
+        covariance = self._conditioned.covariance  # type: ignore[union-attr]
 
         @torch.inference_mode()
         def read(rows: slice) -> None:
             place, image = _inputs(places.take(rows), space, pitch_um)
             some = image @ known.slope  # (m', Q)
             for decay, weight in zip(
-                _decays(place, image, known.place, known.image, lengths), known.weight, strict=True
+                covariance.decays(place, image, known.place, known.image), known.weight, strict=True
             ):
                 some.addmm_(decay, weight)
             out[rows] = some
@@ -251,7 +204,8 @@ class Kriging:
         list(run(read, [slice(start, start + n) for start in range(0, len(places), n)]))
         if known.left_out is not None:
             hidden = places.own >= 0
-            out[hidden] = known.left_out[places.own[hidden]]
+            own = places.own[hidden]
+            out[hidden] = known.left_out[own if known.spots is None else torch.searchsorted(known.spots, own)]
         return out
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -293,64 +247,6 @@ def _kernels(distance: Tensor, unlike: Tensor, alike: Tensor, lengths: Tensor) -
             alike,
         ]
     )
-
-
-def _decays(
-    place: Tensor, image: Tensor, places: Tensor, images: Tensor, lengths: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Near, alike, near and alike: what ``_kernels`` stacks, (m, n) each, worked out where it lies."""
-    near, alike, both_near, both_alike = lengths.exp().tolist()
-    x, y = places.T.contiguous()  # (n,) each: strided ones cost several times as much
-    distance = (place[:, :1] - x).square_()
-    other = place[:, 1:] - y
-    distance.addcmul_(other, other).sqrt_()
-    # minus half the square of the difference, by one product: a b - a a / 2 - b b / 2
-    a = torch.cat([image, image.square().sum(1, keepdim=True) / -2, image.new_ones(len(image), 1)], 1)
-    b = torch.cat([images, images.new_ones(len(images), 1), images.square().sum(1, keepdim=True) / -2], 1)
-    unlike = torch.mm(a, b.T, out=other).clamp_max_(0)
-    both = _exp(torch.mul(unlike, 1 / both_alike**2).add_(distance, alpha=-1 / both_near))
-    return _exp(distance.mul_(-1 / near)), _exp(unlike.mul_(1 / alike**2)), both
-
-
-def _exp(values: Tensor) -> Tensor:
-    """Exponential in place; on a processor numpy's, which takes half as long as torch's."""
-    if values.device.type != "cpu":
-        return values.exp_()
-    array = values.numpy()
-    np.exp(array, out=array)
-    return values
-
-
-def _parts(places: Places, context: Spots) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of places, and the (sorted) rows of the spots that they are predicted from: all, or those around a tile.
-
-    Those around a tile are the nearest to its middle, and some drawn from all (docs/benchmarks.md). Tiles are halves of
-    halves of the box around the context, down to where the nearest spots reach well beyond the tile. Places outside the box go to the tile at its edge.
-    """
-    device = places.embedding.device
-    if len(context) <= _MOST_SPOTS:
-        yield torch.arange(len(places), device=device), torch.arange(len(context), device=device)
-        return
-    xy, spots = (where.xy_um.cpu().numpy().astype(float) for where in (places, context))
-    tree = cKDTree(spots)
-    drawn = np.random.default_rng(0).choice(len(spots), min(_DRAWN_SPOTS, len(spots)), replace=False)
-    waiting: list[tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]]
-    waiting = [(np.arange(len(xy)), spots.min(0), spots.max(0))]
-    while waiting:
-        rows, low, high = waiting.pop()
-        if len(rows) == 0:
-            continue
-        middle = (low + high) / 2
-        distance, near = tree.query(middle, k=list(range(1, min(_NEAR_SPOTS, tree.n) + 1)))
-        reach = max(_INNER * distance[-1], context.pitch_um / 2)  # however many spots lie on one another, tiles end
-        if np.hypot(*(high - middle)) <= reach:
-            yield torch.as_tensor(rows, device=device), torch.as_tensor(np.union1d(near, drawn), device=device)
-            continue
-        wide = int(np.argmax(high - low))  # the longer side is halved
-        left = xy[rows, wide] <= middle[wide]
-        before, after = high.copy(), low.copy()
-        before[wide] = after[wide] = middle[wide]
-        waiting += [(rows[left], low, before), (rows[~left], after, high)]
 
 
 def _not_fitted() -> RuntimeError:
