@@ -21,9 +21,10 @@ import torch
 from sections import load, require_data
 
 from histosge import settings
+from histosge._fitting import fit_model
 from histosge._holdout import Measured, Plan, ask, score_genes, trials
 from histosge._metrics import noise_ceiling
-from histosge._model import Model, fit_model
+from histosge._model import Model
 from histosge._recipe import embed_targets, prepare
 from histosge._section import own_spots, read_section, section_counts
 

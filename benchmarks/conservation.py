@@ -30,10 +30,11 @@ from sections import require_data
 import histosge as sge
 from histosge import datasets, settings
 from histosge._conservation import conserve, noise_variance, shrinkage
+from histosge._fitting import fit_model
 from histosge._heads import Places
 from histosge._holdout import Measured, Plan, ask, trials
+from histosge._layout import lay_out
 from histosge._metrics import correlation, thin
-from histosge._model import fit_model, lay_out
 from histosge._section import per_target_sum, read_section, section_counts
 from histosge._splits import block_folds, pseudo_spots
 

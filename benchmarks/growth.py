@@ -57,7 +57,8 @@ def fitted(options) -> Fitted:
     import torch
 
     import histosge as sge
-    from histosge._model import Model, fit_model
+    from histosge._fitting import fit_model
+    from histosge._model import Model
     from histosge._recipe import embed_parts, embed_targets, prepare
     from histosge._section import own_spots, read_section
 

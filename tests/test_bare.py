@@ -12,8 +12,8 @@ from spatialdata.transformations import get_transformation
 import histosge as sge
 from histosge._geometry import lay_over, tissue_mask
 from histosge._heads import Spots
+from histosge._layout import FAR_UM, lay_out
 from histosge._metrics import correlation
-from histosge._model import FAR_UM, lay_out
 from histosge._recipe import embed_targets, prepare
 from histosge._section import own_spots, read_section
 

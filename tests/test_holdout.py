@@ -14,11 +14,12 @@ from scipy.spatial import cKDTree
 from spatialdata import SpatialData
 
 import histosge as sge
-from histosge import _holdout, _metrics, _model
+from histosge import _fitting, _holdout, _metrics
+from histosge._fitting import fit_model
 from histosge._geometry import estimate_lattice
 from histosge._heads import in_context
 from histosge._holdout import SPLITS, Measured, Plan, Trial, ask, trials
-from histosge._model import fit_model
+from histosge._layout import lay_out
 from histosge._recipe import embed_targets, prepare
 from histosge._section import own_spots, per_target_sum, read_section, section_counts
 from histosge.tl import _evaluate
@@ -337,13 +338,13 @@ def test_spots_learnt_from_do_reach_predictions(room):
 
 def test_all_heads_of_a_split_see_the_same_spots_genes_and_folds(ready, monkeypatch):
     seen = []
-    cross_fit = _model.cross_fit
+    cross_fit = _fitting.cross_fit
 
     def recorded(spots, *, head, fold, **given):
         seen.append((head, spots, fold))
         return cross_fit(spots, head=head, fold=fold, **given)
 
-    monkeypatch.setattr(_model, "cross_fit", recorded)
+    monkeypatch.setattr(_fitting, "cross_fit", recorded)
     scores = score(ready, genes=8)
     assert [head for head, _, _ in seen] == CHEAP * 2
     for start in (0, 3):
@@ -516,7 +517,7 @@ def test_a_section_left_out_lies_far_from_all_others(room, other_room):
     assert [t.name for t in found] == [one.name, "second", "third"]
     for trial in found:
         assert len(trial.sections) == 2
-        laid = _model.lay_out(trial.sections, trial.embeddings, trial.sections[0].genes)
+        laid = lay_out(trial.sections, trial.embeddings, trial.sections[0].genes)
         assert cKDTree(laid.xy_um).query(trial.xy_um)[0].min() > 100_000
 
 

@@ -17,6 +17,7 @@ from histosge._metrics import (
     gene_agreement,
     morans_i,
     noise_ceiling,
+    not_beaten,
     rank_correlation,
     structural_similarity,
     thin,
@@ -390,3 +391,17 @@ def test_noise_ceiling_needs_counts_in_every_spot():
         noise_ceiling(sparse.csr_matrix(counts))
     with pytest.raises(ValueError, match="counts hold 3 values that are negative"):
         noise_ceiling(sparse.csr_matrix(counts - [[0], [0], [1], [0], [0]]))
+
+
+@pytest.mark.parametrize(
+    ("head", "pcc", "better"),
+    [
+        ("a+b", {"a+b": 0.40, "a": 0.39, "ridge": 0.3}, []),
+        ("a+b", {"a+b": 0.40, "a": 0.409, "b": 0.4101}, ["b"]),  # within a hundredth a part is no better
+        ("a+b", {"a+b": 0.40, "ridge": 0.40, "nearest": 0.41}, ["nearest", "ridge"]),  # a rival is, at once
+        ("ridge", {"ridge": 0.40, "nearest": 0.39}, []),
+        ("a+ridge", {"a+ridge": 0.40, "ridge": 0.401, "a": 0.45}, ["a", "ridge"]),  # also where it is a part
+    ],
+)
+def test_what_a_head_does_not_beat(head, pcc, better):
+    assert not_beaten(head, pcc) == better

@@ -13,13 +13,15 @@ import torch
 from scipy import sparse
 
 import histosge as sge
-from histosge import _keys, _model
+from histosge import _fitting, _keys
 from histosge._calibration import calibrate
 from histosge._encoders._spec import EncoderSpec
 from histosge._evaluation import score
+from histosge._fitting import fit_model
 from histosge._geometry import nearest_spots
 from histosge._heads import HEADS, Places, Spots, get_head, in_context
-from histosge._model import Model, fit_model, lay_out
+from histosge._layout import FAR_UM, lay_out
+from histosge._model import Model
 from histosge._recipe import Recipe
 from histosge._section import read_section
 from histosge._settings import Settings, logger, progress_bar
@@ -160,7 +162,7 @@ def test_a_better_part_is_named(section, embedding, log, embedded, better):
 @pytest.mark.parametrize(("lead", "told"), [(0.005, 0), (0.02, 1)])
 def test_a_part_is_better_only_by_more_than_chance(log, lead, told):
     held_out = {"in-context+kriging": {"pcc": 0.3}, "in-context": {"pcc": 0.2}, "kriging": {"pcc": 0.3 + lead}}
-    _model._report("in-context+kriging", held_out)
+    _fitting._report("in-context+kriging", held_out)
     assert len([r for r in log.records if r.levelno == logging.WARNING]) == told
 
 
@@ -223,7 +225,7 @@ def folds(monkeypatch):
         dealt.append(block_folds(*args, **kwargs))
         return dealt[-1]
 
-    monkeypatch.setattr(_model, "block_folds", deal)
+    monkeypatch.setattr(_fitting, "block_folds", deal)
     return dealt
 
 
@@ -356,13 +358,13 @@ def test_same_seed_same_model(section, embedding, head):
 
 def test_genes_of_a_fold_are_chosen_without_its_spots(section, embedding, monkeypatch):
     """Whatever is measured at held-out spots, their fold is scored on the same genes."""
-    seen, original = [], _model.summary
+    seen, original = [], _fitting.summary
 
     def recording(predicted, measured, *, fold, chosen):
         seen.append((fold, [chosen(f) for f in range(3)]))
         return original(predicted, measured, fold=fold, chosen=chosen)
 
-    monkeypatch.setattr(_model, "summary", recording)
+    monkeypatch.setattr(_fitting, "summary", recording)
     model = fit(section, embedding)
     fold, chosen = seen[0]
     names = [set(model.context_genes[c]) for c in chosen]
@@ -617,7 +619,7 @@ def test_a_section_looks_the_same_wherever_it_was_laid(section, embedding, head)
     """The second section was learnt far away and is predicted where it is."""
     xy = torch.as_tensor(section.xy_um, dtype=torch.float32)
     near = Spots(torch.as_tensor(embedding), torch.as_tensor(section.dense(section.genes)), xy, 100.0)
-    far = dataclasses.replace(near, xy_um=xy + torch.tensor([_model.FAR_UM, 0.0]))
+    far = dataclasses.replace(near, xy_um=xy + torch.tensor([FAR_UM, 0.0]))
     both = Spots(*(torch.cat([getattr(near, f), getattr(far, f)]) for f in ("embedding", "expression", "xy_um")), 100.0)
     fitted = get_head(head)(**OPTIONS.get(head, {})).fit(both, rng=np.random.default_rng(0), progress=False)
     one, other = (fitted.predict(Places.of(s), context=s) for s in (near, far))

@@ -17,7 +17,8 @@ from histosge import _metrics
 from histosge._calibration import coverage, neighbour_average
 from histosge._coverage import padded
 from histosge._domains import SPATIAL_WEIGHT, agreement, find_domains
-from histosge._model import FAR_UM, fit_model, lay_out
+from histosge._fitting import fit_model
+from histosge._layout import FAR_UM, lay_out
 from histosge._recipe import SpotParts
 from histosge._section import per_target_sum
 from histosge._settings import logger, progress_bar, settings

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.floating]
 
+RIVALS = ("ridge", "nearest")
+"""Simple heads that are scored beside every other, on the same folds."""
+_SAME_PCC = 0.01
+"""A part of a head that is less ahead than this is as good: so much changes from seed to seed."""
 _BLOCK = 512
 """Genes at a time, where all at once need not fit in memory."""
 _K1, _K2 = 0.01, 0.03
@@ -264,3 +268,10 @@ def _posterior(k: Floats, expected: Floats, cv2: Floats, *, scale: Floats) -> tu
     low, middle, high = (np.log1p(np.exp(level + side * sd)) for side in (-1, 0, 1))
     mean_log = (low + 4 * middle + high) / 6
     return mean_log, ((low - mean_log) ** 2 + 4 * (middle - mean_log) ** 2 + (high - mean_log) ** 2).mean(0) / 6
+
+
+def not_beaten(head: str, pcc: dict[str, float]) -> list[str]:
+    """Heads, best first, that are no worse than ``head`` by their correlations: a rival at once, a part of it clearly."""
+    parts = set(head.split("+")) - set(RIVALS)
+    lead = {name: value - pcc[head] - (_SAME_PCC if name in parts else 0) for name, value in pcc.items()}
+    return sorted((n for n, ahead in lead.items() if n != head and ahead >= 0), key=lambda n: -pcc[n])

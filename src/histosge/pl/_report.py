@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from histosge import _keys
+from histosge._metrics import not_beaten
 from histosge._settings import logger
 from histosge.pl._canvas import predicted_table
 
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 _N_MAPS = 4
 _N_LISTED = 50
-_SAME_PCC = 0.01
-"""A part of the head that is less ahead than this is as good: so much changes from seed to seed."""
 _RIVALS = {
     "nearest": "interpolation of the measured spots",
     "ridge": "ridge regression on the image",
@@ -312,9 +311,7 @@ class _Run:
     @property
     def better(self) -> list[str]:
         """What the head did not beat, best first."""
-        head, parts = self.made["head"], set(self.made["head"].split("+")) - set(_RIVALS)
-        own = self.held_out[head]
-        return [n for n, pcc in self.held_out.items() if n != head and pcc - (_SAME_PCC if n in parts else 0) >= own]
+        return not_beaten(self.made["head"], self.held_out)
 
     def warnings(self, *, scores: pd.DataFrame | None) -> list[tuple[str, str]]:
         """What a reader must know, in a few words and in a sentence."""

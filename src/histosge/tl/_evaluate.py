@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from histosge._embedding import resolve_device
+from histosge._fitting import check_arguments
 from histosge._heads import BLIND, default_head, divides
 from histosge._holdout import PROTOCOLS, SPLITS, Measured, Plan, trials
 from histosge._holdout import evaluate as hold_out
-from histosge._model import check_arguments
 from histosge._recipe import DEFAULT_ENCODER, embed_parts, embed_targets, prepare
 from histosge._section import column, own_spots, read_section, section_counts
 from histosge._settings import logger

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from histosge._embedding import resolve_device
+from histosge._fitting import check_arguments, fit_model
 from histosge._heads import default_head, divides
-from histosge._model import Model, check_arguments, fit_model
 from histosge._recipe import DEFAULT_ENCODER, embed_parts, embed_targets, prepare
 from histosge._section import own_spots, read_section
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
+
+    from histosge._model import Model
 
 
 def fit(

@@ -11,8 +11,8 @@ import numpy as np
 
 from histosge import _keys
 from histosge._embedding import resolve_device
+from histosge._fitting import check_arguments, fit_model
 from histosge._heads import default_head, divides
-from histosge._model import Model, check_arguments, fit_model
 from histosge._prediction import (
     Answer,
     Question,
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
     from spatialdata import SpatialData
+
+    from histosge._model import Model
 
 
 def predict(
