@@ -1411,6 +1411,33 @@ def test_dropout_draws_from_its_generator():
     assert torch.equal(Dropout(0.0)(x), x)
 
 
+def test_many_spots_are_seen_as_often_as_few():
+    one = Schedule(n_steps=300, batch_size=64, learning_rate=3e-3, weight_decay=0.5, patience=10)
+    assert one.over(50) == one.over(2400) == one
+    for n in (3_000, 40_000, 10**6):
+        many = one.over(n)
+        assert many.n_steps * many.batch_size / n == pytest.approx(300 * 64 / 2400, rel=0.02)
+        assert many.n_steps / many.batch_size == pytest.approx(300 / 64, rel=0.02)
+        assert (many.learning_rate, many.weight_decay, many.patience) == (3e-3, 0.5, 10)
+
+
+@pytest.mark.parametrize("name", ["in-context", "aggregate"])
+def test_training_of_many_spots_takes_more_steps(small, monkeypatch, name):
+    asked = []
+
+    def stop(*_, schedule, n_spots, **__):
+        asked.append((schedule, n_spots))
+        raise InterruptedError
+
+    monkeypatch.setattr(f"histosge._heads.{name.replace('-', '_')}.train", stop)
+    monkeypatch.setattr("histosge._training._MANY_SPOTS", 10)
+    with pytest.raises(InterruptedError):
+        fit(name, small)
+    [(schedule, n)] = asked
+    assert 10 < n < len(small)
+    assert (schedule.n_steps, schedule.batch_size) == (round(300 * (n / 10) ** 0.5), round(64 * (n / 10) ** 0.5))
+
+
 def test_training_is_adamw_with_clipped_gradients():
     """The steps that torch takes over the parameters one by one; each ends as a tensor of its own."""
     torch.manual_seed(0)

@@ -133,12 +133,13 @@ class Aggregate(InContext):
             with torch.no_grad():  # the error of the mean is the unit, so that clipped gradients are alike everywhere
                 plain = torch.expm1(mean).expand(len(learn), -1)
                 unit = float(self._error(plain, spots, learn).abs().clamp_min(1e-6))
+            schedule = Schedule(n_steps=300, batch_size=64, learning_rate=3e-3, weight_decay=0.5, patience=10)
             self.losses = train(
                 network,
                 loss=lambda batch: loss(batch) / unit,
                 stopping_loss=lambda: error(stop, present[stop]) / unit,
                 n_spots=len(learn),
-                schedule=Schedule(n_steps=300, batch_size=64, learning_rate=3e-3, weight_decay=0.5, patience=10),
+                schedule=schedule.over(len(learn)),
                 generator=generator,
                 noise=noise,
                 desc="training aggregate head",

@@ -267,12 +267,13 @@ class InContext:
                 drawn = torch.rand(present[rows].shape, device=device, generator=noise)
                 return error(rows, present[rows] & (drawn >= hide))
 
+            schedule = Schedule(n_steps=300, batch_size=64, learning_rate=3e-3, weight_decay=0.5, patience=10)
             self.losses = train(
                 network,
                 loss=loss,
                 stopping_loss=lambda: error(stop, present[stop]),
                 n_spots=len(learn),
-                schedule=Schedule(n_steps=300, batch_size=64, learning_rate=3e-3, weight_decay=0.5, patience=10),
+                schedule=schedule.over(len(learn)),
                 generator=generator,
                 noise=noise,
                 desc="training in-context head",
