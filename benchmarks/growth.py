@@ -3,9 +3,11 @@
     python benchmarks/growth.py store [--n 1000000] [--head in-context+kriging]   # reads ../shared/data
     python benchmarks/growth.py targets [--largest 1000000]                       # reads ../shared/data
     python benchmarks/growth.py spots [--largest 100000] [--heads in-context kriging ...]
+    python benchmarks/growth.py sections [--n-sections 12]
 
 The model is fitted on mouse_colon_visium with `stain-texture`. Targets are small bins over the section; each has the
-embedding of a spot drawn at random, so that no image is read. `spots` works on synthetic arrays. docs/benchmarks.md.
+embedding of a spot drawn at random, so that no image is read. `spots` works on synthetic arrays, `sections` on synthetic
+sections of one tissue, first with as many steps of training as few spots get. docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -287,6 +289,49 @@ def one(options) -> None:
     print(json.dumps({"fit": fit, "first": first, "again": again, "peak": peak_gib(), "data": data}))
 
 
+# ------------------------------------------------------------------------------------------------------------ sections
+
+
+def sections(options) -> None:
+    """Fit on many sections together, predict one of them, and one of which there is an image only."""
+    from spatialdata import SpatialData
+
+    import histosge as sge
+    from histosge import _training
+
+    sge.settings.progress = False
+    sge.settings.verbosity = 1
+    how = {"n_rows": options.rows, "n_cols": options.rows, "n_genes": options.genes, "mpp": 2.0, "genes_rng": 0}
+    times = [perf_counter()]
+    known = [sge.datasets.synthetic(**how, rng=i) for i in range(options.n_sections)]
+    times.append(perf_counter())
+    for sdata in known:
+        sge.tl.embed(sdata, encoder="stain-texture")
+    times.append(perf_counter())
+    n_spots = sum(len(sdata.shapes["spots"]) for sdata in known)
+    made, embedded = np.diff(times)
+    print(
+        f"{options.n_sections} sections, {n_spots:,} spots: made in {made:.0f} s, embedded in {embedded:.0f} s",
+        flush=True,
+    )
+    few = _training._MANY_SPOTS
+    for what, many in ("steps as for few spots", 10**12), ("as shipped", few):
+        _training._MANY_SPOTS = many
+        start = perf_counter()
+        model = sge.tl.fit(known, encoder="stain-texture", genes="all")
+        scores = ", ".join(f"{name} {score['pcc']:.3f}" for name, score in model.held_out.items())
+        print(
+            f"{what}: fit {perf_counter() - start:.0f} s, peak {peak_gib():.2f} GiB; held-out PCC {scores}", flush=True
+        )
+    unseen = SpatialData(images=sge.datasets.synthetic(**how, rng=10**6).images)
+    for what, sdata, more in ("a measured section", known[0], {}), ("an image alone", unseen, {"mpp": 2.0}):
+        start = perf_counter()
+        found = sge.tl.predict(sdata, model=model, inplace=False, **more)
+        print(
+            f"{what}: {found.n_obs:,} places in {perf_counter() - start:.0f} s, peak {peak_gib():.2f} GiB", flush=True
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = parser.add_subparsers(required=True)
@@ -306,6 +351,11 @@ def main() -> None:
     command.add_argument("--heads", nargs="+", default=["in-context", "kriging", "aggregate", "ridge", "nearest"])
     command.add_argument("--places", type=int, default=20_000)
     command.add_argument("--seconds", type=int, default=600, help="limit of one size")
+    command = jobs.add_parser("sections")
+    command.set_defaults(job=sections)
+    command.add_argument("--n-sections", type=int, default=12)
+    command.add_argument("--rows", type=int, default=70)
+    command.add_argument("--genes", type=int, default=600)
     command = jobs.add_parser("one")
     command.set_defaults(job=one)
     command.add_argument("--head", required=True)
