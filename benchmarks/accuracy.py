@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from time import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -24,9 +25,11 @@ from histosge import settings
 from histosge._fitting import fit_model
 from histosge._holdout import Measured, Plan, ask, score_genes, trials
 from histosge._metrics import noise_ceiling
-from histosge._model import Model
 from histosge._recipe import embed_targets, prepare
 from histosge._section import own_spots, read_section, section_counts
+
+if TYPE_CHECKING:
+    from histosge._model import Model
 
 HEAD = "in-context+kriging"
 RIVALS = ("ridge", "coordinates", "nearest", "mean")
@@ -85,8 +88,7 @@ def parts(model: Model) -> list[Model]:
             heads = [(w, h) for w, h in model.heads if h.name == name]
             total = sum(w for w, _ in heads)
             heads = [(w / total, h) for w, h in heads]
-            of_part = (model.genes, model.context_genes, heads, model.scores, model.held_out, model.recipe)
-            models.append(Model(name, *of_part))
+            models.append(replace(model, head=name, heads=heads, bars=None))
     return models
 
 

@@ -3,7 +3,8 @@
     python benchmarks/kriging.py tiles [--n 12000]       # made spots: takes minutes and 4 GiB for the exact answer
     python benchmarks/kriging.py kinds [--seeds 8]       # reads ../shared/data
 
-`tiles` asks at 2,000 places among the spots, and at the same ones a metre away, where only the image tells anything.
+`tiles` asks at 2,000 places among the spots, at the same ones a metre away, where only the image tells anything, and
+along a line through them, where a step from one place to the next is one from tile to tile.
 docs/benchmarks.md.
 """
 
@@ -63,21 +64,25 @@ def tiles(options) -> None:
     known, places, truth = made(options.n)
     head = get_head("kriging")().fit(known, rng=np.random.default_rng(0), progress=False)
     truth, far = head.space.components(truth), replace(places, xy_um=places.xy_um - 1e6)
+    along = torch.arange(0, float(known.xy_um[:, 0].max()), 5)
+    line = torch.stack([along, along * 0.37 + 1000], 1)
+    line = Places(places.embedding[:1].expand(len(line), -1), line, torch.full((len(line),), -1))
 
     def ask(**constants):
         for name, value in constants.items():
             setattr(_conditioning, f"_{name}", value)
         start, head._context = perf_counter(), None
         with workers(torch.device("cpu")) as run:
-            found = [head.answers([head], where, context=known, run=run)[0] for where in (places, far)]
+            found = [head.answers([head], where, context=known, run=run)[0] for where in (places, far, line)]
         return *found, perf_counter() - start
 
     exact = ask(MOST_SPOTS=10**9)
     print(f"{options.n:,} spots, spread of the answer {float(exact[0].std(0).square().mean().sqrt()):.2f}")
-    print("drawn | from exact, there and far | from the truth, there and far | both, s")
+    print("drawn | from exact, there and far | from the truth, there and far | largest step | all, s")
     for n_drawn in (None, *options.drawn):
-        there, away, seconds = exact if n_drawn is None else ask(MOST_SPOTS=6000, DRAWN_SPOTS=n_drawn)
+        there, away, walked, seconds = exact if n_drawn is None else ask(MOST_SPOTS=6000, DRAWN_SPOTS=n_drawn)
         gaps = [rms(there, exact[0]), rms(away, exact[1]), rms(there, truth), rms(away, truth)]
+        gaps.append(float(walked.diff(dim=0).abs().max()))
         print(n_drawn or "exact", *(f"{gap:.3f}" for gap in gaps), f"{seconds:.1f}", sep=" | ", flush=True)
 
 

@@ -116,6 +116,26 @@ def test_busy_time_counts_overlaps_once(scripts):
     assert busy_s([]) == (0, 0)
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py")))
+def test_scripts_find_what_they_import(scripts, name):
+    assert scripts(name).__doc__.strip()
+
+
+def test_accuracy_of_a_mean_and_its_parts(scripts, quiet, monkeypatch, capsys):
+    """The tables of docs/benchmarks.md, on a section that is always there."""
+    import histosge as sge
+
+    accuracy = scripts("accuracy")
+    monkeypatch.setattr(
+        accuracy, "load", lambda name: sge.datasets.synthetic(n_rows=10, n_cols=10, n_genes=20, mpp=2.0)
+    )
+    monkeypatch.setattr(accuracy, "RUNS", {"small": (["one"], "random", {"n_splits": 1}, ["default"])})
+    accuracy.run("small", seeds=range(2), heads=["ridge+nearest", "mean"])
+    printed = capsys.readouterr().out
+    rows = [line.split("|")[2].strip(" *") for line in printed.splitlines() if "±" in line]
+    assert rows == ["ridge+nearest", "ridge", "nearest", "mean"], printed
+
+
 def test_readers_side_by_side(scripts, quiet, monkeypatch, tmp_path, capsys):
     side_by_side, readers, slides = (scripts(name) for name in ("side_by_side", "readers", "slides"))
     pixels = np.random.default_rng(0).integers(150, 250, (3, 768, 768), np.uint8)

@@ -873,6 +873,14 @@ def test_kriging_learns_from_a_sample_of_the_spots(small):
     assert (drawn[0] != drawn[2]).any()
 
 
+@pytest.mark.parametrize("n_steps", [1, 30])
+def test_kriging_says_that_it_diverged(small, monkeypatch, n_steps):
+    """Counts are looked through before; what is not a number may still come about in between."""
+    monkeypatch.setattr(kriging, "_inputs", lambda *a: (a[0].xy_um * torch.nan, torch.zeros(len(a[0]), 2)))
+    with pytest.raises(RuntimeError, match="kriging diverged: .* not a number.*NaN or infinite values"):
+        fit("kriging", small, n_steps=n_steps)
+
+
 def test_kriging_components_share_few_covariances(kriged):
     """So that a factorisation serves several of them."""
     head, _, _ = kriged

@@ -83,7 +83,10 @@ class Kriging:
             known = spots.take(sample.to(device))
             place, image = _inputs(known, self.space, spots.pitch_um)
             target = self.space.components(known.expression)  # (n, Q)
-            self.parameters = self._maximise(place, image, target, progress=progress)
+            try:
+                self.parameters = self._maximise(place, image, target, progress=progress)
+            except torch.linalg.LinAlgError as error:  # what is not a number has no factor
+                raise _diverged() from error
         self._context = self._conditioned = None  # worked out with other lengths
         return self
 
@@ -124,14 +127,10 @@ class Kriging:
                 optimiser.step()
                 bar.update()
                 bar.set_postfix(loss=f"{float((deviance + prior.detach()) / n):.4f}")
-        found = {"lengths": lengths.detach(), "shares": tie((common + own).detach().exp()).log()}
-        if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
-            msg = (
-                "kriging diverged: the likelihood was not a number. "
-                "Look for NaN or infinite values in the embedding and the counts."
-            )
-            raise RuntimeError(msg)
-        return found
+        share = (common + own).detach()
+        if not (lengths.isfinite().all() and share.isfinite().all()):
+            raise _diverged()
+        return {"lengths": lengths.detach(), "shares": tie(share.exp()).log()}
 
     def predict(self, places: Places, *, context: Spots) -> Tensor:
         (components,) = self.answers([self], places, context=context)
@@ -251,3 +250,10 @@ def _kernels(distance: Tensor, unlike: Tensor, alike: Tensor, lengths: Tensor) -
 
 def _not_fitted() -> RuntimeError:
     return RuntimeError("head 'kriging' is not fitted: call fit() first.")
+
+
+def _diverged() -> RuntimeError:
+    return RuntimeError(
+        "kriging diverged: the likelihood was not a number. "
+        "Look for NaN or infinite values in the embedding and the counts."
+    )
