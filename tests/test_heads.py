@@ -925,14 +925,15 @@ def fresh(wide):
     return get_head("kriging").from_state(*head.state()), known, held_out
 
 
-def by_tile(head, places, known):
-    """Rows of the spots that each place's tile conditions on exactly, once places were predicted."""
-    conditioned = head._conditioned
-    found = {}
-    for tile, rows in conditioned.tiles(places.xy_um / PITCH, places.own):
-        found |= dict.fromkeys(rows.tolist(), conditioned.known(tile, leave_out=False).spots.numpy())
-    assert sorted(found) == list(range(len(places)))
-    return [found[i] for i in range(len(places))]
+def by_tile(head, places):
+    """For each place, once places were predicted: spots that a tile conditions on exactly, and the tile's share."""
+    conditioned, found = head._conditioned, [[] for _ in places.own]
+    for tile, rows, share in conditioned.tiles(places.xy_um / PITCH, places.own):
+        near = conditioned.known(tile, leave_out=False).spots.numpy()
+        for i, part in zip(rows.tolist(), share.tolist(), strict=True):
+            found[i].append((near, part))
+    assert [sum(part for _, part in each) for each in found] == pytest.approx([1] * len(found))
+    return found
 
 
 def dense(head, known, place, near, q, *, without=None):
@@ -958,16 +959,18 @@ def test_kriging_by_tiles_against_one_dense_system(fresh, monkeypatch):
     places = Places.of(held_out, hidden=False)
     (found,) = head.answers([head], places, context=known)
     assert len(head._conditioned._tiles.spots) > 5
-    near = by_tile(head, places, known)
+    tiles = by_tile(head, places)
+    assert max(map(len, tiles)) > 1
     for i in range(0, len(places), 15):
-        assert len(near[i]) == 150
+        one = held_out.take(torch.tensor([i]))
+        assert {len(near) for near, _ in tiles[i]} == {150}
         for q in range(0, found.shape[1], 3):
-            expected = dense(head, known, held_out.take(torch.tensor([i])), near[i], q)
+            expected = sum(share * dense(head, known, one, near, q) for near, share in tiles[i])
             assert abs(float(found[i, q]) - expected) < 2e-3
     # far away as well, where all is said by the image
     far = dataclasses.replace(places, xy_um=places.xy_um - 1e6).take(torch.arange(3))
     (found,) = head.answers([head], far, context=known)
-    (near, *_) = by_tile(head, far, known)
+    ((near, _),) = by_tile(head, far)[0]
     moved = dataclasses.replace(held_out, xy_um=held_out.xy_um - 1e6)
     for i in range(3):
         expected = dense(head, known, moved.take(torch.tensor([i])), near, 0)
@@ -979,11 +982,13 @@ def test_kriging_by_tiles_leaves_a_spot_out_of_the_dense_system(fresh, monkeypat
     in_tiles(monkeypatch, n_near=150, n_drawn=80)
     places = Places.of(known)
     (found,) = head.answers([head], places, context=known)
-    near = by_tile(head, places, known)
+    tiles = by_tile(head, places)
     for i in range(0, len(known), 60):
-        assert i in near[i]
+        one = known.take(torch.tensor([i]))
+        seen = [(near, share) for near, share in tiles[i] if i in near]  # the others have no say
+        total = sum(share for _, share in seen)
         for q in (0, 4):
-            expected = dense(head, known, known.take(torch.tensor([i])), near[i], q, without=i)
+            expected = sum(share * dense(head, known, one, near, q, without=i) for near, share in seen) / total
             assert abs(float(found[i, q]) - expected) < 2e-3
 
 
@@ -1046,8 +1051,9 @@ def test_kriging_by_tiles_tells_sections_apart(wide, fresh, monkeypatch):
     in_tiles(monkeypatch, n_near=150, n_drawn=300)
     found = head.predict(places, context=both)
     assert (found - expected).abs().mean() < 0.02
-    for near in by_tile(head, places, both)[::10]:
-        assert (near < len(known)).all() or (near >= len(known)).all()
+    for tiles in by_tile(head, places)[::10]:
+        for near, _ in tiles:
+            assert (near < len(known)).all() or (near >= len(known)).all()
 
 
 def laid_down(xy):
@@ -1072,21 +1078,24 @@ def test_tiles_are_laid_down_by_the_spots_alone(seed, apart, n_call, lattice):
         if not lattice:
             assert 20 / 1.6 < min(sizes) <= max(sizes) < 20 * 1.6
 
-        def tile_of(places):
-            of = np.full(len(places), -1)
-            for tile, rows in tiles.sort(places):
-                assert (of[rows] == -1).all()
-                of[rows] = tile
-            assert (of >= 0).all()
+        def shares_of(places):
+            of = np.zeros((len(places), len(tiles.spots)))
+            for tile, rows, share in tiles.shares(places):
+                assert (of[rows, tile] == 0).all()
+                of[rows, tile] = share
+            np.testing.assert_allclose(of.sum(1), 1)
             return of
 
-        at_once, order = tile_of(at), rng.permutation(60)
+        at_once, order = shares_of(at), rng.permutation(60)
         for rows in np.split(order, range(n_call, 60, n_call)):
-            assert (tile_of(at[rows]) == at_once[rows]).all()
+            assert (shares_of(at[rows]) == at_once[rows]).all()
+        # from one place to the next, shares do not jump
+        line = np.linspace(at[0], at[1], 1 + int(np.hypot(*(at[1] - at[0])) / 0.05))[:2000]
+        assert np.abs(np.diff(shares_of(line), axis=0)).max(initial=0) < 0.05
         # a spot is in its own tile, and a tile has those around it
-        of = tile_of(xy)
+        of = shares_of(xy)
         for tile, spots in enumerate(tiles.spots):
-            assert (of[spots] == tile).all()
+            assert (of[spots, tile] > 0).all()
             near = tiles.near(tile)
             assert len(near) == max(40, len(spots))
             assert (np.diff(near) > 0).all()
@@ -1105,7 +1114,42 @@ def test_tiles_end_where_spots_lie_on_one_another(monkeypatch):
     assert set(crowd) <= set(tiles.near(next(i for i, spots in enumerate(tiles.spots) if 0 in spots)))
     assert len(laid_down(xy * [1, 0]).spots) > 1
     assert len(laid_down(np.zeros((100, 2))).spots) == 1
-    assert laid_down(np.zeros((100, 2))).sort(np.ones((3, 2)))[0][0] == 0
+    ((tile, rows, share),) = laid_down(np.zeros((100, 2))).shares(np.ones((3, 2)))
+    assert (tile, rows.tolist(), share.tolist()) == (0, [0, 1, 2], [1, 1, 1])
+
+
+def test_a_hidden_spot_is_told_nothing_by_a_tile_that_never_looked_at_it(fresh, monkeypatch):
+    """Its value is among what such a tile knows of the others."""
+    head, known, _ = fresh
+    in_tiles(monkeypatch, n_near=70, n_drawn=80, n_tile=60)  # hardly any around a tile's own
+    places = Places.of(known)
+    before = head.predict(places, context=known)
+    alone = [i for i, tiles in enumerate(by_tile(head, places)) if not all(i in near for near, _ in tiles)]
+    assert len(alone) > 20
+    for i in alone[::10]:
+        expression = known.expression.clone()
+        expression[i] += 3
+        after = head.predict(places, context=with_expression(known, expression))
+        assert torch.allclose(after[i], before[i], rtol=0, atol=2e-5)
+
+
+def test_kriging_by_tiles_has_no_seams(wide, fresh, monkeypatch):
+    """Along a line over many tiles, under one image, the largest step is hardly larger than that of the exact answer."""
+    exact, (head, known, _) = wide[0], fresh
+    along = torch.arange(0, 2900, 5.0)
+    line = Places(
+        known.embedding[:1].expand(len(along), -1),
+        torch.stack([along, along * 0.6 + 400], 1),
+        torch.full((len(along),), -1),
+    )
+    expected = exact.predict(line, context=known)
+    steps = {}
+    for blended in (2.0, 1e-6):
+        in_tiles(monkeypatch, n_near=150, n_drawn=40)
+        monkeypatch.setattr(conditioning, "_BLENDED", blended)
+        head._context = None
+        steps[blended] = float(head.predict(line, context=known).diff(dim=0).abs().max())
+    assert steps[2.0] < 1.2 * expected.diff(dim=0).abs().max() < steps[1e-6]
 
 
 def test_kriging_by_tiles_gives_a_place_the_same_in_whatever_company(wide, monkeypatch):
@@ -1150,7 +1194,7 @@ def test_kriging_keeps_the_tiles_last_used(wide, monkeypatch):
         fresh = get_head("kriging").from_state(*head.state())
         answers += [fresh.predict(places, context=known) for _ in range(2)]
         counts.append(len(counted))
-        n_tiles = len(fresh._conditioned.tiles(places.xy_um / PITCH, places.own))
+        n_tiles = len({tile for tile, *_ in fresh._conditioned.tiles(places.xy_um / PITCH, places.own)})
         assert len(fresh._conditioned._known) == min(kept, n_tiles)
     assert n_tiles > 5
     assert counts == [n_tiles, 2 * n_tiles]

@@ -3,7 +3,8 @@
 Up to ``_MOST_SPOTS`` spots the answer is exact. Of more, some are drawn, and what all spots say of those is worked out
 once; the plane is cut into tiles, and each tile conditions exactly on the spots in it and around it, and on the rest
 through those that were drawn: the partially independent conditional of Snelson and Ghahramani (2007, "Local and global
-sparse Gaussian process approximations", AISTATS), with blocks that overlap. Time is linear in the spots.
+sparse Gaussian process approximations", AISTATS), with blocks that overlap. Around their borders tiles are blended. Time
+is linear in the spots.
 
 Tiles are a matter of the spots alone, so that a place gets the same answer in whatever company it comes.
 """
@@ -33,6 +34,8 @@ _TILE_SPOTS = 500
 """Spots in a tile, roughly: two thirds to one and a half times as many."""
 _NEAR_SPOTS = 1000
 """Spots that a tile conditions on exactly: its own and those around it, so that all of its places have some around them."""
+_BLENDED = 2.0
+"""Pitches on either side of a cut where the two sides are blended: without it maps would have seams."""
 _DRAWN_SPOTS = 1000
 """Spots that stand for all others."""
 _KEPT_TILES = 256
@@ -168,13 +171,19 @@ class Conditioned:
             self._drawn_place, self._drawn_image = place[self._drawn_spots], image[self._drawn_spots]
             self._drawn = self._sum_up(run)
 
-    def tiles(self, place: Tensor, own: Tensor) -> list[tuple[int, Tensor]]:
-        """Numbers of the tiles that places (m, 2) are in, and which places; those that are spots go with their spot."""
+    def tiles(self, place: Tensor, own: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+        """Tiles that have a say in places (m, 2): their number, which places, and how much, (k,) each.
+
+        A place that is a spot is where its spot is. The shares of a place sum to 1.
+        """
         if self._tiles is None:
-            return [(0, torch.arange(len(place), device=place.device))]
+            everywhere = torch.arange(len(place), device=place.device)
+            return [(0, everywhere, place.new_ones(len(place)))]
         where = torch.where((own >= 0)[:, None], self.place[own.clamp_min(0)], place)
-        found = self._tiles.sort(where.double().cpu().numpy())
-        return [(tile, torch.as_tensor(rows, device=place.device)) for tile, rows in found]
+        return [
+            (tile, torch.as_tensor(rows, device=place.device), torch.as_tensor(share).to(place))
+            for tile, rows, share in self._tiles.shares(where.double().cpu().numpy())
+        ]
 
     def known(self, tile: int, *, leave_out: bool) -> Known:
         """Weights for the places of a tile; those last used are not worked out again."""
@@ -308,20 +317,22 @@ class _Tiles:
         cut(np.arange(len(xy)))
         return cls(xy, cuts, tiles)
 
-    def sort(self, xy: NDArray[np.float64]) -> list[tuple[int, NDArray[np.intp]]]:
-        """Tiles that places (m, 2) are in, and the rows of those places."""
-        found: list[tuple[int, NDArray[np.intp]]] = []
-        waiting = [(0 if self.cuts else ~0, np.arange(len(xy)))]
+    def shares(self, xy: NDArray[np.float64]) -> list[tuple[int, NDArray[np.intp], NDArray[np.float64]]]:
+        """Tiles, the places (m, 2) that each has a share in, and that share: from all to nothing around a cut."""
+        found: list[tuple[int, NDArray[np.intp], NDArray[np.float64]]] = []
+        waiting = [(0 if self.cuts else ~0, np.arange(len(xy)), np.ones(len(xy)))]
         while waiting:
-            here, rows = waiting.pop()
+            here, rows, share = waiting.pop()
             if len(rows) == 0:
                 continue
             if here < 0:
-                found.append((~here, rows))
+                found.append((~here, rows, share))
                 continue
             axis, at, below, beyond = self.cuts[here]
-            under = xy[rows, axis] <= at
-            waiting += [(beyond, rows[~under]), (below, rows[under])]
+            upper = np.clip((xy[rows, axis] - at) / (2 * _BLENDED) + 0.5, 0, 1)
+            for there, part in ((beyond, upper), (below, 1 - upper)):
+                kept = part > 0
+                waiting.append((there, rows[kept], share[kept] * part[kept]))
         return found
 
     def near(self, tile: int) -> NDArray[np.intp]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    Run = Callable[[Callable[[Any], None], Iterable[Any]], Iterable[None]]
+    Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
     """``map``, or that of a pool of threads"""
     Expansion = Callable[[Tensor], Tensor]
     """From components (m, Q) to expression (m, g)"""

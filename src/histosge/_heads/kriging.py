@@ -157,21 +157,24 @@ class Kriging:
         with torch.inference_mode():
             known = self._condition(context, run)
             tiles = known.tiles(places.xy_um / context.pitch_um, places.own)
+            if len(tiles) == 1:
+                [(tile, *_)] = tiles
+                weights = known.known(tile, leave_out=bool((places.own >= 0).any()))
+                return self._read(places, weights, space, pitch_um=context.pitch_um, run=run)[0]
 
             @torch.inference_mode()
-            def answer(tile: tuple[int, Tensor]) -> None:
-                number, rows = tile
+            def answer(asked: tuple[int, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+                tile, rows, _ = asked
                 some = places.take(rows)
-                weights = known.known(number, leave_out=bool((some.own >= 0).any()))
-                components[rows] = self._read(some, weights, space, pitch_um=context.pitch_um)
+                weights = known.known(tile, leave_out=bool((some.own >= 0).any()))
+                return self._read(some, weights, space, pitch_um=context.pitch_um)
 
-            if len(tiles) > 1:
-                list(run(answer, tiles))
-            else:
-                [(number, _)] = tiles
-                weights = known.known(number, leave_out=bool((places.own >= 0).any()))
-                components[:] = self._read(places, weights, space, pitch_um=context.pitch_um, run=run)
-        return components
+            total = components.new_zeros(len(places), 1)
+            for (_, rows, share), (said, sound) in zip(tiles, run(answer, tiles), strict=True):
+                share = (share * sound)[:, None]
+                total.index_add_(0, rows, share)
+                components.index_add_(0, rows, share * said)
+            return components.div_(total)
 
     def _condition(self, context: Spots, run: Run) -> Conditioned:
         """Spots of the context, worked out once."""
@@ -183,8 +186,13 @@ class Kriging:
             self._context = context
         return self._conditioned
 
-    def _read(self, places: Places, known: Known, space: Space, *, pitch_um: float, run: Run = map) -> Tensor:
-        """Components (m, Q) at places; where a place is a spot, those that all other spots give it."""
+    def _read(
+        self, places: Places, known: Known, space: Space, *, pitch_um: float, run: Run = map
+    ) -> tuple[Tensor, Tensor]:
+        """Components (m, Q) at places, and whether they are sound, (m,).
+
+        Where a place is a spot they are those that all other spots give it, unless what is known holds it unseen.
+        """
         out = known.slope.new_empty(len(places), known.slope.shape[1])
         pairs = _PAIRS_AT_ONCE["cpu" if out.device.type == "cpu" else "other"]
         covariance = self._conditioned.covariance  # type: ignore[union-attr]
@@ -201,11 +209,15 @@ class Kriging:
 
         n = max(1, pairs // len(known.place))
         list(run(read, [slice(start, start + n) for start in range(0, len(places), n)]))
+        sound = torch.ones_like(places.own, dtype=torch.bool)
         if known.left_out is not None:
             hidden = places.own >= 0
-            own = places.own[hidden]
-            out[hidden] = known.left_out[own if known.spots is None else torch.searchsorted(known.spots, own)]
-        return out
+            at = own = places.own[hidden]
+            if known.spots is not None:
+                at = torch.searchsorted(known.spots, own).clamp_max(len(known.spots) - 1)
+                sound[hidden] = known.spots[at] == own
+            out[hidden] = known.left_out[at]
+        return out, sound
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if self.space is None:
