@@ -327,9 +327,7 @@ def sections(options) -> None:
     for what, sdata, more in ("a measured section", known[0], {}), ("an image alone", unseen, {"mpp": 2.0}):
         start = perf_counter()
         found = sge.tl.predict(sdata, model=model, inplace=False, **more)
-        print(
-            f"{what}: {found.n_obs:,} places in {perf_counter() - start:.0f} s, peak {peak_gib():.2f} GiB", flush=True
-        )
+        print(f"{what}: {found.n_obs:,} places in {perf_counter() - start:.0f} s", flush=True)
 
 
 def main() -> None:

@@ -400,6 +400,8 @@ def test_noise_ceiling_needs_counts_in_every_spot():
         ("a+b", {"a+b": 0.40, "a": 0.409, "b": 0.4101}, ["b"]),  # within a hundredth a part is no better
         ("a+b", {"a+b": 0.40, "ridge": 0.40, "nearest": 0.41}, ["nearest", "ridge"]),  # a rival is, at once
         ("ridge", {"ridge": 0.40, "nearest": 0.39}, []),
+        ("a + b", {"a + b": 0.40, "a": 0.405}, []),
+        ("a+mean", {"a+mean": -0.01, "mean": 0.0}, ["mean"]),
         ("a+ridge", {"a+ridge": 0.40, "ridge": 0.401, "a": 0.45}, ["a", "ridge"]),  # also where it is a part
     ],
 )

@@ -272,6 +272,6 @@ def _posterior(k: Floats, expected: Floats, cv2: Floats, *, scale: Floats) -> tu
 
 def not_beaten(head: str, pcc: dict[str, float]) -> list[str]:
     """Heads, best first, that are no worse than ``head`` by their correlations: a rival at once, a part of it clearly."""
-    parts = set(head.split("+")) - set(RIVALS)
+    parts = {part.strip() for part in head.split("+")} - {*RIVALS, "mean"}
     lead = {name: value - pcc[head] - (_SAME_PCC if name in parts else 0) for name, value in pcc.items()}
     return sorted((n for n, ahead in lead.items() if n != head and ahead >= 0), key=lambda n: -pcc[n])

@@ -4,7 +4,7 @@ Up to ``_MOST_SPOTS`` spots the answer is exact. Of more, some are drawn, and wh
 once; the plane is cut into tiles, and each tile conditions exactly on the spots in it and around it, and on the rest
 through those that were drawn: the partially independent conditional of Snelson and Ghahramani (2007, "Local and global
 sparse Gaussian process approximations", AISTATS), with blocks that overlap. Around their borders tiles are blended. Time
-is linear in the spots.
+is nearly linear in the spots.
 
 Tiles are a matter of the spots alone, so that a place gets the same answer in whatever company it comes.
 """
@@ -38,12 +38,12 @@ _BLENDED = 2.0
 """Pitches on either side of a cut where the two sides are blended: without it maps would have seams."""
 _DRAWN_SPOTS = 1000
 """Spots that stand for all others."""
-_KEPT_TILES = 256
-"""Tiles that are kept worked out, a megabyte each."""
+_KEPT_TILES = 1024
+"""Tiles that are kept worked out, a fifth of a megabyte each: those of half a million spots."""
 _KINDS = 4
 """Components with similar covariances are worked out together, in so many kinds; docs/benchmarks.md."""
 _SPOTS_AT_ONCE = 4096
-_JITTER = 1e-4
+JITTER = 1e-4
 _DRAWN_JITTER = 1e-3
 """Of the drawn spots among themselves, in float64: some may be all but alike."""
 
@@ -51,13 +51,13 @@ _DRAWN_JITTER = 1e-3
 def tie(shares: Tensor) -> Tensor:
     """Give components with similar shares (5, Q) of the variance the mean of these; each component's sum to 1.
 
-    Components that have them in common are worked out together. Predictions depend on ratios of shares only.
+    Components that have them in common are worked out together. Predictions depend on ratios of shares, and hardly on their sum.
     """
     shares = shares / shares.sum(0)
     if shares.shape[1] <= _KINDS:
         return shares
     # of square roots: a difference between two small shares counts for more than one between two large ones
-    near = linkage(shares.T.double().sqrt().cpu().numpy(), "ward")
+    near = linkage(shares.T.cpu().double().sqrt().numpy(), "ward")
     label = torch.as_tensor(fcluster(near, _KINDS, "maxclust"), device=shares.device)
     for kind in label.unique():
         shares[:, label == kind] = shares[:, label == kind].mean(1, keepdim=True)
@@ -109,7 +109,7 @@ class Covariance:
 
     def noise(self, kind: int) -> float:
         """Variance of the noise of a kind."""
-        return self.of_kind(kind)[4] + _JITTER
+        return self.of_kind(kind)[4] + JITTER
 
     def at_itself(self, kind: int, image: Tensor) -> Tensor:
         """Variance (n,) at places, without noise."""
@@ -121,18 +121,14 @@ class Covariance:
 class Known:
     """Spots worked into weights: places are read from them by one product a covariance."""
 
-    place: Tensor
-    """(n, 2) in pitches"""
-    image: Tensor
-    """(n, P)"""
     weight: Tensor
-    """(3, n, Q) of each covariance but the linear one"""
+    """(n, Q) of these spots and, behind them, of the drawn ones"""
     slope: Tensor
-    """(P, Q) what the linear one comes to"""
+    """(P, Q) what the linear covariance comes to"""
     spots: Tensor | None
-    """(k,) rows of the context that they are, in order; ``None``: all"""
+    """(k,) rows of the context that these are, in order; ``None``: all"""
     left_out: Tensor | None
-    """(k, Q) components at each of those spots, given all others"""
+    """(k, Q) components at each of these spots, given all others"""
 
 
 @dataclass(frozen=True)
@@ -145,6 +141,8 @@ class _Drawn:
     """(m, m) float64, of what was so made, given all spots"""
     told: Tensor
     """(m, q) float64, precision times mean"""
+    left: Tensor
+    """(n,) variance of every spot, noise included, once the drawn ones are known"""
 
 
 class Conditioned:
@@ -165,7 +163,7 @@ class Conditioned:
         self._known: OrderedDict[int, Known] = OrderedDict()
         self._tiles: _Tiles | None = None
         if len(place) > _MOST_SPOTS:
-            self._tiles = _Tiles.of(place.double().cpu().numpy())
+            self._tiles = _Tiles.of(place.cpu().double().numpy())
             rows = np.random.default_rng(0).choice(len(place), min(_DRAWN_SPOTS, len(place)), replace=False)
             self._drawn_spots = torch.as_tensor(np.sort(rows), device=place.device)
             self._drawn_place, self._drawn_image = place[self._drawn_spots], image[self._drawn_spots]
@@ -182,7 +180,7 @@ class Conditioned:
         where = torch.where((own >= 0)[:, None], self.place[own.clamp_min(0)], place)
         return [
             (tile, torch.as_tensor(rows, device=place.device), torch.as_tensor(share).to(place))
-            for tile, rows, share in self._tiles.shares(where.double().cpu().numpy())
+            for tile, rows, share in self._tiles.shares(where.cpu().double().numpy())
         ]
 
     def known(self, tile: int, *, leave_out: bool) -> Known:
@@ -190,8 +188,9 @@ class Conditioned:
         known = self._known.get(tile)
         if known is None or (leave_out and known.left_out is None):
             work = self._condition if self._tiles is None else self._condition_tile
-            known = self._known[tile] = work(tile, leave_out=leave_out)
-        self._known.move_to_end(tile)
+            known = work(tile, leave_out=leave_out)
+        self._known.pop(tile, None)  # threads ask side by side: what is there now may be gone a step later
+        self._known[tile] = known
         while len(self._known) > _KEPT_TILES:
             self._known.popitem(last=False)
         return known
@@ -208,13 +207,14 @@ class Conditioned:
             weight[:, columns], without = _solve(matrix, self.target[:, columns], leave_out=leave_out)
             if left_out is not None and without is not None:
                 left_out[:, columns] = without
-        return self._weighed(self.place, image, weight, None, left_out)
+        return Known(weight, covariance.shares[3] * (image.T @ weight), None, left_out)
 
-    def _weighed(
-        self, place: Tensor, image: Tensor, weight: Tensor, spots: Tensor | None, left_out: Tensor | None
-    ) -> Known:
-        share = self.covariance.shares
-        return Known(place, image, share[:3, None] * weight, share[3] * (image.T @ weight), spots, left_out)
+    def sources(self, known: Known) -> tuple[Tensor, Tensor]:
+        """Position (n, 2) and image (n, P) of what :class:`Known` weighs."""
+        if known.spots is None:
+            return self.place, self.image
+        place = torch.cat([self.place[known.spots], self._drawn_place])
+        return place, torch.cat([self.image[known.spots], self._drawn_image])
 
     # ------------------------------------------------------------------------------------------------- large contexts
 
@@ -231,21 +231,19 @@ class Conditioned:
             unit = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
             white = torch.linalg.solve_triangular(torch.linalg.cholesky(matrix), unit, upper=False).to(image)
             told = unit.new_zeros(len(unit), len(covariance.kinds[kind]))
+            left = []
             for rows in torch.arange(len(self.place), device=place.device).split(_SPOTS_AT_ONCE):
                 decays = covariance.decays(place, image, self.place[rows], self.image[rows])
-                seen, weighed = self._seen(kind, white, decays, self.image[rows])
+                seen = white @ covariance.mix(kind, decays, image, self.image[rows])  # (m, n')
+                rest = (covariance.at_itself(kind, self.image[rows]) - seen.square().sum(0)).clamp_min_(0)
+                left.append(rest + covariance.noise(kind))
+                weighed = seen / left[-1]
                 unit += _precise(weighed @ seen.T)
                 told += _precise(weighed) @ _precise(self.target[rows][:, covariance.kinds[kind]])
-            found[kind] = _Drawn(white, unit, told)
+            found[kind] = _Drawn(white, unit, told, torch.cat(left))
 
         list(run(sum_up, range(len(covariance.kinds))))
         return [found[kind] for kind in range(len(covariance.kinds))]
-
-    def _seen(self, kind: int, white: Tensor, decays: Decays, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Spots (n) as the drawn ones see them (m, n), and the same over the variance (n,) that these leave."""
-        seen = white @ self.covariance.mix(kind, decays, self._drawn_image, image)
-        left = (self.covariance.at_itself(kind, image) - seen.square().sum(0)).clamp_min_(0)
-        return seen, seen / (left + self.covariance.noise(kind))
 
     def _condition_tile(self, tile: int, *, leave_out: bool) -> Known:
         """Weights of the spots in and around a tile, given all others, and of the drawn spots, which speak for those."""
@@ -257,7 +255,8 @@ class Conditioned:
         left_out = torch.empty_like(target) if leave_out else None
         matrix = torch.empty_like(within[0])
         for kind, (columns, drawn) in enumerate(zip(covariance.kinds, self._drawn, strict=True)):
-            seen, weighed = self._seen(kind, drawn.white, to_drawn, image)  # (m, k) each
+            seen = drawn.white @ covariance.mix(kind, to_drawn, self._drawn_image, image)  # (m, k)
+            weighed = seen / drawn.left[spots]
             values = target[:, columns]
             # what the other spots say: all of them, less these
             factor = torch.linalg.cholesky(drawn.precision - _precise(weighed @ seen.T))
@@ -277,8 +276,8 @@ class Conditioned:
             weight[len(place) :, columns] = drawn.white.T @ (others + change @ weight[: len(place), columns])
             if left_out is not None and without is not None:
                 left_out[:, columns] = expected + without
-        all_places, all_images = torch.cat([place, self._drawn_place]), torch.cat([image, self._drawn_image])
-        return self._weighed(all_places, all_images, weight, spots, left_out)
+        slope = image.T @ weight[: len(place)] + self._drawn_image.T @ weight[len(place) :]
+        return Known(weight, covariance.shares[3] * slope, spots, left_out)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
-from histosge._heads._conditioning import Conditioned, Covariance, tie
+from histosge._heads._conditioning import JITTER, Conditioned, Covariance, tie
 from histosge._heads._space import Space, n_gene_components
 from histosge._training import one_thread, steps_bar
 
@@ -36,7 +36,6 @@ _PAIRS_AT_ONCE = {"cpu": 2**18, "other": 2**25}
 """Covariances of places with spots that are worked out at once: on a processor, what its cache holds."""
 _FIRST_LENGTHS = (5.0, 0.8, 8.0, 0.8)
 """Where lengths start and what the prior holds them near: pitches, image, and both again for the product."""
-_JITTER = 1e-4
 
 
 class Kriging:
@@ -91,7 +90,7 @@ class Kriging:
         return self
 
     def _maximise(self, place: Tensor, image: Tensor, target: Tensor, *, progress: bool | None) -> dict[str, Tensor]:
-        """Lengths (4,), shares (4, Q) and noise (Q,), as logarithms, of the largest posterior density."""
+        """Lengths (4,) and shares (5, Q), noise last, as logarithms: of the largest posterior density, then tied."""
         n, n_components = target.shape
         first = target.new_tensor(_FIRST_LENGTHS).log()
         even, half = math.log(0.5 / 4), math.log(0.5)  # half of a component's variance is noise, to begin with
@@ -113,7 +112,7 @@ class Kriging:
                 with torch.no_grad():
                     flat = kernels.flatten(1)  # (4, n n)
                     covariance = (share[:4].T @ flat).view(-1, n, n)  # (Q, n, n)
-                    covariance.diagonal(dim1=1, dim2=2).add_((share[4] + _JITTER)[:, None])
+                    covariance.diagonal(dim1=1, dim2=2).add_((share[4] + JITTER)[:, None])
                     factor = torch.linalg.cholesky(covariance)
                     inverse = torch.cholesky_inverse(factor)  # (Q, n, n)
                     weight = inverse @ target.T[:, :, None]  # (Q, n, 1)
@@ -195,19 +194,19 @@ class Kriging:
         """
         out = known.slope.new_empty(len(places), known.slope.shape[1])
         pairs = _PAIRS_AT_ONCE["cpu" if out.device.type == "cpu" else "other"]
-        covariance = self._conditioned.covariance  # type: ignore[union-attr]
+        conditioned: Conditioned = self._conditioned  # type: ignore[assignment]
+        covariance, (near, like) = conditioned.covariance, conditioned.sources(known)
+        weights = covariance.shares[:3, None] * known.weight  # (3, n, Q) of each covariance but the linear one
 
         @torch.inference_mode()
         def read(rows: slice) -> None:
             place, image = _inputs(places.take(rows), space, pitch_um)
             some = image @ known.slope  # (m', Q)
-            for decay, weight in zip(
-                covariance.decays(place, image, known.place, known.image), known.weight, strict=True
-            ):
+            for decay, weight in zip(covariance.decays(place, image, near, like), weights, strict=True):
                 some.addmm_(decay, weight)
             out[rows] = some
 
-        n = max(1, pairs // len(known.place))
+        n = max(1, pairs // len(near))
         list(run(read, [slice(start, start + n) for start in range(0, len(places), n)]))
         sound = torch.ones_like(places.own, dtype=torch.bool)
         if known.left_out is not None:
