@@ -179,7 +179,11 @@ class Conditioned:
             return [(0, everywhere, place.new_ones(len(place)))]
         where = torch.where((own >= 0)[:, None], self.place[own.clamp_min(0)], place)
         return [
-            (tile, torch.as_tensor(rows, device=place.device), torch.as_tensor(share).to(place))
+            (
+                tile,
+                torch.as_tensor(rows, device=place.device),
+                torch.as_tensor(share, dtype=place.dtype).to(place.device),
+            )
             for tile, rows, share in self._tiles.shares(where.cpu().double().numpy())
         ]
 
@@ -229,7 +233,7 @@ class Conditioned:
             matrix = _precise(covariance.mix(kind, within, image, image))
             matrix.diagonal().add_(_DRAWN_JITTER)
             unit = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-            white = torch.linalg.solve_triangular(torch.linalg.cholesky(matrix), unit, upper=False).to(image)
+            white = _like(image, torch.linalg.solve_triangular(torch.linalg.cholesky(matrix), unit, upper=False))
             told = unit.new_zeros(len(unit), len(covariance.kinds[kind]))
             left = []
             for rows in torch.arange(len(self.place), device=place.device).split(_SPOTS_AT_ONCE):
@@ -261,12 +265,11 @@ class Conditioned:
             # what the other spots say: all of them, less these
             factor = torch.linalg.cholesky(drawn.precision - _precise(weighed @ seen.T))
             variance = torch.cholesky_inverse(factor)  # (m, m) of the drawn
-            told = drawn.told - _precise(weighed) @ _precise(
-                values
-            )  # in single precision, a trace of a spot would stay
-            others = (variance @ told).to(values)  # (m, q)
+            # (in double precision: of a spot that is hidden, no trace may stay)
+            told = drawn.told - _precise(weighed) @ _precise(values)  # (m, q)
+            others = _like(values, variance @ told)  # (m, q)
             # these spots, given the others: their own covariance where the drawn ones have that of the others
-            change = variance.to(seen)
+            change = _like(seen, variance)
             change.diagonal().sub_(1)
             change = change @ seen  # (m, k)
             covariance.mix(kind, within, image, image, out=matrix).addmm_(seen.T, change)
@@ -365,6 +368,11 @@ def _solve(matrix: Tensor, values: Tensor, *, leave_out: bool) -> tuple[Tensor, 
 def _precise(values: Tensor) -> Tensor:
     """Double precision, on the processor where the device has none."""
     return values.cpu().double() if values.device.type == "mps" else values.double()
+
+
+def _like(other: Tensor, values: Tensor) -> Tensor:
+    """Back from double precision: first the type, then the device, which may not know the other type."""
+    return values.to(other.dtype).to(other.device)
 
 
 def _exp(values: Tensor) -> Tensor:
