@@ -751,7 +751,9 @@ def to_genes(head, components):
 def kriged(spots):
     """Kriging, with the spots it knows and those it does not."""
     known, held_out = split(spots)
-    return fit("kriging", known), known, held_out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conditioning, "_KINDS", 4)
+        return fit("kriging", known), known, held_out
 
 
 def test_kriging_against_scikit_learn_at_new_places(kriged):
@@ -890,6 +892,10 @@ def test_kriging_components_share_few_covariances(kriged):
     assert torch.allclose(shares.sum(0), torch.ones(shares.shape[1]))
 
 
+def test_fewer_covariances_where_spots_are_many():
+    assert [conditioning.n_kinds(n) for n in (30, 6000, 6001, 10**6)] == [8, 8, 4, 4]
+
+
 def test_only_similar_shares_are_tied():
     rng = np.random.default_rng(0)
     kinds = np.array(
@@ -897,12 +903,12 @@ def test_only_similar_shares_are_tied():
     )
     which = np.array([0, 1, 2, 3, 0, 0, 3, 2, 1, 0])
     shares = kinds[which] * np.exp(0.02 * rng.standard_normal((10, 5)))
-    tied = conditioning.tie(torch.from_numpy(shares.T * rng.uniform(0.5, 2, 10))).T.numpy()
+    tied = conditioning.tie(torch.from_numpy(shares.T * rng.uniform(0.5, 2, 10)), 4).T.numpy()
     shares /= shares.sum(1, keepdims=True)
     for kind in range(4):
         assert np.allclose(tied[which == kind], shares[which == kind].mean(0))
     few = torch.from_numpy(shares[:4].T)
-    assert torch.equal(conditioning.tie(few), few / few.sum(0))
+    assert torch.equal(conditioning.tie(few, 4), few / few.sum(0))
 
 
 def in_tiles(monkeypatch, *, n_near, n_drawn, n_tile=60):
@@ -915,7 +921,9 @@ def in_tiles(monkeypatch, *, n_near, n_drawn, n_tile=60):
 def wide():
     """A head, the 675 spots it knows, and 150 others among them."""
     known, held_out = (s.take(torch.arange(n)) for s, n in zip(split(section(30, 30), seed=1), (675, 150), strict=True))
-    return fit("kriging", known, n_sample=150), known, held_out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conditioning, "_KINDS", 4)
+        return fit("kriging", known, n_sample=150), known, held_out
 
 
 @pytest.fixture

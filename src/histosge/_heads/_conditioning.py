@@ -40,25 +40,30 @@ _DRAWN_SPOTS = 1000
 """Spots that stand for all others."""
 _KEPT_TILES = 1024
 """Tiles that are kept worked out, a fifth of a megabyte each: those of half a million spots."""
-_KINDS = 4
-"""Components with similar covariances are worked out together, in so many kinds; docs/benchmarks.md."""
+_KINDS, _KINDS_OF_MANY = 8, 4
+"""Components with similar covariances are worked out together, in so many kinds, up to ``_MOST_SPOTS`` and beyond."""
 _SPOTS_AT_ONCE = 4096
 JITTER = 1e-4
 _DRAWN_JITTER = 1e-3
 """Of the drawn spots among themselves, in float64: some may be all but alike."""
 
 
-def tie(shares: Tensor) -> Tensor:
+def n_kinds(n_spots: int) -> int:
+    """Choose how many kinds of covariance components have: docs/benchmarks.md."""
+    return _KINDS if n_spots <= _MOST_SPOTS else _KINDS_OF_MANY
+
+
+def tie(shares: Tensor, n_kinds: int) -> Tensor:
     """Give components with similar shares (5, Q) of the variance the mean of these; each component's sum to 1.
 
     Components that have them in common are worked out together. Predictions depend on ratios of shares, and hardly on their sum.
     """
     shares = shares / shares.sum(0)
-    if shares.shape[1] <= _KINDS:
+    if shares.shape[1] <= n_kinds:
         return shares
     # of square roots: a difference between two small shares counts for more than one between two large ones
     near = linkage(shares.T.cpu().double().sqrt().numpy(), "ward")
-    label = torch.as_tensor(fcluster(near, _KINDS, "maxclust"), device=shares.device)
+    label = torch.as_tensor(fcluster(near, n_kinds, "maxclust"), device=shares.device)
     for kind in label.unique():
         shares[:, label == kind] = shares[:, label == kind].mean(1, keepdim=True)
     return shares

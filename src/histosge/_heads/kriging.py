@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
-from histosge._heads._conditioning import JITTER, Conditioned, Covariance, tie
+from histosge._heads._conditioning import JITTER, Conditioned, Covariance, n_kinds, tie
 from histosge._heads._space import Space, n_gene_components
 from histosge._training import one_thread, steps_bar
 
@@ -83,14 +83,18 @@ class Kriging:
             place, image = _inputs(known, self.space, spots.pitch_um)
             target = self.space.components(known.expression)  # (n, Q)
             try:
-                self.parameters = self._maximise(place, image, target, progress=progress)
+                lengths, shares = self._maximise(place, image, target, progress=progress)
             except torch.linalg.LinAlgError as error:  # what is not a number has no factor
                 raise _diverged() from error
+            shares = tie(shares.exp(), n_kinds(len(spots))).log()
+            self.parameters = {"lengths": lengths, "shares": shares}
         self._context = self._conditioned = None  # worked out with other lengths
         return self
 
-    def _maximise(self, place: Tensor, image: Tensor, target: Tensor, *, progress: bool | None) -> dict[str, Tensor]:
-        """Lengths (4,) and shares (5, Q), noise last, as logarithms: of the largest posterior density, then tied."""
+    def _maximise(
+        self, place: Tensor, image: Tensor, target: Tensor, *, progress: bool | None
+    ) -> tuple[Tensor, Tensor]:
+        """Lengths (4,) and shares (5, Q), noise last, as logarithms: of the largest posterior density."""
         n, n_components = target.shape
         first = target.new_tensor(_FIRST_LENGTHS).log()
         even, half = math.log(0.5 / 4), math.log(0.5)  # half of a component's variance is noise, to begin with
@@ -129,7 +133,7 @@ class Kriging:
         share = (common + own).detach()
         if not (lengths.isfinite().all() and share.isfinite().all()):
             raise _diverged()
-        return {"lengths": lengths.detach(), "shares": tie(share.exp()).log()}
+        return lengths.detach(), share
 
     def predict(self, places: Places, *, context: Spots) -> Tensor:
         (components,) = self.answers([self], places, context=context)
