@@ -9,15 +9,12 @@ from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 
 from histosge._geometry import (
-    LEGACY_ST,
     UPSAMPLE,
-    VISIUM,
     NotALattice,
     Places,
     estimate_lattice,
     in_mask,
     nearest_spots,
-    recognise,
     refine,
     similarity_scale,
     square_bins,
@@ -215,17 +212,6 @@ def test_lattice_stretched_along_its_diagonal_is_refused(kind, direction):
 def test_a_stretch_of_one_percent_is_no_reason_to_refuse(given_, direction):
     xy = stretch(lay(**given_), factor=1.01, direction=direction)
     assert estimate_lattice(xy).pitch_px == pytest.approx(given_["pitch"], rel=0.01)
-
-
-def test_recognise():
-    hexagonal, square = estimate_lattice(lay("hexagonal", pitch=70)), estimate_lattice(lay("square", pitch=70))
-    assert recognise(hexagonal, spot_px=45, bin_um=None) is VISIUM
-    assert (VISIUM.pitch_um, VISIUM.spot_um) == (100, 55)
-    assert recognise(square, spot_px=35, bin_um=None) is LEGACY_ST
-    assert (LEGACY_ST.pitch_um, LEGACY_ST.spot_um) == (200, 100)
-    bins = recognise(square, spot_px=70, bin_um=8.0)
-    assert (bins.name, bins.pitch_um, bins.spot_um) == ("visium-hd", 8, 8)
-    assert recognise(square, spot_px=70, bin_um=None) is None  # contiguous bins of an unknown size
 
 
 # ------------------------------------------------------------------------------------------------------- refine

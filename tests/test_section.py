@@ -437,15 +437,13 @@ def test_stretched_transformation(sdata, matrix, match):
 def test_no_common_coordinate_system(sdata):
     add_spots(sdata, own_places(sdata), transformations={"elsewhere": Identity()})
     match = (
-        r"image 'he' \(\['synthetic'\]\) and spots 'spots' \(\['elsewhere'\]\) share no coordinate system.*set_transf"
+        r"image 'he' \(\['synthetic'\]\) and shapes 'spots' \(\['elsewhere'\]\) share no coordinate system.*set_transf"
     )
     predict_refuses(sdata, match)
 
 
 def test_wrong_coordinate_system(sdata):
-    match = (
-        r"coordinate_system='global' does not hold both the image 'he' .* and the spots 'spots' .*Choose one of \['synt"
-    )
+    match = r"coordinate_system='global' does not hold both the image 'he' .* and the shapes 'spots' .*Choose one of \['synt"
     predict_refuses(sdata, match, coordinate_system="global")
 
 
@@ -934,9 +932,7 @@ def test_touching_bins_say_their_size_by_name():
 
 def test_touching_bins_without_a_name():
     sdata, _ = square_section()
-    predict_refuses(
-        sdata, r"bins of 'bins' touch each other.*size cannot be told.*pitch_um= \(for example 8 .*\) or mpp="
-    )
+    predict_refuses(sdata, r"scale of 'bins' cannot be known.* they touch each other on a square lattice.*Pass mpp=")
     section = read_section(sdata, pitch_um=16)
     assert section.mpp == pytest.approx(1.0)
     assert section.pitch_um == 16
@@ -949,6 +945,8 @@ def test_touching_bins_without_a_name():
 
 def test_legacy_st():
     sdata, _ = square_section(kind="circles")
+    table = sdata.tables["counts"]
+    table.obs_names = [f"{2 + i % 12}.02x{3 + i // 12}.98" for i in range(144)]
     section = read_section(sdata)
     assert (section.technology, section.pitch_um, section.spot_um) == ("st", 200.0, 100.0)
     assert section.mpp == pytest.approx(12.5)
@@ -956,19 +954,26 @@ def test_legacy_st():
 
 def test_irregular_spots():
     sdata, _ = square_section(kind="circles", jitter=1.5, image_px=300)
-    predict_refuses(sdata, r"physical scale of 'bins' cannot be told from its spots: .*Pass mpp=, the µm per pixel")
+    predict_refuses(sdata, r"physical scale of 'bins' cannot be known from its spots: .*Pass mpp=, the µm per pixel")
     predict_refuses(sdata, "Pass mpp=", pitch_um=100)
     section = read_section(sdata, mpp=0.5)
     assert (section.technology, section.lattice, section.mpp) == ("irregular", None, 0.5)
     assert section.spot_um == pytest.approx(4.0)  # drawn: 8 px
-    with pytest.raises(ValueError, match=r"upsample=4: .*'bins' lie on no lattice.*bin_um= or target_key="):
-        sge.pp.targets(sdata, mpp=0.5, upsample=4)
 
 
-def test_irregular_spots_by_default():
-    sdata, _ = square_section(kind="circles", jitter=1.5, image_px=300)
-    with pytest.raises(ValueError, match=r"upsample=4.*lie on no lattice"):
-        sge.pp.targets(sdata, mpp=0.5)
+def test_places_around_irregular_spots():
+    """mpp= is enough: a lattice of its own, as dense as asked for, near every spot and nowhere else."""
+    sdata, xy = square_section(kind="circles", jitter=1.5, image_px=300)
+    sge.pp.targets(sdata, mpp=0.5, tissue="spots")
+    places = sdata.shapes["histosge_targets"]
+    at = np.column_stack([places.geometry.x, places.geometry.y])
+    near = np.sort(np.linalg.norm(xy[:, None] - xy[None], axis=-1), axis=1)[:, 1]
+    pitch, off = np.median(near), np.linalg.norm(at[:, None] - xy[None], axis=-1)
+    assert off.min(axis=1).max() <= pitch
+    assert off.min(axis=0).max() <= pitch / 2 / np.sqrt(3) * 1.001  # half a step is the farthest from such a lattice
+    step = np.sort(np.linalg.norm(at[:, None] - at[None], axis=-1), axis=1)[:, 1]
+    np.testing.assert_allclose(step, pitch / 2, rtol=1e-6)
+    assert not places["is_spot"].any()
 
 
 def test_mpp_and_pitch_given(sdata, log):

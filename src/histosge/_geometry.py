@@ -11,13 +11,16 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
+from scipy.spatial import ConvexHull, cKDTree
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 UPSAMPLE = (2, 4, 8, 16)
 """Allowed numbers of places per measured spot."""
+
+MIN_OCCUPIED = 0.05
+"""Share of the lattice places among the spots that hold one. With fewer the lattice itself is a matter of chance."""
 
 _CUT_OUT = 8
 """A pixel darker than this in every colour was blacked out, not stained."""
@@ -144,7 +147,7 @@ def estimate_lattice(xy_px: Floats) -> Lattice:
     index -= index.min(axis=0)
     origin = (xy_px - index @ basis).mean(axis=0)
     pitch = float(np.sqrt(abs(np.linalg.det(basis)) / _CELL[kind]))
-    residual = float(np.sqrt(((xy_px - origin - index @ basis) ** 2).sum(1).mean()) / pitch)
+    residual = _residual(xy_px, origin, basis, index, pitch)
     doubled = 1 - len(np.unique(index, axis=0)) / len(index)
     if residual > 0.25 or doubled > 0.01:
         msg = (
@@ -161,26 +164,73 @@ def estimate_lattice(xy_px: Floats) -> Lattice:
             f"and {lengths[1]:.1f} px in the other, so that no single µm per pixel holds."
         )
         raise NotALattice(msg)
+    occupied = occupied_share(xy_px, cell_px2=_CELL[kind] * pitch**2)
+    if occupied < MIN_OCCUPIED:
+        msg = (
+            f"the best {kind} lattice (pitch {pitch:.1f} px) has spots on {occupied:.1%} of its places only: are these "
+            "several sections over one another, or a few spots of an array?"
+        )
+        raise NotALattice(msg)
     return Lattice(kind, pitch, basis, origin, index, residual)
 
 
-def recognise(lattice: Lattice, *, spot_px: float, bin_um: float | None) -> Technology | None:
-    """Name the technology from the lattice and the drawn size of its spots; ``None`` where it cannot be told.
+def occupied_share(xy_px: Floats, *, cell_px2: float) -> float:
+    """Share of the places of a lattice, with one in every ``cell_px2``, inside the spots' hull that hold a spot."""
+    if len(xy_px) < 3:
+        return 1.0
+    # joggled input: spots in one row have a hull, too
+    hull = ConvexHull(xy_px, qhull_options="QJ")
+    # places on the hull itself belong to it by half a cell
+    places = hull.volume / cell_px2 + hull.area / (2 * np.sqrt(cell_px2)) + 1
+    return float(min(len(xy_px) / places, 1.0))
 
-    Parameters
-    ----------
-    lattice
-        Lattice of the spots.
-    spot_px
-        Drawn diameter of a spot, or edge of a bin.
-    bin_um
-        Bin size read from the element's name (``square_008um``), if it has one.
+
+def lattice_of_array(xy_px: Floats, row: Ints, col: Ints) -> Lattice:
+    """Lattice of spots whose row and column on the array are known, however few of the array they are.
+
+    Columns count in half steps on hexagonal arrays, as Space Ranger counts them, and in whole steps on square ones.
+
+    Raises
+    ------
+    NotALattice
+        Where the spots do not lie where rows and columns say.
     """
-    if lattice.kind == "hexagonal":
-        return VISIUM
-    if spot_px < 0.9 * lattice.pitch_px:
-        return LEGACY_ST
-    return Technology("visium-hd", bin_um, bin_um) if bin_um else None
+    xy_px = np.asarray(xy_px, float)
+    array = np.column_stack([col, row]).astype(float)
+    array -= array[0]
+    design = np.column_stack([np.ones(len(array)), array])
+    if np.linalg.matrix_rank(design) < 3:
+        msg = "rows and columns of the array are those of a single line of spots."
+        raise NotALattice(msg)
+    fitted, *_ = np.linalg.lstsq(design, xy_px, rcond=None)
+    per_col, per_row = fitted[1:]
+    wide, high = np.hypot(*per_col), np.hypot(*per_row)
+    if min(wide, high) <= 0 or abs(per_col @ per_row) > 0.05 * wide * high:
+        msg = "rows and columns of the array do not cross at right angles in the image."
+        raise NotALattice(msg)
+    whole = np.column_stack([col, row]).astype(np.int64)
+    kind: Literal["hexagonal", "square"]
+    if abs(high / (np.sqrt(3) * wide) - 1) < 0.05 and len(np.unique(whole.sum(1) % 2)) == 1:
+        kind, basis = "hexagonal", np.array([2 * per_col, per_row + per_col])
+        index = np.column_stack([(whole[:, 0] - whole[:, 1]) // 2, whole[:, 1]])
+    elif abs(high / wide - 1) < 0.05:
+        kind, basis, index = "square", np.array([per_col, per_row]), whole
+    else:
+        msg = f"rows of the array lie {high:.1f} px apart and columns {wide:.1f} px: neither hexagonal nor square."
+        raise NotALattice(msg)
+    index = index - index.min(axis=0)
+    origin = (xy_px - index @ basis).mean(axis=0)
+    pitch = float(np.sqrt(abs(np.linalg.det(basis)) / _CELL[kind]))
+    residual = _residual(xy_px, origin, basis, index, pitch)
+    if residual > 0.25:
+        msg = f"the spots lie {residual:.2f} pitches off the places that rows and columns of the array give."
+        raise NotALattice(msg)
+    return Lattice(kind, pitch, basis, origin, index, residual)
+
+
+def _residual(xy_px: Floats, origin: Floats, basis: Floats, index: Ints, pitch_px: float) -> float:
+    """Root mean square distance of spots from their lattice places, in pitches."""
+    return float(np.sqrt(((xy_px - origin - index @ basis) ** 2).sum(1).mean()) / pitch_px)
 
 
 def check_upsample(upsample: int) -> None:
@@ -285,6 +335,26 @@ def lay_over(width_px: float, height_px: float, *, step_px: float, hexagonal: bo
     return Places(centre, row.astype(np.int64), col.astype(np.int64), float(step_px), nothing)
 
 
+def lay_around(xy_px: Floats, *, pitch_px: float, upsample: int) -> Places:
+    """Lay a hexagonal lattice around spots that lie on none, with about ``upsample`` places for a spot.
+
+    ``pitch_px`` is the usual distance of neighbouring spots; places farther than it from any spot are left out.
+    """
+    check_upsample(upsample)
+    step_px = pitch_px / np.sqrt(upsample)
+    basis = step_px * np.array([[1.0, 0.0], [0.5, np.sqrt(0.75)]])
+    origin = xy_px.min(axis=0)
+    width = int(np.ceil(pitch_px / step_px / np.sqrt(0.75))) + 1
+    around = np.stack(np.meshgrid(*[np.arange(-width, width + 1)] * 2, indexing="ij"), -1).reshape(-1, 2)
+    of_spot = np.rint((xy_px - origin) @ np.linalg.inv(basis)).astype(np.int64)
+    index = np.unique((of_spot[:, None] + around[None]).reshape(-1, 2), axis=0)
+    place = origin + index @ basis
+    near = np.isfinite(cKDTree(xy_px).query(place, distance_upper_bound=pitch_px)[0])
+    index = index[near] - index[near].min(axis=0)
+    nothing = np.full(len(index), -1, dtype=np.int64)
+    return Places(place[near], index[:, 1], index[:, 0], float(step_px), nothing)
+
+
 def nearest_spots(
     xy: Floats, spots_xy: Floats, *, k: int, exclude: Ints | None = None
 ) -> tuple[Ints, Floats, NDArray[np.bool_]]:
@@ -334,6 +404,13 @@ def similarity_scale(matrix: Floats, *, tolerance: float = 0.01) -> float | None
     return float(np.sqrt(singular[0] * singular[1]))
 
 
+def optical_density(thumbnail: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Optical density of each colour, (h, w, 3); 0 where the background was cut out, since no stain is that black."""
+    density = -np.log10((thumbnail.astype(np.float32) + 1) / 256)
+    density[thumbnail.max(axis=-1) < _CUT_OUT] = 0
+    return density
+
+
 def tissue_mask(
     thumbnail: NDArray[np.uint8], spots_cell: Floats, *, blur_cells: float
 ) -> tuple[NDArray[np.bool_], float]:
@@ -362,9 +439,7 @@ def tissue_mask(
     from scipy.ndimage import gaussian_filter
     from skimage.filters import threshold_otsu
 
-    density = -np.log10((thumbnail.astype(np.float32) + 1) / 256).mean(axis=-1)
-    density[thumbnail.max(axis=-1) < _CUT_OUT] = 0  # no stain is that black: the background was cut out
-    density = gaussian_filter(density, blur_cells)
+    density = gaussian_filter(optical_density(thumbnail).mean(axis=-1), blur_cells)
     col = np.clip(np.floor(spots_cell[:, 0]).astype(int), 0, density.shape[1] - 1)
     row = np.clip(np.floor(spots_cell[:, 1]).astype(int), 0, density.shape[0] - 1)
     at_spots = density[row, col]

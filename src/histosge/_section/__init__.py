@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from histosge._section._alignment import check_orientation
 from histosge._section._bare import is_measured, read_bare
+from histosge._section._coordinates import affine, centroids
 from histosge._section._counts import TARGET_SUM, match_rows, named_layers, per_target_sum
 from histosge._section._image import lazy_image
 from histosge._section._open import open_section
@@ -10,8 +12,6 @@ from histosge._section._read import (
     MIN_SPOTS,
     NEARLY_EMPTY,
     Section,
-    affine,
-    centroids,
     column,
     read_section,
     section_counts,
@@ -42,6 +42,7 @@ __all__ = [
     "Targets",
     "affine",
     "centroids",
+    "check_orientation",
     "column",
     "commit",
     "embedding_table",

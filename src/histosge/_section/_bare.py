@@ -52,6 +52,7 @@ def read_bare(
         spots_key="",
         table_key="",
         coordinate_system=coordinate_system or systems[0],
+        system_given=coordinate_system is not None,
         to_image=np.eye(3),
         instances=pd.Index([], dtype=str),
         xy_px=np.empty((0, 2)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +12,10 @@ import shapely
 
 from histosge import _keys
 from histosge._coverage import Footprints
-from histosge._geometry import (
-    Lattice,
-    NotALattice,
-    Technology,
-    estimate_lattice,
-    nearest_spots,
-    recognise,
-    similarity_scale,
-)
+from histosge._section._coordinates import align, apply, centroids, scale_of
 from histosge._section._counts import log_normalise, match_rows, named_layers, read_counts
 from histosge._section._image import find_image, lazy_image
+from histosge._section._scale import check_single_section, physical_scale, read_declared, scale_factors
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -35,9 +27,12 @@ if TYPE_CHECKING:
     from scipy import sparse
     from spatialdata import SpatialData
 
+    from histosge._geometry import Lattice
     from histosge._image import LazyImage
 
 MIN_SPOTS = 30
+_MOST_OUTSIDE = 0.05
+"""Share of the spots that may lie beyond the image and are left out; with more, the image is another one."""
 NEARLY_EMPTY = 0.02
 """Scaled to 10,000, the one count of a spot would be the largest value of its gene."""
 
@@ -51,6 +46,8 @@ class Section:
     spots_key: str
     table_key: str
     coordinate_system: str
+    system_given: bool
+    """Whether the user named the coordinate system"""
     to_image: NDArray[np.float64]
     """(3, 3), from the spots' own coordinates to pixels of the image"""
     instances: pd.Index
@@ -127,14 +124,17 @@ def read_section(
     _check_scale("pitch_um", pitch_um)
     image_key = find_image(sdata, image_key)
     spots_key, table_key = _spots_and_table(sdata, spots_key, table_key)
-    coordinate_system = _coordinate_system(sdata, image_key, spots_key, coordinate_system)
+    system, to_image = align(sdata, spots_key, image_key, wanted=coordinate_system)
     image = lazy_image(sdata.images[image_key], image_key)
-    to_image = affine(
-        sdata.shapes[spots_key], sdata.images[image_key], coordinate_system, source_key=spots_key, target_key=image_key
-    )
 
     table = sdata.tables[table_key]
     rows, instances, left_out = match_rows(table, sdata.shapes[spots_key], spots_key, table_key)
+    check_single_section(
+        table,
+        rows,
+        spots_key,
+        remedy="Give each section spots of its own, or read one of them, sge.io.read(..., dataset_id=).",
+    )
     element = sdata.shapes[spots_key].loc[instances]
     xy_px = apply(to_image, centroids(element))
     counts = read_counts(table, layer, rows, table_key)
@@ -149,13 +149,15 @@ def read_section(
             (~keep).sum(), len(total), 100 * NEARLY_EMPTY,
         )  # fmt: skip
         left_out += int((~keep).sum())
-        counts, instances, xy_px, element = counts[keep], instances[keep], xy_px[keep], element[keep]
-    drawn_px = _drawn_size(element) * _scale(to_image, spots_key, image_key)
-    keep = _inside(image, xy_px, spots_key, image_key, coordinate_system, drawn_px=drawn_px)
+        counts, rows, instances = counts[keep], rows[keep], instances[keep]
+        xy_px, element = xy_px[keep], element[keep]
+    drawn_px = _drawn_size(element) * scale_of(to_image, spots_key, image_key)
+    keep = _inside(image, xy_px, spots_key, image_key, system, drawn_px=drawn_px)
     if not keep.all():
         logger.warning("leaving out %d spots whose centre lies beyond the border of the image", (~keep).sum())
         left_out += int((~keep).sum())
-        counts, instances, xy_px, element = counts[keep], instances[keep], xy_px[keep], element[keep]
+        counts, rows, instances = counts[keep], rows[keep], instances[keep]
+        xy_px, element = xy_px[keep], element[keep]
     xy_px = np.clip(xy_px, 0, [image.width_px, image.height_px])
     if len(xy_px) < MIN_SPOTS:
         msg = (
@@ -163,13 +165,21 @@ def read_section(
             f"Check that the table {table_key!r} annotates the spots {spots_key!r}, or add sections."
         )
         raise ValueError(msg)
-    lattice, why = None, ""
-    try:
-        lattice = estimate_lattice(xy_px)
-    except NotALattice as err:
-        why = str(err)
-    mpp, pitch, spot_um, technology, source = _physical_scale(
-        spots_key, table_key, lattice, why, xy_px, drawn_px=drawn_px, mpp=mpp, pitch_um=pitch_um
+    scale = physical_scale(
+        read_declared(
+            table,
+            rows=rows,
+            instances=instances,
+            keys=f"{spots_key} {table_key}",
+            attrs=sdata.attrs,
+            xy_px=xy_px,
+            scale_factors=scale_factors(table, spots_key=spots_key, rows=rows),
+        ),
+        xy_px,
+        spots_key=spots_key,
+        drawn_px=drawn_px,
+        mpp=mpp,
+        pitch_um=pitch_um,
     )
     expression, logged = log_normalise(counts, table)
     section = Section(
@@ -177,19 +187,20 @@ def read_section(
         image_key=image_key,
         spots_key=spots_key,
         table_key=table_key,
-        coordinate_system=coordinate_system,
+        coordinate_system=system,
+        system_given=coordinate_system is not None,
         to_image=to_image,
         instances=instances,
         xy_px=xy_px,
         expression=expression,
         genes=pd.Index(table.var_names.astype(str)),
         log_normalised=logged,
-        mpp=mpp,
-        pitch_um=pitch,
-        spot_um=spot_um,
-        lattice=lattice,
-        technology=technology,
-        mpp_source=source,
+        mpp=scale.mpp,
+        pitch_um=scale.pitch_um,
+        spot_um=scale.spot_um,
+        lattice=scale.lattice,
+        technology=scale.technology,
+        mpp_source=scale.source,
         n_left_out=left_out,
     )
     if not section.genes.is_unique:
@@ -199,7 +210,7 @@ def read_section(
     logger.log(
         logging.INFO if report else logging.DEBUG,
         "section %r: %d %s spots x %d genes, %.4g µm per pixel (%s)",
-        spots_key, len(xy_px), technology, len(section.genes), mpp, source,
+        spots_key, len(xy_px), scale.technology, len(section.genes), scale.mpp, scale.source,
     )  # fmt: skip
     return section
 
@@ -266,6 +277,22 @@ def _spots_and_table(sdata: SpatialData, spots_key: str | None, table_key: str |
         what = f"the shapes {spots_key!r}" if spots_key else "any shapes element"
         by = f"table {table_key!r}" if table_key else f"tables {list(tables)}"
         annotated = {name: _regions(sdata.tables[name]) for name in tables}
+        other = {
+            r: kind
+            for regions in annotated.values()
+            for r in regions
+            for kind in ("labels", "points")
+            if r in getattr(sdata, kind)
+        }
+        if other and spots_key is None:
+            (key, kind), *_ = other.items()
+            radius = ", radius=..." if kind == "points" else ""
+            msg = (
+                f"the spots {key!r} are {kind}, and measured spots are shapes here. Convert them: "
+                f"`sdata.shapes['spots'] = spatialdata.to_circles(sdata[{key!r}]{radius})`, then link the table: "
+                f"`table.obs[region_key] = 'spots'` and `sdata.set_table_annotates_spatialelement(table_name, region='spots')`."
+            )
+            raise ValueError(msg)
         msg = (
             f"no measured spots found: {by} annotate {annotated}, and not {what} of {list(sdata.shapes)}. "
             "Link them with `TableModel.parse(adata, region=..., region_key=..., instance_key=...)`."
@@ -280,65 +307,6 @@ def _spots_and_table(sdata: SpatialData, spots_key: str | None, table_key: str |
     return pairs[0]
 
 
-def _coordinate_system(sdata: SpatialData, image_key: str, spots_key: str, wanted: str | None) -> str:
-    from spatialdata.transformations import get_transformation
-
-    systems = [set(get_transformation(sdata[k], get_all=True)) for k in (image_key, spots_key)]
-    common = sorted(systems[0] & systems[1])
-    if wanted is not None:
-        if wanted not in common:
-            msg = (
-                f"coordinate_system={wanted!r} does not hold both the image {image_key!r} ({sorted(systems[0])}) "
-                f"and the spots {spots_key!r} ({sorted(systems[1])}). Choose one of {common}."
-            )
-            raise ValueError(msg)
-        return wanted
-    if not common:
-        msg = (
-            f"image {image_key!r} ({sorted(systems[0])}) and spots {spots_key!r} ({sorted(systems[1])}) share no "
-            "coordinate system. Align them with `spatialdata.transformations.set_transformation`."
-        )
-        raise ValueError(msg)
-    return common[0]  # transformations of one alignment agree, whichever system they go through
-
-
-def affine(source: Any, target: Any, system: str, *, source_key: str, target_key: str) -> NDArray[np.float64]:
-    """Matrix from an element's own coordinates to another's."""
-    from spatialdata.transformations import get_transformation
-
-    source_matrix, target_matrix = (
-        np.asarray(get_transformation(e, to_coordinate_system=system).to_affine_matrix(("x", "y"), ("x", "y")))
-        for e in (source, target)
-    )
-    matrix = np.linalg.solve(target_matrix, source_matrix)
-    _scale(matrix, source_key, target_key)
-    return matrix
-
-
-def _scale(matrix: NDArray[np.float64], source_key: str, target_key: str) -> float:
-    scale = similarity_scale(matrix)
-    if scale is None:
-        stretch = np.linalg.svd(matrix[:2, :2], compute_uv=False)
-        msg = (
-            f"the transformation from {source_key!r} to the image {target_key!r} stretches or shears "
-            f"(scales {stretch[0]:.4g} and {stretch[1]:.4g}), so that no single µm per pixel holds. "
-            "Use one that only scales, turns and shifts."
-        )
-        raise ValueError(msg)
-    return scale
-
-
-def apply(matrix: NDArray[np.float64], xy: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Apply a (3, 3) affine matrix to (n, 2) places."""
-    return xy @ matrix[:2, :2].T + matrix[:2, 2]
-
-
-def centroids(element: GeoDataFrame) -> NDArray[np.float64]:
-    """Centres of circles or polygons, in the element's own coordinates: (n, 2)."""
-    points = element.geometry if (element.geom_type == "Point").all() else element.geometry.centroid
-    return np.column_stack([points.x.to_numpy(), points.y.to_numpy()]).astype(float)
-
-
 def _drawn_size(element: GeoDataFrame) -> float:
     """Drawn diameter of a circle, or edge of a square of the same area, in the element's own coordinates."""
     if "radius" in element.columns and (element.geom_type == "Point").all():
@@ -349,71 +317,16 @@ def _drawn_size(element: GeoDataFrame) -> float:
 def _inside(
     image: LazyImage, xy_px: NDArray[np.float64], spots: str, image_key: str, system: str, *, drawn_px: float
 ) -> NDArray[np.bool_]:
-    """Which centres lie on the image; a query keeps spots that its border cuts, which are no sign of misalignment."""
+    """Which centres lie on the image; a few beyond it are no sign of misalignment, and those that its border cuts are none."""
     beyond = np.maximum(-xy_px, xy_px - [image.width_px, image.height_px]).max(1)
-    outside = beyond > 0
-    if (beyond > drawn_px / 2).any():
+    if (beyond > drawn_px / 2).mean() > _MOST_OUTSIDE:
         low, high = xy_px.min(0), xy_px.max(0)
+        upwards = " All y are negative: does y run upwards? Then write -y." if high[1] <= 0 else ""
         msg = (
-            f"{outside.sum()} of {len(xy_px)} spots of {spots!r} lie outside the image {image_key!r}: they span "
+            f"{(beyond > 0).sum()} of {len(xy_px)} spots of {spots!r} lie outside the image {image_key!r}: they span "
             f"x {low[0]:.0f} to {high[0]:.0f}, y {low[1]:.0f} to {high[1]:.0f} px, the image is {image.width_px} x "
-            f"{image.height_px} px. Is it the image these spots were aligned to? "
+            f"{image.height_px} px.{upwards} Is it the image these spots were aligned to? "
             f"Check image_key= and coordinate_system= (used {system!r})."
         )
         raise ValueError(msg)
     return beyond <= 1e-6 * drawn_px
-
-
-def _physical_scale(
-    spots_key: str,
-    table_key: str,
-    lattice: Lattice | None,
-    why_not: str,
-    xy_px: NDArray[np.float64],
-    *,
-    drawn_px: float,
-    mpp: float | None,
-    pitch_um: float | None,
-) -> tuple[float, float, float, str, str]:
-    """mpp, pitch in µm, spot size in µm, technology, and where the scale comes from."""
-    found: Technology | None = None
-    if lattice is not None:
-        named = re.search(r"square_(\d{3})um", f"{spots_key} {table_key}")
-        found = recognise(lattice, spot_px=drawn_px, bin_um=float(int(named.group(1))) if named else None)
-    if lattice is None:
-        if mpp is None:
-            msg = (
-                f"the physical scale of {spots_key!r} cannot be told from its spots: {why_not} "
-                "Pass mpp=, the µm per pixel of the image."
-            )
-            raise ValueError(msg)
-        dist = nearest_spots(xy_px, xy_px, k=1, exclude=np.arange(len(xy_px)))[1]
-        return mpp, float(np.median(dist)) * mpp, drawn_px * mpp, "irregular", "given"
-    if mpp is None:
-        pitch = pitch_um or (found.pitch_um if found else None)
-        if pitch is None:
-            msg = (
-                f"the bins of {spots_key!r} touch each other on a square lattice, and their size cannot be told from "
-                "their name. Pass pitch_um= (for example 8 for 8 µm bins) or mpp=."
-            )
-            raise ValueError(msg)
-        mpp = pitch / lattice.pitch_px
-        source = "pitch_um given" if pitch_um else f"from the pitch, {lattice.pitch_px:.1f} px = {pitch:g} µm"
-    else:
-        source = "given"
-        pitch = lattice.pitch_px * mpp
-        if pitch_um is not None and abs(pitch / pitch_um - 1) > 0.02:
-            msg = (
-                f"mpp={mpp:g} and pitch_um={pitch_um:g} contradict each other: the spots lie {lattice.pitch_px:.1f} px "
-                f"apart, which is {pitch:.1f} µm at that mpp. Pass one of the two."
-            )
-            raise ValueError(msg)
-        if found and abs(pitch / found.pitch_um - 1) > 0.1:
-            logger.warning(
-                "mpp=%g makes the pitch of these %s spots %.1f µm, where %g µm is usual",
-                mpp, found.name, pitch, found.pitch_um,
-            )  # fmt: skip
-    usual = found is not None and abs(pitch / found.pitch_um - 1) < 0.1
-    if usual and found is not None:
-        return mpp, pitch, found.spot_um, found.name, source
-    return mpp, pitch, drawn_px * mpp, f"{lattice.kind} lattice of {pitch:.3g} µm", source

@@ -14,6 +14,7 @@ from histosge._geometry import (
     Places,
     check_upsample,
     in_mask,
+    lay_around,
     lay_over,
     nearest_spots,
     refine,
@@ -21,7 +22,9 @@ from histosge._geometry import (
     tissue_mask,
 )
 from histosge._image import thumbnail
-from histosge._section._read import _drawn_size, _regions, _scale, affine, apply, centroids, ours
+from histosge._section._alignment import warn_of_orientation
+from histosge._section._coordinates import align, apply, centroids, scale_of
+from histosge._section._read import _drawn_size, _regions, ours
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -101,6 +104,7 @@ def _in_tissue(section: Section, xy_px: NDArray[np.float64], *, tissue: str) -> 
     if tissue == "spots":
         return inside, "within reach of a measured spot"
     small, factor = thumbnail(section.image, max_px=1024)
+    warn_of_orientation(section, small, factor)
     cell_um = factor * section.mpp
     # a place stands for about as much tissue as a spot covers, pale stroma included
     mask, share = tissue_mask(
@@ -139,11 +143,8 @@ def lay_targets(
         check_upsample(upsample)
         places = _lay_bare(section, step_um=section.pitch_um / np.sqrt(upsample), hexagonal=True)
     elif section.lattice is None:
-        msg = (
-            f"upsample={upsample or 4}: the spots of {section.spots_key!r} lie on no lattice, so that there is no 'between' "
-            "to fill. Pass bin_um= or target_key= instead."
-        )
-        raise ValueError(msg)
+        upsample = 4 if upsample is None else upsample
+        places = lay_around(section.xy_px, pitch_px=section.pitch_um / section.mpp, upsample=upsample)
     else:
         places = refine(section.lattice, section.xy_px, upsample=4 if upsample is None else upsample)
     on_tissue, how = _in_tissue(section, places.xy_px, tissue=tissue)
@@ -172,8 +173,8 @@ def _lay_bare(section: Section, *, step_um: float, hexagonal: bool) -> Places:
 
 def to_image(sdata: SpatialData, section: Section, key: str) -> NDArray[np.float64]:
     """Matrix (3, 3) from a shapes element's own coordinates to pixels of the section's image."""
-    image = sdata.images[section.image_key]
-    return affine(sdata.shapes[key], image, section.coordinate_system, source_key=key, target_key=section.image_key)
+    wanted = section.coordinate_system if section.system_given else None
+    return align(sdata, key, section.image_key, wanted=wanted)[1]
 
 
 def read_targets(sdata: SpatialData, section: Section, key: str, *, on_invalid: str = "raise") -> Targets:
@@ -244,12 +245,12 @@ def _footprints(
     # places that were laid between spots are drawn as wide as their step, but stand for what a spot would measure
     if "radius" not in element.columns or "is_spot" in element.columns:
         return Footprints.discs(xy_px, diameter_px=spot_px)
-    size_px = 2 * element["radius"].to_numpy(float) * _scale(matrix, "shapes", section.image_key)
+    size_px = 2 * element["radius"].to_numpy(float) * scale_of(matrix, "shapes", section.image_key)
     if not section.measured:
         return Footprints.discs(xy_px, diameter_px=size_px)
     # readers draw spots larger than they are: what is drawn as they are is a spot
     spots = sdata.shapes[section.spots_key]
-    drawn_px = _drawn_size(spots) * _scale(section.to_image, section.spots_key, section.image_key)
+    drawn_px = _drawn_size(spots) * scale_of(section.to_image, section.spots_key, section.image_key)
     return Footprints.discs(xy_px, diameter_px=np.where(np.abs(size_px / drawn_px - 1) < 0.01, spot_px, size_px))
 
 
@@ -276,7 +277,7 @@ def shapes_element(
         frame = gpd.GeoDataFrame(geometry=shapely.polygons(ring), index=instances)
     else:
         frame = gpd.GeoDataFrame(geometry=shapely.points(apply(back, places.xy_px)), index=instances)
-        frame["radius"] = places.size_px / 2 * _scale(back, section.image_key, section.spots_key)
+        frame["radius"] = places.size_px / 2 * scale_of(back, section.image_key, section.spots_key)
     frame["array_row"], frame["array_col"] = places.array_row, places.array_col
     frame["is_spot"] = places.spot >= 0
     return ShapesModel.parse(frame, transformations=transformations)

@@ -15,7 +15,7 @@ from histosge._heads import BLIND, default_head, divides
 from histosge._holdout import PROTOCOLS, SPLITS, Measured, Plan, trials
 from histosge._holdout import evaluate as hold_out
 from histosge._recipe import DEFAULT_ENCODER, embed_parts, embed_targets, prepare
-from histosge._section import column, own_spots, read_section, section_counts
+from histosge._section import check_orientation, column, own_spots, read_section, section_counts
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -223,6 +223,7 @@ def evaluate(
     for _ in trials(measured, plan, rng=copy.deepcopy(rng)):
         pass  # what cannot be held out is refused before an hour of embedding
     for i, (one, section) in enumerate(zip(several, sections, strict=True)):
+        check_orientation(section)
         encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack, dense=dense)
         values = embed_targets(
             one, section, own_spots(section), encoder, recipe, device=where, batch_size=batch_size, progress=progress

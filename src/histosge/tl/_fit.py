@@ -11,7 +11,7 @@ from histosge._embedding import resolve_device
 from histosge._fitting import check_arguments, fit_model
 from histosge._heads import default_head, divides
 from histosge._recipe import DEFAULT_ENCODER, embed_parts, embed_targets, prepare
-from histosge._section import own_spots, read_section
+from histosge._section import check_orientation, own_spots, read_section
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -145,6 +145,7 @@ def fit(
     check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, level=level, head_options=head_options)
     values, parts = [], []
     for one, section in zip(several, sections, strict=True):
+        check_orientation(section)
         encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack, dense=dense)
         spots = own_spots(section)
         values.append(

@@ -1,0 +1,451 @@
+"""µm per pixel of a section, from what its file says about the array that the spots are of, and from their pitch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy.spatial import ConvexHull
+from scipy.spatial.distance import pdist
+
+from histosge._geometry import (
+    LEGACY_ST,
+    VISIUM,
+    Lattice,
+    NotALattice,
+    Technology,
+    estimate_lattice,
+    lattice_of_array,
+    nearest_spots,
+)
+from histosge._settings import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+BARCODE_OF_BIN = re.compile(r"s_(\d{3})um_(\d{5})_(\d{5})")
+"""Of Visium HD, anywhere in a name: edge in µm, row, column."""
+_VISIUM_BARCODE = re.compile(r"(?<![ACGT])[ACGT]{16}(?![ACGT])")
+_ST_NAME = re.compile(r"(?<![\d.])(\d{1,3}(?:\.\d+)?)x(\d{1,3}(?:\.\d+)?)(?![\d.])")
+_KEY_OF_BINS = re.compile(r"square_(\d{3})um")
+
+_ST_ARRAY = (34, 36)
+"""Columns and rows of the largest array of Spatial Transcriptomics (33 x 35), and the rounding of places on it."""
+_VISIUM_SPOTS = 128 * 112
+"""Of the largest capture area, 11 mm wide."""
+_VISIUM_DIAGONAL = 160
+"""Pitches across the largest capture area, and a little."""
+_SPOT_PER_PITCH = (0.5, 0.8)
+"""Diameter of a Visium spot as Space Ranger writes it (55 to 70 µm), over 100 µm."""
+_TOUCHING = 0.9
+_COARSE_UM = 10.0
+"""No image of a whole section that is worth an encoder has larger pixels; thumbnails have up to 10 µm."""
+_SAMPLE = 200
+_DOUBLED = 0.05
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Physical scale of a section, and the lattice of its spots."""
+
+    mpp: float
+    pitch_um: float
+    spot_um: float
+    technology: str
+    source: str
+    """Where the µm per pixel comes from"""
+    lattice: Lattice | None
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a file says about the array of its spots."""
+
+    technology: Technology | None = None
+    source: str = ""
+    """Where it says so"""
+    row: NDArray[np.int64] | None = None
+    """(n,) on the array"""
+    col: NDArray[np.int64] | None = None
+    mpp: float | None = None
+    """µm per pixel of the image"""
+    spot_px: float | None = None
+    """Diameter of a spot in pixels of the image, as Space Ranger estimates it"""
+    doubtful: bool = False
+    """Whether other technologies name their spots alike"""
+
+
+def physical_scale(
+    declared: Declared,
+    xy_px: NDArray[np.float64],
+    *,
+    spots_key: str,
+    drawn_px: float,
+    mpp: float | None,
+    pitch_um: float | None,
+) -> Scale:
+    """Find µm per pixel, pitch and spot size, or say why they cannot be known.
+
+    Parameters
+    ----------
+    declared
+        What the file says.
+    xy_px
+        (n, 2) spots in pixels of the image.
+    spots_key
+        Name of the spots, for messages.
+    drawn_px
+        Drawn diameter of a spot, or edge of a bin.
+    mpp, pitch_um
+        What the user says.
+    """
+    _check_no_indices(declared, xy_px, spots_key)
+    lattice, why_not = _lattice(declared, xy_px)
+    if lattice is None:
+        near = float(np.median(nearest_spots(xy_px, xy_px, k=1, exclude=np.arange(len(xy_px)))[1]))
+        source = "given"
+        if mpp is None:
+            mpp, source = declared.mpp, "stated by the file"
+        if mpp is None:
+            msg = (
+                f"the physical scale of {spots_key!r} cannot be known from its spots: {why_not} "
+                "Pass mpp=, the µm per pixel of the image."
+            )
+            raise ValueError(msg)
+        spot_px = drawn_px if declared.spot_px is None else declared.spot_px
+        return _checked(Scale(mpp, near * mpp, spot_px * mpp, "irregular", source, None), spots_key)
+    found, why_not = _recognised(lattice, declared, xy_px, drawn_px=drawn_px)
+    source = "given"
+    if mpp is None and pitch_um is None and declared.mpp is not None:
+        mpp, source = declared.mpp, "stated by the file"
+        pitch = mpp * lattice.pitch_px
+        if found is not None and abs(pitch / found.pitch_um - 1) > 0.1:
+            msg = (
+                f"the file states {mpp:.4g} µm per pixel, which makes the pitch of {spots_key!r} {pitch:.4g} µm, but it is "
+                f"{found.pitch_um:g} µm ({declared.source}): are the spots in pixels of another image? Pass mpp=, the "
+                "µm per pixel of this image."
+            )
+            raise ValueError(msg)
+    if mpp is None:
+        pitch_or_none = pitch_um or (found.pitch_um if found else None)
+        if pitch_or_none is None:
+            msg = f"the physical scale of {spots_key!r} cannot be known from its spots: {why_not} Pass mpp=, the µm per pixel of the image."
+            raise ValueError(msg)
+        pitch = pitch_or_none
+        mpp = pitch / lattice.pitch_px
+        source = "pitch_um given" if pitch_um else f"from the pitch, {lattice.pitch_px:.1f} px = {pitch:g} µm"
+        if pitch_um is None and found is not None:
+            _check_pixels(lattice, declared, found, spots_key)
+            _say_if_doubtful(declared, found, lattice, spots_key)
+    else:
+        pitch = lattice.pitch_px * mpp
+        if pitch_um is not None and abs(pitch / pitch_um - 1) > 0.02:
+            msg = (
+                f"mpp={mpp:g} and pitch_um={pitch_um:g} contradict each other: the spots lie {lattice.pitch_px:.1f} px "
+                f"apart, which is {pitch:.1f} µm at that mpp. Pass one of the two."
+            )
+            raise ValueError(msg)
+        if found and abs(pitch / found.pitch_um - 1) > 0.1:
+            logger.warning(
+                "mpp=%g makes the pitch of these %s spots %.1f µm, where %g µm is usual",
+                mpp, found.name, pitch, found.pitch_um,
+            )  # fmt: skip
+    if found is not None and abs(pitch / found.pitch_um - 1) < 0.1:
+        return _checked(Scale(mpp, pitch, found.spot_um, found.name, source, lattice), spots_key)
+    name = f"{lattice.kind} lattice of {pitch:.3g} µm"
+    return _checked(Scale(mpp, pitch, drawn_px * mpp, name, source, lattice), spots_key)
+
+
+def _checked(scale: Scale, spots_key: str) -> Scale:
+    if scale.mpp > _COARSE_UM:
+        logger.warning(
+            "%r: %.4g µm per pixel is coarser than any microscope image (0.2 to 1; thumbnails up to %g): are the spots in "
+            "pixels of this image?",
+            spots_key, scale.mpp, _COARSE_UM,
+        )  # fmt: skip
+    return scale
+
+
+def _lattice(declared: Declared, xy_px: NDArray[np.float64]) -> tuple[Lattice | None, str]:
+    """The lattice that the array's rows and columns give, where spots alone give none or another; and why there is none."""
+    lattice, why_not = None, ""
+    try:
+        lattice = estimate_lattice(xy_px)
+    except NotALattice as err:
+        why_not = str(err)
+    if declared.row is None or declared.col is None:
+        return lattice, why_not
+    try:
+        stated = lattice_of_array(xy_px, declared.row, declared.col)
+    except NotALattice as err:
+        logger.debug("rows and columns of the array are not used: %s", err)
+        return lattice, why_not
+    same = lattice is not None and lattice.kind == stated.kind and abs(lattice.pitch_px / stated.pitch_px - 1) < 0.02
+    return (lattice if same else stated), ""
+
+
+def _recognised(
+    lattice: Lattice, declared: Declared, xy_px: NDArray[np.float64], *, drawn_px: float
+) -> tuple[Technology | None, str]:
+    """The technology that file and lattice agree on; else why it is not known."""
+    technology, pitch_px = declared.technology, lattice.pitch_px
+    touching = drawn_px >= _TOUCHING * pitch_px
+    if technology is not None and technology.name == "visium-hd":
+        return (technology, "") if lattice.kind == "square" else (None, "bins lie on a hexagonal lattice.")
+    if lattice.kind == "hexagonal":
+        if technology is VISIUM:
+            return VISIUM, ""
+        across = float(pdist(xy_px[ConvexHull(xy_px, qhull_options="QJ").vertices]).max()) / pitch_px
+        if touching:
+            return (
+                None,
+                f"they touch each other on a hexagonal lattice of {pitch_px:.1f} px, and spots of Visium do not.",
+            )
+        if len(xy_px) > _VISIUM_SPOTS or across > _VISIUM_DIAGONAL:
+            return None, (
+                f"{len(xy_px)} spots, {across:.0f} pitches across, on a hexagonal lattice of {pitch_px:.1f} px are more than "
+                f"any Visium array has ({_VISIUM_SPOTS} spots, 158 pitches across)."
+            )
+        return VISIUM, ""
+    if touching:
+        return None, (
+            f"they touch each other on a square lattice of {pitch_px:.1f} px, and no barcode, name or scale factor says how "
+            "large these bins are."
+        )
+    if technology is LEGACY_ST:
+        return LEGACY_ST, ""
+    return None, (
+        f"they lie on a square lattice of {pitch_px:.1f} px with gaps, and no name or scale factor says of which "
+        f"technology: 200 µm apart as of Spatial Transcriptomics, 20 to 100 µm as of DBiT-seq, or bins with some left out?"
+    )
+
+
+def _check_no_indices(declared: Declared, xy_px: NDArray[np.float64], spots_key: str) -> None:
+    """Refuse places on the array where pixels should be."""
+    if declared.row is None or declared.col is None or declared.technology is not VISIUM:
+        return
+    array = np.column_stack([declared.col, declared.row])
+    if np.allclose(xy_px, array) or np.allclose(xy_px, array[:, ::-1]):
+        msg = (
+            f"the coordinates of {spots_key!r} are array_col and array_row, not pixels of the image. Write pixels to "
+            'obsm["spatial"] and read the section again: pxl_col_in_fullres and pxl_row_in_fullres of Space Ranger\'s '
+            "tissue_positions."
+        )
+        raise ValueError(msg)
+
+
+def _check_pixels(lattice: Lattice, declared: Declared, found: Technology, spots_key: str) -> None:
+    """Refuse coordinates that are no pixels of the image that the scale factors are of."""
+    if found is not VISIUM or declared.spot_px is None:
+        return
+    ratio = declared.spot_px / lattice.pitch_px
+    if not _SPOT_PER_PITCH[0] <= ratio <= _SPOT_PER_PITCH[1]:
+        usual = [declared.spot_px / r for r in reversed(_SPOT_PER_PITCH)]
+        msg = (
+            f"the scale factors state that a spot of {spots_key!r} is {declared.spot_px:.4g} px wide, so that Visium spots lie "
+            f"{usual[0]:.4g} to {usual[1]:.4g} px apart, but these lie {lattice.pitch_px:.4g} px apart: their coordinates "
+            "are in pixels of another image, for example of the hires thumbnail. Divide them by that image's scale factor "
+            "(tissue_hires_scalef), or pass mpp=, the µm per pixel of this image, if they are right and the factors are not."
+        )
+        raise ValueError(msg)
+
+
+def _say_if_doubtful(declared: Declared, found: Technology, lattice: Lattice, spots_key: str) -> None:
+    if declared.technology is None:
+        logger.warning(
+            "%r: taken as %s, %g µm apart, since the spots lie on a %s lattice with gaps; no barcode, array_row and array_col "
+            "or scale factor says so. Pass mpp= if they are of another technology",
+            spots_key, found.name, found.pitch_um, lattice.kind,
+        )  # fmt: skip
+    elif declared.doubtful:
+        logger.warning(
+            "%r: taken as Spatial Transcriptomics, %g µm apart (%s); DBiT-seq names its squares alike: if these are such, "
+            "pass mpp=",
+            spots_key, found.pitch_um, declared.source,
+        )  # fmt: skip
+
+
+# -- what the file says
+
+
+def read_declared(
+    table: AnnData,
+    *,
+    rows: NDArray[np.int64],
+    instances: pd.Index,
+    keys: str,
+    attrs: Mapping[Any, Any],
+    xy_px: NDArray[np.float64],
+    scale_factors: Mapping[str, Any],
+) -> Declared:
+    """Collect what names, columns, keys and scale factors say about the array.
+
+    Parameters
+    ----------
+    table
+        Measured table.
+    rows
+        (n,) which of its rows are the spots.
+    instances
+        (n,) names of the spots in the shapes element.
+    keys
+        Names of the elements.
+    attrs
+        Of the ``SpatialData``, where readers leave their name.
+    xy_px
+        (n, 2) spots in pixels of the image.
+    scale_factors
+        Those of Space Ranger; see :func:`scale_factors`.
+    """
+    names = [table.obs_names[rows].astype(str), instances.astype(str)]
+    names += [table.obs[c].iloc[rows].astype(str) for c in table.obs.columns if "barcode" in str(c).lower()]
+    technology, source, doubtful = _technology(names, keys, attrs, scale_factors)
+    row, col = _array(table.obs.iloc[rows], names)
+    if technology is None and row is not None and col is not None and _is_visium_array(row, col):
+        technology, source = VISIUM, "array_row and array_col"
+    full = _pixels_of_full(table, rows, xy_px)
+    mpp, spot_px = (_positive(scale_factors.get(name)) for name in ("microns_per_pixel", "spot_diameter_fullres"))
+    return Declared(
+        technology,
+        source,
+        row,
+        col,
+        mpp=None if full is None or mpp is None else mpp / full,
+        spot_px=None if full is None or spot_px is None else spot_px * full,
+        doubtful=doubtful,
+    )
+
+
+def scale_factors(table: AnnData, *, spots_key: str, rows: NDArray[np.int64]) -> dict[str, Any]:
+    """Space Ranger's scale factors in ``uns["spatial"]``, of the library that the spots are of; empty without any."""
+    return dict(library_of(table, spots_key=spots_key, rows=rows).get("scalefactors", {}))
+
+
+def library_of(table: AnnData, *, spots_key: str, rows: NDArray[np.int64]) -> Mapping[str, Any]:
+    """The entry of ``uns["spatial"]`` that the spots are of; empty where there is none, or no telling which."""
+    libraries = table.uns.get("spatial", {})
+    libraries = {k: v for k, v in libraries.items() if hasattr(v, "get")} if hasattr(libraries, "items") else {}
+    if len(libraries) > 1 and "library_id" in table.obs:
+        of_spots = table.obs["library_id"].iloc[rows].astype(str).unique()
+        libraries = {k: v for k, v in libraries.items() if str(k) in of_spots}
+    if len(libraries) > 1:
+        libraries = {k: v for k, v in libraries.items() if str(k) == spots_key}
+    return next(iter(libraries.values())) if len(libraries) == 1 else {}
+
+
+def check_single_section(table: AnnData, rows: NDArray[np.int64], spots_key: str, *, remedy: str) -> None:
+    """Refuse spots of several sections that lie in one element: their places on the array are taken twice."""
+    array = _columns(table.obs.iloc[rows])
+    if array is None:
+        return
+    doubled = pd.DataFrame(array).duplicated().mean()
+    if doubled > _DOUBLED:
+        msg = (
+            f"{doubled:.0%} of the {len(rows)} spots of {spots_key!r} have an array_row and array_col that another spot has, "
+            f"too: they are of several sections. {remedy}"
+        )
+        raise ValueError(msg)
+
+
+def _technology(
+    names: list[Any], keys: str, attrs: Mapping[Any, Any], factors: Mapping[str, Any]
+) -> tuple[Technology | None, str, bool]:
+    sampled = [_sample(column) for column in names]
+    for column in sampled:
+        edges = {m[1] for name in column if (m := BARCODE_OF_BIN.search(name))}
+        if len(edges) > 1:
+            msg = (
+                f"barcodes are of bins of {sorted(int(e) for e in edges)} µm (for example {list(column[:2])}): each size is a "
+                "table of its own. Split the table by it."
+            )
+            raise ValueError(msg)
+        if edges and _share(column, BARCODE_OF_BIN) > 0.5:
+            um = float(edges.pop())
+            return Technology("visium-hd", um, um), "barcodes", False
+    if named := _KEY_OF_BINS.search(keys):
+        um = float(named[1])
+        return Technology("visium-hd", um, um), "name of the element", False
+    if (bins_um := _positive(factors.get("bin_size_um"))) is not None:
+        return Technology("visium-hd", bins_um, bins_um), "scale factors", False
+    if attrs.get("histosge_reader") == "st":
+        return LEGACY_ST, "read from the table of an ST array", False
+    if attrs.get("spatialdata_io_reader") == "visium":
+        return VISIUM, "read by spatialdata_io.visium", False
+    for column in sampled:
+        if _share(column, _VISIUM_BARCODE) > 0.5:
+            return VISIUM, "barcodes", False
+        at = [m for name in column if (m := _ST_NAME.search(name))]
+        if len(at) > 0.5 * len(column):
+            col, row = (np.array([float(m[i]) for m in at]) for i in (1, 2))
+            if col.max() <= _ST_ARRAY[0] and row.max() <= _ST_ARRAY[1]:
+                whole = not any("." in m[0] for m in at)  # the spot detector's places are no whole numbers
+                return LEGACY_ST, f"names of spots, as {at[0][0]}", whole
+    return None, "", False
+
+
+def _array(obs: pd.DataFrame, names: list[Any]) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
+    """Row and column of each spot on the array: columns of ``obs``, or what names say."""
+    array = _columns(obs)
+    if array is not None:
+        return array[:, 0], array[:, 1]
+    for column in names:
+        for pattern, (row, col) in ((BARCODE_OF_BIN, (1, 2)), (_ST_NAME, (1, 0))):
+            if _share(_sample(column), pattern) == 1.0:
+                at = pd.Series(np.asarray(column)).str.extract(pattern).astype(float)
+                if at.notna().all(axis=None):
+                    whole = at.round().to_numpy(np.int64)
+                    return whole[:, row], whole[:, col]
+    return None, None
+
+
+def _columns(obs: pd.DataFrame) -> NDArray[np.int64] | None:
+    """``array_row`` and ``array_col``, (n, 2), where they are whole numbers."""
+    if not {"array_row", "array_col"} <= set(obs.columns):
+        return None
+    array = obs[["array_row", "array_col"]].apply(pd.to_numeric, errors="coerce").to_numpy(float)
+    if not np.isfinite(array).all() or (array != np.rint(array)).any():
+        return None
+    return array.astype(np.int64)
+
+
+def _is_visium_array(row: NDArray[np.int64], col: NDArray[np.int64]) -> bool:
+    """Whether columns count in half steps, as Space Ranger's do, and fit on a capture area."""
+    staggered = (row + col) % 2 == (row[0] + col[0]) % 2
+    both = len(np.unique(row % 2)) == 2
+    return bool(staggered.all() and both and np.ptp(row) < 128 and np.ptp(col) < 224)
+
+
+def _pixels_of_full(table: AnnData, rows: NDArray[np.int64], xy_px: NDArray[np.float64]) -> float | None:
+    """Pixels of the image for one of Space Ranger's full-resolution image, in which ``obsm["spatial"]`` is."""
+    if "spatial" not in table.obsm:
+        return None
+    full = np.asarray(table.obsm["spatial"], float)[rows, :2]
+    spread = full.std(axis=0).sum()
+    if not np.isfinite(full).all() or spread <= 0:
+        return None
+    return float(np.sqrt(xy_px.var(axis=0).sum() / full.var(axis=0).sum()))
+
+
+def _sample(column: Any) -> list[str]:
+    """Some names, evenly over all."""
+    rows = np.unique(np.linspace(0, len(column) - 1, _SAMPLE).astype(int))
+    return [str(name) for name in np.asarray(column)[rows]]
+
+
+def _share(names: list[str], pattern: re.Pattern[str]) -> float:
+    return sum(pattern.search(name) is not None for name in names) / len(names)
+
+
+def _positive(value: Any) -> float | None:
+    """A number above 0, or ``None``: files hold anything."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if np.isfinite(number) and number > 0 else None
