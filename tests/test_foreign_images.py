@@ -10,6 +10,7 @@ import dask.array as da
 import imagecodecs
 import numpy as np
 import pytest
+import skimage.data
 import tifffile
 import xarray as xr
 from PIL import Image, ImageOps, PngImagePlugin
@@ -400,6 +401,19 @@ def test_planes_by_colours_of_ome(tmp_path):
     same(read(tmp_path / "a.ome.tif"))
 
 
+@pytest.mark.parametrize(
+    "labels", [["c:1/3 - Red", "c:2/3 - Green", "c:3/3 - Blue"], [f"c:{i}/3 - a.tif" for i in (1, 2, 3)]]
+)
+def test_labels_of_imagej(tmp_path, labels):
+    write_planes(tmp_path / "a.tif", PLANES, labels, by="ImageJ")
+    same(read(tmp_path / "a.tif"))
+
+
+def test_planes_that_are_slices(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", PLANES, imagej=True, photometric="minisblack", metadata={"axes": "ZYX"})
+    refuses(tmp_path / "a.tif", r"has axes ZYX of \(3, 203, 301\)")
+
+
 def test_samples_that_nothing_calls_colours(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", PIXELS, photometric="minisblack", planarconfig="contig")
     same(read(tmp_path / "a.tif"))
@@ -423,7 +437,7 @@ def test_depth_by_the_largest_value(tmp_path, log, n_bits, compression):
     deep = np.rint(PIXELS * (white / 255)).astype(np.uint16)
     tifffile.imwrite(tmp_path / "a.tif", deep, photometric="rgb", compression=compression)
     same(read(tmp_path / "a.tif"), atol=1)
-    assert f"taken as {n_bits} bit: the largest value is {deep.max()}" in log.text
+    assert f"taken as {n_bits} bit: its largest values are {deep.max()}" in log.text
     image = lazy_image(parse_image(tmp_path / "a.tif", "a"), "he")
     same(seen(image), atol=1)
 
@@ -442,6 +456,14 @@ def test_depth_is_of_the_whole_image(tmp_path, where):
     else:
         (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(deep))
         same(read(tmp_path / "a.png"), atol=1)
+
+
+def test_a_scale_bar_and_broken_pixels_are_not_white(tmp_path):
+    deep = np.rint(PIXELS * (4095 / 255)).astype(np.uint16)
+    deep[5, 10:60], deep[100, 100] = 65535, 60000
+    tifffile.imwrite(tmp_path / "a.tif", deep, photometric="rgb")
+    same(read(tmp_path / "a.tif")[10:99], PIXELS[10:99], atol=1)
+    same(seen(lazy_image(element(np.moveaxis(deep, -1, 0), "rgb"), "he"))[10:99], PIXELS[10:99], atol=1)
 
 
 @pytest.mark.parametrize("tag", ["SignificantBits", "MaxSampleValue"])
@@ -463,7 +485,7 @@ def test_tags_that_cannot_be_right_are_not_believed(tmp_path, log):
         options = {"ome": True, "metadata": {"axes": "YXS", "SignificantBits": n_bits}}
         tifffile.imwrite(tmp_path / "a.tif", deep, photometric="rgb", **options)
         same(read(tmp_path / "a.tif"), atol=1)
-    assert log.text.count("taken as 12 bit: the largest value") == 2
+    assert log.text.count("taken as 12 bit: its largest values") == 2
 
 
 @pytest.mark.parametrize("n_bits", [4, 10, 12])
@@ -618,6 +640,19 @@ def test_labels_and_overviews_give_way(tmp_path, log, ome):
     assert f"holds 4 images: the largest is read, {WIDE} x {HIGH} px" in log.text
 
 
+@pytest.mark.parametrize(
+    ("vendor", "text"), [("Ventana", "level=0 mag=40 quality=90"), ("Leica", '<?xml version="1.0"?><scn></scn>')]
+)
+def test_tiffs_of_other_scanners(tmp_path, vendor, text):
+    """Tiles of Ventana overlap, areas of Leica lie apart."""
+    xmp = [(700, 1, 20, b"<iScan></iScan>     ", True)] if vendor == "Ventana" else []
+    software = "ScanOutputManager 1.1" if vendor == "Ventana" else None
+    tifffile.imwrite(
+        tmp_path / "a.tif", PIXELS, photometric="rgb", description=text, metadata=None, extratags=xmp, software=software
+    )
+    refuses(tmp_path / "a.tif", f"is a slide of {vendor}, .*is not read")
+
+
 def test_two_slides_in_a_file(tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.ome.tif", ome=True) as file:
         for pixels in (PIXELS, PIXELS[:180]):
@@ -686,6 +721,28 @@ def test_dark_elements(log):
         lazy_image(element(grey), "he")
     with pytest.raises(ValueError, match="dark where H&E is bright"):
         lazy_image(element(np.zeros((3, HIGH, WIDE), np.uint8)), "he")
+
+
+def test_colours_of_another_space():
+    """As other readers give a slide of Aperio's 33003, or any YCbCr."""
+    for names in ("rgb", None):
+        with pytest.raises(ValueError, match=r"background of \(245, 12[78], 12[78]\): it is YCbCr that was read as if"):
+            lazy_image(element(np.moveaxis(YCC, -1, 0), names), "he")
+
+
+def test_no_colour(log):
+    lazy_image(element(np.broadcast_to(PLANES[1], PLANES.shape), "rgb"), "he")
+    assert "image 'he' has no colour" in log.text
+
+
+def test_stained_tissue_raises_no_word(log):
+    """Sections under a microscope, with much and with no background; a photograph of stars is dark."""
+    tissue = np.asarray(skimage.data.immunohistochemistry())
+    for part in (tissue, tissue[:200, :200], tissue[150:250, 250:350]):
+        lazy_image(element(np.moveaxis(part, -1, 0)), "he")
+    assert log.text == ""
+    with pytest.raises(ValueError, match="dark where H&E is bright"):
+        lazy_image(element(np.moveaxis(np.asarray(skimage.data.hubble_deep_field()), -1, 0)), "he")
 
 
 def test_black_around_a_scan_is_no_fluorescence(log):

@@ -19,6 +19,7 @@ _UNNAMED = re.compile(r"(channel|ch|c|band|sample|plane|image|none)?[\s_:#.-]*[\
 _MOST_OVERSHOOT = 2.0
 _LEAST_OF_255 = 64.0
 """Largest values of float images: what interpolation makes of 1 is below the first, an H&E image of 0 to 255 above the second."""
+_NEARLY_ALL = 0.999
 _SAMPLED = 4
 """Chunks along each side"""
 _LARGEST_CHUNK = 2**28
@@ -27,6 +28,7 @@ _BLACK, _FAINT, _DARK = 20, 25, 70
 """Grey levels, of 255. A stain takes away light: where an H&E image is not black, its darkest channel is above the
 second, and its brightest above the third, at least in half of the pixels."""
 _OPAQUE_OR_NOT = 0.9
+_NO_COLOUR = 6
 
 
 class ImageError(ValueError):
@@ -92,14 +94,19 @@ def order_by_name(names: Iterable[object]) -> list[int] | None:
 
 
 def white_value(what: str, dtype: np.dtype[Any], values: NDArray[Any]) -> float:
-    """Brightness of white where nothing but the values tells it: the largest value, up to the next power of two."""
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    """Brightness of white where nothing but the values tells it: the largest, up to the next power of two less one."""
     if dtype.kind != "f":
-        return float(2 ** max(8, int(high).bit_length()) - 1)
+        return float(2 ** max(8, int(largest(values)).bit_length()) - 1)
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if low < 0 or high > 255 or not np.isfinite(values).all() or _MOST_OVERSHOOT < high < _LEAST_OF_255:
         msg = f"{what} has values from {low:.4g} to {high:.4g}; a float image goes from 0 to 1 or from 0 to 255: rescale it."
         raise ImageError(msg)
     return 1.0 if high <= _MOST_OVERSHOOT else 255.0
+
+
+def largest(values: NDArray[Any]) -> float:
+    """The largest value but for one in a thousand: those may be scale bars, broken pixels or what resampling overshot."""
+    return float(np.quantile(values, _NEARLY_ALL, method="lower"))
 
 
 def bits(white: float) -> int:
@@ -126,7 +133,7 @@ def sample(data: Any, white: float = 255.0) -> NDArray[Any]:
                 part = part[:, ::step, ::step]
             else:
                 y, x = starts[0][row] + high // 2, starts[1][column] + wide // 2
-                part = np.asarray(data[:, y - 128 : y + 128 : 2, x - 128 : x + 128 : 2])
+                part = np.asarray(data[:, max(y - 128, 0) : y + 128 : 2, max(x - 128, 0) : x + 128 : 2])
             parts.append(part.reshape(len(part), -1))
     seen = np.concatenate(parts, axis=1)
     lit = (seen[:3].max(0) > _BLACK * white / 255).mean()
@@ -139,9 +146,23 @@ def seems_fluorescent(rgb: NDArray[np.uint8]) -> bool:
     What is black says nothing, as it may lie around a scan.
     """
     lit = rgb[:, rgb.max(0) > _BLACK]
-    if not lit.size:
+    if lit.shape[1] <= _LEAST_LIT * rgb.shape[1]:
         return True
     return bool(np.median(lit.min(0)) < _FAINT or np.median(lit.max(0)) < _DARK)
+
+
+def seems_ycbcr(rgb: NDArray[np.uint8]) -> bool:
+    """Whether pixels (3, n) are Y, Cb and Cr: then white and black are (Y, 128, 128), which no slide under white light is."""
+    bright = rgb[:, rgb[0] >= np.quantile(rgb[0], 0.9)].astype(int)
+    off = np.median(np.abs(bright[1:] - 128), axis=1).max()
+    return bool(
+        off <= _NO_COLOUR and np.median(bright[0]) > 128 + _DARK and np.abs(rgb[1:].astype(int) - 128).max() < 100
+    )
+
+
+def is_grey(rgb: NDArray[np.uint8]) -> bool:
+    """Whether the channels of pixels (3, n) are alike."""
+    return bool(np.ptp(rgb, axis=0).max(initial=0) <= 1)
 
 
 def is_opacity(values: NDArray[Any], opaque: float) -> bool:

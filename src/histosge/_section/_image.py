@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from histosge._image import LazyImage
-from histosge._section._colour import bits, is_opacity, order_by_name, sample, seems_fluorescent, spread, white_value
+from histosge._section._colour import (
+    bits,
+    is_grey,
+    is_opacity,
+    largest,
+    order_by_name,
+    sample,
+    seems_fluorescent,
+    seems_ycbcr,
+    spread,
+    white_value,
+)
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -80,7 +91,18 @@ def _check_looks(data: Any, white: float, key: str, *, named: bool) -> None:
             "Pass image_key= of a colour image, or rename its channels to r, g, b, a."
         )
         raise ValueError(msg)
-    if not seems_fluorescent(LazyImage(seen[..., None], white).read(0, 0, 1, seen.shape[1])[..., 0]):
+    rgb = LazyImage(seen[..., None], white).read(0, 0, 1, seen.shape[1])[..., 0]
+    if seems_ycbcr(rgb):
+        msg = (
+            f"image {key!r} has a background of {tuple(np.median(rgb[:, rgb[0] == rgb[0].max()], axis=1).astype(int).tolist())}: it "
+            "is YCbCr that was read as if it were RGB. Read its file with `sge.io.read`, or convert it to RGB."
+        )
+        raise ValueError(msg)
+    if not seems_fluorescent(rgb):
+        if is_grey(rgb):
+            logger.warning(
+                "image %r has no colour: of H&E without colour, predictions mean little. Pass a colour image.", key
+            )
         return
     if not named:
         msg = (
@@ -108,7 +130,7 @@ def _white(data: Any, key: str) -> float:
     white = white_value(f"image {key!r}", dtype, values)
     taken = f"{bits(white)} bit" if dtype.kind == "u" else f"0 to {white:g}"
     logger.info(
-        "image %r: %s taken as %s (white = %g), by its largest value, %.4g", key, dtype, taken, white, values.max()
+        "image %r: %s taken as %s (white = %g), by its largest values, %.4g", key, dtype, taken, white, largest(values)
     )
     return white
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from histosge._section._colour import ImageError, Samples, bits, white_value
+from histosge._section._colour import ImageError, Samples, bits, largest, spread, white_value
 from histosge._section._orientation import Turn
 from histosge._section._tiff import open_tiff, tiff_orientation, tiff_size
 from histosge._settings import logger
@@ -160,8 +160,9 @@ def _open_picture(path: Path, *, oriented: bool) -> da.Array:
         deep = _deep_png(path)
         samples = Samples(alpha=3 if n == 4 else None)
         if deep is not None:  # of which pillow gives the upper 8 bits
-            white = white_value(repr(str(path)), deep.dtype, deep[..., :3])
-            logger.info("%s: taken as %d bit: the largest value is %d", path, bits(white), deep[..., :3].max())
+            values = spread(np.moveaxis(deep, -1, 0), range(3))
+            white = white_value(repr(str(path)), deep.dtype, values)
+            logger.info("%s: taken as %d bit: its largest values are %d", path, bits(white), largest(values))
             samples = Samples(white=white, alpha=samples.alpha, opaque=65535.0)
         whole = np.empty((3, height, width), np.uint8)
         seen = n == 3

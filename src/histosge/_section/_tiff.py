@@ -12,6 +12,7 @@ from histosge._section._colour import (
     ImageError,
     Samples,
     bits,
+    largest,
     order_by_name,
     sample,
     seems_fluorescent,
@@ -206,6 +207,12 @@ def _channel_axis(series: TiffPageSeries) -> str:
 
 def _slide(file: TiffFile, path: Path) -> int:
     """Number of the slide among labels, overviews and masks: the largest image with colours."""
+    if file.is_bif or file.is_scn:
+        msg = (
+            f"{str(path)!r} is a slide of {'Ventana' if file.is_bif else 'Leica'}, of which tiles overlap or lie apart, and is not "
+            "read. Convert it to OME-TIFF, as QuPath or Bio-Formats (`bfconvert IN OUT.ome.tif`) does."
+        )
+        raise ImageError(msg)
     flat = [i for i, series in enumerate(file.series) if {"X", "Y"} <= set(series.axes)]
     if not flat:
         what = f"has axes {file.series[0].axes} of {file.series[0].shape}" if file.series else "holds no image"
@@ -361,15 +368,15 @@ def _white(raw: _Tiff, samples: Samples, chunk_px: tuple[int, int], said: dict[s
     lazy = raw.lazy(chunk_px)
     if kind.kind == "u":
         word, fewest = min(said.items(), key=lambda one: one[1], default=("", 16))
-        if 8 <= fewest < 16 and sample(lazy, 2**fewest)[list(samples.colours)].max() < 2**fewest:
+        if 8 <= fewest < 16 and largest(sample(lazy, 2**fewest)[list(samples.colours)]) < 2**fewest:
             logger.info("%s: taken as %d bit, by %s of the file", path, fewest, word)
             return float(2**fewest - 1)
     values = spread(lazy, samples.colours)
     white = white_value(repr(str(path)), kind, values)
     if kind.kind == "u":
-        logger.info("%s: taken as %d bit: the largest value is %d", path, bits(white), values.max())
+        logger.info("%s: taken as %d bit: its largest values are %d", path, bits(white), largest(values))
     else:
-        logger.info("%s: %s taken as 0 to %g: the largest value is %.4g", path, kind, white, values.max())
+        logger.info("%s: %s taken as 0 to %g: its largest values are %.4g", path, kind, white, largest(values))
     return white
 
 
