@@ -28,7 +28,7 @@ _BLACK, _FAINT, _DARK = 20, 25, 70
 """Grey levels, of 255. A stain takes away light: where an H&E image is not black, its darkest channel is above the
 second, and its brightest above the third, at least in half of the pixels."""
 _OPAQUE_OR_NOT = 0.9
-_NO_COLOUR = 6
+_NO_COLOUR, _COLOURED = 6, 125
 
 
 class ImageError(ValueError):
@@ -151,13 +151,22 @@ def seems_fluorescent(rgb: NDArray[np.uint8]) -> bool:
     return bool(np.median(lit.min(0)) < _FAINT or np.median(lit.max(0)) < _DARK)
 
 
-def seems_ycbcr(rgb: NDArray[np.uint8]) -> bool:
-    """Whether pixels (3, n) are Y, Cb and Cr: then white and black are (Y, 128, 128), which no slide under white light is."""
-    bright = rgb[:, rgb[0] >= np.quantile(rgb[0], 0.9)].astype(int)
-    off = np.median(np.abs(bright[1:] - 128), axis=1).max()
-    return bool(
-        off <= _NO_COLOUR and np.median(bright[0]) > 128 + _DARK and np.abs(rgb[1:].astype(int) - 128).max() < 100
-    )
+def background(rgb: NDArray[np.uint8]) -> tuple[int, int, int]:
+    """Colour of the brightest tenth of pixels (3, n): under white light and without stain, it is nearly white."""
+    light = rgb.sum(axis=0, dtype=int)
+    red, green, blue = np.median(rgb[:, light >= np.quantile(light, 0.9)], axis=1).astype(int).tolist()
+    return red, green, blue
+
+
+def seems_ycbcr(colour: tuple[int, int, int]) -> bool:
+    """Whether a background is white in Y, Cb and Cr: (Y, 128, 128)."""
+    luma, *chroma = colour
+    return luma > 128 + _DARK and all(abs(value - 128) <= _NO_COLOUR for value in chroma)
+
+
+def is_coloured(colour: tuple[int, int, int]) -> bool:
+    """Whether a background is no shade of white: even eosin without any background is paler."""
+    return max(colour) - min(colour) > _COLOURED
 
 
 def is_grey(rgb: NDArray[np.uint8]) -> bool:

@@ -8,7 +8,9 @@ import numpy as np
 
 from histosge._image import LazyImage
 from histosge._section._colour import (
+    background,
     bits,
+    is_coloured,
     is_grey,
     is_opacity,
     largest,
@@ -92,10 +94,11 @@ def _check_looks(data: Any, white: float, key: str, *, named: bool) -> None:
         )
         raise ValueError(msg)
     rgb = LazyImage(seen[..., None], white).read(0, 0, 1, seen.shape[1])[..., 0]
-    if seems_ycbcr(rgb):
+    shade = background(rgb)
+    if seems_ycbcr(shade):
         msg = (
-            f"image {key!r} has a background of {tuple(np.median(rgb[:, rgb[0] == rgb[0].max()], axis=1).astype(int).tolist())}: it "
-            "is YCbCr that was read as if it were RGB. Read its file with `sge.io.read`, or convert it to RGB."
+            f"image {key!r} has a background of {shade}: it is YCbCr that was read as if it were RGB. Read its file with "
+            "`sge.io.read`, or convert it to RGB."
         )
         raise ValueError(msg)
     if not seems_fluorescent(rgb):
@@ -103,6 +106,11 @@ def _check_looks(data: Any, white: float, key: str, *, named: bool) -> None:
             logger.warning(
                 "image %r has no colour: of H&E without colour, predictions mean little. Pass a colour image.", key
             )
+        elif is_coloured(shade):
+            logger.warning(
+                "image %r has a background of %s, where H&E is nearly white: are these its colours? Compare it with the slide.",
+                key, shade,
+            )  # fmt: skip
         return
     if not named:
         msg = (
