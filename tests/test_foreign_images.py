@@ -730,13 +730,6 @@ def test_colours_of_another_space():
             lazy_image(element(np.moveaxis(YCC, -1, 0), names), "he")
 
 
-def test_a_background_of_a_colour(log, tmp_path):
-    """RGB that somebody stored as YCbCr: decoders agree on magenta."""
-    tifffile.imwrite(tmp_path / "a.tif", PIXELS, photometric="ycbcr", compression="jpeg", tile=(64, 64))
-    lazy_image(parse_image(tmp_path / "a.tif", "a"), "he")
-    assert "where H&E is nearly white: are these its colours?" in log.text
-
-
 def test_no_colour(log):
     lazy_image(element(np.broadcast_to(PLANES[1], PLANES.shape), "rgb"), "he")
     assert "image 'he' has no colour" in log.text

@@ -24,11 +24,11 @@ _SAMPLED = 4
 """Chunks along each side"""
 _LARGEST_CHUNK = 2**28
 _LEAST_LIT = 0.01
-_BLACK, _FAINT, _DARK = 20, 25, 70
+_BLACK, _FAINT, _DARK = 20, 15, 70
 """Grey levels, of 255. A stain takes away light: where an H&E image is not black, its darkest channel is above the
 second, and its brightest above the third, at least in half of the pixels."""
 _OPAQUE_OR_NOT = 0.9
-_NO_COLOUR, _COLOURED = 6, 125
+_NO_COLOUR = 6
 
 
 class ImageError(ValueError):
@@ -162,11 +162,6 @@ def seems_ycbcr(colour: tuple[int, int, int]) -> bool:
     """Whether a background is white in Y, Cb and Cr: (Y, 128, 128)."""
     luma, *chroma = colour
     return luma > 128 + _DARK and all(abs(value - 128) <= _NO_COLOUR for value in chroma)
-
-
-def is_coloured(colour: tuple[int, int, int]) -> bool:
-    """Whether a background is no shade of white: even eosin without any background is paler."""
-    return max(colour) - min(colour) > _COLOURED
 
 
 def is_grey(rgb: NDArray[np.uint8]) -> bool:

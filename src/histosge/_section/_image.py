@@ -10,7 +10,6 @@ from histosge._image import LazyImage
 from histosge._section._colour import (
     background,
     bits,
-    is_coloured,
     is_grey,
     is_opacity,
     largest,
@@ -106,11 +105,6 @@ def _check_looks(data: Any, white: float, key: str, *, named: bool) -> None:
             logger.warning(
                 "image %r has no colour: of H&E without colour, predictions mean little. Pass a colour image.", key
             )
-        elif is_coloured(shade):
-            logger.warning(
-                "image %r has a background of %s, where H&E is nearly white: are these its colours? Compare it with the slide.",
-                key, shade,
-            )  # fmt: skip
         return
     if not named:
         msg = (
