@@ -16,6 +16,7 @@ import xarray as xr
 from PIL import Image, ImageOps, PngImagePlugin
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel
+from tests import spaceranger as sr
 
 import histosge as sge
 from histosge._section._image import lazy_image
@@ -221,7 +222,7 @@ def test_subsampled_without_jpeg(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", YCC, photometric="ycbcr", subsampling=(1, 1), compression="lzw")
     with tifffile.TiffFile(tmp_path / "a.tif", mode="r+") as file:
         file.pages[0].tags[530].overwrite((2, 2))
-    refuses(tmp_path / "a.tif", "has YCbCr of uint8, subsampled by 2x2, which is read only from JPEGs")
+    refuses(tmp_path / "a.tif", "has YCbCr of uint8, subsampled by 2x2: without JPEG only uint8 of 1x1")
 
 
 OTHER_SPACES = {
@@ -234,6 +235,13 @@ OTHER_SPACES = {
     "signed": (PIXELS.astype(np.int8), {"photometric": "rgb"}, "3 channels of RGB, int8"),
     "large": (PIXELS.astype(np.uint32), {"photometric": "rgb"}, "3 channels of RGB, uint32"),
     "stack": (np.stack([PIXELS, PIXELS]), {"photometric": "rgb"}, r"has axes QYXS of .* \(several pages"),
+    "bits": (PIXELS > 100, {"photometric": "rgb"}, "3 channels of RGB, bool"),
+    "deep ycbcr": (YCC.astype(np.uint16) * 257, {"photometric": "ycbcr", "subsampling": (1, 1)}, "has YCbCr of uint16"),
+    "five": (
+        PIXELS[..., :1].repeat(5, -1),
+        {"photometric": "rgb", "extrasamples": [0, 0]},
+        r"YXS of .* \(photometric RGB",
+    ),
     "two": (PIXELS[..., :2], {"photometric": "minisblack", "planarconfig": "contig"}, "has axes YXS of"),
 }
 
@@ -576,6 +584,20 @@ def test_orientation(tmp_path, log, monkeypatch, name, number):
     assert "upright" not in log.text
 
 
+def test_orientation_behind_the_pixels(tmp_path, monkeypatch):
+    """A PNG may say it last; without it, nothing is decoded for a size."""
+    write_turned(tmp_path / "a.png", 6)
+    png = (tmp_path / "a.png").read_bytes()
+    start = png.index(b"eXIf") - 4
+    end = start + 12 + struct.unpack(">I", png[start : start + 4])[0]
+    (tmp_path / "b.png").write_bytes(png[:start] + png[end:-12] + png[start:end] + png[-12:])
+    assert image_size(tmp_path / "b.png") == (HIGH, WIDE)
+    same(read(tmp_path / "b.png"), upright(6))
+    (tmp_path / "c.png").write_bytes(png[:start] + png[end:])
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda *_: pytest.fail("decoded"))
+    assert image_size(tmp_path / "c.png") == (WIDE, HIGH)
+
+
 def test_turned_images_with_a_pyramid(tmp_path):
     """Chunks of what is shown are read from elsewhere in the file; levels are the means of what is shown."""
     rng = np.random.default_rng(0)
@@ -618,6 +640,13 @@ def test_other_formats(tmp_path, name, start, kind):
     for function in (image_size, orientation):
         with pytest.raises(ValueError, match=message):
             function(path)
+
+
+def test_other_formats_as_image_of_a_section(tmp_path, sdata):
+    written = sr.write_h5ad(tmp_path / "beside", sdata)
+    (tmp_path / "a.czi").write_bytes(b"ZISRAWFILE")
+    with pytest.raises(ValueError, match="is a file of Zeiss, which is not read. What can be read: TIFF"):
+        sge.io.read(written.source, image=tmp_path / "a.czi")
 
 
 @pytest.mark.parametrize("name", ["a.tif", "a.jpg", "a.png", "image"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,7 +72,7 @@ def image_size(path: Path) -> tuple[int, int]:
             size, number = tiff_size(path), tiff_orientation(path)
         else:
             with _picture(path) as picture:
-                size, number = picture.size, _exif_orientation(picture)
+                size, number = picture.size, _exif_orientation(picture, path)
     return Turn(number).swapped(size)
 
 
@@ -81,7 +82,7 @@ def orientation(path: Path) -> int:
         if _kind(path) == "TIFF":
             return tiff_orientation(path)
         with _picture(path) as picture:
-            return _exif_orientation(picture)
+            return _exif_orientation(picture, path)
 
 
 def open_pixels(path: Path, *, oriented: bool = True) -> da.Array:
@@ -149,7 +150,7 @@ def _open_picture(path: Path, *, oriented: bool) -> da.Array:
     with _picture(path) as picture:
         if picture.format == "PNG" and getattr(picture, "n_frames", 1) > 1:
             raise _not_rgb(path, f"is an animation of {picture.n_frames} images")
-        turn = Turn(_exif_orientation(picture) if oriented else 1)
+        turn = Turn(_exif_orientation(picture, path) if oriented else 1)
         if picture.mode in ("P", "RGB") and "transparency" in picture.info:
             picture = picture.convert("RGBA")
         elif picture.mode == "P":
@@ -188,8 +189,16 @@ def _deep_png(path: Path) -> NDArray[np.uint16] | None:
         return np.asarray(imagecodecs.png_decode(file.read()))
 
 
-def _exif_orientation(picture: Any) -> int:
-    found = picture.getexif().get(274, 1)
+def _exif_orientation(picture: Any, path: Path) -> int:
+    from PIL import Image
+
+    late = False
+    if (
+        picture.format == "PNG" and "exif" not in picture.info
+    ):  # it may come behind the pixels, which pillow decodes for it
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            late = content.find(b"eXIf") >= 0
+    found = (picture.getexif() if late else Image.Image.getexif(picture)).get(274, 1)
     return int(found) if found in range(1, 9) else 1
 
 

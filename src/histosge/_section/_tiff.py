@@ -236,9 +236,8 @@ def _slide(file: TiffFile, path: Path) -> int:
 def _axes(series: TiffPageSeries, path: Path) -> tuple[int, int, int]:
     channel, page = _channel_axis(series), series.keyframe
     if not channel:
-        more = (
-            "several pages, as of planes or times" if page.samplesperpixel > 2 else f"photometric {_photometric(page)}"
-        )
+        several = set(series.axes) - set("SCYX")
+        more = "several pages, as of planes or times" if several else f"photometric {_photometric(page)}"
         raise _not_rgb(path, f"has axes {series.axes} of {series.shape} ({more})")
     return tuple(series.axes.index(axis) for axis in f"{channel}YX")  # type: ignore[return-value]
 
@@ -272,7 +271,9 @@ def _check_colours(series: TiffPageSeries, n_channels: int, path: Path) -> None:
     plain_ycbcr = n_channels == 3 and series.dtype == np.uint8 and not page.is_subsampled
     if not plain_ycbcr and not decodes_to_rgb(page):
         sub = "x".join(map(str, page.subsampling or (2, 2)))
-        raise _not_rgb(path, f"has YCbCr of {series.dtype}, subsampled by {sub}, which is read only from JPEGs")
+        raise _not_rgb(
+            path, f"has YCbCr of {series.dtype}, subsampled by {sub}: without JPEG only uint8 of 1x1 is read"
+        )
 
 
 def _samples(page: TiffPage, names: list[str], n_channels: int, path: Path) -> tuple[Samples, bool]:
