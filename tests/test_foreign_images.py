@@ -21,7 +21,7 @@ from tests import spaceranger as sr
 import histosge as sge
 from histosge._section._image import lazy_image
 from histosge._section._orientation import Turn
-from histosge._section._pixels import image_size, open_pixels, orientation, parse_image
+from histosge._section._pixels import image_size, names_other_image, open_pixels, orientation, parse_image
 from histosge._section._tiff import _Tiff
 
 HIGH, WIDE = 203, 301
@@ -637,6 +637,7 @@ def test_other_formats(tmp_path, name, start, kind):
     path.write_bytes(start + bytes(200))
     message = rf"is a file of {kind}, which is not read. What can be read: TIFF \(\.tif, .*\.qptiff; OME-TIFF, too\), JPEG and PNG"
     refuses(path, message)
+    assert names_other_image(path) == (path.suffix not in (".tif", ".tiff", ".jpg", ".png", ".svs"))
     for function in (image_size, orientation):
         with pytest.raises(ValueError, match=message):
             function(path)
