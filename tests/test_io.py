@@ -282,7 +282,7 @@ def test_tiffs_are_read_in_pieces(tmp_path, kind):
 
 
 def test_one_large_piece_is_read_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("histosge._section._pixels._LARGEST_PIECE", 1000)
+    monkeypatch.setattr("histosge._section._tiff._LARGEST_PIECE", 1000)
     tifffile.imwrite(tmp_path / "a.tif", PIXELS, photometric="rgb", compression="zlib", rowsperstrip=300)
     lazy = open_pixels(tmp_path / "a.tif")
     (tmp_path / "a.tif").unlink()
@@ -297,8 +297,10 @@ def test_other_pixels(tmp_path):
     Image.fromarray(rgba).save(tmp_path / "alpha.png")
     few = Image.fromarray(PIXELS).convert("P")
     few.save(tmp_path / "few.png")
-    for name, wanted in {"alpha.tif": rgba, "deep.tif": deep, "alpha.png": rgba, "few.png": few.convert("RGB")}.items():
+    files = dict.fromkeys(("alpha.tif", "deep.tif", "alpha.png"), PIXELS) | {"few.png": few.convert("RGB")}
+    for name, wanted in files.items():
         lazy = open_pixels(tmp_path / name)
+        assert lazy.dtype == np.uint8
         np.testing.assert_array_equal(lazy.compute(), np.moveaxis(np.asarray(wanted), -1, 0))
 
 

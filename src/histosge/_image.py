@@ -81,7 +81,7 @@ class LazyImage:
             return part
         value = part.astype(np.float32) * np.float32(255.0 / self.white)  # (3 or 4, h, w)
         if len(value) == 4:  # what shines through is the white of the slide
-            alpha = value[3] / 255.0
+            alpha = np.minimum(value[3] / 255.0, 1)  # of 16 bits, where colours have fewer
             value = value[:3] * alpha + _WHITE * (1 - alpha)
         return np.clip(np.rint(value), 0, 255).astype(np.uint8)
 

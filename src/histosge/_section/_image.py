@@ -7,6 +7,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from histosge._image import LazyImage
+from histosge._section._colour import (
+    background,
+    bits,
+    is_grey,
+    is_opacity,
+    largest,
+    order_by_name,
+    sample,
+    seems_fluorescent,
+    seems_ycbcr,
+    spread,
+    white_value,
+)
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -15,7 +28,6 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 _THUMBNAILS = ("_hires_image", "_lowres_image")
-_RGB_NAMES = {"r": 0, "g": 1, "b": 2, "a": 3, "red": 0, "green": 1, "blue": 2, "alpha": 3}
 
 _SAME_GREY = 2.0
 """Grey levels, of 255, that a level of a pyramid may differ from the mean of the finest."""
@@ -48,26 +60,62 @@ def lazy_image(element: Any, key: str) -> LazyImage:
 
     arrays = list(get_pyramid_levels(element)) if isinstance(element, DataTree) else [element]
     array, *rest = (level.transpose("c", "y", "x") for level in arrays)
-    names = [str(c).lower() for c in array.coords["c"].values] if "c" in array.coords else []
-    if array.sizes["c"] not in (3, 4):
+    names = [str(c) for c in array.coords["c"].values] if "c" in array.coords else []
+    n_channels = array.sizes["c"]
+    if n_channels not in (3, 4):
         msg = (
-            f"image {key!r} has {array.sizes['c']} channels ({names}); an H&E image has 3 (RGB) or 4 (RGBA). "
+            f"image {key!r} has {n_channels} channels ({names}); an H&E image has 3 (RGB) or 4 (RGBA). "
             "Pass image_key= of a colour image."
         )
         raise ValueError(msg)
-    order = np.arange(array.sizes["c"])
-    if names and not all(n.isdigit() for n in names):
-        if sorted(_RGB_NAMES.get(n, -1) for n in names) != list(range(len(names))):
-            msg = (
-                f"image {key!r} has channels {names}, which are not red, green and blue: it does not look like H&E. "
-                "Pass image_key= of a colour image, or rename its channels to r, g, b."
-            )
-            raise ValueError(msg)
-        order = np.argsort([_RGB_NAMES[n] for n in names])
-    in_order = (order == np.arange(len(order))).all()
+    try:
+        order = order_by_name(names)
+    except ValueError:
+        msg = (
+            f"image {key!r} has channels {[name.lower() for name in names]}, which are not red, green and blue: it does not "
+            "look like H&E. Pass image_key= of a colour image, or rename its channels to r, g, b."
+        )
+        raise ValueError(msg) from None
+    in_order = order is None or order == list(range(n_channels))
     data = [level.data if in_order else level.data[order] for level in (array, *rest)]
     white = _white(data[0], key)
+    _check_looks(data[0], white, key, named=order is not None)
     return LazyImage(data[0], white, tuple(_coarser(data, white)))
+
+
+def _check_looks(data: Any, white: float, key: str, *, named: bool) -> None:
+    """Warn of what does not look like stained tissue; refuse it where nothing says that its channels are colours."""
+    seen = sample(data, white)
+    if len(seen) == 4 and not named and not is_opacity(seen[3], seen[3].max()):
+        msg = (
+            f"image {key!r} has 4 channels without names, and the fourth is no opacity: it does not look like H&E. "
+            "Pass image_key= of a colour image, or rename its channels to r, g, b, a."
+        )
+        raise ValueError(msg)
+    rgb = LazyImage(seen[..., None], white).read(0, 0, 1, seen.shape[1])[..., 0]
+    shade = background(rgb)
+    if seems_ycbcr(shade):
+        msg = (
+            f"image {key!r} has a background of {shade}: it is YCbCr that was read as if it were RGB. Read its file with "
+            "`sge.io.read`, or convert it to RGB."
+        )
+        raise ValueError(msg)
+    if not seems_fluorescent(rgb):
+        if is_grey(rgb):
+            logger.warning(
+                "image %r has no colour: of H&E without colour, predictions mean little. Pass a colour image.", key
+            )
+        return
+    if not named:
+        msg = (
+            f"image {key!r} is dark where H&E is bright, as of fluorescence, and nothing says that its channels are colours. "
+            "Pass image_key= of a brightfield image; if it is H&E, rename its channels to r, g, b."
+        )
+        raise ValueError(msg)
+    logger.warning(
+        "image %r is dark where H&E is bright: is it fluorescence? Encoders know H&E only, and of anything else predictions mean "
+        "nothing. Pass image_key= of a brightfield image.", key,
+    )  # fmt: skip
 
 
 def _white(data: Any, key: str) -> float:
@@ -80,14 +128,12 @@ def _white(data: Any, key: str) -> float:
             f"image {key!r} has dtype {dtype}; pass an RGB image of dtype uint8, uint16 or float (0 to 1, or 0 to 255)."
         )
         raise ValueError(msg)
-    step = max(1, max(data.shape[1:]) // 1000)
-    sample = np.asarray(data[:, ::step, ::step])
-    low, high = float(np.nanmin(sample)), float(np.nanmax(sample))
-    if dtype.kind == "f" and (low < 0 or high > 255 or not np.isfinite(sample).all()):
-        msg = f"image {key!r} has values from {low:.4g} to {high:.4g}; a float image goes from 0 to 1 or from 0 to 255: rescale it."
-        raise ValueError(msg)
-    white = 1.0 if dtype.kind == "f" and high <= 1 else 255.0 if high <= 255 else 65535.0
-    logger.info("converting image %r from %s (white = %g) to uint8", key, dtype, white)
+    values = spread(data, (0, 1, 2))
+    white = white_value(f"image {key!r}", dtype, values)
+    taken = f"{bits(white)} bit" if dtype.kind == "u" else f"0 to {white:g}"
+    logger.info(
+        "image %r: %s taken as %s (white = %g), by its largest values, %.4g", key, dtype, taken, white, largest(values)
+    )
     return white
 
 

@@ -3,33 +3,53 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+import mmap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from histosge._section._colour import ImageError, Samples, bits, largest, spread, white_value
+from histosge._section._orientation import Turn
+from histosge._section._tiff import open_tiff, tiff_orientation, tiff_size
+from histosge._settings import logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     import dask.array as da
+    from numpy.typing import NDArray
     from xarray import DataArray, DataTree
 
 _TIFFS = (".tif", ".tiff", ".btf", ".svs", ".ndpi", ".qptiff")
 _PICTURES = (".jpg", ".jpeg", ".png")
+_OTHERS = {
+    ".afi": "Aperio", ".bif": "Ventana", ".bmp": "BMP", ".czi": "Zeiss", ".dcm": "DICOM", ".dicom": "DICOM", ".gif": "GIF",
+    ".ims": "Imaris", ".isyntax": "Philips", ".j2k": "JPEG 2000", ".jp2": "JPEG 2000", ".jpx": "JPEG 2000", ".jxl": "JPEG XL",
+    ".jxr": "JPEG XR", ".lif": "Leica", ".lsm": "Zeiss", ".mrxs": "3DHISTECH", ".nd2": "Nikon", ".oib": "Olympus",
+    ".oif": "Olympus", ".oir": "Olympus", ".pdf": "PDF", ".qpi": "PerkinElmer", ".scn": "Leica", ".svslide": "Sakura",
+    ".tmap": "UNIC", ".vms": "Hamamatsu", ".vmu": "Hamamatsu", ".vsi": "Olympus", ".webp": "WebP", ".heic": "HEIC",
+    ".avif": "AVIF", ".xcf": "GIMP", ".psd": "Photoshop", ".zarr": "OME-Zarr", ".zvi": "Zeiss",
+}  # fmt: skip
+"""Formats of images that are not read"""
+_BEGINNINGS = (
+    (b"\xff\xd8\xff", "JPEG"), (b"\x89PNG", "PNG"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"II+\0", "TIFF"), (b"MM\0+", "TIFF"),
+    (b"ZISRAW", "Zeiss"), (b"GIF8", "GIF"), (b"BM", "BMP"), (b"\0\0\0\x0cjP", "JPEG 2000"), (b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (b"%PDF", "PDF"), (b"\xd0\xcf\x11\xe0", "Olympus or Zeiss"), (b"\x89HDF", "HDF5"), (b"\xda\xce\xbe\x0a", "Nikon"),
+    (b"PK\x03\x04", "ZIP"), (b"\x1f\x8b", "gzip"), (b"8BPS", "Photoshop"),
+)  # fmt: skip
 _CHUNK_PX = 1024
 _SMALLEST_CHUNK_PX = 256
 _SMALLEST_LEVEL_PX = 1000
-_LARGEST_PIECE = 2**28
-"""Bytes. TIFFs compressed in larger pieces are read as a whole, once."""
 
 
 def is_image(path: Path) -> bool:
     return path.suffix.lower() in (*_TIFFS, *_PICTURES) and path.is_file() and not path.name.startswith(".")
 
 
-class _ImageError(ValueError):
-    """Its message names the image already."""
+def names_other_image(path: Path) -> bool:
+    """Whether a name is one of an image in a format that is not read; :func:`open_pixels` says what to do about it."""
+    return path.suffix.lower() in _OTHERS
 
 
 @contextlib.contextmanager
@@ -37,7 +57,7 @@ def _named(path: Path) -> Iterator[None]:
     """Say which file it is that a library cannot read, whatever the library raises."""
     try:
         yield
-    except (_ImageError, MemoryError):
+    except (ImageError, MemoryError):
         raise
     except Exception as err:
         if isinstance(err, OSError) and err.errno is not None:  # of the system, which names the file
@@ -46,22 +66,54 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels."""
+    """Width and height in pixels, as the image is shown."""
     with _named(path):
-        if path.suffix.lower() in _TIFFS:
-            import tifffile
+        if _kind(path) == "TIFF":
+            size, number = tiff_size(path), tiff_orientation(path)
+        else:
+            with _picture(path) as picture:
+                size, number = picture.size, _exif_orientation(picture, path)
+    return Turn(number).swapped(size)
 
-            with tifffile.TiffFile(path) as file:
-                series = file.series[0]
-                return tuple(series.shape[series.axes.index(axis)] for axis in "XY")  # type: ignore[return-value]
+
+def orientation(path: Path) -> int:
+    """How an image is stored, 1 (as it is shown) to 8, by the tag of EXIF or TIFF."""
+    with _named(path):
+        if _kind(path) == "TIFF":
+            return tiff_orientation(path)
         with _picture(path) as picture:
-            return picture.size
+            return _exif_orientation(picture, path)
 
 
-def open_pixels(path: Path) -> da.Array:
-    """Open an RGB image, (c, y, x): a TIFF is read in pieces when they are asked for, others at once."""
+def open_pixels(path: Path, *, oriented: bool = True) -> da.Array:
+    """Open an image as RGB of 8 bits, (3, y, x): a TIFF is read in pieces when they are asked for, others at once.
+
+    ``oriented`` shows it the way that its tag of orientation says, as viewers do, and not as it is stored.
+    """
     with _named(path):
-        return _open_tiff(path) if path.suffix.lower() in _TIFFS else _open_picture(path)
+        opened = open_tiff if _kind(path) == "TIFF" else _open_picture
+        pixels = opened(path, oriented=oriented)
+    stored = orientation(path) if oriented else 1
+    if stored != 1:
+        logger.info("%s is stored %s (orientation %d): read upright", path, Turn(stored).words, stored)
+    return pixels
+
+
+def _kind(path: Path) -> str:
+    """``"TIFF"``, ``"JPEG"`` or ``"PNG"``, by what the file holds and not by its name."""
+    found = _OTHERS.get(path.suffix.lower(), "")
+    if not found:
+        with path.open("rb") as file:
+            start = file.read(132)
+        found = next((kind for begins, kind in _BEGINNINGS if start.startswith(begins)), "")
+        found = "WebP" if start[8:12] == b"WEBP" else "DICOM" if start[128:] == b"DICM" else found
+    if found and found not in ("TIFF", "JPEG", "PNG"):
+        msg = (
+            f"{str(path)!r} is a file of {found}, which is not read. What can be read: TIFF ({', '.join(_TIFFS)}; OME-TIFF, "
+            f"too), JPEG and PNG. Convert it to OME-TIFF, as QuPath or Bio-Formats (`bfconvert IN OUT.ome.tif`) does."
+        )
+        raise ImageError(msg)
+    return found
 
 
 def parse_image(path: Path, name: str) -> DataArray | DataTree:
@@ -77,7 +129,7 @@ def parse_image(path: Path, name: str) -> DataArray | DataTree:
     image = Image2DModel.parse(
         pixels,
         dims=("c", "y", "x"),
-        c_coords=["r", "g", "b", "a"][: len(pixels)],
+        c_coords=["r", "g", "b"],
         scale_factors=[2] * n_halved or None,
         chunks=pixels.chunksize,
         transformations={name: Identity()},
@@ -92,19 +144,62 @@ def parse_image(path: Path, name: str) -> DataArray | DataTree:
     return image
 
 
-def _open_picture(path: Path) -> da.Array:
+def _open_picture(path: Path, *, oriented: bool) -> da.Array:
     import dask.array as da
 
     with _picture(path) as picture:
-        if picture.mode == "P":
+        if picture.format == "PNG" and getattr(picture, "n_frames", 1) > 1:
+            raise _not_rgb(path, f"is an animation of {picture.n_frames} images")
+        turn = Turn(_exif_orientation(picture, path) if oriented else 1)
+        if picture.mode in ("P", "RGB") and "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+        elif picture.mode == "P":
             picture = picture.convert("RGB")
         if picture.mode not in ("RGB", "RGBA"):
             raise _not_rgb(path, f"is of mode {picture.mode!r}")
-        whole = np.empty((len(picture.mode), picture.height, picture.width), np.uint8)
-        for y in range(0, picture.height, _CHUNK_PX):  # strip by strip: a second copy of it all would not fit
-            bottom = min(y + _CHUNK_PX, picture.height)
-            whole[:, y:bottom] = np.moveaxis(np.asarray(picture.crop((0, y, picture.width, bottom))), -1, 0)
-    return da.from_array(whole, chunks=(-1, _CHUNK_PX, _CHUNK_PX), name=False)
+        n, (width, height) = len(picture.mode), picture.size
+        deep = _deep_png(path)
+        samples = Samples(alpha=3 if n == 4 else None)
+        if deep is not None:  # of which pillow gives the upper 8 bits
+            values = spread(np.moveaxis(deep, -1, 0), range(3))
+            white = white_value(repr(str(path)), deep.dtype, values)
+            logger.info("%s: taken as %d bit: its largest values are %d", path, bits(white), largest(values))
+            samples = Samples(white=white, alpha=samples.alpha, opaque=65535.0)
+        whole = np.empty((3, height, width), np.uint8)
+        seen = n == 3
+        for y in range(0, height, _CHUNK_PX):  # strip by strip: a second copy of it all would not fit
+            bottom = min(y + _CHUNK_PX, height)
+            strip = np.asarray(picture.crop((0, y, width, bottom))) if deep is None else deep[y:bottom]
+            seen |= bool(strip[..., -1].any())
+            whole[:, y:bottom] = samples.rgb8(np.moveaxis(strip, -1, 0))
+        if not seen:
+            raise _not_rgb(path, "is transparent everywhere")
+    return da.from_array(turn.apply(whole), chunks=(-1, _CHUNK_PX, _CHUNK_PX), name=False)
+
+
+def _deep_png(path: Path) -> NDArray[np.uint16] | None:
+    """Colours of 16 bits, (y, x, c), where a PNG has such."""
+    import imagecodecs
+
+    with path.open("rb") as file:
+        start = file.read(26)
+        if not start.startswith(b"\x89PNG") or start[24] != 16:
+            return None
+        file.seek(0)
+        return np.asarray(imagecodecs.png_decode(file.read()))
+
+
+def _exif_orientation(picture: Any, path: Path) -> int:
+    from PIL import Image
+
+    late = False
+    if (
+        picture.format == "PNG" and "exif" not in picture.info
+    ):  # it may come behind the pixels, which pillow decodes for it
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            late = content.find(b"eXIf") >= 0
+    found = (picture.getexif() if late else Image.Image.getexif(picture)).get(274, 1)
+    return int(found) if found in range(1, 9) else 1
 
 
 @contextlib.contextmanager
@@ -114,83 +209,20 @@ def _picture(path: Path) -> Iterator[Any]:
 
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=("JPEG", "PNG", "MPO")) as picture:
             yield picture
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-@dataclass(frozen=True)
-class _Tiff:
-    """The first image of a TIFF as an array (c, y, x), opened for each piece: it can be pickled and leaves no file open."""
-
-    path: Path
-    shape: tuple[int, int, int]
-    dtype: np.dtype[Any]
-    order: tuple[int, int, int]
-    """Which axes of the file are c, y and x"""
-    mapped: bool
-    """Whether pixels lie in the file as they do in memory"""
-    ndim = 3
-
-    def __getitem__(self, key: tuple[slice, slice, slice]) -> Any:
-        import tifffile
-        import zarr
-
-        there: Any = tuple(key[self.order.index(axis)] for axis in range(3))
-        if self.mapped:
-            return np.array(tifffile.memmap(self.path, mode="r")[there].transpose(self.order))
-        with tifffile.TiffFile(self.path) as file:
-            array: Any = zarr.open_array(file.series[0].aszarr(level=0), mode="r")
-            return np.asarray(array[there]).transpose(self.order)
+def _unreadable(path: Path, why: str) -> ImageError:
+    msg = f"{str(path)!r} cannot be read as an image ({why}). Is the file whole? Copy it again, or export it as an RGB TIFF."
+    return ImageError(msg)
 
 
-def _open_tiff(path: Path) -> da.Array:
-    import dask.array as da
-    import tifffile
-    import zarr
-    from tifffile import PHOTOMETRIC
-
-    with tifffile.TiffFile(path) as file:
-        series = file.series[0]
-        page, axes, shape = series.keyframe, series.axes, series.shape
-        channel = next((axis for axis in "SC" if axis in axes), "")
-        if sorted(axes) != sorted(f"{channel}YX") or not channel or shape[axes.index(channel)] not in (3, 4):
-            raise _not_rgb(path, f"has axes {axes} of {shape}")
-        ends = [
-            o + n
-            for part in series.pages
-            if part is not None
-            for o, n in zip(part.dataoffsets, part.databytecounts, strict=True)
-        ]
-        if max(ends, default=0) > path.stat().st_size:  # else pieces would turn out to be missing at any time later
-            raise _unreadable(path, f"it has {path.stat().st_size} bytes, and pixels up to byte {max(ends)}")
-        order: Any = tuple(axes.index(axis) for axis in f"{channel}YX")
-        n_channels = shape[order[0]]
-        plain = {PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR} | ({PHOTOMETRIC.MINISBLACK} if n_channels == 3 else set())
-        if page.photometric not in plain or series.dtype.name not in ("uint8", "uint16", "float32"):
-            raise _not_rgb(path, f"has {n_channels} channels of {PHOTOMETRIC(page.photometric).name}, {series.dtype}")
-        mapped = page.is_memmappable and series.dataoffset is not None
-        stored: Any = zarr.open_array(series.aszarr(level=0), mode="r").chunks
-        pieces = [stored[axis] for axis in order[1:]]  # tiles, or strips
-        if not mapped and np.prod(pieces) * n_channels * series.dtype.itemsize > _LARGEST_PIECE:
-            whole = series.asarray(level=0).transpose(order)
-            return da.from_array(whole, chunks=(-1, _CHUNK_PX, _CHUNK_PX), name=False)
-    array = _Tiff(path.resolve(), tuple(shape[axis] for axis in order), series.dtype, order, mapped)  # type: ignore[arg-type]
-    high, wide = (_CHUNK_PX, _CHUNK_PX) if mapped else pieces
-    wide *= max(1, _CHUNK_PX // wide)
-    high *= max(1, _CHUNK_PX**2 // (high * wide))
-    stat = path.stat()
-    chunks = (n_channels, min(high, array.shape[1]), min(wide, array.shape[2]))
-    token = f"tiff-{da.core.tokenize(str(array.path), stat.st_mtime_ns, stat.st_size)}"
-    return da.from_array(array, chunks=chunks, name=token, meta=np.empty((0, 0, 0), array.dtype))
-
-
-def _unreadable(path: Path, why: str) -> _ImageError:
-    msg = f"{str(path)!r} cannot be read as an image ({why}). Is the file whole? Copy or export it again."
-    return _ImageError(msg)
-
-
-def _not_rgb(path: Path, what: str) -> _ImageError:
-    msg = f"{str(path)!r} {what}; an H&E image has red, green and blue, of uint8 or uint16. Convert it to RGB."
-    return _ImageError(msg)
+def _not_rgb(path: Path, what: str) -> ImageError:
+    msg = (
+        f"{str(path)!r} {what}; an H&E image has red, green and blue, of 8 or 16 bits. Pass the brightfield image, or save "
+        "this one as an RGB TIFF of 8 bits, for example in QuPath or ImageJ."
+    )
+    return ImageError(msg)
