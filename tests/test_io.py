@@ -420,6 +420,7 @@ def test_folders_that_lack_a_file(tmp_path, sdata, hd):
     with pytest.raises(FileNotFoundError, match="has no spatial/scalefactors_json.json"):
         sge.io.read(written.source)
     counts.unlink()
+    (written.source / "raw_feature_bc_matrix.h5").unlink()
     with pytest.raises(FileNotFoundError, match="has no filtered_feature_bc_matrix.h5, or the folder"):
         sge.io.read(written.source)
     bins = sr.write_visium_hd(tmp_path / "hd", hd, prefix="A")

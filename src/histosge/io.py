@@ -34,30 +34,36 @@ def read(
     Parameters
     ----------
     source
-        One of: the ``outs`` folder of Space Ranger 1 to 4, or the folder above it, for Visium (CytAssist too) or Visium HD;
-        a folder of files downloaded from 10x Genomics (``NAME_filtered_feature_bc_matrix.h5``, ``spatial``); a ``SpatialData``
+        One of: the ``outs`` folder of Space Ranger 1 to 4, the folder above it or one inside, for Visium (CytAssist too) or
+        Visium HD; a folder of files downloaded from 10x Genomics (``NAME_filtered_feature_bc_matrix.h5``, ``spatial``) or GEO
+        (all beside one another, packed or not); a ``SpatialData``
         on disk (``.zarr``); an ``.h5ad`` with ``obsm["spatial"]``, x and y in pixels of its image; the counts of an ST array
         (``.tsv`` or ``.tsv.gz``, rows called ``XxY``) with the table of its spots beside (columns ``x``, ``y``, ``pixel_x``, ``pixel_y``);
         an image alone, of which a model of other sections can predict (``predict(model=, mpp=)``).
     image
-        The full-resolution image that the spots were aligned to: TIFF, JPEG or PNG, RGB. ``None`` takes the only such image
-        that lies in the folder (or above ``outs``) and has the size that Space Ranger was given, or holds all spots.
+        The full-resolution image that the spots were aligned to: TIFF (also OME-TIFF, ``.svs``, ``.ndpi``, ``.qptiff``), JPEG or
+        PNG. It is read as RGB of 8 bits, as the file describes itself: YCbCr, names of channels, bit depth, opacity on white,
+        EXIF or TIFF orientation. Other formats and fluorescence are refused. ``None`` takes the only such image
+        that lies in the folder (or above ``outs``) and has the size of the one that the spots were aligned to, or holds all spots.
+        It is compared with Space Ranger's thumbnail, or the one in ``uns["spatial"]``.
     bin_size
         Visium HD: which bins to read, their edge in µm. ``None`` takes 8, or the only ones there are.
     dataset_id
-        Name of the section, which its elements begin with. ``None`` takes the prefix of the files, or the folder's name.
+        Name of the section, which its elements begin with. ``None`` takes the prefix of the files, or the folder's name. Of
+        an ``.h5ad`` with several sections, the one to read.
 
     Returns
     -------
     A ``SpatialData``; of a ``.zarr`` all that it holds, otherwise:
 
     ``images["{dataset_id}_full_image"]``
-        uint8, uint16 or float32 RGB, with halved scales down to 1000 px. Without a full-resolution image
+        uint8 RGB, channels ``r``, ``g``, ``b``, with halved scales down to 1000 px. Without a full-resolution image
         ``images["{dataset_id}_hires_image"]``, Space Ranger's thumbnail, or no image: then a warning is logged.
     ``shapes["{dataset_id}"]``
         Circles, or with Visium HD the squares ``shapes["{dataset_id}_square_008um"]``, in pixels of the full image.
     ``tables["table"]``
-        Counts of genes at the spots on the tissue, or ``tables["square_008um"]``; of an ``.h5ad`` all that it holds. ``obsm["spatial"]`` (n, 2):
+        Counts of genes at the spots on the tissue, or ``tables["square_008um"]``; of an ``.h5ad`` all that it holds, linked to
+        the shapes by columns of ``obs`` with names that are free (``"region"``, ``"spot_id"``). ``obsm["spatial"]`` (n, 2):
         (x, y) in pixels of the full image. Of an image alone neither shapes nor table.
 
     Raises
@@ -65,8 +71,8 @@ def read(
     FileNotFoundError
         Where ``source``, ``image`` or one of the files of Space Ranger is not there.
     ValueError
-        Where ``source`` is nothing of the above, an argument does not apply to it, several images may be meant, the image is not RGB, or its size
-        is not that of the one that the spots were aligned to.
+        Where ``source`` is nothing of the above, an argument does not apply to it, several sections or images may be meant, the
+        image is not RGB, or it is not the one that the spots were aligned to: of another size, mirrored or turned.
 
     Notes
     -----

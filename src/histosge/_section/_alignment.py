@@ -102,6 +102,25 @@ def compare(image: LazyImage, small: NDArray[Any]) -> Agreement | None:
     return Agreement(best, scores[best], scores[UPRIGHT])
 
 
+def check_image(image: LazyImage, small: NDArray[Any], name: str) -> None:
+    """Refuse an image that is mirrored or turned against a small copy of it, and warn where it looks like another."""
+    agreement = compare(image, small)
+    if agreement is None or agreement.fits:
+        return
+    if agreement.turned:
+        msg = (
+            f"the image {name!r} is {agreement.orientation} against the one that the spots were aligned to: so it "
+            f"agrees with its thumbnail (rank correlation {agreement.best:.2f}), and as it is it does not "
+            f"({agreement.upright:.2f}). Pass the image that the spots were aligned to, or turn this one back."
+        )
+        raise ValueError(msg)
+    logger.warning(
+        "the image %s looks unlike the thumbnail of the one that the spots were aligned to (rank correlation %.2f, 0.99 is "
+        "usual, and no better mirrored or turned): is it of this section?",
+        name, agreement.upright,
+    )  # fmt: skip
+
+
 def warn_of_orientation(section: Section, small: NDArray[np.uint8], factor: int) -> None:
     """Warn where tissue and expression of a section speak for another orientation of its image, shrunken by ``factor``."""
     from PIL import Image

@@ -53,6 +53,33 @@ def find_image(sdata: SpatialData, key: str | None) -> str:
     return full[0]
 
 
+def thumbnail_of(sdata: SpatialData, key: str, system: str) -> Any:
+    """Space Ranger's small copy of an image, (h, w, 3), where it lies beside and covers it; else ``None``."""
+    from spatialdata import get_pyramid_levels
+    from spatialdata.transformations import get_transformation
+    from xarray import DataTree
+
+    names = [n for n in sdata.images if n.endswith(_THUMBNAILS) and n != key]
+    for name in sorted(names, key=lambda n: not n.endswith(_THUMBNAILS[0])):
+        small, image = (
+            next(iter(get_pyramid_levels(e))) if isinstance(e, DataTree) else e
+            for e in (sdata.images[name], sdata.images[key])
+        )
+        if any(system not in get_transformation(sdata.images[n], get_all=True) for n in (name, key)):
+            continue
+        to_system = [
+            get_transformation(sdata.images[n], to_coordinate_system=system).to_affine_matrix(("x", "y"), ("x", "y"))
+            for n in (name, key)
+        ]
+        matrix = np.linalg.solve(to_system[1], to_system[0])
+        wanted = [image.sizes["x"] / small.sizes["x"], image.sizes["y"] / small.sizes["y"]]
+        upright = np.allclose(matrix[:2, :2], np.diag(wanted), rtol=0.02, atol=0.02 * max(wanted))
+        at_corner = np.abs(matrix[:2, 2]).max() <= 0.02 * max(image.sizes["x"], image.sizes["y"])
+        if upright and at_corner and small.sizes["c"] in (3, 4):
+            return np.asarray(small.transpose("y", "x", "c").data)
+    return None
+
+
 def lazy_image(element: Any, key: str) -> LazyImage:
     """Take an image with all its scales, lazily, as RGB."""
     from spatialdata import get_pyramid_levels

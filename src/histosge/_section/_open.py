@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from histosge import _keys
-from histosge._section._alignment import compare
+from histosge._section._alignment import check_image, compare
 from histosge._section._coordinates import centroids
 from histosge._section._image import lazy_image
 from histosge._section._parts import valid_name
-from histosge._section._pixels import image_size, is_image, parse_image
+from histosge._section._pixels import image_size, is_image, names_other_image, open_pixels, orientation, parse_image
 from histosge._section._spaceranger import bins_of, find_outs, is_hd, read_visium, read_visium_hd
 from histosge._section._tables import read_h5ad, read_st
 from histosge._settings import logger
@@ -66,6 +66,8 @@ def open_section(
             msg = f"{' and '.join(f'{k}={v!r}' for k, v in given.items())}: a SpatialData holds its image and names. Leave out."
             raise ValueError(msg)
         return _zarr(source)
+    if names_other_image(source):
+        open_pixels(source)
     holds = (
         sorted(path.name for path in source.iterdir())[:8]
         if source.is_dir()
@@ -99,8 +101,7 @@ def _with_image(found: Found, source: Path, given: str | Path | None) -> Spatial
     path = _choose_image(found, source, given)
     images: dict[str, Any] = {}
     if path is not None:
-        images[f"{found.name}_full_image"] = parse_image(path, found.name)
-        _check_alignment(found, path, images[f"{found.name}_full_image"])
+        images[f"{found.name}_full_image"] = _aligned_image(found, path)
     elif found.hires is not None:
         back = get_transformation(found.hires, to_coordinate_system=found.name)
         set_transformation(found.hires, {found.name: back}, set_all=True)
@@ -119,10 +120,10 @@ def _choose_image(found: Found, source: Path, given: str | Path | None) -> Path 
     high = centroids(found.shapes).max(axis=0)
 
     def fits(path: Path) -> bool:
-        size = np.array(image_size(path))
+        sizes = np.array([image_size(path), image_size(path, oriented=False)])
         if found.size_px is None:
-            return bool((high <= size).all())
-        return bool((np.abs(size / found.size_px - 1) < _SAME_SIZE).all())
+            return bool((high <= sizes[0]).all())
+        return bool((np.abs(sizes / found.size_px - 1) < _SAME_SIZE).all(axis=1).any())
 
     if found.size_px is None:
         wanted = f"the spots reach to x = {high[0]:.0f}, y = {high[1]:.0f} px"
@@ -130,6 +131,8 @@ def _choose_image(found: Found, source: Path, given: str | Path | None) -> Path 
         wanted = f"{found.size_source} of about {found.size_px[0]:.0f} x {found.size_px[1]:.0f} px"
     if given is not None:
         path = Path(given).expanduser()
+        if names_other_image(path):
+            open_pixels(path)
         if not path.is_file():
             msg = f"image={str(given)!r} is no file: check the path."
             raise FileNotFoundError(msg)
@@ -180,22 +183,20 @@ def _resized(found: Found, path: Path) -> str:
     return ""
 
 
-def _check_alignment(found: Found, path: Path, element: Any) -> None:
-    """Compare the image with the small copy of the one that the spots were aligned to."""
+def _aligned_image(found: Found, path: Path) -> Any:
+    """Read the image, and compare it with the small copy of the one that the spots were aligned to.
+
+    Programs differ in whether they follow a tag of orientation: of an image that has one, the copy decides.
+    """
+    element = parse_image(path, found.name)
     if found.small is None:
-        return
-    agreement = compare(lazy_image(element, path.name), found.small)
-    if agreement is None or agreement.fits:
-        return
-    if agreement.turned:
-        msg = (
-            f"the image {str(path)!r} is stored {agreement.orientation} against the one that the spots were aligned to: so it "
-            f"agrees with its thumbnail (rank correlation {agreement.best:.2f}), and as it is it does not "
-            f"({agreement.upright:.2f}). Pass the image that the spots were aligned to, or turn this one back."
-        )
-        raise ValueError(msg)
-    logger.warning(
-        "the image %s looks unlike the thumbnail of the one that the spots were aligned to (rank correlation %.2f, 0.99 is "
-        "usual, and no better mirrored or turned): is it of this section?",
-        path, agreement.upright,
-    )  # fmt: skip
+        return element
+    image = lazy_image(element, path.name)
+    if orientation(path) != 1:
+        shown, element_stored = compare(image, found.small), parse_image(path, found.name, oriented=False)
+        stored = compare(lazy_image(element_stored, path.name), found.small)
+        if stored is not None and stored.fits and not (shown is not None and shown.fits):
+            logger.info("%s is read as it is stored: so it agrees with the thumbnail", path)
+            return element_stored
+    check_image(image, found.small, str(path))
+    return element

@@ -65,15 +65,15 @@ def _named(path: Path) -> Iterator[None]:
         raise _unreadable(path, str(err)) from err
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels, as the image is shown."""
+def image_size(path: Path, *, oriented: bool = True) -> tuple[int, int]:
+    """Width and height in pixels, as the image is shown, or as it is stored."""
     with _named(path):
         if _kind(path) == "TIFF":
             size, number = tiff_size(path), tiff_orientation(path)
         else:
             with _picture(path) as picture:
                 size, number = picture.size, _exif_orientation(picture, path)
-    return Turn(number).swapped(size)
+    return Turn(number).swapped(size) if oriented else size
 
 
 def orientation(path: Path) -> int:
@@ -116,13 +116,13 @@ def _kind(path: Path) -> str:
     return found
 
 
-def parse_image(path: Path, name: str) -> DataArray | DataTree:
+def parse_image(path: Path, name: str, *, oriented: bool = True) -> DataArray | DataTree:
     """Read an image in pieces, with a pyramid of means that is computed when it is asked for."""
     import dask.array as da
     from spatialdata.models import Image2DModel
     from spatialdata.transformations import Identity
 
-    pixels = open_pixels(path)
+    pixels = open_pixels(path, oriented=oriented)
     n_halved = 0
     while max(pixels.shape[1:]) >> n_halved > _SMALLEST_LEVEL_PX:
         n_halved += 1

@@ -12,9 +12,10 @@ import shapely
 
 from histosge import _keys
 from histosge._coverage import Footprints
+from histosge._section._alignment import check_image
 from histosge._section._coordinates import align, apply, centroids, scale_of
 from histosge._section._counts import log_normalise, match_rows, named_layers, read_counts
-from histosge._section._image import find_image, lazy_image
+from histosge._section._image import find_image, lazy_image, thumbnail_of
 from histosge._section._scale import check_single_section, physical_scale, read_declared, scale_factors
 from histosge._settings import logger
 
@@ -127,6 +128,9 @@ def read_section(
     system, to_image = align(sdata, spots_key, image_key, wanted=coordinate_system)
     image = lazy_image(sdata.images[image_key], image_key)
 
+    small = thumbnail_of(sdata, image_key, system)
+    if small is not None and report:
+        check_image(image, small, image_key)
     table = sdata.tables[table_key]
     rows, instances, left_out = match_rows(table, sdata.shapes[spots_key], spots_key, table_key)
     check_single_section(
