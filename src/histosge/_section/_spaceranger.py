@@ -150,7 +150,8 @@ def _name_of(outs: Path, file: Path, tail: str) -> str:
 def _canonical(outs: Path, counts: Path, positions: Path, factors: Path) -> Iterator[tuple[Path, str]]:
     """The folder as Space Ranger writes it, and its counts file; a copy with links where people have changed it."""
     header = _has_header(positions)
-    packed_counts = counts.is_dir() and not (counts / "matrix.mtx.gz").is_file()
+    matrix = ("matrix.mtx.gz", "features.tsv.gz", "barcodes.tsv.gz")
+    odd_counts = counts.is_dir() and not all((counts / name).is_file() for name in matrix)
     as_written = (
         positions.parent == factors.parent == outs / "spatial"
         and positions.name in _POSITIONS
@@ -158,13 +159,13 @@ def _canonical(outs: Path, counts: Path, positions: Path, factors: Path) -> Iter
         and factors.name == _FACTORS
     )
     counts_file = f"{counts.name}/matrix.mtx.gz" if counts.is_dir() else counts.name
-    if as_written and not packed_counts:
+    if as_written and not odd_counts:
         yield outs, counts_file
         return
     with tempfile.TemporaryDirectory(prefix="histosge-") as temporary:
         folder = Path(temporary)
         (folder / "spatial").mkdir()
-        if packed_counts:
+        if odd_counts:
             _pack_matrix(counts, folder / counts.name)
         else:
             (folder / counts.name).symlink_to(counts.resolve())
