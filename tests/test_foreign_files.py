@@ -176,8 +176,8 @@ def test_only_the_raw_matrix(outs, tissue, log):
     path = outs / "spatial/tissue_positions.csv"
     positions = pd.read_csv(path)
     raw = ad.AnnData(tissue.tables["table"].X, obs=tissue.tables["table"].obs[[]], var=tissue.tables["table"].var[[]])
-    off = raw[:7].copy()
-    off.obs_names = positions.barcode[positions.in_tissue == 0][:7]
+    off = raw[:3].copy()
+    off.obs_names = positions.barcode[positions.in_tissue == 0][:3]
     both = ad.concat([raw, off])
     sr._write_h5(outs / "raw_feature_bc_matrix.h5", both, version="2.1.0")
     (outs / "filtered_feature_bc_matrix.h5").unlink()
@@ -399,7 +399,7 @@ def test_the_thumbnail_decides_whether_a_tag_of_orientation_counts(tmp_path, tis
     stored = np.ascontiguousarray(back(pixels) if follows else pixels)
     tifffile.imwrite(written.image, stored, photometric="rgb", tile=(256, 256), extratags=[(274, "H", 1, tag, True)])
     (element,) = sge.io.read(written.source).images.values()
-    np.testing.assert_array_equal(np.moveaxis(np.asarray(element["scale0"]["image"]), 0, -1), pixels)
+    np.testing.assert_array_equal(np.moveaxis(np.asarray(element.data), 0, -1), pixels)
     assert warnings_in(log) == []
 
 
@@ -425,21 +425,13 @@ def test_images_that_differ_in_a_spatialdata(tmp_path, tissue, pixels, outs):
         del sdata.images["run_full_image"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name for name in ORIENTATIONS if name.startswith(("as", "mirrored", "upside", "with rows and columns swapped"))],
-)
+@pytest.mark.parametrize("name", list(ORIENTATIONS)[:4])
 def test_expression_and_tissue_tell_the_orientation(tissue, pixels, name):
     """Without any thumbnail: what was measured follows the colours under the spots, in one orientation only."""
     section = read_section(tissue, report=False)
     turned = np.ascontiguousarray(ORIENTATIONS[name](pixels))
-    if (section.xy_px >= turned.shape[1::-1]).any():
-        turned = np.pad(turned, ((0, 400), (0, 400), (0, 0)), mode="edge")
     found = likelier_orientation(turned, section.xy_px, section.expression, spot_cells=14.0)
-    if name == "with rows and columns swapped":  # not in one image of unequal sides
-        assert found in (name, None)
-    else:
-        assert found == (None if name == UPRIGHT else name)
+    assert found == (None if name == UPRIGHT else name)
 
 
 def test_expression_that_follows_nothing_tells_nothing(tissue, pixels):
