@@ -35,10 +35,10 @@ _CONSTANT = 0.01
 """Sums are constant if 98 % of them lie within this share of their median. Half precision and rounding to two decimals move
 a sum by 0.5 %; sums that were never made equal differ by 10 % and more."""
 _EXACT = 1e-3
-_N_SPOTS = 300
+_N_SPOTS = 100
 """Spots in which one count is looked for, in as many as ``_N_VALUES`` of their smallest values."""
-_N_VALUES = 64
-_MOST_COUNTS = 64
+_N_VALUES = 32
+_MOST_COUNTS = 256
 """Counts that the smallest value of a spot may stand for"""
 _FEW_VALUES = 6
 """Fewer values than this are multiples of something by chance: the smallest has to be one count."""
@@ -224,7 +224,7 @@ def _one_count(genes: sparse.csr_matrix, transforms: list[Transform]) -> tuple[T
     for transform in (t for t in transforms if not rounded or t.log):
         found = [_unit(transform.inverse(row)) for row in values]
         fitting = [each for each in found if each is not None]
-        if len(fitting) > 0.8 * len(values):
+        if len(fitting) > len(values) / 2:  # else the weakest gene of most has too many counts
             error, units = np.array(fitting).T
             fits[transform] = float(error.mean()), units
     if NONE in fits:  # the squares of whole multiples are whole multiples too

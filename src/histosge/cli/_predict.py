@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from histosge._section import is_measured
 from histosge._settings import logger
 from histosge.cli._shared import (
     COMPUTE,
@@ -124,6 +123,7 @@ def predict(
       histosge predict section.zarr predicted.zarr --model model --report report.html
     """  # noqa: D301
     import histosge as sge
+    from histosge._section import is_measured
 
     start = time()
     _check_usage(target, store=store, overwrite=overwrite, model=model, plot=plot, report=report, domains=domains)
