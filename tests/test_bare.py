@@ -142,7 +142,9 @@ def test_no_error_bars_where_nothing_was_measured(model, image_alone, log, monke
     assert asked == [0]  # memory is asked for X alone
     assert "no error bars: nothing was measured on this section to calibrate them on" in log.text
     assert model.bars is not None
-    with pytest.raises(ValueError, match=r"has no error bars\. None are written where nothing was measured: leave out 'width'"):
+    with pytest.raises(
+        ValueError, match=r"has no error bars\. None are written where nothing was measured: leave out 'width'"
+    ):
         sge.pl.expression(image_alone, table.var_names[0], panels=["predicted", "width"])
     page = sge.pl.report(image_alone, tmp_path / "report.html").read_text()
     assert "no error bars are given: those of other sections would be too narrow" in page

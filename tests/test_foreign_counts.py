@@ -131,7 +131,11 @@ def test_what_is_found_is_said(sdata, counts, log):
 
 def test_the_sums_tell_whatever_uns_says(sdata, counts):
     """uns["log1p"] stays behind where X was replaced."""
-    for x, uns in ((np.log1p(counts / counts.sum(1, keepdims=True) * 1e4), {"base": 2}), (counts, {}), (counts * 0.93, {})):
+    for x, uns in (
+        (np.log1p(counts / counts.sum(1, keepdims=True) * 1e4), {"base": 2}),
+        (counts, {}),
+        (counts * 0.93, {}),
+    ):
         section = read_section(holding(sdata, x, uns={"log1p": uns}), report=False)
         np.testing.assert_allclose(section.expression.toarray(), per_10k(counts), atol=1e-5)
 
@@ -211,7 +215,9 @@ def test_of_corrected_counts_only_uns_tells(sdata, counts, shallow):
         wanted = per_10k(k * rng.uniform(0.7, 1, k.shape))[:, genes]
         section = read_section(holding(sdata, wanted, genes=genes, uns={"log1p": {"base": None}}), report=False)
         np.testing.assert_allclose(section.expression.toarray(), wanted, rtol=1e-6)
-        with pytest.raises(ValueError, match=r"are no counts, since .*Name the layer .*uns\[\"log1p\"\] = {\"base\": None}"):
+        with pytest.raises(
+            ValueError, match=r"are no counts, since .*Name the layer .*uns\[\"log1p\"\] = {\"base\": None}"
+        ):
             read_section(holding(sdata, wanted, genes=genes), report=False)
 
 
@@ -254,8 +260,14 @@ def test_rows_of_unit_length_are_no_square_roots(sdata, counts):
 def test_scaled_genes_are_refused(sdata, counts):
     x = per_10k(counts)
     for scaled, match in (
-        ((x - x.mean(0)) / x.std(0), r"hold \d+ negative values .*Pass raw counts or log-normalised values, not scaled ones"),
-        (x / x.std(0), r"nearly all genes have the standard deviation 1\. They were scaled gene by gene\. Name the layer"),
+        (
+            (x - x.mean(0)) / x.std(0),
+            r"hold \d+ negative values .*Pass raw counts or log-normalised values, not scaled ones",
+        ),
+        (
+            x / x.std(0),
+            r"nearly all genes have the standard deviation 1\. They were scaled gene by gene\. Name the layer",
+        ),
         (x / x.max(0), r"nearly all genes have the maximum 1\. They were scaled gene by gene"),
     ):
         for uns in ({}, {"log1p": {}}):
@@ -267,7 +279,9 @@ def test_scaled_genes_are_refused(sdata, counts):
 def test_types_that_are_no_counts(sdata, counts, dtype):
     table = sdata["table"].copy()
     table.layers["other"] = counts.astype(dtype) if dtype is not str else counts.astype(str).astype(object)
-    with pytest.raises(ValueError, match=r"layer 'other' holds values of type .*Name the layer that holds numbers, layer="):
+    with pytest.raises(
+        ValueError, match=r"layer 'other' holds values of type .*Name the layer that holds numbers, layer="
+    ):
         read_section(with_table(sdata, table), layer="other", report=False)
 
 
@@ -325,10 +339,14 @@ def test_raw_from_end_to_end(embedded):
         sge.tl.predict(s, layer=layer, **ask)
     np.testing.assert_array_equal(other["histosge"].X, embedded["histosge"].X)
     assert other["histosge"].uns["histosge"]["layer"] == "raw"
-    drawn = [sge.pl.expression(s, "GENE001", panels="measured")[0, 0].collections[-1].get_array() for s in (embedded, other)]
+    drawn = [
+        sge.pl.expression(s, "GENE001", panels="measured")[0, 0].collections[-1].get_array() for s in (embedded, other)
+    ]
     np.testing.assert_array_equal(*drawn)
     scores = [
-        sge.tl.evaluate(s, heads=["mean"], layer=layer, encoder="stain-texture", genes=ask["genes"], n_splits=2, n_folds=2)
+        sge.tl.evaluate(
+            s, heads=["mean"], layer=layer, encoder="stain-texture", genes=ask["genes"], n_splits=2, n_folds=2
+        )
         for s, layer in ((embedded, None), (other, "raw"))
     ]
     pd.testing.assert_frame_equal(*scores)
@@ -353,14 +371,18 @@ def test_a_layer_called_raw_comes_first(sdata, counts):
 
 
 def test_no_raw(sdata):
-    with pytest.raises(KeyError, match=r"layer='raw' is not among the layers of table 'table': \[\] \(and there is no table\.raw\)"):
+    with pytest.raises(
+        KeyError, match=r"layer='raw' is not among the layers of table 'table': \[\] \(and there is no table\.raw\)"
+    ):
         read_section(sdata, layer="raw", report=False)
 
 
 # -------------------------------------------------------------------------------------------- features that are no genes
 
 
-def with_antibodies(sdata: SpatialData, *, column: str = "feature_types", gene="Gene Expression", other="Antibody Capture"):
+def with_antibodies(
+    sdata: SpatialData, *, column: str = "feature_types", gene="Gene Expression", other="Antibody Capture"
+):
     """The section with 3 antibodies between its genes, each of more counts than all genes together."""
     genes = sdata["table"]
     x = genes.X.toarray()
@@ -430,9 +452,13 @@ def test_nothing_is_left_out_where_nothing_else_is_said(sdata, values, log):
 def test_nothing_but_antibodies(sdata):
     table = sdata["table"].copy()
     table.var["feature_types"] = "Antibody Capture"
-    with pytest.raises(ValueError, match=r"holds no gene expression: .*20 Antibody Capture\. Pass the table .*table_key="):
+    with pytest.raises(
+        ValueError, match=r"holds no gene expression: .*20 Antibody Capture\. Pass the table .*table_key="
+    ):
         read_section(with_table(sdata, table), report=False)
-    with pytest.raises(ValueError, match=r"holds no gene expression: its var says so of all features\. Pass a table of genes"):
+    with pytest.raises(
+        ValueError, match=r"holds no gene expression: its var says so of all features\. Pass a table of genes"
+    ):
         table.X = sparse.csr_matrix(table.X).log1p()
         sge.tl.domains(table)
 
@@ -446,7 +472,9 @@ def test_an_antibody_and_a_gene_of_one_name(sdata):
     table.var_names_make_unique()
     assert table.var_names[10] == "GENE000-1"
     other = with_table(sdata, table)
-    with pytest.raises(ValueError, match=r"genes: {'GENE000-1': 'Antibody Capture'} are no gene expression.*Leave them out"):
+    with pytest.raises(
+        ValueError, match=r"genes: {'GENE000-1': 'Antibody Capture'} are no gene expression.*Leave them out"
+    ):
         sge.tl.predict(other, **FAST, genes=["GENE000", "GENE000-1"])
     with pytest.raises(ValueError, match=r"genes: {'CD4': 'Antibody Capture'}"):
         sge.tl.fit([with_antibodies(sdata), sdata], encoder="stain-texture", head="ridge", genes=["CD4"])
@@ -475,7 +503,9 @@ def test_antibodies_from_end_to_end(embedded):
         sge.tl.predict(s, **FAST, genes=20)
     np.testing.assert_array_equal(mixed["histosge"].X, embedded["histosge"].X)
     assert list(mixed["histosge"].var_names) == list(embedded["histosge"].var_names)
-    drawn = [sge.pl.expression(s, "GENE012", panels="measured")[0, 0].collections[-1].get_array() for s in (embedded, mixed)]
+    drawn = [
+        sge.pl.expression(s, "GENE012", panels="measured")[0, 0].collections[-1].get_array() for s in (embedded, mixed)
+    ]
     np.testing.assert_array_equal(*drawn)
 
 
@@ -540,14 +570,21 @@ def test_units_are_written_and_do_not_mix(embedded, counts, log):
     assert made["input"] == "log1p of normalised counts, total unknown"
     assert "kept as given" in log.text
     learn = LEARN | {"genes": 5}
-    with pytest.raises(ValueError, match=r"do not hold expression in one unit: 'spots' in log1p of counts per 10,000; .*layer="):
+    with pytest.raises(
+        ValueError, match=r"do not hold expression in one unit: 'spots' in log1p of counts per 10,000; .*layer="
+    ):
         sge.tl.fit([embedded, given], **learn)
     model = sge.tl.fit(given, **learn)
     assert model.info["unit"] == UNIT_AS_GIVEN
-    with pytest.raises(ValueError, match=r"the model predicts log1p of normalised counts, scaled as given, but section 'spots'"):
+    with pytest.raises(
+        ValueError, match=r"the model predicts log1p of normalised counts, scaled as given, but section 'spots'"
+    ):
         sge.tl.predict(embedded, model=model)
     alone = SpatialData(images=dict(embedded.images), shapes=dict(embedded.shapes))
-    assert sge.tl.predict(alone, model=model, mpp=2.0, target_key="spots", inplace=False).uns["histosge"]["unit"] == UNIT_AS_GIVEN
+    assert (
+        sge.tl.predict(alone, model=model, mpp=2.0, target_key="spots", inplace=False).uns["histosge"]["unit"]
+        == UNIT_AS_GIVEN
+    )
     sge.tl.predict(given, **FAST, genes=5)
     ax = sge.pl.expression(given, given["histosge"].var_names[0], panels="predicted")[0, 0]
     assert [bar.get_ylabel() for bar in ax.child_axes] == ["log1p expression, scale as given"]

@@ -99,7 +99,7 @@ class Values:
 
     def totals(self, matrix: sparse.csr_matrix) -> NDArray[np.float64]:
         """Sum of each spot, (n,): of counts the library size."""
-        return np.asarray(self.linear(matrix).sum(axis=1), np.float64).ravel()
+        return _row_sums(self.linear(matrix) if self.normalise else matrix)
 
     def expression(self, matrix: sparse.csr_matrix, totals: Floats | None = None) -> sparse.csr_matrix:
         """Expression (n, genes) float32 in :attr:`unit`; ``totals`` (n,) where ``matrix`` has only some genes."""
@@ -109,6 +109,10 @@ class Values:
         return (
             per_target_sum(linear, totals) if self.normalise else sparse.csr_matrix(linear.log1p()).astype(np.float32)
         )
+
+
+def _row_sums(matrix: sparse.csr_matrix) -> NDArray[np.float64]:
+    return np.asarray(matrix.sum(axis=1), np.float64).ravel()
 
 
 _NORMALISED = "normalised to 10,000 and log1p"
@@ -151,7 +155,12 @@ def recognise(
     remedy
         What to do where they cannot be told.
     """
-    _refuse_scaled(genes, named, remedy)
+    if _scaled(genes[sample(genes.shape[0])], within=0.3) and (what := _scaled(genes, within=0.02)):
+        msg = (
+            f"{named} cannot be read: {_plain(genes)}, and nearly all genes have the {what} 1. They were scaled gene by gene. "
+            f"Name the layer that holds counts or log-normalised values, layer=: {remedy()}."
+        )
+        raise ValueError(msg)
     rows = np.flatnonzero(np.asarray(genes.sum(axis=1)).ravel() > 0)
     rows = rows[sample(len(rows))]
     genes = genes[rows]
@@ -255,20 +264,15 @@ def _no_library_sizes(genes: sparse.csr_matrix) -> str | None:
     return None
 
 
-def _refuse_scaled(genes: sparse.csr_matrix, named: str, remedy: Callable[[], str]) -> None:
-    """Refuse genes that were scaled to one spread or one maximum: how strong they are is lost."""
+def _scaled(genes: sparse.csr_matrix, *, within: float) -> str | None:
+    """What nearly all genes have in common, if they were scaled one by one: how strong they are is lost then."""
     high = genes.max(axis=0).toarray().ravel()
     seen = high > 0
-    mean = np.asarray(genes.mean(axis=0)).ravel()[seen]
-    spread = np.sqrt(np.asarray(genes.power(2).mean(axis=0)).ravel()[seen] - mean**2)
-    for what, of in (("standard deviation", spread), ("maximum", high[seen])):
-        alike = np.abs(of / np.median(of) - 1) < (0.05 if what == "standard deviation" else 1e-6)
-        if len(of) > 2 and alike.mean() > 0.9:
-            msg = (
-                f"{named} cannot be read: {_plain(genes)}, and nearly all genes have the {what} {np.median(of):.3g}. They were "
-                f"scaled gene by gene. Name the layer that holds counts or log-normalised values, layer=: {remedy()}."
-            )
-            raise ValueError(msg)
+    mean, square = (np.asarray(of.mean(axis=0)).ravel()[seen] for of in (genes, genes.power(2)))
+    for what, values in (("standard deviation", np.sqrt(square - mean**2)), ("maximum", high[seen])):
+        if (np.abs(values - 1) < within).mean() > 0.9:
+            return what
+    return None
 
 
 # -- what follows from it
