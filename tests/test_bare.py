@@ -119,12 +119,52 @@ def test_bins_and_store(model, image_alone, tmp_path):
     stored = sge.tl.predict(image_alone, model=model, mpp=1.6, bin_um=40, store=tmp_path / "out.zarr", inplace=False)
     rows = stored.obs["instance_id"].argsort()
     np.testing.assert_allclose(np.asarray(stored.X)[rows.to_numpy()], table.X, atol=1e-5)
+    assert not stored.layers
 
 
 def test_measured_sections_are_read_as_before(model, other, log):
     table = sge.tl.predict(other, model=model, upsample=2, inplace=False)
     assert table.obs["is_spot"].any()
     assert "image alone" not in log.text
+    assert set(table.layers) == {"sd", "lower", "upper"}
+    assert "error bars are those of the model, calibrated on the 138 spots that it learnt from" in log.text
+
+
+def test_no_error_bars_where_nothing_was_measured(model, image_alone, log, monkeypatch, tmp_path):
+    """Those of other sections would be too narrow, and nothing could tell."""
+    asked = []
+    monkeypatch.setattr("histosge.tl._predict.check_memory", lambda *_, n_layers, **__: asked.append(n_layers))
+    sge.tl.predict(image_alone, model=model, mpp=1.6, upsample=2)
+    table = image_alone["histosge"]
+    assert not table.layers
+    assert "level" not in table.uns["histosge"]
+    assert "held_out_pcc" in table.var  # which are said to be of the sections it learnt from
+    assert asked == [0]  # memory is asked for X alone
+    assert "no error bars: nothing was measured on this section to calibrate them on" in log.text
+    assert model.bars is not None
+    with pytest.raises(
+        ValueError, match=r"has no error bars\. None are written where nothing was measured: leave out 'width'"
+    ):
+        sge.pl.expression(image_alone, table.var_names[0], panels=["predicted", "width"])
+    page = sge.pl.report(image_alone, tmp_path / "report.html").read_text()
+    assert "no error bars are given: those of other sections would be too narrow" in page
+    assert "This table has none: nothing was measured on this section to calibrate them on" in page
+    with pytest.raises(KeyError, match=r"layers=\['sd'\] are not among the layers of the table: \[\]"):
+        sge.io.write_h5ad(image_alone, tmp_path / "out.h5ad", layers=["sd"])
+
+
+def test_a_model_without_error_bars_says_nothing_of_them(image_alone, measured, log):
+    model = sge.tl.fit(measured, head="ridge", level=None, **FIT)
+    sge.tl.predict(image_alone, model=model, mpp=1.6, upsample=2)
+    assert "predicting from the image alone" in log.text
+    assert "error bars" not in log.text
+
+
+def test_error_bars_of_other_sections_are_measured_by_evaluate(measured, other):
+    """The honest measurement stays: what they hold on a section left out."""
+    scores = sge.tl.evaluate([measured, other], split="sections", heads=["ridge"], **FIT)
+    assert scores["coverage"].between(0, 1).all()
+    assert scores["coverage"].mean() < 0.9
 
 
 def test_says_that_nothing_vouches_for_it(model, image_alone, log):

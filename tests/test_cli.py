@@ -644,6 +644,21 @@ def test_model_and_store(source, model, tmp_path):
     assert "exists already" in fails("predict", source, out, "--model", model[0], "--upsample", "2", "--store")
 
 
+def test_error_bars_that_will_not_be_there_are_refused_before_the_work(source, model, tmp_path, asked):
+    sdata = sd.read_zarr(source)
+    alone = sd.SpatialData(images=dict(sdata.images))
+    alone.write(tmp_path / "alone.zarr")
+    out = tmp_path / "out.h5ad"
+    told = fails(
+        "predict", tmp_path / "alone.zarr", out, "--model", model[0], "--mpp", "2", "--layers", "sd,upper", code=2
+    )
+    assert "--layers sd,upper: no error bars are written with a section without measured spots. Leave them out." in told
+    told = fails("predict", source, out, *FAST, "--level", "none", "--layers", "lower", code=2)
+    assert "--layers lower: no error bars are written with --level none." in told
+    assert asked == []
+    assert not out.exists()
+
+
 def test_fit_of_what_cannot_be(source, tmp_path, model):
     before = files(model[0])
     assert "exists already" in fails("fit", source, model[0], *FAST[:4])

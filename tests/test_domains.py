@@ -320,6 +320,22 @@ def test_domains_of_measured_spots(sdata):
     assert sdata.tables["table"].obs["domain"].nunique() == 3
 
 
+def test_antibodies_beside_genes_are_left_out(log):
+    adata = table()
+    wanted = list(sge.tl.domains(adata, inplace=False))
+    genes = adata.X.toarray() if sparse.issparse(adata.X) else adata.X
+    noise = np.random.default_rng(0).normal(20, 5, (adata.n_obs, 3))
+    mixed = ad.AnnData(
+        np.hstack([noise, genes]).astype(np.float32),
+        obs=adata.obs.copy(),
+        var=pd.DataFrame({"feature_types": ["Antibody Capture"] * 3 + ["Gene Expression"] * adata.n_vars}),
+        obsm={"spatial": adata.obsm["spatial"]},
+    )
+    mixed.obs_names, mixed.var_names = adata.obs_names, [*("ab0", "ab1", "ab2"), *adata.var_names]
+    assert list(sge.tl.domains(mixed, inplace=False)) == wanted
+    assert "leaving out 3 features that are no gene expression: 3 Antibody Capture" in log.text
+
+
 # ------------------------------------------------------------------------------------------------------- messages
 
 

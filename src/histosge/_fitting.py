@@ -100,6 +100,7 @@ def fit_model(
         "n_sections": len(sections),
         "pitch_um": spots.pitch_um,
         "spot_um": float(np.mean([s.spot_um for s in sections])),
+        "unit": sections[0].values.unit,
     }
     scores.index.name = None
     found = pd.Index(scores.index), pd.Index(names[union]), fitted.heads
@@ -127,6 +128,13 @@ def check_arguments(
     names = sections[0].genes
     for other in sections[1:]:
         names = names.intersection(other.genes, sort=False)
+    if len({section.values.unit for section in sections}) > 1:
+        told = "; ".join(f"{section.spots_key!r} in {section.values.unit}" for section in sections)
+        msg = (
+            f"the sections do not hold expression in one unit: {told}. Name the layer that holds the counts of each, layer=, "
+            "or give X the same unit in all."
+        )
+        raise ValueError(msg)
     if len(names) == 0:
         msg = (
             "the sections have no gene in common, so that nothing can be learnt from them together. Check that all name "
@@ -144,6 +152,13 @@ def check_arguments(
     if several:
         wanted = pd.Index([str(g) for g in cast("Sequence[str]", genes)])
         missing = wanted.difference(names)
+        no_genes = {g: kind for one in sections for g, kind in one.others.items() if g in missing}
+        if no_genes:
+            msg = (
+                f"genes: {no_genes} are no gene expression, and only genes are predicted. Leave them out of genes=, or choose from "
+                "the names of genes."
+            )
+            raise ValueError(msg)
         if len(missing):
             close = [c for m in missing[:3] for c in difflib.get_close_matches(m, names, n=1)]
             hint = f" Similar names: {close}." if close else ""

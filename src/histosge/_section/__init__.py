@@ -5,7 +5,7 @@ from __future__ import annotations
 from histosge._section._alignment import check_orientation
 from histosge._section._bare import is_measured, read_bare
 from histosge._section._coordinates import affine, centroids
-from histosge._section._counts import TARGET_SUM, match_rows, named_layers, per_target_sum
+from histosge._section._counts import feature_kinds, log_left_out, match_rows, named_layers, open_layer, select
 from histosge._section._image import lazy_image
 from histosge._section._open import open_section
 from histosge._section._read import (
@@ -18,6 +18,7 @@ from histosge._section._read import (
 )
 from histosge._section._rows import open_table
 from histosge._section._store import TableStore
+from histosge._section._values import per_target_sum, sample
 from histosge._section._write import (
     Targets,
     commit,
@@ -36,7 +37,6 @@ from histosge._section._write import (
 __all__ = [
     "MIN_SPOTS",
     "NEARLY_EMPTY",
-    "TARGET_SUM",
     "Section",
     "TableStore",
     "Targets",
@@ -46,13 +46,16 @@ __all__ = [
     "column",
     "commit",
     "embedding_table",
+    "feature_kinds",
     "find_embedding",
     "is_measured",
     "lay_targets",
     "lazy_image",
+    "log_left_out",
     "make_table",
     "match_rows",
     "named_layers",
+    "open_layer",
     "open_section",
     "open_table",
     "own_spots",
@@ -61,7 +64,9 @@ __all__ = [
     "read_bare",
     "read_section",
     "read_targets",
+    "sample",
     "section_counts",
+    "select",
     "shapes_element",
     "smaller_than_spot",
     "to_image",

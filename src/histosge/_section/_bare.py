@@ -10,6 +10,7 @@ from scipy import sparse
 
 from histosge._section._image import find_image, lazy_image
 from histosge._section._read import Section, _check_scale, _regions, ours
+from histosge._section._values import Values
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def read_bare(
         xy_px=np.empty((0, 2)),
         expression=sparse.csr_matrix((0, 0), dtype=np.float32),
         genes=pd.Index([], dtype=str),
-        log_normalised=False,
+        values=Values("the image alone"),
         mpp=float(mpp),
         pitch_um=pitch_um,
         spot_um=spot_um,

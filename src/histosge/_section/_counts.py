@@ -1,26 +1,42 @@
-"""Tables of ``SpatialData`` → log1p-normalised expression of the spots."""
+"""Tables of ``SpatialData`` → values of genes at the spots."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from histosge._section._values import COUNTS, Values, recognise, sample
 from histosge._settings import logger
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from geopandas import GeoDataFrame
+    from numpy.typing import NDArray
 
-TARGET_SUM = 1e4
-"""Counts of a spot are scaled to this sum before log1p, as in the paper."""
+RAW = "raw"
+"""Names ``table.raw.X``, unless a layer is called so."""
+
+_KIND_COLUMNS = ("featuretypes", "featuretype", "modality", "featureclass", "codeclass")
+"""Columns of ``var`` that say what a feature is, in small letters without signs."""
+_GENES = {"geneexpression", "gex", "rna", "mrna", "gene", "genes", "expression", "transcript", "transcripts"}
+_GENES |= {"transcriptome", "endogenous", "housekeeping"}
+_NO_GENES = re.compile(
+    "antibod|capture|crispr|guide|hashtag|control|codeword|blank|multiplex"
+    "|^(proteins?|proteinexpression|prot|adts?|htos?|custom|peaks?|atac|chromatinaccessibility|negative|vdj)$"
+)
+"""Other kinds of features. Biotypes (protein coding, lncRNA), which such a column may hold as well, are none."""
 
 
 def named_layers(table: AnnData) -> list[str]:
-    """Names of the layers; anndata 0.13 lists ``X`` among them, as ``None``."""
-    return [name for name in table.layers if name is not None]
+    """Names that ``layer=`` takes; anndata 0.13 lists ``X`` among the layers, as ``None``."""
+    found = [name for name in table.layers if name is not None]
+    return found if table.raw is None or RAW in found else [*found, RAW]
 
 
 def match_rows(table: AnnData, element: GeoDataFrame, spots_key: str, table_key: str) -> tuple[Any, pd.Index, int]:
@@ -57,49 +73,178 @@ def match_rows(table: AnnData, element: GeoDataFrame, spots_key: str, table_key:
     return rows[known], instances[known], left_out
 
 
-def read_counts(table: AnnData, layer: str | None, rows: Any, table_key: str) -> sparse.csr_matrix:
-    if layer is not None and layer not in table.layers:
-        msg = f"layer={layer!r} is not among the layers of table {table_key!r}: {named_layers(table)} (None means X)."
+@dataclass(frozen=True)
+class Source:
+    """Values of a table as they are stored, and which of its features are genes."""
+
+    matrix: Any
+    """(rows, features), in memory or not"""
+    genes: pd.Index
+    others: pd.Series
+    """Kind, by name, of features that are no gene expression"""
+    is_gene: NDArray[np.bool_]
+    """(features,)"""
+    named: str
+    """In messages"""
+    base: float | None
+    """Base of the logarithm that ``uns`` names for these values; ``None`` where it is silent"""
+    remedy: Callable[[], str]
+    """Where whole numbers are"""
+
+    def split(self, part: Any) -> tuple[sparse.csr_matrix, sparse.csr_matrix | None]:
+        """Rows of :attr:`matrix` as float64: values of genes, and of everything else if there is any."""
+        rows = as_rows(part, self.named)
+        genes = rows if self.is_gene.all() else rows[:, self.is_gene]
+        self._check(genes)
+        return genes, None if genes is rows else rows[:, ~self.is_gene]
+
+    def values(self, genes: sparse.csr_matrix, others: sparse.csr_matrix | None) -> Values:
+        """Tell what they are."""
+        if not _whole(genes):
+            return recognise(genes, others, named=self.named, base=self.base, remedy=self.remedy)
+        if genes.data.max(initial=0) == 1:
+            logger.warning("%s holds nothing but 0 and 1: these are read as counts. Are they counts?", self.named)
+        return COUNTS
+
+    def _check(self, genes: sparse.csr_matrix) -> None:
+        bad = ~np.isfinite(genes.data)
+        if bad.any():
+            spots = np.unique(np.repeat(np.arange(genes.shape[0]), np.diff(genes.indptr))[bad])
+            msg = (
+                f"counts of {self.named} hold {bad.sum()} values that are NaN or infinite, in {len(spots)} spots. "
+                f"Remove or replace them first, or name another layer=: {self.remedy()}."
+            )
+            raise ValueError(msg)
+        if (genes.data < 0).any():
+            msg = (
+                f"counts of {self.named} hold {(genes.data < 0).sum()} negative values (least {genes.data.min():.4g}). "
+                f"Pass raw counts or log-normalised values, not scaled ones: layer=, where {self.remedy()}."
+            )
+            raise ValueError(msg)
+
+
+def open_layer(table: AnnData, layer: str | None, table_key: str) -> Source:
+    """Find the values that ``layer`` names, and which of them are of genes; nothing is read."""
+    if layer is not None and layer not in named_layers(table):
+        hint = " (and there is no table.raw)" if layer == RAW else ""
+        msg = f"layer={layer!r} is not among the layers of table {table_key!r}: {named_layers(table)}{hint} (None means X)."
         raise KeyError(msg)
-    matrix = table.X if layer is None else table.layers[layer]
+    of_raw = layer == RAW and RAW not in table.layers
+    holder = table.raw if of_raw else table
+    matrix = holder.X if layer is None or of_raw else table.layers[layer]
     if matrix is None or matrix.shape[1] == 0:
         msg = f"table {table_key!r} has no values in {'X' if layer is None else layer}. Name a layer: {named_layers(table)}."
         raise ValueError(msg)
-    part = matrix[rows]
+    names = pd.Index(holder.var_names.astype(str))
+    kinds = feature_kinds(holder.var)
+    is_gene = kinds.isna().to_numpy()
+    if not is_gene.any():
+        msg = (
+            f"table {table_key!r} holds no gene expression: by its var, features are {_counted(kinds)}. Pass the table that "
+            "holds genes, table_key=; or remove that column of var, to read these features as if they were genes."
+        )
+        raise ValueError(msg)
+    what = "" if layer is None else f", {'table.raw.X' if of_raw else f'layer {layer!r}'}"
+    return Source(
+        matrix.tocsr() if sparse.issparse(matrix) and matrix.format not in ("csr", "csc") else matrix,
+        names[is_gene],
+        pd.Series(kinds.to_numpy()[~is_gene], index=names[~is_gene]),
+        is_gene,
+        f"table {table_key!r}{what}",
+        _log_base(table) if layer is None or of_raw else None,
+        lambda: _where_counts_are(table, layer),
+    )
+
+
+def read_layer(
+    table: AnnData, layer: str | None, rows: Any, table_key: str
+) -> tuple[Source, sparse.csr_matrix, sparse.csr_matrix | None]:
+    """Read values of some rows, float64: of genes, and of everything else if there is any."""
+    source = open_layer(table, layer, table_key)
+    return source, *source.split(select(source.matrix, rows))
+
+
+def select(matrix: Any, rows: NDArray[np.int64]) -> Any:
+    """Some rows (sorted) of a matrix of any kind."""
+    if type(matrix).__module__.startswith("h5py"):  # which reads a block fast and a list of rows one by one
+        return matrix[rows[0] : rows[-1] + 1][rows - rows[0]]
+    return matrix[rows]
+
+
+def as_rows(part: Any, named: str) -> sparse.csr_matrix:
+    """Rows of a matrix of any kind and type, as float64; what was given stays as it is."""
     part = part.compute() if hasattr(part, "compute") else part
-    part = sparse.csr_matrix(part).astype(np.float64)
-    bad = ~np.isfinite(part.data)
-    if bad.any():
-        spots = np.unique(np.repeat(np.arange(part.shape[0]), np.diff(part.indptr))[bad])
+    if part.dtype.kind not in "iuf":
         msg = (
-            f"counts of table {table_key!r} hold {bad.sum()} values that are NaN or infinite, in {len(spots)} spots. "
-            "Remove or replace them first, or name another layer=."
+            f"{named} holds values of type {part.dtype}, which are no counts. Name the layer that holds numbers, layer=, or "
+            "convert what is written as text: table.X = table.X.astype('float32')."
         )
         raise ValueError(msg)
-    if (part.data < 0).any():
-        msg = (
-            f"counts of table {table_key!r} hold {(part.data < 0).sum()} negative values (least {part.data.min():.4g}). "
-            f"Pass raw counts or log-normalised values, not scaled ones: layer= one of {named_layers(table)}."
-        )
-        raise ValueError(msg)
-    return part
+    if part.dtype == np.float16:  # which scipy does not take
+        part = part.astype(np.float32)
+    found = sparse.csr_matrix(part).astype(np.float64)
+    found.sum_duplicates()
+    return found
 
 
-def log_normalise(counts: sparse.csr_matrix, table: AnnData) -> tuple[sparse.csr_matrix, bool]:
-    """Scale every spot to ``TARGET_SUM`` and take log1p, unless that was done before."""
-    values = counts.data
-    whole = bool(np.all(values == np.rint(values)))
-    logged = not whole and (values.max() < 20 or "log1p" in table.uns)
-    if logged:
-        logger.info("values are log-normalised already (not whole, largest %.3g): taken as they are", values.max())
-        return counts.astype(np.float32), True
-    if not whole:
-        logger.info("values are not whole numbers (largest %.4g): treated as corrected counts", values.max())
-    return per_target_sum(counts), False
+def feature_kinds(var: pd.DataFrame) -> pd.Series:
+    """What features are that are no gene expression, by the table's own word; NaN for genes, (features,)."""
+    columns = {_letters(name): name for name in var.columns}
+    for name in (columns[wanted] for wanted in _KIND_COLUMNS if wanted in columns):
+        said = pd.Series(var[name].astype(object).to_numpy())
+        said = said.where(said.notna() & said.map(_letters).ne(""))
+        code, kinds = pd.factorize(said)
+        words = [_letters(kind) for kind in kinds]
+        if gene := [word in _GENES for word in words]:
+            other = [_NO_GENES.search(word) is not None for word in words]
+            if any(gene):  # what is not said to be a gene is none
+                return said.where(said.notna(), "of no kind").mask(np.array([*gene, False])[code])
+            if any(other):
+                return said.where(np.array([*other, False])[code])
+    return pd.Series(np.full(len(var), np.nan), dtype=object)
 
 
-def per_target_sum(counts: sparse.csr_matrix) -> sparse.csr_matrix:
-    """Scale every spot to ``TARGET_SUM`` and take log1p; a spot without counts stays 0."""
-    total = np.asarray(counts.sum(axis=1)).ravel()
-    scaled = sparse.diags(TARGET_SUM / np.where(total > 0, total, 1)) @ counts
-    return sparse.csr_matrix(scaled.log1p()).astype(np.float32)
+def log_left_out(others: pd.Series, *, level: int) -> None:
+    if len(others):
+        logger.log(level, "leaving out %d features that are no gene expression: %s", len(others), _counted(others))
+
+
+def _counted(kinds: pd.Series) -> str:
+    return ", ".join(f"{n} {kind}" for kind, n in kinds.value_counts().items())
+
+
+def _letters(text: Any) -> str:
+    text = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
+    return re.sub(r"[^a-z0-9]", "", text.lower())
+
+
+def _whole(matrix: sparse.csr_matrix) -> bool:
+    return bool(np.all(matrix.data == np.rint(matrix.data)))
+
+
+def _log_base(table: AnnData) -> float | None:
+    if "log1p" not in table.uns:
+        return None
+    written = table.uns["log1p"]
+    base = written.get("base") if isinstance(written, Mapping) else None  # files lose it where it is None
+    base = np.e if base is None else float(np.asarray(base).item())
+    return base if base > 1 else None
+
+
+def _where_counts_are(table: AnnData, layer: str | None) -> str:
+    """Say which layers hold whole numbers."""
+    found = []
+    for name in (None, *named_layers(table)):
+        if name == layer:
+            continue
+        of_raw = name == RAW and RAW not in table.layers
+        matrix = table.X if name is None else table.raw.X if of_raw else table.layers[name]
+        if matrix is None or not hasattr(matrix, "dtype") or matrix.dtype.kind not in "iuf":
+            continue
+        part = as_rows(select(matrix, sample(matrix.shape[0])), "")
+        if _whole(part) and (part.data >= 0).all() and len(part.data):
+            found.append("X (layer=None)" if name is None else f"layer={name!r}{' (table.raw.X)' if of_raw else ''}")
+    if found:
+        return f"whole numbers are in {' and '.join(found)}"
+    others = [name for name in named_layers(table) if name != layer]
+    return f"the others, {others}, hold no whole numbers" if others else "this table has no other"

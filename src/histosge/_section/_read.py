@@ -14,7 +14,7 @@ from histosge import _keys
 from histosge._coverage import Footprints
 from histosge._section._alignment import check_image
 from histosge._section._coordinates import align, apply, centroids, scale_of
-from histosge._section._counts import log_normalise, match_rows, named_layers, read_counts
+from histosge._section._counts import log_left_out, match_rows, named_layers, read_layer
 from histosge._section._image import find_image, lazy_image, thumbnail_of
 from histosge._section._scale import check_single_section, physical_scale, read_declared, scale_factors
 from histosge._settings import logger
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from histosge._geometry import Lattice
     from histosge._image import LazyImage
+    from histosge._section._values import Values
 
 MIN_SPOTS = 30
 _MOST_OUTSIDE = 0.05
@@ -56,10 +57,10 @@ class Section:
     xy_px: NDArray[np.float64]
     """(n, 2)"""
     expression: sparse.csr_matrix
-    """(n, genes) float32, log1p-normalised"""
+    """(n, genes) float32, in the unit of :attr:`values`"""
     genes: pd.Index
-    log_normalised: bool
-    """Whether the table held log-normalised values already"""
+    values: Values
+    """What the table held, and what was made of it"""
     mpp: float
     pitch_um: float
     spot_um: float
@@ -68,10 +69,17 @@ class Section:
     mpp_source: str
     n_left_out: int = field(default=0)
     """Spots without counts or outside the tissue, by the table's own word"""
+    others: pd.Series = field(default_factory=lambda: pd.Series(dtype=object))
+    """Kind, by name, of features of the table that are no gene expression"""
 
     @property
     def xy_um(self) -> NDArray[np.float64]:
         return self.xy_px * self.mpp
+
+    @property
+    def log_normalised(self) -> bool:
+        """Whether the table held log-normalised values already."""
+        return self.values.log_normalised
 
     @property
     def measured(self) -> bool:
@@ -141,8 +149,10 @@ def read_section(
     )
     element = sdata.shapes[spots_key].loc[instances]
     xy_px = apply(to_image, centroids(element))
-    counts = read_counts(table, layer, rows, table_key)
-    total = np.asarray(counts.sum(axis=1)).ravel()
+    layer_read, counts, beside = read_layer(table, layer, rows, table_key)
+    log_left_out(layer_read.others, level=logging.INFO if report else logging.DEBUG)
+    values = layer_read.values(counts, beside)
+    total = values.totals(counts)
     if not (total > 0).any():
         msg = f"the table {table_key!r} holds no counts at all. Name the layer that does: layer={named_layers(table)}."
         raise ValueError(msg)
@@ -185,7 +195,6 @@ def read_section(
         mpp=mpp,
         pitch_um=pitch_um,
     )
-    expression, logged = log_normalise(counts, table)
     section = Section(
         image=image,
         image_key=image_key,
@@ -196,9 +205,9 @@ def read_section(
         to_image=to_image,
         instances=instances,
         xy_px=xy_px,
-        expression=expression,
-        genes=pd.Index(table.var_names.astype(str)),
-        log_normalised=logged,
+        expression=values.expression(counts),
+        genes=layer_read.genes,
+        values=values,
         mpp=scale.mpp,
         pitch_um=scale.pitch_um,
         spot_um=scale.spot_um,
@@ -206,6 +215,7 @@ def read_section(
         technology=scale.technology,
         mpp_source=scale.source,
         n_left_out=left_out,
+        others=layer_read.others,
     )
     if not section.genes.is_unique:
         twice = list(section.genes[section.genes.duplicated()][:3])
@@ -220,10 +230,10 @@ def read_section(
 
 
 def section_counts(sdata: SpatialData, section: Section, *, layer: str | None = None) -> sparse.csr_matrix | None:
-    """Counts of the section's spots and genes, (n, genes); ``None`` where the table holds no whole numbers."""
+    """Counts of the section's spots and genes, (n, genes); ``None`` where the table holds no whole numbers of them."""
     table = sdata.tables[section.table_key]
     rows, instances, _ = match_rows(table, sdata.shapes[section.spots_key], section.spots_key, section.table_key)
-    counts = read_counts(table, layer, rows, section.table_key)
+    _, counts, _ = read_layer(table, layer, rows, section.table_key)
     whole = bool(np.all(counts.data == np.rint(counts.data)))
     return counts[instances.get_indexer(section.instances)] if whole else None
 

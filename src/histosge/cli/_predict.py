@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _OF_THE_MODEL = ("head", "genes", "n_folds", "level", "head_options", "tile_um", "stack")
 """Options that a fitted model brings with it."""
+_BARS = ("sd", "lower", "upper")
 _FIGURE = (".png", ".pdf", ".svg")
 _MOST_DRAWN = 4
 _POSITIVE = click.FloatRange(min=0, min_open=True)
@@ -122,6 +123,7 @@ def predict(
       histosge predict section.zarr predicted.zarr --model model --report report.html
     """  # noqa: D301
     import histosge as sge
+    from histosge._section import is_measured
 
     start = time()
     _check_usage(target, store=store, overwrite=overwrite, model=model, plot=plot, report=report, domains=domains)
@@ -139,6 +141,11 @@ def predict(
                 if not _given("encoder"):
                     options["encoder"] = trained_with["name"]
             [sdata] = read_sections([source], images=images, bin_size=bin_size, dataset_id=dataset_id)
+            lost = set(layers) & set(_BARS)
+            if lost and (options["level"] is None or (model is not None and not is_measured(sdata))):
+                why = "--level none" if options["level"] is None else "a section without measured spots"
+                msg = f"--layers {','.join(sorted(lost))}: no error bars are written with {why}. Leave them out."
+                raise click.UsageError(msg)
             if weights is not None or not found:  # the model alone does not find it
                 options["encoder"] = sge.load_encoder(options["encoder"], weights=weights)
             with sge.settings.override(**cache_setting(no_cache=no_cache)):

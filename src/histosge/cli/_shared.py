@@ -310,7 +310,7 @@ KEYS = (
     click.option("--image-key", help="H&E image. By default the only one."),
     click.option("--spots-key", help="Measured spots. By default the only ones that a table annotates."),
     click.option("--table-key", help="Table with the counts. By default the only one."),
-    click.option("--layer", help="Layer with the counts. By default X."),
+    click.option("--layer", help="Layer with the counts, or raw. By default X."),
     click.option("--coordinate-system", help="Coordinate system that aligns image and spots."),
     click.option("--mpp", type=float, help="µm per pixel of the image. By default from the pitch of the spots."),
     click.option("--pitch-um", type=float, help="Distance of neighbouring spots in µm. By default the technology's."),

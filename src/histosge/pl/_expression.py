@@ -9,7 +9,8 @@ import pandas as pd
 from scipy import sparse
 
 from histosge import _keys
-from histosge._section import NEARLY_EMPTY, TARGET_SUM, named_layers
+from histosge._section import NEARLY_EMPTY, open_layer, sample, select
+from histosge._settings import settings
 from histosge.pl._canvas import (
     BAR,
     PLAIN,
@@ -151,7 +152,7 @@ def expression(
             if kind == "measured" and gene not in measured:
                 ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", va="center", fontsize=9)
                 continue
-            label = "log1p expression" if kind != "width" else f"width of the {float(made['level']):.0%} interval"
+            label = _label(made) if kind != "width" else f"width of the {float(made['level']):.0%} interval"
             draw_numbers(ax, outlines, values[:, i], cmap=cmap if kind != "width" else "cividis", label=label)
         if column is not None:
             row[-1].set_title(obs, fontsize=9)
@@ -174,14 +175,20 @@ def _kinds(panels: Sequence[str] | None, sdata: SpatialData, table: AnnData, key
         msg = f"panels={panels!r}: choose any of {PANELS}, each once."
         raise ValueError(msg)
     if "width" in kinds and not {"lower", "upper"} <= set(table.layers):
-        msg = (
-            f"panels={panels!r}: sdata.tables[{key!r}] has no error bars. Predict with level=0.9, or leave out 'width'."
-        )
+        why = "Predict with level=0.9, or leave out 'width'."
+        if "table" not in made:
+            why = "None are written where nothing was measured: leave out 'width'."
+        msg = f"panels={panels!r}: sdata.tables[{key!r}] has no error bars. {why}"
         raise ValueError(msg)
     if "measured" in kinds and "table" not in made:
         msg = f"panels={panels!r}: nothing was measured on this section. Leave out 'measured'."
         raise ValueError(msg)
     return kinds
+
+
+def _label(made: dict[str, Any]) -> str:
+    """What a colour bar shows; a scale that is not known is said to be none."""
+    return f"log1p expression{', scale as given' if 'as given' in str(made.get('unit')) else ''}"
 
 
 def _title(kind: str, gene: str, table: AnnData) -> str:
@@ -210,25 +217,20 @@ def _measured(
     It would hold all genes in memory, several times over; here they are read in runs of rows for their sums.
     """
     table, rows, outlines = measured_spots(canvas, made)
-    if layer is not None and layer not in table.layers:
-        msg = (
-            f"layer={layer!r} is not among the layers of table {made['table']!r}: {named_layers(table)} (None means X)."
-        )
-        raise KeyError(msg)
-    columns = table.var_names.get_indexer(pd.Index(genes))
-    total, values, whole, largest = [], [], True, 0.0
-    for part in _runs(table.X if layer is None else table.layers[layer], rows):
-        stored = part.data if sparse.issparse(part) else part
-        total.append(np.asarray(part.sum(axis=1), np.float64).ravel())
-        values.append(_dense(part[:, np.maximum(columns, 0)]))
-        whole = whole and bool(np.all(stored == np.rint(stored)))
-        largest = max(largest, float(stored.max(initial=0)))
-    counts, sums = np.concatenate(values), np.concatenate(total)
-    counts[:, columns < 0] = 0
+    source = open_layer(table, layer, str(made["table"]))
+    columns = source.genes.get_indexer(pd.Index(genes))
+    with settings.override(verbosity=0):  # all was said when it was read
+        kind = source.values(*source.split(select(source.matrix, rows[sample(len(rows))])))
+    totals, found = [], []
+    for part in _runs(source.matrix, rows):
+        counts, _ = source.split(part)
+        totals.append(kind.totals(counts))
+        found.append(counts[:, np.maximum(columns, 0)])
+    sums, values = np.concatenate(totals), sparse.vstack(found).tocsr()
     keep = sums > NEARLY_EMPTY * np.median(sums[sums > 0])
-    if whole or (largest >= 20 and "log1p" not in table.uns):
-        counts = np.log1p(counts * (TARGET_SUM / np.where(sums > 0, sums, 1))[:, None]).astype(np.float32)
-    return table.var_names.intersection(genes), outlines if keep.all() else outlines.take(keep), counts[keep]
+    drawn = kind.expression(values, sums).toarray()
+    drawn[:, columns < 0] = 0
+    return source.genes.intersection(list(genes)), outlines if keep.all() else outlines.take(keep), drawn[keep]
 
 
 def _runs(matrix: Any, rows: NDArray[np.int64]) -> Iterator[Any]:
@@ -237,5 +239,4 @@ def _runs(matrix: Any, rows: NDArray[np.int64]) -> Iterator[Any]:
     for start in range(0, len(rows), step):
         run = rows[start : start + step]
         together = run[-1] - run[0] + 1 == len(run) and bool((np.diff(run) == 1).all())
-        part = matrix[run[0] : run[-1] + 1] if together else matrix[run]
-        yield part.compute() if hasattr(part, "compute") else part
+        yield matrix[run[0] : run[-1] + 1] if together else select(matrix, run)

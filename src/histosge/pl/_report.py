@@ -326,7 +326,8 @@ class _Run:
             text = "The maps of all others show nothing that was confirmed on spots that were held out."
             found.append((f"only {self.n_predictable:,} of {n:,} genes are predictable", text))
         if not self.measured:
-            text = "The scores are those of the sections that the model was fitted on; nothing vouches for them here."
+            text = "The scores are those of the sections that the model was fitted on; nothing vouches for them here, and no "
+            text += "error bars are given: those of other sections would be too narrow."
             found.append(("nothing was measured on this section", text))
         elif self.far > _FAR:
             text = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from scipy import sparse
 
 from histosge import _keys
 from histosge._domains import N_ITERATIONS, SPATIAL_NEIGHBOURS, SPATIAL_WEIGHT, cut, domain_graph
+from histosge._section import feature_kinds, log_left_out
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -227,13 +229,19 @@ def _expression(table: AnnData, name: str) -> Floats | sparse.csr_matrix:
     if table.X is None or table.n_vars == 0:
         msg = f"{name} has no expression in X: pass one that `sge.tl.predict` wrote, or log-normalised expression."
         raise ValueError(msg)
-    values = table.X
+    values, kinds = table.X, feature_kinds(table.var)
+    log_left_out(kinds.dropna(), level=logging.INFO)
+    used = kinds.isna().to_numpy()
     if "highly_variable" in table.var:
-        genes = np.flatnonzero(table.var["highly_variable"].isin([True]))
-        if len(genes) == 0:
+        used &= table.var["highly_variable"].isin([True]).to_numpy()
+        if not used.any():
             msg = f"var['highly_variable'] of {name} marks no gene. Mark some, or delete the column to use all genes."
             raise ValueError(msg)
-        values = values[:, genes]
+    if not used.any():
+        msg = f"{name} holds no gene expression: its var says so of all features. Pass a table of genes, or delete that column of var."
+        raise ValueError(msg)
+    if not used.all():
+        values = values[:, np.flatnonzero(used)]
     values = values.compute() if hasattr(values, "compute") else values
     found: Floats | sparse.csr_matrix
     if sparse.issparse(values):

@@ -85,7 +85,7 @@ def fit(
     table_key
         Table with the counts of the spots. ``None`` takes the only one.
     layer
-        Layer of the table that holds the counts. ``None`` takes ``X``.
+        Layer of the table that holds the counts, or ``"raw"``: ``table.raw.X``. ``None`` takes ``X``.
     coordinate_system
         Coordinate system that aligns image and spots. ``None`` takes one that holds both.
     mpp

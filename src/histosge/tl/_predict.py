@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from importlib.metadata import version
 from time import time
 from typing import TYPE_CHECKING, Any, cast
@@ -99,7 +100,7 @@ def predict(
     table_key
         Table with the counts of the spots. ``None`` takes the only one.
     layer
-        Layer of the table that holds the counts. ``None`` takes ``X``.
+        Layer of the table that holds the counts, or ``"raw"``: ``table.raw.X``. ``None`` takes ``X``.
     coordinate_system
         Coordinate system that aligns image and spots. ``None`` takes one that holds both.
     mpp
@@ -127,7 +128,7 @@ def predict(
         Arguments of the head; see :func:`histosge.tl.fit`.
     model
         A model fitted before, on this or other sections; ``head``, ``genes``, ``n_folds`` and ``level`` are then its own.
-        Where no table of ``sdata`` annotates any shapes, it predicts from the image alone.
+        Where no table of ``sdata`` annotates any shapes, it predicts from the image alone, without error bars.
     upsample
         Places per measured spot: 2, 4, 8 or 16. With neither this, ``bin_um`` nor ``target_key``, 4 as in the paper.
     bin_um
@@ -172,9 +173,10 @@ def predict(
         Circles or squares, as of :func:`histosge.pp.targets`; not with ``target_key``.
     ``sdata.tables["{key_added}"]``
         Annotates these shapes by ``obs["region"]`` and ``obs["instance_id"]``. ``X`` (n, genes) float32: expected
-        log1p expression at 10,000 counts. ``layers["sd"]``, ``["lower"]``, ``["upper"]`` (n, genes) float32: standard
+        log1p expression at 10,000 counts (of logarithms without all of their genes: at the scale given, as
+        ``uns["histosge"]["unit"]`` says). ``layers["sd"]``, ``["lower"]``, ``["upper"]`` (n, genes) float32: standard
         deviation of a measurement at spot scale around it, and the ends of the interval that holds a share ``level`` of
-        such measurements. With ``conserve``, ``layers["conserved"]`` (n, genes) float32, and ``var["shrinkage"]``, the mean
+        such measurements; none without measured spots. With ``conserve``, ``layers["conserved"]`` (n, genes) float32, and ``var["shrinkage"]``, the mean
         share of a spot's difference from its prediction that is believed. ``obs``: ``array_row``, ``array_col`` (int64, where the places form a
         grid), ``in_tissue``, ``is_spot`` (the place is a measured spot; its own measurement is hidden from the
         context, but heads have learnt from it: no held-out prediction), ``in_spot`` (its centre lies inside a physical
@@ -203,7 +205,12 @@ def predict(
     -----
     Error bars are conformal: calibrated on measured spots in blocks that no head saw. Their level is met at the scale of
     a spot, for places that are like the held-out spots; for averages over several places they are too wide, and for
-    bins smaller than a spot they say what a spot centred there would measure.
+    bins smaller than a spot they say what a spot centred there would measure. With ``model=`` they are calibrated on the
+    sections that it learnt from; where nothing was measured, none are written, since they would be too narrow.
+
+    What a table holds is found out and logged: counts, corrected counts, or their logarithms (of any base) and square roots,
+    which are converted. Only features of type "Gene Expression" are used where ``var`` says so. ``sge.tl.fit`` and
+    ``sge.tl.evaluate`` read in the same way.
 
     The method is HisToSGE's (Shi et al., 2024, arXiv 2407.20518) with the measured neighbours as context;
     ``head="published"`` is the paper's own network, and ``head="kriging"`` what a Gaussian process makes of the same.
@@ -239,9 +246,15 @@ def predict(
             spot_um=model.info["spot_um"],
         )
         logger.warning(
-            "predicting from the image alone: scores and error bars are those of the sections that the model learnt from. "
-            "How it does on others: sge.tl.evaluate([...], split='sections')"
+            "predicting from the image alone: scores are those of the sections that the model learnt from. How it does on "
+            "others: sge.tl.evaluate([...], split='sections')"
         )
+        if model.bars is not None:
+            logger.warning(
+                "no error bars: nothing was measured on this section to calibrate them on, and those of the model would be too "
+                "narrow (on the section of another patient, bars of 90 %% held about 41 %% of the measurements)"
+            )
+            model = replace(model, bars=None)
     else:
         section = read_section(
             sdata,
@@ -253,6 +266,13 @@ def predict(
             mpp=mpp,
             pitch_um=pitch_um,
         )
+        if model is not None:
+            _check_unit(model, section)
+            if model.bars is not None:
+                logger.info(
+                    "error bars are those of the model, calibrated on the %d spots that it learnt from",
+                    model.info["n_spots"],
+                )
     where = resolve_device(device)
 
     shapes, places = {}, None
@@ -319,6 +339,17 @@ def predict(
     return None
 
 
+def _check_unit(model: Model, section: Section) -> None:
+    """Refuse a section whose expression is in another unit than the model's."""
+    mine = model.info.get("unit", section.values.unit)  # models of earlier versions do not say
+    if mine != section.values.unit:
+        msg = (
+            f"the model predicts {mine}, but section {section.spots_key!r} holds {section.values.unit}: they cannot be read "
+            "together. Name the layer that holds the counts, layer=."
+        )
+        raise ValueError(msg)
+
+
 def _provenance(section: Section, targets: Targets, model: Model, seed: int | str, layer: str | None) -> dict[str, Any]:
     return {
         **recipe_provenance(section, model.recipe),
@@ -333,14 +364,8 @@ def _provenance(section: Section, targets: Targets, model: Model, seed: int | st
         "coordinate_system": section.coordinate_system,
         "technology": section.technology,
         "mpp_source": section.mpp_source,
-        "input": _input(section),
+        "input": section.values.input,
         "tissue": targets.tissue,
-        "unit": "log1p of counts per 10,000",
+        "unit": model.info.get("unit", section.values.unit),
         "versions": {name: version(name) for name in ("histosge", "torch", "spatialdata", "anndata")},
     }
-
-
-def _input(section: Section) -> str:
-    if not section.measured:
-        return "the image alone"
-    return "log-normalised" if section.log_normalised else "counts, normalised to 10,000 and log1p"
