@@ -150,7 +150,7 @@ def test_bins_of_two_sizes():
     xy, row, col = square()
     names = bin_names(row, col)
     names[::2] = bin_names(row[::2], col[::2], um=16)
-    with pytest.raises(ValueError, match=r"bins of \[8, 16\] µm .* Split the table"):
+    with pytest.raises(ValueError, match=r"bins of \[8, 16\] µm .*Make a table of each size"):
         read_section(section(xy, names))
 
 

@@ -145,7 +145,7 @@ def read_section(
         table,
         rows,
         spots_key,
-        remedy="Give each section spots of its own, or read one of them, sge.io.read(..., dataset_id=).",
+        remedy="give each spots and a table of its own, or call sge.io.read with dataset_id=.",
     )
     element = sdata.shapes[spots_key].loc[instances]
     xy_px = apply(to_image, centroids(element))

@@ -348,7 +348,7 @@ def check_single_section(table: AnnData, rows: NDArray[np.int64], spots_key: str
     if doubled > _DOUBLED:
         msg = (
             f"{doubled:.0%} of the {len(rows)} spots of {spots_key!r} have an array_row and array_col that another spot has, "
-            f"too: they are of several sections. {remedy}"
+            f"too: they are of several sections. Read one of them: {remedy}"
         )
         raise ValueError(msg)
 
@@ -361,8 +361,8 @@ def _technology(
         edges = {m[1] for name in column if (m := BARCODE_OF_BIN.search(name))}
         if len(edges) > 1:
             msg = (
-                f"barcodes are of bins of {sorted(int(e) for e in edges)} µm (for example {list(column[:2])}): each size is a "
-                "table of its own. Split the table by it."
+                f"barcodes are of bins of {sorted(int(e) for e in edges)} µm (for example {list(column[:2])}), of "
+                "several tables. Make a table of each size."
             )
             raise ValueError(msg)
         if edges and _share(column, BARCODE_OF_BIN) > 0.5:

@@ -176,7 +176,7 @@ def _rows_of_section(table: AnnData, path: Path, dataset_id: str | None) -> NDAr
             table,
             everything,
             path.name,
-            remedy="Write to obs['library_id'] which spot is of which, then pass dataset_id=.",
+            remedy="write to obs['library_id'] which spot is of which, then pass dataset_id=.",
         )
         return everything
     of_spot = table.obs[column].astype(str).to_numpy()
@@ -187,7 +187,7 @@ def _rows_of_section(table: AnnData, path: Path, dataset_id: str | None) -> NDAr
         got = "" if dataset_id is None else f"dataset_id={dataset_id!r} is none of them: "
         msg = (
             f"{str(path)!r} holds the spots of {len(sections)} sections, {sections} (obs[{column!r}]), each with an image of its "
-            f"own. {got}Read one: dataset_id= one of {options}, with image= of that section."
+            f"own. {got}Read one of them: pass dataset_id= one of {options}, with image= of that section."
         )
         raise ValueError(msg)
     chosen = sections[0] if chosen is None else chosen
