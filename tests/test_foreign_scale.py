@@ -209,6 +209,17 @@ def test_places_on_the_array_are_no_pixels():
             read_section(section(xy, obs=obs, places=places, drawn_px=0.5))
 
 
+def test_spots_of_an_st_array_a_pixel_apart():
+    """Names and coordinates are the same numbers."""
+    _, row, col = square()
+    places = np.column_stack([col + 2.02, row + 3.98])
+    sdata = section(places, [f"{x:.2f}x{y:.2f}" for x, y in places], drawn_px=0.5)
+    with pytest.raises(
+        ValueError, match=r"lie 1 px apart, which makes 200 µm per pixel.*rows and columns of the array.*mpp="
+    ):
+        read_section(sdata)
+
+
 def visium_factors(**more):
     return {"spatial": {"s": {"scalefactors": {"spot_diameter_fullres": 0.65 * PITCH_PX, **more}}}}
 

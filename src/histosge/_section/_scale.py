@@ -46,6 +46,8 @@ _SPOT_PER_PITCH = (0.5, 0.8)
 _TOUCHING = 0.9
 _COARSE_UM = 10.0
 """No image of a whole section that is worth an encoder has larger pixels; thumbnails have up to 10 µm."""
+_FEWEST_PX = 3.0
+"""Spots nearer than this lie on no image: the smallest thumbnails have 6 px from spot to spot."""
 _SAMPLE = 200
 _DOUBLED = 0.05
 
@@ -241,17 +243,21 @@ def _check_no_indices(declared: Declared, xy_px: NDArray[np.float64], spots_key:
 
 
 def _check_pixels(lattice: Lattice, declared: Declared, found: Technology, spots_key: str) -> None:
-    """Refuse coordinates that are no pixels of the image that the scale factors are of."""
-    if found is not VISIUM or declared.spot_px is None:
-        return
-    ratio = declared.spot_px / lattice.pitch_px
-    if not _SPOT_PER_PITCH[0] <= ratio <= _SPOT_PER_PITCH[1]:
-        usual = [declared.spot_px / r for r in reversed(_SPOT_PER_PITCH)]
+    """Refuse coordinates that are no pixels, or of another image than the scale factors are of."""
+    ratio = None if declared.spot_px is None else declared.spot_px / lattice.pitch_px
+    if found is VISIUM and ratio is not None and not _SPOT_PER_PITCH[0] <= ratio <= _SPOT_PER_PITCH[1]:
+        usual = [declared.spot_px / r for r in reversed(_SPOT_PER_PITCH) if declared.spot_px is not None]
         msg = (
             f"the scale factors state that a spot of {spots_key!r} is {declared.spot_px:.4g} px wide, so that Visium spots lie "
             f"{usual[0]:.4g} to {usual[1]:.4g} px apart, but these lie {lattice.pitch_px:.4g} px apart: their coordinates "
             "are in pixels of another image, for example of the hires thumbnail. Divide them by that image's scale factor "
             "(tissue_hires_scalef), or pass mpp=, the µm per pixel of this image, if they are right and the factors are not."
+        )
+        raise ValueError(msg)
+    if found in (VISIUM, LEGACY_ST) and lattice.pitch_px < _FEWEST_PX:
+        msg = (
+            f"the spots of {spots_key!r} lie {lattice.pitch_px:.3g} px apart, which makes {found.pitch_um / lattice.pitch_px:.3g} "
+            "µm per pixel: are the coordinates rows and columns of the array? Write pixels of the image, or pass mpp=."
         )
         raise ValueError(msg)
 
