@@ -15,8 +15,9 @@ from histosge._coverage import Footprints
 from histosge._section._alignment import check_image
 from histosge._section._coordinates import align, apply, centroids, scale_of
 from histosge._section._counts import log_left_out, match_rows, named_layers, read_layer
+from histosge._section._declared import check_single_section, read_declared, scale_factors
 from histosge._section._image import find_image, lazy_image, thumbnail_of
-from histosge._section._scale import check_single_section, physical_scale, read_declared, scale_factors
+from histosge._section._scale import physical_scale
 from histosge._settings import logger
 
 if TYPE_CHECKING:

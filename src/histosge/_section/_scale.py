@@ -1,13 +1,11 @@
-"""µm per pixel of a section, from what its file says about the array that the spots are of, and from their pitch."""
+"""µm per pixel of a section: from the pitch of its spots, and from what its file says about their array."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from scipy.spatial import ConvexHull
 from scipy.spatial.distance import pdist
 
@@ -21,22 +19,12 @@ from histosge._geometry import (
     lattice_of_array,
     nearest_spots,
 )
+from histosge._section._declared import Declared
 from histosge._settings import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from anndata import AnnData
     from numpy.typing import NDArray
 
-BARCODE_OF_BIN = re.compile(r"s_(\d{3})um_(\d{5})_(\d{5})")
-"""Of Visium HD, anywhere in a name: edge in µm, row, column."""
-_VISIUM_BARCODE = re.compile(r"(?<![ACGT])[ACGT]{16}(?![ACGT])")
-_ST_NAME = re.compile(r"(?<![\d.])(\d{1,3}(?:\.\d+)?)x(\d{1,3}(?:\.\d+)?)(?![\d.])")
-_KEY_OF_BINS = re.compile(r"square_(\d{3})um")
-
-_ST_ARRAY = (34, 36)
-"""Columns and rows of the largest array of Spatial Transcriptomics (33 x 35), and the rounding of places on it."""
 _VISIUM_SPOTS = 128 * 112
 """Of the largest capture area, 11 mm wide."""
 _VISIUM_DIAGONAL = 160
@@ -44,12 +32,11 @@ _VISIUM_DIAGONAL = 160
 _SPOT_PER_PITCH = (0.5, 0.8)
 """Diameter of a Visium spot as Space Ranger writes it (55 to 70 µm), over 100 µm."""
 _TOUCHING = 0.9
+"""Drawn diameter over pitch from which spots leave no gap."""
 _COARSE_UM = 10.0
 """No image of a whole section that is worth an encoder has larger pixels; thumbnails have up to 10 µm."""
 _FEWEST_PX = 3.0
 """Spots nearer than this lie on no image: the smallest thumbnails have 6 px from spot to spot."""
-_SAMPLE = 200
-_DOUBLED = 0.05
 
 
 @dataclass(frozen=True)
@@ -63,24 +50,6 @@ class Scale:
     source: str
     """Where the µm per pixel comes from"""
     lattice: Lattice | None
-
-
-@dataclass(frozen=True)
-class Declared:
-    """What a file says about the array of its spots."""
-
-    technology: Technology | None = None
-    source: str = ""
-    """Where it says so"""
-    row: NDArray[np.int64] | None = None
-    """(n,) on the array"""
-    col: NDArray[np.int64] | None = None
-    mpp: float | None = None
-    """µm per pixel of the image"""
-    spot_px: float | None = None
-    """Diameter of a spot in pixels of the image, as Space Ranger estimates it"""
-    doubtful: bool = False
-    """Whether other technologies name their spots alike"""
 
 
 def physical_scale(
@@ -275,183 +244,3 @@ def _say_if_doubtful(declared: Declared, found: Technology, lattice: Lattice, sp
             "pass mpp=",
             spots_key, found.pitch_um, declared.source,
         )  # fmt: skip
-
-
-# -- what the file says
-
-
-def read_declared(
-    table: AnnData,
-    *,
-    rows: NDArray[np.int64],
-    instances: pd.Index,
-    keys: str,
-    attrs: Mapping[Any, Any],
-    xy_px: NDArray[np.float64],
-    scale_factors: Mapping[str, Any],
-) -> Declared:
-    """Collect what names, columns, keys and scale factors say about the array.
-
-    Parameters
-    ----------
-    table
-        Measured table.
-    rows
-        (n,) which of its rows are the spots.
-    instances
-        (n,) names of the spots in the shapes element.
-    keys
-        Names of the elements.
-    attrs
-        Of the ``SpatialData``, where readers leave their name.
-    xy_px
-        (n, 2) spots in pixels of the image.
-    scale_factors
-        Those of Space Ranger; see :func:`scale_factors`.
-    """
-    names = [table.obs_names[rows].astype(str), instances.astype(str)]
-    names += [table.obs[c].iloc[rows].astype(str) for c in table.obs.columns if "barcode" in str(c).lower()]
-    technology, source, doubtful = _technology(names, keys, attrs, scale_factors)
-    row, col = _array(table.obs.iloc[rows], names)
-    if technology is None and row is not None and col is not None and _is_visium_array(row, col):
-        technology, source = VISIUM, "array_row and array_col"
-    full = _pixels_of_full(table, rows, xy_px)
-    mpp, spot_px = (_positive(scale_factors.get(name)) for name in ("microns_per_pixel", "spot_diameter_fullres"))
-    return Declared(
-        technology,
-        source,
-        row,
-        col,
-        mpp=None if full is None or mpp is None else mpp / full,
-        spot_px=None if full is None or spot_px is None else spot_px * full,
-        doubtful=doubtful,
-    )
-
-
-def scale_factors(table: AnnData, *, spots_key: str, rows: NDArray[np.int64]) -> dict[str, Any]:
-    """Space Ranger's scale factors in ``uns["spatial"]``, of the library that the spots are of; empty without any."""
-    return dict(library_of(table, spots_key=spots_key, rows=rows).get("scalefactors", {}))
-
-
-def library_of(table: AnnData, *, spots_key: str, rows: NDArray[np.int64]) -> Mapping[str, Any]:
-    """The entry of ``uns["spatial"]`` that the spots are of; empty where there is none, or no telling which."""
-    libraries = table.uns.get("spatial", {})
-    libraries = {k: v for k, v in libraries.items() if hasattr(v, "get")} if hasattr(libraries, "items") else {}
-    if len(libraries) > 1 and "library_id" in table.obs:
-        of_spots = table.obs["library_id"].iloc[rows].astype(str).unique()
-        libraries = {k: v for k, v in libraries.items() if str(k) in of_spots}
-    if len(libraries) > 1:
-        libraries = {k: v for k, v in libraries.items() if str(k) == spots_key}
-    return next(iter(libraries.values())) if len(libraries) == 1 else {}
-
-
-def check_single_section(table: AnnData, rows: NDArray[np.int64], spots_key: str, *, remedy: str) -> None:
-    """Refuse spots of several sections that lie in one element: their places on the array are taken twice."""
-    array = _columns(table.obs.iloc[rows])
-    if array is None:
-        return
-    doubled = pd.DataFrame(array).duplicated().mean()
-    if doubled > _DOUBLED:
-        msg = (
-            f"{doubled:.0%} of the {len(rows)} spots of {spots_key!r} have an array_row and array_col that another spot has, "
-            f"too: they are of several sections. Read one of them: {remedy}"
-        )
-        raise ValueError(msg)
-
-
-def _technology(
-    names: list[Any], keys: str, attrs: Mapping[Any, Any], factors: Mapping[str, Any]
-) -> tuple[Technology | None, str, bool]:
-    sampled = [_sample(column) for column in names]
-    for column in sampled:
-        edges = {m[1] for name in column if (m := BARCODE_OF_BIN.search(name))}
-        if len(edges) > 1:
-            msg = (
-                f"barcodes are of bins of {sorted(int(e) for e in edges)} µm (for example {list(column[:2])}), of "
-                "several tables. Make a table of each size."
-            )
-            raise ValueError(msg)
-        if edges and _share(column, BARCODE_OF_BIN) > 0.5:
-            um = float(edges.pop())
-            return Technology("visium-hd", um, um), "barcodes", False
-    if named := _KEY_OF_BINS.search(keys):
-        um = float(named[1])
-        return Technology("visium-hd", um, um), "name of the element", False
-    if (bins_um := _positive(factors.get("bin_size_um"))) is not None:
-        return Technology("visium-hd", bins_um, bins_um), "scale factors", False
-    if attrs.get("histosge_reader") == "st":
-        return LEGACY_ST, "read from the table of an ST array", False
-    if attrs.get("spatialdata_io_reader") == "visium":
-        return VISIUM, "read by spatialdata_io.visium", False
-    for column in sampled:
-        if _share(column, _VISIUM_BARCODE) > 0.5:
-            return VISIUM, "barcodes", False
-        at = [m for name in column if (m := _ST_NAME.search(name))]
-        if len(at) > 0.5 * len(column):
-            col, row = (np.array([float(m[i]) for m in at]) for i in (1, 2))
-            if col.max() <= _ST_ARRAY[0] and row.max() <= _ST_ARRAY[1]:
-                whole = not any("." in m[0] for m in at)  # the spot detector's places are no whole numbers
-                return LEGACY_ST, f"names of spots, as {at[0][0]}", whole
-    return None, "", False
-
-
-def _array(obs: pd.DataFrame, names: list[Any]) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
-    """Row and column of each spot on the array: columns of ``obs``, or what names say."""
-    array = _columns(obs)
-    if array is not None:
-        return array[:, 0], array[:, 1]
-    for column in names:
-        for pattern, (row, col) in ((BARCODE_OF_BIN, (1, 2)), (_ST_NAME, (1, 0))):
-            if _share(_sample(column), pattern) == 1.0:
-                at = pd.Series(np.asarray(column)).str.extract(pattern).astype(float)
-                if at.notna().all(axis=None):
-                    whole = at.round().to_numpy(np.int64)
-                    return whole[:, row], whole[:, col]
-    return None, None
-
-
-def _columns(obs: pd.DataFrame) -> NDArray[np.int64] | None:
-    """``array_row`` and ``array_col``, (n, 2), where they are whole numbers."""
-    if not {"array_row", "array_col"} <= set(obs.columns):
-        return None
-    array = obs[["array_row", "array_col"]].apply(pd.to_numeric, errors="coerce").to_numpy(float)
-    if not np.isfinite(array).all() or (array != np.rint(array)).any():
-        return None
-    return array.astype(np.int64)
-
-
-def _is_visium_array(row: NDArray[np.int64], col: NDArray[np.int64]) -> bool:
-    """Whether columns count in half steps, as Space Ranger's do, and fit on a capture area."""
-    staggered = (row + col) % 2 == (row[0] + col[0]) % 2
-    both = len(np.unique(row % 2)) == 2
-    return bool(staggered.all() and both and np.ptp(row) < 128 and np.ptp(col) < 224)
-
-
-def _pixels_of_full(table: AnnData, rows: NDArray[np.int64], xy_px: NDArray[np.float64]) -> float | None:
-    """Pixels of the image for one of Space Ranger's full-resolution image, in which ``obsm["spatial"]`` is."""
-    if "spatial" not in table.obsm:
-        return None
-    full = np.asarray(table.obsm["spatial"], float)[rows, :2]
-    spread = full.std(axis=0).sum()
-    if not np.isfinite(full).all() or spread <= 0:
-        return None
-    return float(np.sqrt(xy_px.var(axis=0).sum() / full.var(axis=0).sum()))
-
-
-def _sample(column: Any) -> list[str]:
-    """Some names, evenly over all."""
-    rows = np.unique(np.linspace(0, len(column) - 1, _SAMPLE).astype(int))
-    return [str(name) for name in np.asarray(column)[rows]]
-
-
-def _share(names: list[str], pattern: re.Pattern[str]) -> float:
-    return sum(pattern.search(name) is not None for name in names) / len(names)
-
-
-def _positive(value: Any) -> float | None:
-    """A number above 0, or ``None``: files hold anything."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if np.isfinite(number) and number > 0 else None

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from histosge._geometry import NotALattice, lattice_of_array, nearest_spots
+from histosge._section._declared import check_single_section, library_of, read_declared, scale_factors
 from histosge._section._parts import Found, free_name, quiet, valid_name
-from histosge._section._scale import check_single_section, library_of, read_declared, scale_factors
 from histosge._settings import logger
 
 if TYPE_CHECKING:
