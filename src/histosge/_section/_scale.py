@@ -19,11 +19,12 @@ from histosge._geometry import (
     lattice_of_array,
     nearest_spots,
 )
-from histosge._section._declared import Declared
 from histosge._settings import logger
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from histosge._section._declared import Declared
 
 _VISIUM_SPOTS = 128 * 112
 """Of the largest capture area, 11 mm wide."""
