@@ -358,6 +358,11 @@ def test_two_sections_in_one_element():
         read_section(section(both, obs=obs))
 
 
+def test_columns_of_the_array_that_hold_nothing(log):
+    xy, _, _ = hexagonal()
+    assert read_section(section(xy, obs={"array_row": 0, "array_col": 0})).technology == "visium"
+
+
 # ---------------------------------------------------------------------------------------- coordinate systems
 
 

@@ -27,6 +27,7 @@ _ST_ARRAY = (34, 36)
 """Columns and rows of the largest array of Spatial Transcriptomics (33 x 35), and the rounding of places on it."""
 _SAMPLE = 200
 """Names that are looked at, evenly over all."""
+_FEWEST_PLACES = 20
 _DOUBLED = 0.05
 """Share of the spots that may have a place on the array which is taken."""
 
@@ -119,8 +120,10 @@ def check_single_section(table: AnnData, rows: NDArray[np.int64], spots_key: str
     array = _columns(table.obs.iloc[rows])
     if array is None:
         return
-    doubled = pd.DataFrame(array).duplicated().mean()
-    if doubled > _DOUBLED:
+    again = pd.DataFrame(array).duplicated()
+    doubled = again.mean()
+    # columns that hold next to nothing are no places
+    if doubled > _DOUBLED and (~again).sum() >= _FEWEST_PLACES:
         msg = (
             f"{doubled:.0%} of the {len(rows)} spots of {spots_key!r} have an array_row and array_col that another spot has, "
             f"too: they are of several sections. Read one of them: {remedy}"

@@ -129,6 +129,7 @@ def _choose_image(found: Found, source: Path, given: str | Path | None) -> Path 
         wanted = f"the spots reach to x = {high[0]:.0f}, y = {high[1]:.0f} px"
     else:
         wanted = f"{found.size_source} of about {found.size_px[0]:.0f} x {found.size_px[1]:.0f} px"
+    stale = ', or remove uns["spatial"] if it is of another image' if found.size_source.startswith("uns") else ""
     if given is not None:
         path = Path(given).expanduser()
         if names_other_image(path):
@@ -139,7 +140,7 @@ def _choose_image(found: Found, source: Path, given: str | Path | None) -> Path 
         if not fits(path):
             msg = (
                 f"image={str(given)!r} has {' x '.join(map(str, image_size(path)))} px, but {wanted}.{_resized(found, path)} "
-                "Pass the image that the spots were aligned to."
+                f"Pass the image that the spots were aligned to{stale}."
             )
             raise ValueError(msg)
         return path
