@@ -11,7 +11,7 @@ import numpy as np
 from histosge import _keys
 from histosge._coverage import Footprints, divide
 from histosge._embedding import STACKS, embed
-from histosge._encoders import lacks_tokens, load_encoder, with_tokens
+from histosge._encoders import DEFAULT_ENCODER, lacks_tokens, load_encoder, with_tokens
 from histosge._section import Section, Targets, find_embedding
 from histosge._settings import logger
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from spatialdata import SpatialData
 
-DEFAULT_ENCODER = "h-optimus-0"
 _COARSEST_PILM_MPP = 1.5
 _PARTS_PER_SPOT = 0.44
 """Edge of a part over a spot's diameter: 24 µm of 55, a dozen parts; 16 µm was no better at twice the time."""

@@ -247,7 +247,7 @@ def load_registered(
     spec = replace(spec, revision=revision)
     source = None if weights is None else _local(weights, filename, one_file=kind == "file" or spec.name in _ONE_FILE)
     logger.info("loading encoder %s (%s parameters) from %s", spec.name, spec.n_parameters or "?", source or "the hub")
-    with explained(spec, weights=weights, takes_weights=takes_weights), warnings.catch_warnings():
+    with explained(spec, repo=repo, weights=weights, takes_weights=takes_weights), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="As from v0.8.2")  # on a change of their own, years ago
         model = _make(MODEL_REGISTRY[spec.name], spec, kind, filename, repo=repo, source=source, revision=revision)
     module = model.model
@@ -378,7 +378,8 @@ def load_timm(name: str, *, mpp: float | None, weights: str | Path | None, revis
     )
     if mpp is None:
         logger.info("encoder %r does not say at which scale it was trained: taking 0.5 µm per pixel (mpp=)", name)
-    with explained(spec, weights=weights, takes_weights=True):
+    bare = None if repo is None else repo.partition("@")[0]  # timm takes a revision in the name, too
+    with explained(spec, repo=bare, weights=weights, takes_weights=True):
         model: Any = timm.create_model(source, pretrained=True, num_classes=0, **asked).eval()
     data = resolve_model_data_config(model)
     _, height, width = data["input_size"]
