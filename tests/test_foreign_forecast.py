@@ -115,7 +115,7 @@ def test_it_comes_before_the_work(image, clock, log):
     seen = {}
 
     def embedded(tiles, original=encoder.embed):
-        seen[len(encoder._module.batches)] = len(lines(log))
+        seen[len(encoder.module.batches)] = len(lines(log))  # before the batch of this number
         return original(tiles)
 
     encoder.embed = embedded
@@ -131,6 +131,18 @@ def test_a_first_batch_of_a_minute_is_enough(image, clock, log):
     encoder = slow(clock, seconds=6000)
     run(image, encoder, n=10)
     assert "10 places with slow on this processor: about 16 h" in lines(log)[0] or "about 17 h" in lines(log)[0]
+
+
+def test_a_large_network_on_a_processor_is_known_after_a_few_tiles(image, clock, log, monkeypatch):
+    """A batch of midnight takes minutes there: the first one is begun in small steps, with the same embeddings."""
+    with sge.settings.override(cache_gb=0):
+        wanted = run(image, slow(clock, seconds=0))
+        monkeypatch.setattr(_embedding, "_LARGE", 0)
+        encoder = slow(clock, seconds=50)
+        values = run(image, encoder)
+    assert encoder.module.batches == [4, 4, 2, *[10] * 19]
+    assert lines(log)[0].startswith(f"200 places with slow on this processor: {in_words(50 * 200)}")
+    np.testing.assert_array_equal(values, wanted)
 
 
 @pytest.mark.parametrize("seconds", [2.9, 0.0])
@@ -150,7 +162,7 @@ def test_what_is_in_the_cache_is_not_counted(clock, log):
     embed(image, xy, encoder=encoder, **some)
     (said,) = lines(log)
     n = int((~left).sum())
-    assert sum(encoder._module.batches) == n
+    assert sum(encoder.module.batches) == n
     assert said.startswith(f"{n} places with slow on this processor: {in_words(5 * n)}")
     log.clear()
     embed(image, xy, encoder=slow(clock, seconds=100), **some)
@@ -193,7 +205,7 @@ def test_dense_blocks_are_timed_by_their_batches(image, clock, log):
         )
     assert values.shape == (300, 6)
     (said,) = lines(log)
-    assert when[0] == 20
+    assert when[0] == 20  # two batches of ten tiles
     assert said.startswith(f"300 places with dense on this processor: {in_words(3 * encoder.n_tiles)}; encoder=")
 
 

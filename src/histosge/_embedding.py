@@ -229,9 +229,9 @@ def _fetched(
     answer: tuple[NDArray[np.int64], list[Tensor]], forward: _Forward
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     rows, values = answer
-    fetched = np.concatenate([v.float().cpu().numpy() for v in values])
-    forward.computed(len(rows))
-    return rows, fetched
+    on_host = np.concatenate([v.float().cpu().numpy() for v in values])
+    forward.fetched(len(rows))
+    return rows, on_host
 
 
 def _embed_blocks_densely(image, places, *, scale, forward, ledger):  # type: ignore[no-untyped-def]
@@ -264,15 +264,8 @@ def _embed_tiles_densely(image, places, *, scale, forward, ledger):  # type: ign
     for block in prefetch(ledger.todo(found, way=f"dense, {step_px} px from tile to tile", areas=on_grid)):
         some = on_grid.take(block.rows)
         tiles = tiles_over(block.pixels.shape[1:], some.bounds() - (*block.origin_px, *block.origin_px), spec, step_px)
-        per_tile = len(block.rows) / max((tiles >= 0).sum(), 1)
-        tokens, summary = token_grid(
-            block,
-            tiles,
-            spec,
-            step_px=step_px,
-            forward=forward,
-            computed=lambda n_tiles, places=per_tile: forward.computed(n_tiles * places),
-        )
+        forward.places_per_tile = len(block.rows) / max((tiles >= 0).sum(), 1)
+        tokens, summary = token_grid(block, tiles, spec, step_px=step_px, forward=forward)
         x0, y0 = block.origin_px
         grid = Grid(x0, y0, spec.token_px, *tokens.shape[:2])
         around = share_of_tiles(block.xy_px, tiles, spec, step_px=step_px) @ summary
@@ -411,6 +404,11 @@ def _buffers(*, pinned: bool) -> Callable[[tuple[int, ...]], NDArray[np.uint8]]:
     return lambda shape: torch.empty(shape, dtype=torch.uint8, pin_memory=pinned).numpy()
 
 
+_LARGE = 2e8
+"""Parameters of a network of which a processor embeds about one tile a second, or fewer."""
+_FIRST_TILES = 4
+
+
 class _Forward:
     """Run tiles through an encoder in batches, halved once if memory runs out; say how long it will take."""
 
@@ -425,14 +423,23 @@ class _Forward:
     ) -> None:
         self.encoder, self.device, self.asked = encoder, device, batch_size
         self.batch_size, self.halved = batch_size, False
+        self.places_per_tile = 1.0
+        """How many places a tile serves"""
         self._forecast, self._say = forecast, say
+        # so that a network of which a batch takes minutes is known after a few tiles
+        self._first_sizes = [_FIRST_TILES] * 2 if device.type == "cpu" and _is_large(encoder) else []
 
     def begin(self) -> None:
         """A batch or block is about to be computed."""
         self._forecast.begin()
 
+    def fetched(self, n_tiles: int) -> None:
+        """Embeddings of some tiles have come back from the device; those of a processor were there at once."""
+        if self.device.type != "cpu":
+            self.computed(n_tiles * self.places_per_tile)
+
     def computed(self, n_places: float) -> None:
-        """Embeddings of some places have come back from the device."""
+        """Embeddings of some places are there."""
         seconds = self._forecast.computed(n_places)
         if seconds is not None:
             self._say(seconds)
@@ -442,7 +449,8 @@ class _Forward:
         start = 0
         self.begin()
         while start < len(tiles):
-            some = torch.from_numpy(tiles[start : start + self.batch_size])
+            size = min([self.batch_size, *self._first_sizes[:1]])
+            some = torch.from_numpy(tiles[start : start + size])
             try:
                 on_device = some.to(self.device, non_blocking=True)  # (b, 3, tile, tile) uint8
                 copied = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
@@ -466,8 +474,16 @@ class _Forward:
                     self.asked, self.batch_size,
                 )  # fmt: skip
                 continue
+            if self.device.type == "cpu":
+                self.computed(len(some) * self.places_per_tile)
+            self._first_sizes = self._first_sizes[1:]
             yield values
             start += len(some)
+
+
+def _is_large(encoder: Any) -> bool:
+    module = getattr(encoder, "module", None)
+    return module is not None and sum(p.numel() for p in module.parameters()) > _LARGE
 
 
 def _mean_colour(image: LazyImage, xy_px: NDArray[np.float64], *, mpp: float) -> NDArray[np.float32]:

@@ -11,8 +11,6 @@ from scipy import sparse
 from histosge._tiles import Block, cut
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -46,17 +44,9 @@ def tiles_over(shape: tuple[int, int], bounds: NDArray[np.float64], spec: Any, s
 
 
 def token_grid(
-    block: Block,
-    number: NDArray[np.int64],
-    spec: Any,
-    *,
-    step_px: int,
-    forward: Any,
-    computed: Callable[[int], None],
+    block: Block, number: NDArray[np.int64], spec: Any, *, step_px: int, forward: Any
 ) -> tuple[Tensor, NDArray[np.float32]]:
     """Tokens over a block, where tiles overlap the mean of theirs, and each tile's summary.
-
-    ``computed`` is called with the number of tiles of each batch that has come back from the device.
 
     Returns
     -------
@@ -88,7 +78,7 @@ def token_grid(
                 weights[r : r + side, c : c + side] += weight
                 done += 1
             summaries.append(summary.float().cpu().numpy())
-            computed(len(tokens))
+            forward.fetched(len(tokens))
     return total.div_(weights.clamp_min(1e-12)), np.concatenate(summaries)
 
 

@@ -63,7 +63,7 @@ class TileEncoder:
         self.spec = spec
         self._forward = forward
         self._dense = dense
-        self._module = module
+        self.module = module
         self._owner = module if owner is None else owner
         self._half = half
         self._channels_last = False
@@ -78,10 +78,10 @@ class TileEncoder:
         """Move to ``device``."""
         self._owner.to(device)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
-        convolves = any(isinstance(part, nn.BatchNorm2d) for part in self._module.modules())
+        convolves = any(isinstance(part, nn.BatchNorm2d) for part in self.module.modules())
         self._channels_last = convolves and torch.device(device).type == "cuda"
         if self._channels_last:
-            self._module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
     def precision(self, device: torch.device) -> torch.dtype:
@@ -99,7 +99,7 @@ class TileEncoder:
         if spec.source == "user" and spec.revision is None:
             return None
         if self._weights is None:
-            self._weights = weights_digest(self._module)
+            self._weights = weights_digest(self.module)
         libraries = ("timm", "lazyslide-models", "transformers")
         return {
             **spec.to_dict(),
