@@ -251,7 +251,7 @@ def _memory() -> Iterator[Check]:
 def _hub() -> Iterator[Check]:
     from huggingface_hub import HfApi, constants, get_token
 
-    from histosge._encoders import encoders
+    from histosge._encoders import DEFAULT_ENCODER, encoders
     from histosge._encoders._hub import OPEN, PAGES, weights_kept
 
     frame = encoders()
@@ -271,6 +271,8 @@ def _hub() -> Iterator[Check]:
 
     here = [name for name in repos if kept[name]]
     told = f"weights in the hub's cache: {', '.join(here) if here else 'none'}; stain-texture needs none"
+    if DEFAULT_ENCODER not in here:
+        told += f"; those of {DEFAULT_ENCODER}, the default, come at the first call (4.5 GB, no login)"
     yield Check("encoders", "ok", told, details={"weights_here": here})
     for name in gated:
         page, answer = f"{PAGES}{repos[name]}", answers.get(repos[name])
