@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DEFAULT_ENCODER = "midnight"
-"""Large, and handed out without a login: the first call works for whoever has just installed histosge."""
+"""Large, and available without a login: the first call works on a fresh installation."""
 BUILT_IN = "stain-texture"
 
 
