@@ -1,7 +1,7 @@
 """The first call of somebody who has just installed histosge: `sge.tl.predict(sdata)` and nothing else.
 
     python benchmarks/first_call.py                               # 30 spots, to the end
-    python benchmarks/first_call.py --rows 54 --cols 48 --stop  # as many spots as Visium has, until the forecast
+    python benchmarks/first_call.py --rows 54 --cols 48 --stop  # 1,824 spots, until the forecast
 
 The default encoder, midnight, is loaded by its real code from a cache of the Hugging Face hub whose weights are random:
 same architecture, size and layout, no download. The call runs in a fresh process; its log and its table are printed.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -77,7 +78,7 @@ def main() -> None:
         with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             for line in process.stdout or ():
                 print(f"{perf_counter() - start:6.1f} s  {line}", end="", flush=True)
-                if options.stop and " places with " in line:
+                if options.stop and re.search(r" places with \S+ on .*: ", line):
                     process.terminate()
 
 
