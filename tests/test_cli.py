@@ -267,7 +267,7 @@ def test_messages_are_one_line(source, tmp_path, monkeypatch):
 
 def test_encoders():
     done = works("encoders")
-    for word in ("stain-texture", "h-optimus-0", "licence", "gated"):
+    for word in ("stain-texture", "midnight", "h-optimus-0", "licence", "gated"):
         assert word in done.stdout
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -254,15 +255,20 @@ def test_encoders_that_pages_name_exist():
         text = page.read_text(encoding="utf-8")
         named = set(re.findall(r'encoder="([^":]+)"', text))
         if page.name == "encoders.md":
-            rows = re.findall(r"^\| `([^|]*)` \| 0\.\d+ \|$", text, flags=re.MULTILINE)
-            assert len(rows) == 10
-            named |= set(rows)
+            rows = re.findall(r"^\| `([^|]*)` \| 0\.\d+ \| (yes|no) \| (yes|no) \|$", text, flags=re.MULTILINE)
+            assert len(rows) == 20
+            named |= {name for name, *_ in rows}
+            listed = sge.encoders()[["gated", "commercial"]].replace({True: "yes", False: "no"})
+            assert [tuple(listed.loc[name]) for name, *_ in rows] == [tuple(answers) for _, *answers in rows]
+            open_to_all = [name for name, *answers in rows if answers == ["no", "yes"]]  # the best one first
+            assert open_to_all[0] == inspect.signature(sge.tl.predict).parameters["encoder"].default
         assert named <= known, f"{page.name}: no such encoder"
 
 
 def test_advice_on_encoders_is_true():
     table = sge.encoders()
     assert table.loc["h-optimus-0", ["gated", "commercial"]].tolist() == [True, True]
+    assert table.loc["h-optimus-1", ["gated", "commercial"]].tolist() == [True, False]
     assert not table.loc[["midnight", "phikon", "lunit-dino-s16", "stain-texture"], "gated"].any()
     assert table.loc[["midnight", "phikon", "lunit-dino-s16"], "commercial"].tolist() == [True, False, False]
     assert table.loc[["lunit-dino-s16", "hibou-b"], "parameters"].tolist() == ["21.1M", "85.7M"]

@@ -311,7 +311,10 @@ def test_weights_that_are_here(hub, tmp_path):
     assert one(_doctor._hub(), "encoders").details == {"weights_here": []}
     (kept / "pytorch_model.bin").touch()
     checks = list(_doctor._hub())
-    assert one(checks, "encoders").told == "weights in the hub's cache: uni; stain-texture needs none"
+    assert one(checks, "encoders").told == (
+        "weights in the hub's cache: uni; stain-texture needs none; those of midnight, the default, come at the first call "
+        "(4.5 GB, no login)"
+    )
     assert one(checks, "encoder uni").status == "ok"
     assert one(checks, "encoder uni").told == "gated, no access, weights are here"
 

@@ -86,7 +86,7 @@ def own_spec(**values):
 
 def test_list():
     frame = sge.encoders()
-    assert list(frame.index[:2]) == ["stain-texture", "h-optimus-0"]
+    assert list(frame.index[:2]) == ["stain-texture", "midnight"]
     assert frame.index.is_unique
     assert set(frame["source"]) == {"built-in", "lazyslide-models"}
     columns = ["mpp", "mpp_source", "tile_px", "tile_um", "token_um", "embed_dim", "parameters", "licence", "gated"]
@@ -94,7 +94,7 @@ def test_list():
     assert frame.drop(columns="token_um").notna().all(axis=None)
     np.testing.assert_allclose(frame["tile_um"], frame["mpp"] * frame["tile_px"])
     assert frame["gated"].dtype == bool
-    assert frame.loc["h-optimus-0", "commercial"]
+    assert frame.loc["midnight", ["gated", "commercial"]].tolist() == [False, True]  # the default: no login, any use
     assert not frame.loc[[*_hub.OPEN, "stain-texture"], "gated"].any()  # what the errors recommend
     assert set(_registry._ALIASES.values()) <= set(frame.index)
     assert not set(_registry._ALIASES) & set(frame.index)
@@ -112,8 +112,8 @@ def test_scales_are_those_of_the_cut_tiles():
 def test_list_agrees_with_the_default_of_the_doors():
     import inspect
 
-    for door in (sge.tl.embed, sge.tl.fit, sge.tl.predict):
-        assert inspect.signature(door).parameters["encoder"].default == _registry.DEFAULT
+    for door in (sge.tl.embed, sge.tl.fit, sge.tl.predict, sge.tl.evaluate):
+        assert inspect.signature(door).parameters["encoder"].default == _registry.DEFAULT_ENCODER == "midnight"
 
 
 def test_list_needs_no_model_library():

@@ -1017,7 +1017,7 @@ def test_no_network(tmp_path, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     sdata = fine_section()
-    told = refuses(sdata, "'h-optimus-0' are not in the hub's cache", RuntimeError)
+    told = refuses(sdata, "'midnight' are not in the hub's cache", RuntimeError)
     assert "weights=" in told
     assert "'stain-texture'" in told
 

@@ -324,7 +324,7 @@ def test_unpooled_network_is_refused():
 
 
 def test_weights_with_other_patches_are_found_out(encoder):
-    wrong = _pilm.TileEncoder(spec(token_px=8), encoder._forward, encoder._module, dense=encoder._dense)
+    wrong = _pilm.TileEncoder(spec(token_px=8), encoder._forward, encoder.module, dense=encoder._dense)
     match = r"gave tokens of shape \(1, 100, 64\) for 1 tiles; its spec says token_px=8, 20 x 20 patches a tile"
     with pytest.raises(ValueError, match=match):
         wrong.embed_tokens(noise(160))

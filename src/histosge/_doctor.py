@@ -33,7 +33,6 @@ _IMPORTED = ("torch", "torchvision", "timm", "scanpy", "spatialdata")
 _LITTLE_DISK = 6e9
 """The largest encoder is 4.6 GB."""
 _LITTLE_MEMORY = 4e9
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pt2", ".pth", ".ckpt")
 
 Status = Literal["ok", "note", "problem"]
 
@@ -252,13 +251,13 @@ def _memory() -> Iterator[Check]:
 def _hub() -> Iterator[Check]:
     from huggingface_hub import HfApi, constants, get_token
 
-    from histosge._encoders import encoders
-    from histosge._encoders._hub import OPEN, PAGES
+    from histosge._encoders import DEFAULT_ENCODER, encoders
+    from histosge._encoders._hub import OPEN, PAGES, weights_kept
 
     frame = encoders()
     repos = {str(name): str(url).removeprefix(PAGES) for name, url in frame["url"].items() if url}
     gated = [str(name) for name in frame.index[frame["gated"]]]
-    kept = {name: _weights_kept(Path(constants.HF_HUB_CACHE), repo) for name, repo in repos.items()}
+    kept = {name: weights_kept(repo) for name, repo in repos.items()}
     has_token = get_token() is not None
     answers: dict[str, Any] = {}
     if not constants.HF_HUB_OFFLINE:
@@ -272,6 +271,8 @@ def _hub() -> Iterator[Check]:
 
     here = [name for name in repos if kept[name]]
     told = f"weights in the hub's cache: {', '.join(here) if here else 'none'}; stain-texture needs none"
+    if DEFAULT_ENCODER not in here:
+        told += f"; those of {DEFAULT_ENCODER}, the default, come at the first call (4.5 GB, no login)"
     yield Check("encoders", "ok", told, details={"weights_here": here})
     for name in gated:
         page, answer = f"{PAGES}{repos[name]}", answers.get(repos[name])
@@ -333,12 +334,6 @@ def _within(seconds: float, asked: Mapping[str, Callable[[], Any]]) -> dict[str,
 def _status(err: Any) -> int | None:
     """HTTP status that the hub answered with."""
     return getattr(getattr(err, "response", None), "status_code", None)
-
-
-def _weights_kept(cache: Path, repo: str) -> bool:
-    """Whether the hub's cache holds a file of weights of a repository."""
-    snapshots = cache / f"models--{repo.replace('/', '--')}" / "snapshots"
-    return any(path.suffix in _WEIGHTS and path.exists() for path in snapshots.glob("*/**/*"))
 
 
 def _disk(folders: Mapping[str, tuple[Path, str]]) -> Iterator[Check]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -16,6 +18,8 @@ import torch
 
 from histosge._cache import cache_folder, open_cache
 from histosge._coverage import Footprints, Grid, coverage
+from histosge._encoders import BUILT_IN, load_encoder
+from histosge._forecast import Forecast, in_words
 from histosge._image import LazyImage, settle
 from histosge._overlap import share_of_tiles, step_tokens, tiles_over, token_grid
 from histosge._settings import logger, progress_bar, settings
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
 STACKS = ("pilm", "rgb")
 """Maps that can be stacked into one embedding; the third one of the paper, position, every head takes by itself."""
 _RGB_WINDOW_UM = 55.0
+_TIMED_PLACES = 20_000
+"""Places of a block that the built-in encoder is timed on, at most: a second or two."""
 DENSE_BLOCK_PX = 4096
 """Edge, at the encoder's scale, of the blocks that tiles are laid over for dense embeddings."""
 
@@ -72,6 +78,7 @@ def embed(
     batch_size: int = 32,
     progress: bool | None = None,
     report: bool = True,
+    forecast: Forecast | None = None,
 ) -> NDArray[np.float32]:
     """Embed places of an image.
 
@@ -99,12 +106,15 @@ def embed(
         Whether to show a progress bar.
     report
         Whether to say what was in the cache.
+    forecast
+        Of the run that these places are a part of; by default they are all of it.
 
     Returns
     -------
     (n, d) float32.
     """
     spec, n = encoder.spec, len(xy_px)
+    forecast = Forecast(n) if forecast is None else forecast
     parts = []
     with progress_bar(desc=f"embedding with {spec.name}", total=n, unit="place", show=progress) as bar:
         if "pilm" in stack:
@@ -113,12 +123,14 @@ def embed(
             scale = (spec.mpp if tile_um is None else tile_um / spec.tile_px) / mpp
             run = _WAYS[footprints is not None, hasattr(encoder, "embed_block")]
             where = xy_px if footprints is None else footprints
-            ledger = _Ledger.open(encoder, device, tile_um=float(tile_um or spec.tile_um))
-            forward = _Forward(encoder, device=device, batch_size=batch_size)
+            ledger = _Ledger.open(encoder, device, tile_um=float(tile_um or spec.tile_um), on_found=forecast.existing)
+            say = partial(_say, forecast, image, xy_px, mpp=mpp, spec=spec, footprints=footprints, device=device)
+            forward = _Forward(encoder, device=device, batch_size=batch_size, forecast=forecast, say=say)
             for rows, values in run(image, where, scale=scale, forward=forward, ledger=ledger):
                 out = np.zeros((n, values.shape[1]), np.float32) if out is None else out
                 out[rows] = values
                 bar.update(len(rows))
+            forecast.pause()
             parts.append(np.zeros((0, spec.embed_dim), np.float32) if out is None else out)
             if ledger.n_found:
                 log = logger.info if report else logger.debug
@@ -135,6 +147,54 @@ def embed(
     return joined
 
 
+def _say(
+    forecast: Forecast,
+    image: LazyImage,
+    xy_px: NDArray[np.float64],
+    seconds: float,
+    *,
+    mpp: float,
+    spec: Any,
+    footprints: Footprints | None,
+    device: torch.device,
+) -> None:
+    """Say how long the run will take, and how long the built-in encoder would."""
+    where = {"cpu": "this processor", "cuda": f"cuda:{device.index or 0}"}.get(device.type, str(device))
+    instead = ""
+    if forecast.alternative and spec.name != BUILT_IN:
+        try:
+            per_place = _seconds_per_place(image, xy_px, mpp=mpp, footprints=footprints, device=device)
+            instead = f"; encoder={BUILT_IN!r} takes {in_words(per_place * forecast.n_to_compute)}"
+        except Exception:  # noqa: BLE001  half a log line must not end the run
+            logger.debug("%s could not be timed", BUILT_IN, exc_info=True)
+    logger.info(
+        "    %s places with %s on %s: %s%s", f"{forecast.n_to_compute:,}", spec.name, where, in_words(seconds), instead
+    )
+
+
+def _seconds_per_place(
+    image: LazyImage,
+    xy_px: NDArray[np.float64],
+    *,
+    mpp: float,
+    footprints: Footprints | None,
+    device: torch.device,
+) -> float:
+    """Time the built-in encoder on its fullest block; the other blocks take as long, though they hold fewer places."""
+    encoder = load_encoder(BUILT_IN)
+    cell = np.floor(xy_px / block_edge_px(encoder, mpp=mpp, tile_um=None)).astype(np.int64)
+    _, which, sizes = np.unique(cell, axis=0, return_inverse=True, return_counts=True)
+    rows = np.flatnonzero(which.ravel() == sizes.argmax())[:_TIMED_PLACES]
+    some = None if footprints is None else footprints.take(rows)
+    quiet: dict[str, Any] = {"progress": False, "report": False, "forecast": Forecast(0)}
+    took = 0.0
+    for _ in range(2):  # the first time includes what happens only once
+        start = monotonic()
+        embed(image, xy_px[rows], mpp=mpp, encoder=encoder, footprints=some, device=device, **quiet)
+        took = monotonic() - start
+    return took * sizes.max() / len(rows) * len(sizes) / len(xy_px)
+
+
 def block_edge_px(encoder: Any, *, mpp: float, tile_um: float | None) -> float:
     """Edge, in pixels of the image, of the blocks that places are embedded by."""
     scale = settle((encoder.spec.mpp if tile_um is None else tile_um / encoder.spec.tile_px) / mpp)
@@ -144,8 +204,10 @@ def block_edge_px(encoder: Any, *, mpp: float, tile_um: float | None) -> float:
 def _embed_blocks(image, xy_px, *, scale, forward, ledger):  # type: ignore[no-untyped-def]
     encoder, device = forward.encoder, forward.device
     for block in prefetch(blocks(image, xy_px, scale=scale, halo_px=encoder.halo_px, align_px=encoder.align_px)):
-        values = encoder.embed_block(_on_device(block, device), torch.from_numpy(block.xy_px))
-        yield block.rows, values.float().cpu().numpy()
+        forward.begin()
+        values = encoder.embed_block(_on_device(block, device), torch.from_numpy(block.xy_px)).float().cpu().numpy()
+        forward.computed(len(block.rows))
+        yield block.rows, values
 
 
 def _embed_tiles(image, xy_px, *, scale, forward, ledger):  # type: ignore[no-untyped-def]
@@ -156,16 +218,20 @@ def _embed_tiles(image, xy_px, *, scale, forward, ledger):  # type: ignore[no-un
         running.append((rows, list(forward(tiles, forward.encoder.embed))))
         # a GPU is handed the next batch before the answer to the last one is asked for
         if len(running) > on_gpu:
-            yield from ledger.done(*_fetched(running.popleft()))
+            yield from ledger.done(*_fetched(running.popleft(), forward))
         yield from ledger.found()
     for answer in running:
-        yield from ledger.done(*_fetched(answer))
+        yield from ledger.done(*_fetched(answer, forward))
     yield from ledger.found()
 
 
-def _fetched(answer: tuple[NDArray[np.int64], list[Tensor]]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def _fetched(
+    answer: tuple[NDArray[np.int64], list[Tensor]], forward: _Forward
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     rows, values = answer
-    return rows, np.concatenate([v.float().cpu().numpy() for v in values])
+    on_host = np.concatenate([v.float().cpu().numpy() for v in values])
+    forward.fetched(len(rows))
+    return rows, on_host
 
 
 def _embed_blocks_densely(image, places, *, scale, forward, ledger):  # type: ignore[no-untyped-def]
@@ -174,10 +240,13 @@ def _embed_blocks_densely(image, places, *, scale, forward, ledger):  # type: ig
     halo_px = encoder.halo_px + _reach(on_grid)
     token_px = encoder.spec.token_px
     for block in prefetch(blocks(image, places.xy_px, scale=scale, halo_px=halo_px, align_px=encoder.align_px)):
+        forward.begin()
         tokens, around = encoder.embed_block_dense(_on_device(block, device), torch.from_numpy(block.xy_px))
         x0, y0 = block.origin_px
         grid = Grid(x0, y0, token_px, *tokens.shape[:2])
-        yield block.rows, _under(on_grid.take(block.rows), grid, tokens, around.float().cpu().numpy())
+        values = _under(on_grid.take(block.rows), grid, tokens, around.float().cpu().numpy())
+        forward.computed(len(block.rows))
+        yield block.rows, values
 
 
 def _embed_tiles_densely(image, places, *, scale, forward, ledger):  # type: ignore[no-untyped-def]
@@ -195,6 +264,7 @@ def _embed_tiles_densely(image, places, *, scale, forward, ledger):  # type: ign
     for block in prefetch(ledger.todo(found, way=f"dense, {step_px} px from tile to tile", areas=on_grid)):
         some = on_grid.take(block.rows)
         tiles = tiles_over(block.pixels.shape[1:], some.bounds() - (*block.origin_px, *block.origin_px), spec, step_px)
+        forward.places_per_tile = len(block.rows) / max((tiles >= 0).sum(), 1)
         tokens, summary = token_grid(block, tiles, spec, step_px=step_px, forward=forward)
         x0, y0 = block.origin_px
         grid = Grid(x0, y0, spec.token_px, *tokens.shape[:2])
@@ -244,8 +314,16 @@ class _Ledger:
     other places, and a run that was killed goes on at its last block.
     """
 
-    def __init__(self, cache: EmbeddingCache | None, recipe: dict[str, Any] | None, *, rounds: bool) -> None:
+    def __init__(
+        self,
+        cache: EmbeddingCache | None,
+        recipe: dict[str, Any] | None,
+        *,
+        rounds: bool,
+        on_found: Callable[[int], None] | None = None,
+    ) -> None:
         self.n_found = 0
+        self._on_found = on_found
         self._cache, self._recipe, self._rounds = cache, recipe, rounds
         self._shelf: Shelf | None = None
         self._areas: Footprints | None = None
@@ -254,13 +332,16 @@ class _Ledger:
         self._values: list[NDArray[Any]] = []  # of the first one
 
     @classmethod
-    def open(cls, encoder: Any, device: torch.device, *, tile_um: float) -> Self:
+    def open(
+        cls, encoder: Any, device: torch.device, *, tile_um: float, on_found: Callable[[int], None] | None = None
+    ) -> Self:
         """Keep nothing where nobody can tell whether the encoder would say the same again."""
         identity, cache = getattr(encoder, "identity", None), open_cache()
         made_by = None if identity is None or cache is None else identity(device)
         recipe = None if made_by is None else {"encoder": made_by, "tile_um": tile_um, "scheme": _SCHEME}
         # an encoder that is not ours may mean every digit
-        return cls(cache, recipe, rounds=identity is not None and settings.precision != "float32")
+        rounds = identity is not None and settings.precision != "float32"
+        return cls(cache, recipe, rounds=rounds, on_found=on_found)
 
     def todo(self, found: Iterator[Block], *, way: str, areas: Footprints | None = None) -> Iterator[Block]:
         """Pass on blocks that are not on the shelf; runs in the thread that reads ahead."""
@@ -274,6 +355,8 @@ class _Ledger:
                     values = self._shelf.get(digest)
                     if values is not None and len(values) == len(block.rows):
                         self._found.append((block.rows, values))
+                        if self._on_found is not None:
+                            self._on_found(len(values))
                         continue
                     self._waiting.append((digest, len(block.rows)))
                 yield block
@@ -321,18 +404,53 @@ def _buffers(*, pinned: bool) -> Callable[[tuple[int, ...]], NDArray[np.uint8]]:
     return lambda shape: torch.empty(shape, dtype=torch.uint8, pin_memory=pinned).numpy()
 
 
-class _Forward:
-    """Run tiles through an encoder in batches, halved once if memory runs out."""
+_LARGE = 2e8
+"""Parameters of a network of which a processor embeds about one tile a second, or fewer."""
+_FIRST_TILES = 4
 
-    def __init__(self, encoder: Any, *, device: torch.device, batch_size: int) -> None:
+
+class _Forward:
+    """Run tiles through an encoder in batches, halved once if memory runs out; say how long it will take."""
+
+    def __init__(
+        self,
+        encoder: Any,
+        *,
+        device: torch.device,
+        batch_size: int,
+        forecast: Forecast,
+        say: Callable[[float], None],
+    ) -> None:
         self.encoder, self.device, self.asked = encoder, device, batch_size
         self.batch_size, self.halved = batch_size, False
+        self.places_per_tile = 1.0
+        """How many places a tile serves"""
+        self._forecast, self._say = forecast, say
+        # so that a network of which a batch takes minutes is known after a few tiles
+        self._first_sizes = [_FIRST_TILES] * 2 if device.type == "cpu" and _is_large(encoder) else []
+
+    def begin(self) -> None:
+        """A batch or block is about to be computed."""
+        self._forecast.begin()
+
+    def fetched(self, n_tiles: int) -> None:
+        """Embeddings of some tiles have come back from the device; those of a processor were there at once."""
+        if self.device.type != "cpu":
+            self.computed(n_tiles * self.places_per_tile)
+
+    def computed(self, n_places: float) -> None:
+        """Embeddings of some places are there."""
+        seconds = self._forecast.computed(n_places)
+        if seconds is not None:
+            self._say(seconds)
 
     def __call__(self, tiles: NDArray[np.uint8], call: Callable[[Tensor], Any]) -> Iterator[Any]:
         """Yield what the encoder says of (b, 3, tile, tile) uint8, batch after batch."""
         start = 0
+        self.begin()
         while start < len(tiles):
-            some = torch.from_numpy(tiles[start : start + self.batch_size])
+            size = min([self.batch_size, *self._first_sizes[:1]])
+            some = torch.from_numpy(tiles[start : start + size])
             try:
                 on_device = some.to(self.device, non_blocking=True)  # (b, 3, tile, tile) uint8
                 copied = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
@@ -356,8 +474,16 @@ class _Forward:
                     self.asked, self.batch_size,
                 )  # fmt: skip
                 continue
+            if self.device.type == "cpu":
+                self.computed(len(some) * self.places_per_tile)
+            self._first_sizes = self._first_sizes[1:]
             yield values
             start += len(some)
+
+
+def _is_large(encoder: Any) -> bool:
+    module = getattr(encoder, "module", None)
+    return module is not None and sum(p.numel() for p in module.parameters()) > _LARGE
 
 
 def _mean_colour(image: LazyImage, xy_px: NDArray[np.float64], *, mpp: float) -> NDArray[np.float32]:

@@ -78,6 +78,7 @@ def token_grid(
                 weights[r : r + side, c : c + side] += weight
                 done += 1
             summaries.append(summary.float().cpu().numpy())
+            forward.fetched(len(tokens))
     return total.div_(weights.clamp_min(1e-12)), np.concatenate(summaries)
 
 

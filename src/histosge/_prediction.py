@@ -14,6 +14,7 @@ import numpy as np
 from histosge._conservation import Conservation, noise_variance, shrinkage
 from histosge._coverage import block_order, spot_by_bin
 from histosge._embedding import block_edge_px
+from histosge._forecast import Forecast
 from histosge._image import thumbnail
 from histosge._machine import available_memory
 from histosge._model import Model
@@ -59,9 +60,15 @@ class Question:
     device: torch.device
     batch_size: int
     progress: bool | None
+    fitted: bool = False
+    """Whether a model is given, which settles the encoder"""
 
-    def embed(self, targets: Targets, *, part: bool = False) -> NDArray[np.float32]:
-        """Embed places of the section; those of a part without a word."""
+    def forecast(self, n_places: int) -> Forecast:
+        """Forecast of embedding some places."""
+        return Forecast(n_places, alternative=not self.fitted)
+
+    def embed(self, targets: Targets, *, forecast: Forecast | None, part: bool = False) -> NDArray[np.float32]:
+        """Embed places of the section; those of a part with no more than the forecast."""
         return embed_targets(
             self.sdata,
             self.section,
@@ -72,6 +79,7 @@ class Question:
             batch_size=self.batch_size,
             progress=False if part else self.progress,
             report=not part,
+            forecast=forecast,
         )
 
 
@@ -142,14 +150,20 @@ class _Oracle:
     conservation: Conservation | None
     provenance: dict[str, Any]
 
-    def table(self, rows: NDArray[np.int64], at_targets: NDArray[np.float32] | None = None) -> AnnData:
+    def table(
+        self,
+        rows: NDArray[np.int64],
+        at_targets: NDArray[np.float32] | None = None,
+        *,
+        forecast: Forecast | None = None,
+    ) -> AnnData:
         """Predict at some of the places, in the given order."""
         question = self.question
         everything = rows
         if self.conservation is not None:
             everything = np.concatenate([rows, self.conservation.partners(rows)])
         asked = question.targets.take(everything)
-        at_targets = question.embed(asked, part=True) if at_targets is None else at_targets
+        at_targets = question.embed(asked, forecast=forecast, part=True) if at_targets is None else at_targets
         expression = self.model.predict_from(
             self.context,
             places=at_targets,
@@ -175,14 +189,16 @@ class _Oracle:
 def predict_table(question: Question, answer: Answer) -> tuple[AnnData, Model]:
     """Predict at all places at once."""
     section, targets = question.section, question.targets
-    at_targets = question.embed(targets)
-    own = targets.own >= 0
+    own, n_spots = targets.own >= 0, len(section.xy_px)
     same_way = not question.recipe.dense  # a spot's area is not that of the place upon it
-    if same_way and len(np.unique(targets.own[own])) == len(section.xy_px):  # every spot is among the targets
-        at_spots = np.empty((len(section.xy_px), at_targets.shape[1]), np.float32)
+    among = same_way and len(np.unique(targets.own[own])) == n_spots  # every spot is among the targets
+    forecast = question.forecast(len(targets) + n_spots * (same_way and not among))
+    at_targets = question.embed(targets, forecast=forecast)
+    if among:
+        at_spots = np.empty((n_spots, at_targets.shape[1]), np.float32)
         at_spots[targets.own[own]] = at_targets[own]
     else:
-        at_spots = question.embed(own_spots(section))
+        at_spots = question.embed(own_spots(section), forecast=forecast if same_way else question.forecast(n_spots))
     model = answer.fit(at_spots)
     return answer.oracle(question, model, at_spots).table(np.arange(len(targets)), at_targets), model
 
@@ -235,10 +251,13 @@ def predict_to_store(
     warn_below_token(section, targets, question.recipe)
     recipe = {"table": name, **question.recipe.to_dict(), "data": _fingerprint(section, targets), **arguments}
     store = TableStore.open(path, recipe=recipe, n_rows=len(targets), part_rows=PART_ROWS)
-    at_spots, model = _fitted(store, question, answer.fit)
+    finished = set(store.done)
+    n_left = sum(len(order[store.rows(part)]) for part in range(store.n_parts) if part not in finished)
+    forecast = question.forecast(n_left)
+    at_spots, model = _fitted(store, question, answer.fit, forecast)
     oracle = answer.oracle(question, model, at_spots)
     own_shapes = question.sdata.shapes[targets.key].loc[targets.instances] if places is None else None
-    start, finished = time(), set(store.done)
+    start = time()
     with progress_bar(desc="predicting", total=len(targets), unit="place", show=question.progress) as bar:
 
         def put(part: int, table: AnnData, shapes: GeoDataFrame | None) -> None:
@@ -253,7 +272,7 @@ def predict_to_store(
                 if part in finished:
                     continue
                 rows = order[store.rows(part)]
-                table = oracle.table(rows)
+                table = oracle.table(rows, forecast=forecast)
                 shapes = None
                 if places is not None:
                     some, instances = places.keep(rows), targets.instances[rows]
@@ -271,14 +290,19 @@ def predict_to_store(
 
 
 def _fitted(
-    store: TableStore, question: Question, fit: Callable[[NDArray[np.float32]], Model]
+    store: TableStore, question: Question, fit: Callable[[NDArray[np.float32]], Model], forecast: Forecast
 ) -> tuple[NDArray[np.float32], Model]:
     """Embeddings of the spots and the model, of this run or of the one that it goes on with."""
     spots, folder = store.folder / "spots.npy", store.folder / "model"
     if (folder / "whole").exists():
         logger.info("using the model that was fitted before the interruption")
         return np.load(spots), Model.load(folder)
-    at_spots = question.embed(own_spots(question.section))
+    at = own_spots(question.section)
+    if question.recipe.dense:  # spots and places do not cost the same
+        forecast = question.forecast(len(at))
+    else:
+        forecast.n_places += len(at)
+    at_spots = question.embed(at, forecast=forecast)
     model = fit(at_spots)
     np.save(spots, at_spots)
     model.save(folder, overwrite=True)

@@ -11,7 +11,7 @@ import numpy as np
 from histosge import _keys
 from histosge._coverage import Footprints, divide
 from histosge._embedding import STACKS, embed
-from histosge._encoders import lacks_tokens, load_encoder, with_tokens
+from histosge._encoders import DEFAULT_ENCODER, lacks_tokens, load_encoder, with_tokens
 from histosge._section import Section, Targets, find_embedding
 from histosge._settings import logger
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from spatialdata import SpatialData
 
-DEFAULT_ENCODER = "h-optimus-0"
+    from histosge._forecast import Forecast
+
 _COARSEST_PILM_MPP = 1.5
 _PARTS_PER_SPOT = 0.44
 """Edge of a part over a spot's diameter: 24 µm of 55, a dozen parts; 16 µm was no better at twice the time."""
@@ -132,8 +133,12 @@ def embed_targets(
     batch_size: int,
     progress: bool | None,
     report: bool = True,
+    forecast: Forecast | None = None,
 ) -> NDArray[np.float32]:
-    """Take embeddings that are there already, or make them; ``report`` logs it."""
+    """Take embeddings that are there already, or make them; ``report`` logs it.
+
+    ``forecast`` is that of the run that these places are a part of; by default they are all of it.
+    """
     if not isinstance(batch_size, int) or batch_size < 1:
         msg = f"batch_size={batch_size!r}: pass a whole number of tiles above 0."
         raise ValueError(msg)
@@ -151,6 +156,8 @@ def embed_targets(
     )
     if found is not None:
         log("using the embeddings of sdata.tables[%r]", _keys.embedding_table(targets.key, name))
+        if forecast is not None:
+            forecast.existing(len(targets))
         return found
     start = time()
     log("embedding %d places with %s on %s", len(targets), name, device)
@@ -166,6 +173,7 @@ def embed_targets(
         batch_size=batch_size,
         progress=progress,
         report=report,
+        forecast=forecast,
     )
     log("    finished (%.0f s)", time() - start)
     return values

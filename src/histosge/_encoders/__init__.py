@@ -8,7 +8,7 @@ Importing this imports neither torch nor timm: weights and their libraries are l
 
 from __future__ import annotations
 
-from histosge._encoders._registry import encoders, lacks_tokens, load_encoder, with_tokens
+from histosge._encoders._registry import BUILT_IN, DEFAULT_ENCODER, encoders, lacks_tokens, load_encoder, with_tokens
 from histosge._encoders._spec import EncoderSpec
 
-__all__ = ["EncoderSpec", "encoders", "lacks_tokens", "load_encoder", "with_tokens"]
+__all__ = ["BUILT_IN", "DEFAULT_ENCODER", "EncoderSpec", "encoders", "lacks_tokens", "load_encoder", "with_tokens"]

@@ -1,4 +1,4 @@
-"""What the Hugging Face hub answers, turned into what to do."""
+"""One question to the Hugging Face hub before weights are loaded, and its answers turned into what to do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.error import URLError
+
+from histosge._settings import logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 PAGES = "https://huggingface.co/"
 OPEN = ("midnight", "phikon", "lunit-dino-s16")
 """Encoders that need no permission, large to small, to name where another is refused; a test holds them to the list."""
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pt2", ".pth", ".ckpt")
 _CLIENTS = ("httpcore", "httpx", "httpx2", "requests", "urllib3")  # huggingface_hub changed its client twice
 
 
@@ -23,10 +26,17 @@ class EncoderAccessError(RuntimeError):
 
 
 @contextmanager
-def explained(spec: EncoderSpec, *, weights: object, takes_weights: bool) -> Iterator[None]:
-    """Say what to do where loading fails. Never another encoder instead."""
+def explained(spec: EncoderSpec, *, repo: str | None, weights: object, takes_weights: bool) -> Iterator[None]:
+    """Say what to do where loading fails. Never another encoder instead.
+
+    ``repo`` is where on the hub the weights are; ``None`` where timm has them from elsewhere.
+    """
+    from huggingface_hub import constants
+
+    asked_offline = constants.HF_HUB_OFFLINE
     try:
-        yield
+        with _asked_once(repo if weights is None else None, spec.revision):
+            yield
     except Exception as err:
         # transformers, lazyslide-models and timm each wrap the hub's own error in one of theirs
         chain = list(_chain(err))
@@ -36,10 +46,66 @@ def explained(spec: EncoderSpec, *, weights: object, takes_weights: bool) -> Ite
                 f"({type(err).__name__}). Check that they are its own and complete."
             )
             raise ValueError(msg) from err
-        said = _answer(chain, spec, takes_weights=takes_weights)
+        said = _answer(chain, spec, takes_weights=takes_weights, asked_offline=asked_offline)
         if said is None:
             raise
         raise EncoderAccessError(said) from err
+
+
+@contextmanager
+def _asked_once(repo: str | None, revision: str | None) -> Iterator[None]:
+    """Ask the hub once before the loaders do: each of them asks several times, and tries each five times.
+
+    Where it does not answer, or refuses, weights that are in its cache are loaded from there without asking again, and
+    others are not tried. Slow answers are waited for as long as the hub's own client does (``HF_HUB_ETAG_TIMEOUT``).
+    """
+    from huggingface_hub import constants, errors
+
+    refusal = None if repo is None or constants.HF_HUB_OFFLINE else _refusal(repo, revision)
+    if repo is None or refusal is None:
+        yield
+        return
+    if not weights_kept(repo) or isinstance(refusal, errors.RevisionNotFoundError):
+        raise refusal
+    logger.info("    no access to the hub (%s): loading from its cache", type(refusal).__name__)
+    constants.HF_HUB_OFFLINE = True  # read at each request; there is no argument that reaches through all loaders
+    try:
+        yield
+    except Exception as err:
+        missing = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
+        if any(isinstance(one, missing) for one in _chain(err)):  # the cache is not whole: why nothing can be fetched
+            raise refusal from err
+        raise
+    finally:
+        constants.HF_HUB_OFFLINE = False
+
+
+def _refusal(repo: str, revision: str | None) -> Exception | None:
+    """Ask for a small file of a repository, once; give what the hub, or the network, has against it."""
+    from huggingface_hub import constants, errors, get_token, hf_hub_url
+    from huggingface_hub.utils import get_session, hf_raise_for_status
+
+    url = hf_hub_url(repo, "config.json", revision=revision)
+    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    headers = {} if token is None else {"authorization": f"Bearer {token}"}
+    try:
+        answer = get_session().head(url, headers=headers, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        hf_raise_for_status(answer)
+    except errors.HfHubHTTPError as err:
+        missing = isinstance(err, errors.RepositoryNotFoundError | errors.RevisionNotFoundError)
+        return None if err.response.status_code == 404 and not missing else err  # not every encoder has that file
+    except Exception as err:  # noqa: BLE001  each client has errors of its own
+        return err
+    return None
+
+
+def weights_kept(repo: str) -> bool:
+    """Whether the hub's cache holds a file of weights of a repository."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    snapshots = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots"
+    return any(path.suffix in _WEIGHTS and path.exists() for path in snapshots.glob("*/**/*"))
 
 
 def commit(repo: str, revision: str | None) -> str | None:
@@ -63,8 +129,8 @@ def _chain(err: BaseException) -> Iterator[BaseException]:
         at = at.__cause__ or at.__context__
 
 
-def _answer(chain: list[BaseException], spec: EncoderSpec, *, takes_weights: bool) -> str | None:
-    from huggingface_hub import constants, errors
+def _answer(chain: list[BaseException], spec: EncoderSpec, *, takes_weights: bool, asked_offline: bool) -> str | None:
+    from huggingface_hub import errors
 
     def among(*kinds: type[BaseException]) -> BaseException | None:
         return next((e for e in chain if isinstance(e, kinds)), None)
@@ -80,8 +146,9 @@ def _answer(chain: list[BaseException], spec: EncoderSpec, *, takes_weights: boo
     missing_file = among(errors.EntryNotFoundError)
     # a file that is not in the cache because there is no network is an EntryNotFoundError as well
     unreachable = among(errors.LocalEntryNotFoundError, ConnectionError, TimeoutError, URLError) or next(
-        (e for e in chain if type(e).__module__.split(".")[0] in _CLIENTS), None
-    )
+        (e for e in chain if type(e).__module__.split(".")[0] in _CLIENTS and getattr(e, "response", None) is None),
+        None,
+    )  # what has a response was reached
     if among(errors.GatedRepoError) or status == 403:
         return (
             f"encoder {spec.name!r} is gated and this machine has no access. Ask for it at {page}, wait for the "
@@ -107,7 +174,7 @@ def _answer(chain: list[BaseException], spec: EncoderSpec, *, takes_weights: boo
             f"{elsewhere} {instead}"
         )
     if unreachable:
-        why = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+        why = " (HF_HUB_OFFLINE is set)" if asked_offline else ""
         return (
             f"the weights of encoder {spec.name!r} are not in the hub's cache and {page} cannot be reached{why}. Check "
             f"the network. {elsewhere} The encoder 'stain-texture' needs no download."

@@ -63,7 +63,7 @@ class TileEncoder:
         self.spec = spec
         self._forward = forward
         self._dense = dense
-        self._module = module
+        self.module = module
         self._owner = module if owner is None else owner
         self._half = half
         self._channels_last = False
@@ -78,10 +78,10 @@ class TileEncoder:
         """Move to ``device``."""
         self._owner.to(device)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
-        convolves = any(isinstance(part, nn.BatchNorm2d) for part in self._module.modules())
+        convolves = any(isinstance(part, nn.BatchNorm2d) for part in self.module.modules())
         self._channels_last = convolves and torch.device(device).type == "cuda"
         if self._channels_last:
-            self._module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
     def precision(self, device: torch.device) -> torch.dtype:
@@ -99,7 +99,7 @@ class TileEncoder:
         if spec.source == "user" and spec.revision is None:
             return None
         if self._weights is None:
-            self._weights = weights_digest(self._module)
+            self._weights = weights_digest(self.module)
         libraries = ("timm", "lazyslide-models", "transformers")
         return {
             **spec.to_dict(),
@@ -247,7 +247,7 @@ def load_registered(
     spec = replace(spec, revision=revision)
     source = None if weights is None else _local(weights, filename, one_file=kind == "file" or spec.name in _ONE_FILE)
     logger.info("loading encoder %s (%s parameters) from %s", spec.name, spec.n_parameters or "?", source or "the hub")
-    with explained(spec, weights=weights, takes_weights=takes_weights), warnings.catch_warnings():
+    with explained(spec, repo=repo, weights=weights, takes_weights=takes_weights), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="As from v0.8.2")  # on a change of their own, years ago
         model = _make(MODEL_REGISTRY[spec.name], spec, kind, filename, repo=repo, source=source, revision=revision)
     module = model.model
@@ -378,7 +378,8 @@ def load_timm(name: str, *, mpp: float | None, weights: str | Path | None, revis
     )
     if mpp is None:
         logger.info("encoder %r does not say at which scale it was trained: taking 0.5 µm per pixel (mpp=)", name)
-    with explained(spec, weights=weights, takes_weights=True):
+    bare = None if repo is None else repo.partition("@")[0]  # timm takes a revision in the name, too
+    with explained(spec, repo=bare, weights=weights, takes_weights=True):
         model: Any = timm.create_model(source, pretrained=True, num_classes=0, **asked).eval()
     data = resolve_model_data_config(model)
     _, height, width = data["input_size"]

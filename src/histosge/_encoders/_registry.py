@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-DEFAULT = "h-optimus-0"
+DEFAULT_ENCODER = "midnight"
+"""Large, and available without a login: the first call works on a fresh installation."""
 BUILT_IN = "stain-texture"
 
 
@@ -190,7 +191,10 @@ def encoders() -> pd.DataFrame:
 
     from histosge._encoders.stain_texture import StainTexture
 
-    specs = [StainTexture().spec, *(registered(name) for name in (DEFAULT, *sorted(set(_TABLE) - {DEFAULT})))]
+    specs = [
+        StainTexture().spec,
+        *(registered(name) for name in (DEFAULT_ENCODER, *sorted(set(_TABLE) - {DEFAULT_ENCODER}))),
+    ]
     rows = [
         {
             "mpp": s.mpp,
@@ -212,7 +216,7 @@ def encoders() -> pd.DataFrame:
 
 
 def load_encoder(
-    encoder: Any = DEFAULT,
+    encoder: Any = DEFAULT_ENCODER,
     *,
     weights: str | Path | None = None,
     revision: str | None = None,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from histosge._encoders import DEFAULT_ENCODER
 from histosge._settings import settings
 
 if TYPE_CHECKING:
@@ -316,7 +317,7 @@ KEYS = (
     click.option("--pitch-um", type=float, help="Distance of neighbouring spots in µm. By default the technology's."),
 )
 ENCODER = (
-    click.option("--encoder", default="h-optimus-0", show_default=True, help="Encoder; see `histosge encoders`."),
+    click.option("--encoder", default=DEFAULT_ENCODER, show_default=True, help="Encoder; see `histosge encoders`."),
     click.option(
         "--weights", type=click.Path(exists=True), metavar="FOLDER", help="Local weights, for machines without network."
     ),

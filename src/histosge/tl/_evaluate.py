@@ -11,6 +11,7 @@ import pandas as pd
 
 from histosge._embedding import resolve_device
 from histosge._fitting import check_arguments
+from histosge._forecast import Forecast
 from histosge._heads import BLIND, default_head, divides
 from histosge._holdout import PROTOCOLS, SPLITS, Measured, Plan, trials
 from histosge._holdout import evaluate as hold_out
@@ -222,12 +223,12 @@ def evaluate(
     rng = np.random.default_rng(rng)
     for _ in trials(measured, plan, rng=copy.deepcopy(rng)):
         pass  # what cannot be held out is refused before an hour of embedding
+    forecast = Forecast(sum(len(section.xy_px) for section in sections))
+    run: dict[str, Any] = {"device": where, "batch_size": batch_size, "progress": progress, "forecast": forecast}
     for i, (one, section) in enumerate(zip(several, sections, strict=True)):
         check_orientation(section)
         encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack, dense=dense)
-        values = embed_targets(
-            one, section, own_spots(section), encoder, recipe, device=where, batch_size=batch_size, progress=progress
-        )
+        values = embed_targets(one, section, own_spots(section), encoder, recipe, **run)
         parts = None
         if dense and any(divides(head) for head in heads):
             parts = embed_parts(section, encoder, recipe, device=where, batch_size=batch_size)

@@ -9,6 +9,7 @@ import numpy as np
 
 from histosge._embedding import resolve_device
 from histosge._fitting import check_arguments, fit_model
+from histosge._forecast import Forecast
 from histosge._heads import default_head, divides
 from histosge._recipe import DEFAULT_ENCODER, embed_parts, embed_targets, prepare
 from histosge._section import check_orientation, own_spots, read_section
@@ -144,13 +145,13 @@ def fit(
     head = default_head(dense=dense) if head is None else head
     check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, level=level, head_options=head_options)
     values, parts = [], []
+    forecast = Forecast(sum(len(section.xy_px) for section in sections))
+    run: dict[str, Any] = {"device": where, "batch_size": batch_size, "progress": progress, "forecast": forecast}
     for one, section in zip(several, sections, strict=True):
         check_orientation(section)
         encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack, dense=dense)
         spots = own_spots(section)
-        values.append(
-            embed_targets(one, section, spots, encoder, recipe, device=where, batch_size=batch_size, progress=progress)
-        )
+        values.append(embed_targets(one, section, spots, encoder, recipe, **run))
         if dense and divides(head):
             parts.append(embed_parts(section, encoder, recipe, device=where, batch_size=batch_size))
     return fit_model(

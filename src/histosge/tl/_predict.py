@@ -298,8 +298,9 @@ def predict(
         n_genes = len(names) if isinstance(genes, str) else len(genes) if isinstance(genes, Collection) else int(genes)
     encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack, dense=dense)
     question = Question(
-        sdata, section, targets, places, bin_um is not None, encoder, recipe, where, batch_size, progress
-    )
+        sdata, section, targets, places, bin_um is not None, encoder, recipe, where, batch_size, progress,
+        fitted=model is not None,
+    )  # fmt: skip
     if conserve:
         check_conservation(question, layer=layer)
     if store is None:

@@ -1,0 +1,83 @@
+"""How long a run will take, from how long its first batches took."""
+
+from __future__ import annotations
+
+from time import monotonic
+
+WORTH_SAYING_S = 600.0
+"""Shorter runs need no forecast: the progress bar is enough."""
+_SLOW_BATCH_S = 60.0
+"""What happens once (kernels are loaded, a network is compiled) takes seconds: it is a small part of such a batch."""
+
+
+class Forecast:
+    """Expected duration of a run over places, said once.
+
+    The first batch includes what happens only once, so the second one is timed, from the end of the first; where the
+    first one takes a minute by itself, it is good enough. Places whose embeddings exist already cost nothing, and count
+    nowhere.
+
+    Parameters
+    ----------
+    n_places
+        Places of the whole run, which may be several calls of ``embed``: sections, or parts of a store.
+    alternative
+        Whether the user can take another encoder for them; not with a fitted model.
+    """
+
+    def __init__(self, n_places: int, *, alternative: bool = True) -> None:
+        self.n_places = n_places
+        self.alternative = alternative
+        self.n_existing = 0
+        self._since: float | None = None
+        self._n_batches = 0
+        self._said = False
+
+    @property
+    def n_to_compute(self) -> int:
+        """Places without an embedding when the run began, as far as is known by now."""
+        return self.n_places - self.n_existing
+
+    def existing(self, n: int) -> None:
+        """``n`` places have an embedding already."""
+        self.n_existing += n
+
+    def begin(self) -> None:
+        """A batch is about to be computed: the clock starts, if it does not run."""
+        if self._since is None:
+            self._since = monotonic()
+
+    def pause(self) -> None:
+        """Something else is done until the next batch."""
+        self._since = None
+
+    def computed(self, n: float) -> float | None:
+        """A batch of ``n`` places is computed; gives the seconds of the whole run when they are known and worth saying."""
+        if self._said or self._since is None:
+            return None
+        now = monotonic()
+        took, self._since = now - self._since, now
+        self._n_batches += 1
+        if self._n_batches == 1 and took < _SLOW_BATCH_S:
+            return None
+        self._said = True
+        expected = took / n * self.n_to_compute
+        return expected if expected > WORTH_SAYING_S else None
+
+
+def in_words(seconds: float) -> str:
+    """Write a duration as roughly as it is known: "about 40 min", "about 5 h", "about 3 days"."""
+    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
+    if minutes < 1:
+        return "less than a minute"
+    if minutes < 9.5:
+        return f"about {minutes:.0f} min"
+    if minutes < 97.5:
+        return f"about {5 * round(minutes / 5)} min"
+    if hours < 9.75:
+        return f"about {round(2 * hours) / 2:g} h"
+    if hours < 35.5:
+        return f"about {hours:.0f} h"
+    if days < 9.75:
+        return f"about {round(2 * days) / 2:g} days"
+    return f"about {days:.0f} days"
