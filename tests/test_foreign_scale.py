@@ -309,6 +309,17 @@ def test_sections_over_one_another_are_no_lattice(shift):
         estimate_lattice(np.rint(np.vstack([a, a + shift])))
 
 
+def test_small_pieces_far_apart_are_a_lattice():
+    """Four cores of 19 spots on a whole array: few of its places, but with neighbours all around."""
+    xy, _, _ = hexagonal(78, 64)
+    corners = np.array([[9, 9], [9, 55], [70, 9], [70, 55]]) * [[np.sqrt(0.75), 1.0]] * PITCH_PX
+    near = [np.hypot(*(xy - 30 - c[::-1]).T) < 2.3 * PITCH_PX for c in corners]
+    found = estimate_lattice(xy[np.any(near, axis=0)])
+    assert found.kind == "hexagonal"
+    assert found.pitch_px == pytest.approx(PITCH_PX)
+    assert occupied_share(xy[np.any(near, axis=0)], cell_px2=PITCH_PX**2 * np.sqrt(0.75)) < 0.05
+
+
 def test_share_of_a_lattice_that_is_occupied():
     xy, _, _ = square(40, 40, pitch=1.0)
     assert occupied_share(xy, cell_px2=1.0) == pytest.approx(1.0, abs=0.06)  # the hull's border

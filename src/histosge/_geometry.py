@@ -20,7 +20,8 @@ UPSAMPLE = (2, 4, 8, 16)
 """Allowed numbers of places per measured spot."""
 
 MIN_OCCUPIED = 0.05
-"""Share of the lattice places among the spots that hold one. With fewer the lattice itself is a matter of chance."""
+MIN_NEIGHBOURS = 0.4
+"""Shares of the lattice places among the spots, and next to a spot, that hold one. Below both, the lattice is a matter of chance."""
 
 _CUT_OUT = 8
 """A pixel darker than this in every colour was blacked out, not stained."""
@@ -165,7 +166,8 @@ def estimate_lattice(xy_px: Floats) -> Lattice:
         )
         raise NotALattice(msg)
     occupied = occupied_share(xy_px, cell_px2=_CELL[kind] * pitch**2)
-    if occupied < MIN_OCCUPIED:
+    # small pieces far apart leave most of the array empty, but spots there have neighbours all around
+    if occupied < MIN_OCCUPIED and _neighbours(index, kind) < MIN_NEIGHBOURS:
         msg = (
             f"the best {kind} lattice (pitch {pitch:.1f} px) has spots on {occupied:.1%} of its places only: are these "
             "several sections over one another, or a few spots of an array?"
@@ -183,6 +185,13 @@ def occupied_share(xy_px: Floats, *, cell_px2: float) -> float:
     # places on the hull itself belong to it by half a cell
     places = hull.volume / cell_px2 + hull.area / (2 * np.sqrt(cell_px2)) + 1
     return float(min(len(xy_px) / places, 1.0))
+
+
+def _neighbours(index: Ints, kind: str) -> float:
+    """Mean share of the places next to a spot that hold one."""
+    width = index[:, 1].max() + 3
+    code = (index[:, 0] + 1) * width + index[:, 1] + 1
+    return float(np.mean([np.isin(code + step[0] * width + step[1], code).mean() for step in _STEPS[kind]]))
 
 
 def lattice_of_array(xy_px: Floats, row: Ints, col: Ints) -> Lattice:
