@@ -302,11 +302,20 @@ def test_rows_and_columns_that_are_of_other_spots(log):
     assert found.lattice.pitch_px == pytest.approx(PITCH_PX, rel=1e-6)
 
 
-@pytest.mark.parametrize("shift", [(3, 5), (10, 4), (30, 17), (60, 20), (68.5, 59.3), (0, 40), (9, 9), (13, 2)])
-def test_sections_over_one_another_are_no_lattice(shift):
-    a = hexagonal(20, 20, pitch=137.0)[0]
-    with pytest.raises(NotALattice):
-        estimate_lattice(np.rint(np.vstack([a, a + shift])))
+@pytest.mark.parametrize("lay", [hexagonal, square])
+def test_sections_over_one_another_are_no_lattice(lay):
+    """At any shift; but the middle of all squares, where two square arrays make one that nothing tells from a true one."""
+    xy, _, _ = lay(20, 20, pitch=137.0)
+    random = np.random.default_rng(0)
+    unit = np.array([[1, 0], [0.5, np.sqrt(0.75)]]) if lay is hexagonal else np.eye(2)
+    steps = [np.array([a, b]) / k for k in (2, 3, 4, 6) for a in range(k) for b in range(k) if a or b]
+    shifts = [step @ unit * 137 for step in steps] + list(random.uniform(-137, 137, (100, 2)))
+    for shift in shifts:
+        rest = shift % 137 / 137
+        if lay is square and np.abs(rest - 0.5).max() < 0.2:
+            continue
+        with pytest.raises(NotALattice):
+            estimate_lattice(np.rint(np.vstack([xy, xy + shift])))
 
 
 def test_small_pieces_far_apart_are_a_lattice():
@@ -363,9 +372,10 @@ def test_two_sections_in_one_element():
     xy, row, col = hexagonal()
     both = np.vstack([xy, xy + [300, 0]])
     obs = {"array_row": np.tile(row, 2), "array_col": np.tile(col, 2)}
-    with pytest.raises(
-        ValueError, match=r"50% of the 144 spots of 'spots' have an array_row and array_col that another"
-    ):
+    names = [f"{c + 1}x{r + 1}-{i}" for i in (0, 1) for r, c in zip(row, col, strict=True)]
+    with pytest.raises(ValueError, match=r"50% of the 144 spots of 'spots' have a place on the array"):
+        read_section(section(both, names))
+    with pytest.raises(ValueError, match=r"50% of the 144 spots of 'spots' have a place on the array .* that another"):
         read_section(section(both, obs=obs))
 
 

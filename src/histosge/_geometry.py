@@ -23,6 +23,11 @@ MIN_OCCUPIED = 0.05
 MIN_NEIGHBOURS = 0.4
 """Shares of the lattice places among the spots, and next to a spot, that hold one. Below both, the lattice is a matter of chance."""
 
+_EVEN = 0.3
+"""Least share of spots on one class of places, or with a neighbour along one axis, over the mean and the largest."""
+_ENOUGH = 8
+"""Spots a class from which that is no chance."""
+
 _CUT_OUT = 8
 """A pixel darker than this in every colour was blacked out, not stained."""
 
@@ -141,6 +146,9 @@ def estimate_lattice(xy_px: Floats) -> Lattice:
             design = np.column_stack([np.ones(inside.sum()), index[inside]])
             fitted, *_ = np.linalg.lstsq(design, xy_px[inside], rcond=None)
             origin, basis = fitted[0], fitted[1:]
+            if abs(np.linalg.det(basis)) < 0.05 * pitch**2:
+                msg = "steps between neighbours all run along one line."
+                raise NotALattice(msg)
         if radius > far.max():
             break
         radius *= 1.5
@@ -166,11 +174,13 @@ def estimate_lattice(xy_px: Floats) -> Lattice:
         )
         raise NotALattice(msg)
     occupied = occupied_share(xy_px, cell_px2=_CELL[kind] * pitch**2)
+    along = _neighbours(index, kind)
     # small pieces far apart leave most of the array empty, but spots there have neighbours all around
-    if occupied < MIN_OCCUPIED and _neighbours(index, kind) < MIN_NEIGHBOURS:
+    sparse = occupied < MIN_OCCUPIED and along.mean() < MIN_NEIGHBOURS
+    if sparse or along.min() < _EVEN * along.max() or _empty_class(index):
         msg = (
-            f"the best {kind} lattice (pitch {pitch:.1f} px) has spots on {occupied:.1%} of its places only: are these "
-            "several sections over one another, or a few spots of an array?"
+            f"the best {kind} lattice (pitch {pitch:.1f} px) has spots on {occupied:.1%} of its places only, or on every second "
+            "or third: are these several sections over one another, or a few spots of an array?"
         )
         raise NotALattice(msg)
     return Lattice(kind, pitch, basis, origin, index, residual)
@@ -187,11 +197,22 @@ def occupied_share(xy_px: Floats, *, cell_px2: float) -> float:
     return float(min(len(xy_px) / places, 1.0))
 
 
-def _neighbours(index: Ints, kind: str) -> float:
-    """Mean share of the places next to a spot that hold one."""
+def _neighbours(index: Ints, kind: str) -> Floats:
+    """Share of the spots that have a neighbour along each axis of the lattice, in one sense of it."""
     width = index[:, 1].max() + 3
     code = (index[:, 0] + 1) * width + index[:, 1] + 1
-    return float(np.mean([np.isin(code + step[0] * width + step[1], code).mean() for step in _STEPS[kind]]))
+    axes = _STEPS[kind][: len(_STEPS[kind]) // 2]
+    return np.array([np.isin(code + step[0] * width + step[1], code).mean() for step in axes])
+
+
+def _empty_class(index: Ints) -> bool:
+    """Whether every second or third place holds next to none of the spots, which chance does not do."""
+    for period in (2, 3):
+        classes = index % period
+        count = np.bincount(classes[:, 0] * period + classes[:, 1], minlength=period**2)
+        if count.mean() >= _ENOUGH and count.min() < _EVEN * count.mean():
+            return True
+    return False
 
 
 def lattice_of_array(xy_px: Floats, row: Ints, col: Ints) -> Lattice:

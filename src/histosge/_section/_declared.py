@@ -117,16 +117,15 @@ def library_of(table: AnnData, *, spots_key: str, rows: NDArray[np.int64]) -> Ma
 
 def check_single_section(table: AnnData, rows: NDArray[np.int64], spots_key: str, *, remedy: str) -> None:
     """Refuse spots of several sections that lie in one element: their places on the array are taken twice."""
-    array = _columns(table.obs.iloc[rows])
-    if array is None:
+    row, col = _array(table.obs.iloc[rows], [table.obs_names[rows].astype(str)])
+    if row is None or col is None:
         return
-    again = pd.DataFrame(array).duplicated()
-    doubled = again.mean()
+    again = pd.DataFrame({"row": row, "col": col}).duplicated()
     # columns that hold next to nothing are no places
-    if doubled > _DOUBLED and (~again).sum() >= _FEWEST_PLACES:
+    if again.mean() > _DOUBLED and (~again).sum() >= _FEWEST_PLACES:
         msg = (
-            f"{doubled:.0%} of the {len(rows)} spots of {spots_key!r} have an array_row and array_col that another spot has, "
-            f"too: they are of several sections. Read one of them: {remedy}"
+            f"{again.mean():.0%} of the {len(rows)} spots of {spots_key!r} have a place on the array (array_row, array_col or "
+            f"their names) that another spot has, too: they are of several sections. Read one of them: {remedy}"
         )
         raise ValueError(msg)
 
