@@ -211,6 +211,7 @@ def test_round_trip(predicted, tmp_path):
     same_shapes(back.shapes[NAME], predicted.shapes[NAME])
 
 
+@pytest.mark.slow
 def test_dense_bins_are_nearer_to_the_truth():
     """Glands of 40 µm: a tile around each bin blurs them, tokens do not."""
     sdata = sge.datasets.synthetic(n_rows=8, n_cols=8, n_genes=30, mpp=1.0, gland_um=40)
@@ -821,6 +822,7 @@ t.sge.tl.predict(sdata, store={store!r}, bin_um=16, **t.FAST)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_parts")
 def test_a_killed_run_goes_on(small, tmp_path, count):
     store = tmp_path / "out.zarr"

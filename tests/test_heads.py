@@ -317,7 +317,14 @@ def test_nothing_to_learn_from(name, small):
     assert torch.allclose(out, torch.ones(40, 3), atol=0.3)
 
 
-@pytest.mark.parametrize("name", [DEFAULT_HEAD, *sorted(set(HEADS) - set(parts_of(DEFAULT_HEAD)))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        DEFAULT_HEAD,
+        *sorted(set(HEADS) - {*parts_of(DEFAULT_HEAD), "published"}),
+        pytest.param("published", marks=pytest.mark.slow),
+    ],
+)
 def test_permuted_labels_are_not_predicted(name, spots):
     """Expression of another spot: what is left is noise, of 1 / sqrt(n) for each gene, twice its variance in folds."""
     options = {"n_steps": 20} if name == "published" else None
@@ -1302,6 +1309,7 @@ def test_coordinates_far_away_are_finite(small):
 # ----------------------------------------------------------------------------------------------------- published
 
 
+@pytest.mark.slow
 def test_published_learns_from_the_image(spots):
     """The paper's network, trained in full."""
     known, held_out = split(spots)

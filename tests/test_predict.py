@@ -376,6 +376,7 @@ def left_out(_section_once):
     return found
 
 
+@pytest.mark.slow
 def test_held_out_scores_are_honest(left_out, predicted):
     """On blocks that were taken away before the fit, predictions are as good as was said of the others."""
     told = np.mean([[p.uns["histosge"]["held_out"][DEFAULT][s] for s in ("pcc", "mse")] for _, p in left_out], axis=0)
@@ -405,6 +406,7 @@ def permuted(sdata, seed):
     return torn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head", "n_tables"), [(DEFAULT, 3), ("ridge", 10)])
 def test_permuted_counts_are_not_predictable(sdata, head, n_tables):
     """One table in twenty may find something."""
@@ -471,6 +473,7 @@ def test_bars_do_not_change_the_prediction(sdata):
     pd.testing.assert_frame_equal(without.var, bars.var)
 
 
+@pytest.mark.slow
 def test_bars_hold_their_level(left_out):
     """On blocks that were taken away before anything was done."""
     within = [(p.layers["lower"] <= measured) & (measured <= p.layers["upper"]) for measured, p in left_out]
@@ -481,6 +484,7 @@ def test_bars_hold_their_level(left_out):
     assert within.mean(0).min() > 0.75
 
 
+@pytest.mark.slow
 def test_sd_is_the_size_of_the_errors(left_out):
     size = np.concatenate([np.abs(p.X - measured) / p.layers["sd"] for measured, p in left_out])
     assert np.sqrt((size**2).mean()) == pytest.approx(1, abs=0.2)
