@@ -136,7 +136,7 @@ def test_tiles_overlap_without_a_seam():
     xy = np.column_stack([x, np.full(len(x), 150.0)])
     areas = Footprints.squares(xy, edge_px=TOKEN)
     values = embed(image, xy, mpp=1.0, encoder=SeesTokens(bias=50.0), footprints=areas, device=CPU)
-    assert values[:, 0].min() >= 100
+    assert values[:, 0].min() >= 100 * (1 - rounding.of_sum(TOKEN**2 + 9))  # pixels of a token, tiles over it
     assert values[:, 0].max() <= 100 + 0.2 * 50
     assert np.abs(np.diff(values[:, 0])).max() < 2.5  # one pixel on
 
@@ -161,7 +161,7 @@ def test_context_is_the_mean_of_the_tiles_around(noise):
     values = embed(image, xy, mpp=1.0, encoder=SeesTokens(), footprints=areas, device=CPU)
     np.testing.assert_allclose(values[:, 4], 7, rtol=rounding.of_sum(TILE**2 + 9))  # pixels of a tile, tiles around
     steps = np.diff(values[:, 3])
-    assert steps.min() >= 0
+    assert steps.min() >= -rounding.of_sum(TILE**2 + 9, scale=200)
     assert steps.max() < 3.0  # red rises by 1 a pixel, and the tiles' means by no more than a few
     np.testing.assert_allclose(values[:, 3], xy[:, 0], atol=TILE / 2)
 
