@@ -1445,7 +1445,7 @@ def three_threads():
 
 @pytest.mark.usefixtures("three_threads")
 def test_tasks_run_side_by_side_on_a_core_each():
-    together = threading.Barrier(3, timeout=20)  # breaks unless all three are at work at once
+    together = threading.Barrier(3, timeout=120)  # breaks unless all three are at work at once
 
     def task(i):
         together.wait()
@@ -1470,7 +1470,7 @@ def test_the_first_error_of_a_task_ends_the_others(error):
     started = threading.Event()
 
     def fails():
-        assert started.wait(20)
+        assert started.wait(120)
         msg = "the reason"
         raise error(msg)
 
