@@ -22,11 +22,10 @@ atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 
 _ARITHMETIC = {
     "aggregate",
-    "bare",
-    "bins",
     "calibration",
     "conservation",
     "coverage",
+    "datasets",
     "dense",
     "embedding",
     "evaluation",
