@@ -13,17 +13,21 @@ STAMP = $(VENV)/.stamp
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .NOTPARALLEL:
-.PHONY: help demo test lint docs tutorials dist clean FORCE
+.PHONY: help demo test test-all lint docs tutorials dist clean FORCE
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3] [VENV=.venv]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "The first target builds the environment: several GB and some minutes, mostly for torch."
 
 demo: $(STAMP)-run ## predict on a synthetic section, offline; writes ./demo
 	$(BIN)/histosge demo
 
-test: $(STAMP)-test ## run the tests (PYTEST_ARGS='-k geometry' runs some of them)
+test: $(STAMP)-test ## run the tests but the slow tenth (PYTEST_ARGS='-k geometry' runs some of them)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	@echo "The slow tests were left out: make test-all runs them, too."
+
+test-all: $(STAMP)-test ## run all of the tests, as CI does
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)-lint ## style, types and the direction of imports

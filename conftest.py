@@ -1,4 +1,4 @@
-"""Settings of every test, those in docstrings included."""
+"""Settings of every test, those in docstrings included; which tests do arithmetic, and in which order they run."""
 
 from __future__ import annotations
 
@@ -18,6 +18,45 @@ _CACHE = tempfile.mkdtemp(prefix="histosge-tests-")
 os.environ["HISTOSGE_CACHE"] = os.path.join(_CACHE, "session")  # noqa: PTH118
 os.environ["HISTOSGE_DATA"] = os.path.join(_CACHE, "data")  # noqa: PTH118
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+
+
+_ARITHMETIC = {
+    "aggregate",
+    "calibration",
+    "conservation",
+    "coverage",
+    "datasets",
+    "dense",
+    "embedding",
+    "evaluation",
+    "geometry",
+    "heads",
+    "holdout",
+    "image",
+    "metrics",
+    "model",
+    "splits",
+    "stain_texture",
+    "targets",
+    "tiles",
+    "tokens",
+}
+"""Files of which results may depend on the processor: their tests are marked ``arithmetic``."""
+
+
+def pytest_addoption(parser):
+    """Add what .ci/machines needs."""
+    parser.addoption("--reverse", action="store_true", help="run the tests in reverse order: none may need another one")
+
+
+@pytest.hookimpl(tryfirst=True)  # before what is not marked is left out
+def pytest_collection_modifyitems(config, items):
+    """Mark the tests that do arithmetic, and turn the order round."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in _ARITHMETIC:
+            item.add_marker("arithmetic")
+    if config.getoption("reverse"):
+        items.reverse()
 
 
 @pytest.fixture(scope="session")

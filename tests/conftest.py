@@ -6,6 +6,11 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# beside other work a machine may be slow, and nothing is wrong with the tests
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 _CACHE = Path(os.environ["HISTOSGE_CACHE"]).parent  # of this session, by the conftest.py above
 

@@ -73,8 +73,9 @@ def test_is_what_evaluate_measures_on_sections_left_out(model, image_alone, othe
         device=CPU,
     )
     rows = pd.Index(found.obs["instance_id"]).get_indexer(section.instances)
-    np.testing.assert_allclose(found.X[rows], wanted, atol=1e-4)
-    assert wanted.std(0).min() > 0
+    # other blocks of the image: an embedding is the same to a thousandth of each feature's spread
+    np.testing.assert_allclose(found.X[rows], wanted, atol=1e-3 * wanted.std(0).max())
+    assert wanted.std(0).min() > 0.01
 
 
 def test_saved_and_loaded(model, image_alone, tmp_path):

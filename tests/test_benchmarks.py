@@ -50,6 +50,7 @@ def quiet():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_suite(scripts, quiet, name):
     module = scripts(f"suite.{name}")

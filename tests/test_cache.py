@@ -248,7 +248,7 @@ def test_processes_share_a_folder(root):
         for first in range(3)
     ]
     for worker in workers:
-        out, err = worker.communicate(timeout=60)
+        out, err = worker.communicate(timeout=600)
         assert (worker.returncode, err) == (0, "")
         assert int(out) > 30  # most of what was put is there a moment later
     assert not list(root.rglob("*.part"))

@@ -53,6 +53,11 @@ def places(n, seed=0):
     return np.random.default_rng(seed).random((n, 2)) * [200, 160] + 20
 
 
+def reading():
+    """Threads that read ahead."""
+    return [t for t in threading.enumerate() if t.name == "histosge-prefetch"]
+
+
 # ------------------------------------------------------------------------------------------------------- device
 
 
@@ -191,7 +196,7 @@ def test_out_of_memory_for_good(gradient):
         embed(gradient, places(75), mpp=1.0, encoder=encoder, device=CPU, batch_size=32)
     assert isinstance(err.value.__cause__, torch.OutOfMemoryError)
     assert encoder.batches == [32, 16]
-    assert not [t for t in threading.enumerate() if t.name == "histosge-prefetch"]
+    assert not reading()
 
 
 def test_out_of_memory_with_a_single_tile(gradient):
@@ -219,7 +224,16 @@ def test_an_error_of_the_encoder_is_not_hidden(gradient):
 
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         embed(gradient, places(20), mpp=1.0, encoder=Broken(), device=CPU)
-    assert not [t for t in threading.enumerate() if t.name == "histosge-prefetch"]
+    assert not reading()
+
+
+def test_an_error_amid_many_blocks_ends_all_threads_that_read_ahead():
+    """Blocks have been read that nobody takes any more, and the traceback still holds what reads them."""
+    xy = np.column_stack([np.arange(60.0, 11_900, 100), np.full(119, 30.0)])
+    with pytest.raises(RuntimeError, match="batch_size=") as err:
+        embed(wide_gradient(), xy, mpp=1.0, encoder=Sees(fits=0), device=CPU, batch_size=8)
+    assert err.traceback
+    assert not reading()
 
 
 # ------------------------------------------------------------------------------------------------------- cache

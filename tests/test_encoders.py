@@ -423,8 +423,9 @@ def test_batches_do_not_matter(tiny):
     encoder = sge.load_encoder("test_vit", weights=tiny[0])
     some = tiles(7)
     together = encoder.embed(some)
-    torch.testing.assert_close(torch.cat([encoder.embed(some[i : i + 1]) for i in range(7)]), together)
-    torch.testing.assert_close(encoder.embed(some.flip(0)).flip(0), together)
+    close = {"rtol": 1e-4, "atol": 1e-4}  # products of thousands of numbers, layer after layer, in float32
+    torch.testing.assert_close(torch.cat([encoder.embed(some[i : i + 1]) for i in range(7)]), together, **close)
+    torch.testing.assert_close(encoder.embed(some.flip(0)).flip(0), together, **close)
     torch.testing.assert_close(encoder.embed(some), together, rtol=0, atol=0)
     assert not together.requires_grad
 

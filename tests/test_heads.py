@@ -17,6 +17,7 @@ from sklearn.decomposition import PCA
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import Kernel
 from sklearn.linear_model import RidgeCV
+from tests import rounding
 from torch import nn
 
 from histosge._evaluation import correlation, cross_fit, score
@@ -34,6 +35,8 @@ IMAGE, SPACE, CONSTANT, NOISE = slice(0, 3), slice(3, 6), 6, 7
 FEW_STEPS = {"published": {"n_steps": 4}, "coordinates": {"n_steps": 40}}
 SEES_NEIGHBOURS = ("in-context", "aggregate", "kriging", "nearest")
 NETWORKS = ("in-context", "published", "coordinates")
+ANSWER = rounding.of_sum(500, scale=4)
+"""Of a head's few products one after another, over a hundred numbers each, none beyond 4."""
 every_head = pytest.mark.parametrize("name", sorted(HEADS))
 
 
@@ -198,7 +201,8 @@ def test_state_round_trip(name, small):
     config, weights = head.state()
     stored = load(save({n: t.contiguous() for n, t in weights.items()})) if weights else {}
     restored = get_head(name).from_state(json.loads(json.dumps(config)), stored)
-    assert torch.allclose(restored.predict(places, context=small), head.predict(places, context=small), atol=1e-5)
+    one, other = (h.predict(places, context=small) for h in (restored, head))
+    assert torch.allclose(one, other, atol=kriging_rounding(head, small) if name == "kriging" else ANSWER)
     again, _ = restored.state()
     assert again == config
 
@@ -270,7 +274,7 @@ def test_order_of_the_context_does_not_matter(name, small):
     places = Places.of(small)
     shuffled = Places(places.embedding, places.xy_um, order.argsort())
     one, other = head.predict(places, context=small), head.predict(shuffled, context=small.take(order))
-    assert torch.allclose(one, other, atol=1e-4)
+    assert torch.allclose(one, other, atol=kriging_rounding(head, small) if name == "kriging" else ANSWER)
 
 
 @every_head
@@ -313,7 +317,14 @@ def test_nothing_to_learn_from(name, small):
     assert torch.allclose(out, torch.ones(40, 3), atol=0.3)
 
 
-@pytest.mark.parametrize("name", [DEFAULT_HEAD, *sorted(set(HEADS) - set(parts_of(DEFAULT_HEAD)))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        DEFAULT_HEAD,
+        *sorted(set(HEADS) - {*parts_of(DEFAULT_HEAD), "published"}),
+        pytest.param("published", marks=pytest.mark.slow),
+    ],
+)
 def test_permuted_labels_are_not_predicted(name, spots):
     """Expression of another spot: what is left is noise, of 1 / sqrt(n) for each gene, twice its variance in folds."""
     options = {"n_steps": 20} if name == "published" else None
@@ -340,9 +351,10 @@ def test_places_are_predicted_the_same_in_whatever_company(name, small):
     head = fit(name, small)
     places = Places.of(small).take(torch.as_tensor(np.random.default_rng(0).permutation(70)))
     at_once = head.predict(places, context=small)
+    tolerance = kriging_rounding(head, small) if name == "kriging" else ANSWER
     for n in (1, 33):
         parts = [head.predict(places.take(slice(i, i + n)), context=small) for i in range(0, 70, n)]
-        assert torch.allclose(torch.cat(parts), at_once, atol=1e-5)
+        assert torch.allclose(torch.cat(parts), at_once, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", SEES_NEIGHBOURS)
@@ -564,7 +576,7 @@ def test_in_context_far_from_all_spots_answers_as_without_any(trained):
     far = head.predict(places, context=known)
     one = held_out.take(torch.arange(1))  # … of which the only one is the place itself
     alone = [head.predict(dataclasses.replace(p, own=torch.tensor([0])), context=one) for p in each(places)]
-    assert torch.allclose(far, torch.cat(alone), atol=1e-5)
+    assert torch.allclose(far, torch.cat(alone), atol=ANSWER)
     near = head.predict(Places.of(held_out, hidden=False), context=known)
     assert (far - near).abs().mean() > 0.05
 
@@ -615,9 +627,9 @@ def test_in_context_in_prediction_is_what_was_trained(trained, monkeypatch, n_co
     own = torch.arange(n_context)
     for places in (Places.of(held_out, hidden=False), Places.of(far, hidden=False), Places.of(context)):
         out = head.predict(places, context=context)
-        assert torch.allclose(out, slow_answer(head, places, context), atol=1e-5)
+        assert torch.allclose(out, slow_answer(head, places, context), atol=ANSWER)
     shuffled = places.take(own.flip(0))
-    assert torch.allclose(head.predict(shuffled, context=context), out.flip(0), atol=1e-5)
+    assert torch.allclose(head.predict(shuffled, context=context), out.flip(0), atol=ANSWER)
 
 
 def test_in_context_learns_what_it_says():
@@ -742,6 +754,17 @@ def components(head, spots):
     return ((spots.expression.double() - s["gene_mean"]) @ s["gene_axes"].T / s["gene_spread"]).numpy()
 
 
+def kriging_rounding(head, spots):
+    """How far rounding may move what is said of a gene, given these spots."""
+    lengths, shares = (head.parameters[name].double().exp().numpy() for name in ("lengths", "shares"))
+    at, target = inputs(head, spots), components(head, spots)
+    moved = [
+        rounding.of_solve(Covariance(lengths, share[:4])(at) + (share[4] + 1e-4) * np.eye(len(at)), target[:, q])
+        for q, share in enumerate(shares.T)
+    ]
+    return float(np.linalg.norm(moved * head.space.state()["gene_spread"].numpy()))
+
+
 def to_genes(head, components):
     s = {name: tensor.double().numpy() for name, tensor in head.space.state().items()}
     return (components * s["gene_spread"]) @ s["gene_axes"] + s["gene_mean"]
@@ -783,7 +806,7 @@ def test_kriging_leaves_a_spot_out_as_if_it_had_never_been_there(kriged):
     for i in range(0, len(known), 9):
         rest, alone = known.take(torch.arange(len(known)) != i), known.take(torch.tensor([i]))
         without = head.predict(Places.of(alone, hidden=False), context=rest).numpy()[0]
-        assert np.abs(at_once[i] - without).max() < 1e-4
+        assert np.abs(at_once[i] - without).max() < kriging_rounding(head, known)
         if i < 20:
             expected = np.array([oracle(head, rest, q).predict(inputs(head, alone))[0] for q in range(n)])
             assert np.abs(at_once[i] - to_genes(head, expected)).max() < 1e-3
@@ -822,9 +845,9 @@ def test_kriging_without_context_says_the_prior_mean(kriged):
     head, known, held_out = kriged
     mean = known.expression.mean(0)
     none = head.predict(Places.of(held_out, hidden=False), context=known.take(torch.arange(0)))
-    assert torch.allclose(none, mean.expand(len(held_out), -1), atol=1e-5)
+    assert torch.allclose(none, mean.expand(len(held_out), -1), atol=ANSWER)
     one = known.take(torch.arange(1))  # … and so do a hidden spot alone
-    assert torch.allclose(head.predict(Places.of(one), context=one), mean[None], atol=1e-5)
+    assert torch.allclose(head.predict(Places.of(one), context=one), mean[None], atol=ANSWER)
     # far from everything and unlike nothing: back towards the mean in what the image does not show
     far = dataclasses.replace(held_out, xy_um=held_out.xy_um + 1e6)
     out = head.predict(Places.of(far, hidden=False), context=known)
@@ -844,7 +867,7 @@ def test_kriging_reads_the_context_it_is_given(kriged):
     fresh = get_head("kriging").from_state(*head.state())
     assert (fresh.predict(places, context=known) == before).all()
     hidden = fresh.predict(Places.of(known), context=known)
-    assert torch.allclose(hidden, head.predict(Places.of(known), context=known), atol=1e-5)
+    assert torch.allclose(hidden, head.predict(Places.of(known), context=known), atol=kriging_rounding(head, known))
     assert (hidden - fresh.predict(Places.of(known, hidden=False), context=known)).abs().max() > 0.05
 
 
@@ -856,7 +879,7 @@ def test_kriging_of_a_context_in_parts_is_that_at_once(kriged, monkeypatch):
     condition = conditioning.Conditioned._condition
     monkeypatch.setattr(conditioning.Conditioned, "_condition", lambda *a, **k: counted.append(1) or condition(*a, **k))
     parts = [fresh.predict(places.take(slice(i, i + 7)), context=known) for i in range(0, len(places), 7)]
-    assert torch.allclose(torch.cat(parts), at_once, atol=1e-5)
+    assert torch.allclose(torch.cat(parts), at_once, atol=kriging_rounding(head, known))
     assert len(counted) == 1
 
 
@@ -931,6 +954,20 @@ def fresh(wide):
     """Give the head of ``wide``, nothing worked out, what it knows and what it is asked."""
     head, known, held_out = wide
     return get_head("kriging").from_state(*head.state()), known, held_out
+
+
+def tile_rounding(head, known, *, n_near=150):
+    """How far rounding may move what a tile says, which conditions on so many spots."""
+    around = (known.xy_um - known.xy_um[len(known) // 2]).norm(dim=1).argsort()[:n_near]
+    return kriging_rounding(head, known.take(around))
+
+
+TRACE = rounding.of_sum(80, scale=3 * np.sqrt(N_GENES / conditioning._DRAWN_JITTER))
+"""Of a hidden spot raised by 3 in every gene, where 80 spots stand for all others.
+
+Its part in what is said of those is a sum over them, worked out for all spots at once and again for a tile, and taken
+out. It is multiplied by what makes the 80 independent, with entries up to one over the root of their jitter.
+"""
 
 
 def by_tile(head, places):
@@ -1011,7 +1048,7 @@ def test_kriging_by_tiles_that_see_all_spots_is_exact(wide, fresh, monkeypatch, 
             in_tiles(patch, **how)
             found = head.predict(places, context=known)
             assert head._conditioned._tiles is not None
-        assert (found - expected).abs().max() < (2e-3 if how["n_drawn"] < 100 else 0.05)
+        assert (found - expected).abs().max() < (kriging_rounding(exact, known) if how["n_drawn"] < 100 else 0.05)
 
 
 def test_kriging_by_tiles_is_nearly_exact(wide, fresh, monkeypatch):
@@ -1039,9 +1076,9 @@ def test_kriging_by_tiles_hides_what_was_measured(fresh, monkeypatch):
         expression = known.expression.clone()
         expression[i] += 3
         after = head.predict(places, context=with_expression(known, expression))
-        assert torch.allclose(after[i], before[i], rtol=0, atol=1e-6)
+        assert torch.allclose(after[i], before[i], rtol=0, atol=TRACE)
         nearest = (known.xy_um - known.xy_um[i]).norm(dim=1).argsort()[1]
-        assert (after[nearest] - before[nearest]).abs().max() > 1e-3
+        assert (after[nearest] - before[nearest]).abs().max() > 100 * TRACE
     open_ = head.predict(Places.of(known, hidden=False), context=known)
     assert (open_ - before).abs().max() > 0.1
 
@@ -1142,7 +1179,8 @@ def test_a_hidden_spot_is_told_nothing_by_a_tile_that_never_looked_at_it(fresh, 
         expression = known.expression.clone()
         expression[i] += 3
         after = head.predict(places, context=with_expression(known, expression))
-        assert torch.allclose(after[i], before[i], rtol=0, atol=1e-6)
+        assert torch.allclose(after[i], before[i], rtol=0, atol=TRACE)
+        assert (after - before).abs().max() > 100 * TRACE
 
 
 def test_kriging_by_tiles_has_no_seams(wide, fresh, monkeypatch):
@@ -1176,7 +1214,7 @@ def test_kriging_by_tiles_gives_a_place_the_same_in_whatever_company(wide, monke
             out = torch.empty_like(at_once)
             for rows in order.split(n):
                 out[rows] = fresh.predict(places.take(rows), context=known)
-            assert torch.allclose(out, at_once, atol=1e-5)
+            assert torch.allclose(out, at_once, atol=tile_rounding(head, known))
 
 
 def test_kriging_tiles_are_the_same_side_by_side(fresh, wide, monkeypatch):
@@ -1189,7 +1227,7 @@ def test_kriging_tiles_are_the_same_side_by_side(fresh, wide, monkeypatch):
     with ThreadPoolExecutor(3, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for _ in range(5):
             (together,) = other.answers([other], places, context=known, run=pool.map)
-            assert torch.allclose(alone, together, atol=1e-5)
+            assert torch.allclose(alone, together, atol=tile_rounding(head, known))
 
 
 def test_kriging_keeps_the_tiles_last_used(wide, monkeypatch):
@@ -1235,7 +1273,8 @@ def test_kriging_however_many_covariances_at_once(kriged, monkeypatch, pairs):
     covariance = covariance + (share[4] + 1e-4)[:, None, None] * torch.eye(len(known))
     weight = torch.linalg.solve(covariance, target.T[..., None])[..., 0]  # (Q, n)
     slow = torch.einsum("pq,pij,qj->iq", share[:4], kernels(asked, known_), weight)
-    assert torch.allclose(head.predict(places, context=known), space.genes(slow), atol=1e-4)
+    found = head.predict(places, context=known)
+    assert torch.allclose(found, space.genes(slow), atol=kriging_rounding(head, known))
 
 
 # --------------------------------------------------------------------------------------------------- coordinates
@@ -1270,6 +1309,7 @@ def test_coordinates_far_away_are_finite(small):
 # ----------------------------------------------------------------------------------------------------- published
 
 
+@pytest.mark.slow
 def test_published_learns_from_the_image(spots):
     """The paper's network, trained in full."""
     known, held_out = split(spots)
@@ -1405,7 +1445,7 @@ def three_threads():
 
 @pytest.mark.usefixtures("three_threads")
 def test_tasks_run_side_by_side_on_a_core_each():
-    together = threading.Barrier(3, timeout=20)  # breaks unless all three are at work at once
+    together = threading.Barrier(3, timeout=120)  # breaks unless all three are at work at once
 
     def task(i):
         together.wait()
@@ -1430,7 +1470,7 @@ def test_the_first_error_of_a_task_ends_the_others(error):
     started = threading.Event()
 
     def fails():
-        assert started.wait(20)
+        assert started.wait(120)
         msg = "the reason"
         raise error(msg)
 

@@ -359,6 +359,7 @@ def test_all_heads_of_a_split_see_the_same_spots_genes_and_folds(ready, monkeypa
     assert (chosen["ridge"] == chosen["mean"]).all()
 
 
+@pytest.mark.slow
 def test_of_permuted_counts_nothing_is_predicted(ready):
     """140 spots and correlated genes: the mean over genes and splits strays by some hundredths."""
     table = ready.tables["table"]
@@ -571,6 +572,7 @@ def halves_of(sdata):
     return sdata
 
 
+@pytest.mark.slow
 def test_labels_are_compared_and_teach_nothing(ready):
     run = {"heads": ["ridge", "nearest"]}
     plain = score(ready, **run)

@@ -184,6 +184,7 @@ def six_lines(folder, gene="GENE000"):
     return sdata, sge.pl.expression(sdata, gene, obs="leiden")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", VISIUM)
 def test_from_visium_to_leiden(tmp_path, sdata, layout):
     result, axes = six_lines(sr.write_visium(tmp_path, sdata, **VISIUM[layout][0]).source)
@@ -191,6 +192,7 @@ def test_from_visium_to_leiden(tmp_path, sdata, layout):
     assert axes.size == 4  # H&E, measured, predicted, domains
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["3.1.3", "4.0.1"])
 def test_from_visium_hd_to_leiden(tmp_path, hd, version):
     written = sr.write_visium_hd(tmp_path, hd, version=version)
@@ -199,6 +201,7 @@ def test_from_visium_hd_to_leiden(tmp_path, hd, version):
     assert result.tables["histosge"].obs["leiden"].nunique() > 1
 
 
+@pytest.mark.slow
 def test_from_h5ad_to_leiden(tmp_path, sdata):
     result, _ = six_lines(sr.write_h5ad(tmp_path, sdata).source)
     assert result.tables["histosge"].obs["leiden"].nunique() > 1

@@ -16,6 +16,7 @@ from scipy import sparse
 from spatialdata import SpatialData, get_centroids
 from spatialdata.models import Image2DModel, ShapesModel, TableModel, get_table_keys
 from spatialdata.transformations import Identity, Scale, get_transformation
+from tests import rounding
 from torch import nn
 
 import histosge as sge
@@ -375,6 +376,7 @@ def left_out(_section_once):
     return found
 
 
+@pytest.mark.slow
 def test_held_out_scores_are_honest(left_out, predicted):
     """On blocks that were taken away before the fit, predictions are as good as was said of the others."""
     told = np.mean([[p.uns["histosge"]["held_out"][DEFAULT][s] for s in ("pcc", "mse")] for _, p in left_out], axis=0)
@@ -404,6 +406,7 @@ def permuted(sdata, seed):
     return torn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head", "n_tables"), [(DEFAULT, 3), ("ridge", 10)])
 def test_permuted_counts_are_not_predictable(sdata, head, n_tables):
     """One table in twenty may find something."""
@@ -470,6 +473,7 @@ def test_bars_do_not_change_the_prediction(sdata):
     pd.testing.assert_frame_equal(without.var, bars.var)
 
 
+@pytest.mark.slow
 def test_bars_hold_their_level(left_out):
     """On blocks that were taken away before anything was done."""
     within = [(p.layers["lower"] <= measured) & (measured <= p.layers["upper"]) for measured, p in left_out]
@@ -480,6 +484,7 @@ def test_bars_hold_their_level(left_out):
     assert within.mean(0).min() > 0.75
 
 
+@pytest.mark.slow
 def test_sd_is_the_size_of_the_errors(left_out):
     size = np.concatenate([np.abs(p.X - measured) / p.layers["sd"] for measured, p in left_out])
     assert np.sqrt((size**2).mean()) == pytest.approx(1, abs=0.2)
@@ -541,7 +546,7 @@ def test_order_of_rows_does_not_matter(sdata, model):
     # equally far neighbours, of which only some are looked at, may be others
     off = np.abs(a.X - b.X)
     assert off.max() < 0.2
-    assert np.median(off) < 1e-5
+    assert np.median(off) < rounding.of_sum(500, scale=a.X.max())
     assert np.ptp(a.X, axis=0).min() > 0.05
 
 
@@ -978,7 +983,7 @@ def test_tile_um():
 def test_batches_do_not_matter():
     sdata = fine_section()
     a, b = (sge.tl.embed(sdata, encoder=own_encoder(), batch_size=n, inplace=False) for n in (7, 64))
-    np.testing.assert_allclose(a.obsm["X_colours"], b.obsm["X_colours"], atol=1e-5)
+    np.testing.assert_allclose(a.obsm["X_colours"], b.obsm["X_colours"], atol=rounding.of_sum(48**2, scale=3))
 
 
 def test_smaller_batches_where_memory_runs_out(log):
@@ -994,7 +999,7 @@ def test_smaller_batches_where_memory_runs_out(log):
     sdata = fine_section()
     found = sge.tl.embed(sdata, encoder=encoder, batch_size=20, inplace=False).obsm["X_greedy"]
     wanted = sge.tl.embed(sdata, encoder=own_encoder(), inplace=False).obsm["X_colours"]
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    np.testing.assert_allclose(found, wanted, atol=rounding.of_sum(48**2, scale=3))
     assert [w for w in warnings_in(log) if "memory" in w] == [
         "out of memory with batch_size=20: going on with 10. Pass batch_size= to choose."
     ]

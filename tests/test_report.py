@@ -577,7 +577,7 @@ def test_in_a_browser(nasty, tmp_path):
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"]
         done = subprocess.run(
             [browser, *options, "--enable-logging=stderr", "--dump-dom", file.as_uri()],
-            capture_output=True, text=True, timeout=60, check=True,
+            capture_output=True, text=True, timeout=600, check=True,
         )  # fmt: skip
         assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
         return Page(done.stdout)

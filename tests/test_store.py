@@ -336,6 +336,7 @@ tests.fill(tests.opened(sys.argv[2]), table, shapes)
 """
 
 
+@pytest.mark.slow
 def test_sigkill_in_the_middle_of_a_part(tmp_path, made, at_once):
     path = tmp_path / "out.zarr"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, __file__, str(path)], capture_output=True)
@@ -350,6 +351,7 @@ def test_sigkill_in_the_middle_of_a_part(tmp_path, made, at_once):
     assert_same_stores(store.finish(), at_once)
 
 
+@pytest.mark.slow
 def test_memory_stays_at_one_part(tmp_path):
     n_parts, part_rows = 5, 500
     table, shapes = whole(part_rows, n_genes=400)

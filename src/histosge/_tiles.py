@@ -170,23 +170,28 @@ def batches(
         buffers: list[UInt8] = []
         rows: list[NDArray[np.int64]] = []
         turn, waiting = 0, 0
-        for block in found:
-            start = 0
-            while start < len(block.rows):
-                if len(buffers) <= turn:
-                    buffers.append(empty((batch_size, 3, tile_px, tile_px)))
-                some = slice(start, start + batch_size - waiting)
-                piece = Block(block.pixels, block.rows[some], block.xy_px[some])
-                size = len(piece.rows)
-                cut(piece, tile_px=tile_px, out=buffers[turn][waiting : waiting + size])
-                rows.append(piece.rows)
-                start, waiting = start + size, waiting + size
-                if waiting == batch_size:
-                    yield buffers[turn], np.concatenate(rows)
-                    rows, waiting = [], 0
-                    turn = (turn + 1) % (_AHEAD + 2)  # those ahead, the one in use and the one being filled
-        if waiting:
-            yield buffers[turn][:waiting], np.concatenate(rows)
+        try:
+            for block in found:
+                start = 0
+                while start < len(block.rows):
+                    if len(buffers) <= turn:
+                        buffers.append(empty((batch_size, 3, tile_px, tile_px)))
+                    some = slice(start, start + batch_size - waiting)
+                    piece = Block(block.pixels, block.rows[some], block.xy_px[some])
+                    size = len(piece.rows)
+                    cut(piece, tile_px=tile_px, out=buffers[turn][waiting : waiting + size])
+                    rows.append(piece.rows)
+                    start, waiting = start + size, waiting + size
+                    if waiting == batch_size:
+                        yield buffers[turn], np.concatenate(rows)
+                        rows, waiting = [], 0
+                        turn = (turn + 1) % (_AHEAD + 2)  # those ahead, the one in use and the one being filled
+            if waiting:
+                yield buffers[turn][:waiting], np.concatenate(rows)
+        finally:
+            # a traceback may hold the caller's frame, and with it `found` and the thread that reads behind it
+            if hasattr(found, "close"):
+                found.close()
 
     return prefetch(filled(), depth=_AHEAD)
 
