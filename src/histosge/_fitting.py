@@ -129,9 +129,9 @@ def check_arguments(
     for other in sections[1:]:
         names = names.intersection(other.genes, sort=False)
     if len({section.values.unit for section in sections}) > 1:
-        told = "; ".join(f"{section.spots_key!r} in {section.values.unit}" for section in sections)
+        units = "; ".join(f"{section.spots_key!r} in {section.values.unit}" for section in sections)
         msg = (
-            f"the sections do not hold expression in one unit: {told}. Name the layer that holds the counts of each, layer=, "
+            f"the sections do not hold expression in one unit: {units}. Name the layer that holds the counts of each, layer=, "
             "or give X the same unit in all."
         )
         raise ValueError(msg)

@@ -225,7 +225,7 @@ def _slide(file: TiffFile, path: Path) -> int:
     if len(rivals) > 1:
         msg = (
             f"{str(path)!r} holds {len(rivals)} images of about one size ({', '.join(sizes[i] for i in rivals)} px): which is "
-            "the slide cannot be told. Pass the one that the spots lie on, exported to a file of its own."
+            "the slide is not known. Pass the one that the spots lie on, exported to a file of its own."
         )
         raise ImageError(msg)
     if largest:

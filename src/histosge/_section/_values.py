@@ -153,7 +153,7 @@ def recognise(
     base
         Base of the logarithm that ``uns["log1p"]`` names; ``None`` where it is silent.
     remedy
-        What to do where they cannot be told.
+        What to do where they are not known.
     """
     if _scaled(genes[sample(genes.shape[0])], within=0.3) and (what := _scaled(genes, within=0.02)):
         msg = (
@@ -187,7 +187,7 @@ def recognise(
     if small and (why := _no_library_sizes(genes)):
         msg = (
             f"{named} cannot be read: {_plain(genes)} are no counts, since {why}. They look like logarithms, whose base and "
-            f"total cannot be told. Name the layer that holds counts, layer=: {remedy()}. If X holds natural logarithms, say so: "
+            f"total are not known. Name the layer that holds counts, layer=: {remedy()}. If X holds natural logarithms, say so: "
             'table.uns["log1p"] = {"base": None}; if it holds corrected counts, normalise them first: sc.pp.normalize_total.'
         )
         raise ValueError(msg)

@@ -88,9 +88,9 @@ def fit(
     layer
         Layer of the table that holds the counts, or ``"raw"``: ``table.raw.X``. ``None`` takes ``X``.
     coordinate_system
-        Coordinate system that aligns image and spots. ``None`` takes one that holds both.
+        Coordinate system that aligns image and spots. ``None`` takes the one that holds both; several must agree.
     mpp
-        µm per pixel of the image. ``None`` takes it from the pitch of the spots.
+        µm per pixel of the image. ``None`` takes what the file states, or derives it from the pitch.
     pitch_um
         Distance of neighbouring spots in µm. ``None`` takes the technology's: Visium 100, ST 200.
     device
