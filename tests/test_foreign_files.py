@@ -254,6 +254,17 @@ def test_a_third_coordinate_that_is_the_same_everywhere(h5ad, tissue):
         sge.io.read(h5ad(deep))
 
 
+@pytest.mark.parametrize(("n", "refused"), [(1, False), (5, False), (20, True)])
+def test_spots_without_a_place(h5ad, tissue, log, n, refused):
+    source = h5ad(lambda t: t.obsm["spatial"].__setitem__((slice(n), 1), np.nan))
+    if refused:
+        with pytest.raises(ValueError, match=r"20 of them NaN or infinite\. Write it there"):
+            sge.io.read(source)
+        return
+    assert sge.io.read(source).tables["table"].n_obs == tissue.tables["table"].n_obs - n
+    assert any(f"leaving out {n} of {tissue.tables['table'].n_obs} spots" in m for m in warnings_in(log))
+
+
 def library(pixels, shrink, **more):
     factors = {"tissue_hires_scalef": 1 / shrink, "spot_diameter_fullres": 65 / 4, **more}
     return {"images": {"hires": pixels[::shrink, ::shrink].astype(np.float32) / 255}, "scalefactors": factors}

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _SPOT_PER_PITCH = 0.55
 """Of Visium; all that matters of it is that spots do not touch."""
+_MOST_NOWHERE = 0.05
+"""Share of the spots that may have no place, and are left out."""
 _SECTION_COLUMNS = ("library_id", "library", "sample_id", "sample", "section", "slide", "batch", "dataset")
 """Columns of ``obs`` by which people tell sections apart."""
 
@@ -34,12 +36,17 @@ def read_h5ad(path: Path, dataset_id: str | None) -> Found:
     if xy_px.shape[1] == 3 and len(xy_px) and np.ptp(xy_px[:, 2]) == 0:
         logger.info('obsm["spatial"] has a third column that is %g everywhere: left out', xy_px[0, 2])
         xy_px = xy_px[:, :2]
-    if xy_px.shape[1] != 2 or len(xy_px) < 2 or not np.isfinite(xy_px).all():
+    nowhere = ~np.isfinite(xy_px).all(axis=1)
+    if xy_px.shape[1] != 2 or len(xy_px) < 2 or nowhere.mean() > _MOST_NOWHERE:
+        lost = f", {nowhere.sum()} of them NaN or infinite" if nowhere.any() else ""
         msg = (
-            f'{str(path)!r} needs obsm["spatial"], (n, 2): x and y of each spot in pixels of the image, none missing, of two '
-            f"spots or more; it has {list(table.obsm)}, of shape {xy_px.shape}. Write it there first."
+            f'{str(path)!r} needs obsm["spatial"], (n, 2): x and y of each spot in pixels of the image, of two '
+            f"spots or more; it has {list(table.obsm)}, of shape {xy_px.shape}{lost}. Write it there first."
         )
         raise ValueError(msg)
+    if nowhere.any():
+        logger.warning("leaving out %d of %d spots of %s without a place", nowhere.sum(), len(nowhere), path.name)
+        table, xy_px = table[~nowhere].copy(), xy_px[~nowhere]
     rows = _rows_of_section(table, path, dataset_id)
     if len(rows) < table.n_obs:
         table, xy_px = table[rows].copy(), xy_px[rows]
