@@ -233,7 +233,7 @@ def _expression(table: AnnData, name: str) -> Floats | sparse.csr_matrix:
     log_left_out(kinds.dropna(), level=logging.INFO)
     used = kinds.isna().to_numpy()
     if "highly_variable" in table.var:
-        used &= table.var["highly_variable"].isin([True]).to_numpy()
+        used = used & table.var["highly_variable"].isin([True]).to_numpy()  # pandas' arrays are read-only
         if not used.any():
             msg = f"var['highly_variable'] of {name} marks no gene. Mark some, or delete the column to use all genes."
             raise ValueError(msg)
