@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import shutil
 
 import anndata as ad
@@ -468,14 +467,3 @@ def test_predict_and_fit_warn_of_a_mirrored_image(tmp_path, h5ad, pixels, log):
 def test_the_right_image_gets_no_word(h5ad, pixels, log):
     sge.pp.targets(sge.io.read(h5ad(lambda t: t.uns.update(spatial={"S": library(pixels, 3)}))))
     assert warnings_in(log) == []
-
-
-def test_scale_factors_of_a_folder_are_whole(outs):
-    """A scale factor that is missing costs the comparison, not the section."""
-    path = outs / "spatial/scalefactors_json.json"
-    factors = json.loads(path.read_text())
-    del factors["tissue_lowres_scalef"]
-    (outs / "spatial/tissue_lowres_image.png").unlink()
-    factors["tissue_lowres_scalef"] = 0.05
-    path.write_text(json.dumps(factors))
-    assert len(sge.io.read(outs).images) == 1

@@ -350,6 +350,7 @@ def test_the_lattice_of_rows_and_columns_is_exact(angle, mirrored):
         found = lattice_of_array(xy, row, col)
         assert found.kind == kind
         assert found.pitch_px == pytest.approx(PITCH_PX)
+        # least squares in double precision, condition about 30: 1e-14 of the largest coordinate, with a wide margin
         np.testing.assert_allclose(found.origin + found.index @ found.basis, xy, atol=1e-9 * np.abs(xy).max())
         assert len(np.unique(found.index, axis=0)) == len(xy)
 
