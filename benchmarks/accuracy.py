@@ -22,11 +22,10 @@ import torch
 from sections import load, require_data
 
 from histosge import settings
-from histosge._fitting import fit_model
-from histosge._holdout import Measured, Plan, ask, score_genes, trials
-from histosge._metrics import noise_ceiling
-from histosge._recipe import embed_targets, prepare
+from histosge._embedding import embed_targets, prepare
+from histosge._model import Measured, Plan, ask, fit_model, score_genes, trials
 from histosge._section import own_spots, read_section, section_counts
+from histosge._statistics import noise_ceiling
 
 if TYPE_CHECKING:
     from histosge._model import Model

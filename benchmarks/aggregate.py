@@ -26,15 +26,12 @@ from scipy import sparse, stats
 from sections import require_data
 from torch import nn
 
-from histosge import _metrics, datasets, settings
-from histosge._heads import Parts, Places, Spots
-from histosge._heads.aggregate import Aggregate
-from histosge._heads.in_context import InContext
-from histosge._heads.kriging import Kriging
-from histosge._holdout import Measured
-from histosge._recipe import embed_targets, prepare
+from histosge import datasets, settings
+from histosge._embedding import embed_targets, prepare
+from histosge._heads import Aggregate, InContext, Kriging, Parts, Places, Spots
+from histosge._model import Measured
 from histosge._section import own_spots, per_target_sum, read_section, section_counts
-from histosge._splits import block_folds, pseudo_spots
+from histosge._statistics import _metrics, block_folds, pseudo_spots
 
 
 @dataclass(frozen=True)

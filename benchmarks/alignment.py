@@ -15,8 +15,8 @@ from PIL import Image
 from sections import DATA, load, require_data
 
 from histosge._image import LazyImage, thumbnail
-from histosge._section import read_section
-from histosge._section._alignment import _EVIDENCE_PX, ORIENTATIONS, UPRIGHT, compare, likelier_orientation
+from histosge._section import ORIENTATIONS, UPRIGHT, compare, likelier_orientation, read_section
+from histosge._section._alignment import _EVIDENCE_PX
 
 # what turns an image back
 BACK = {name: name for name in ORIENTATIONS}

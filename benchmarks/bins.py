@@ -29,7 +29,7 @@ SPOT_UM = 55.0
 
 
 def correlations(a, b):
-    from histosge._metrics import correlation
+    from histosge._statistics import correlation
 
     return correlation(a, b)
 
@@ -51,9 +51,9 @@ def synthetic(options) -> None:
 
 def one_section(seed: int, gland_um: float | None) -> pd.DataFrame:
     import histosge as sge
-    from histosge._coverage import spot_by_bin
-    from histosge._metrics import correlation
+    from histosge._geometry import spot_by_bin
     from histosge._section import read_section, read_targets
+    from histosge._statistics import correlation
 
     sge.settings.verbosity, sge.settings.progress = 0, False
     sdata = sge.datasets.synthetic(gland_um=gland_um, rng=seed, n_rows=24, n_cols=24)
@@ -225,9 +225,8 @@ def detail(table, genes):
 
 def tiles_of_a_vit(sdata) -> None:
     """Seams of dense embeddings by a ViT-S with random weights, at the borders of its overlapping tiles."""
-    from histosge._coverage import Footprints
-    from histosge._embedding import embed
-    from histosge._overlap import step_tokens
+    from histosge._embedding import embed, step_tokens
+    from histosge._geometry import Footprints
     from histosge._section import read_section
 
     section = read_section(sdata, report=False)
@@ -362,8 +361,8 @@ def speed(options) -> None:
     """Dense tokens against one tile for every bin: a random-weight ViT-S on the CPU, bins of 8 µm."""
     import torch
 
-    from histosge._coverage import Footprints
     from histosge._embedding import embed
+    from histosge._geometry import Footprints
     from histosge._image import LazyImage
 
     encoder = vit_small()

@@ -29,14 +29,10 @@ from sections import require_data
 
 import histosge as sge
 from histosge import datasets, settings
-from histosge._conservation import conserve, noise_variance, shrinkage
-from histosge._fitting import fit_model
 from histosge._heads import Places
-from histosge._holdout import Measured, Plan, ask, trials
-from histosge._layout import lay_out
-from histosge._metrics import correlation, thin
+from histosge._model import Measured, Plan, ask, fit_model, lay_out, trials
 from histosge._section import per_target_sum, read_section, section_counts
-from histosge._splits import block_folds, pseudo_spots
+from histosge._statistics import block_folds, conserve, correlation, noise_variance, pseudo_spots, shrinkage, thin
 
 CPU = torch.device("cpu")
 N_FOLDS = 5

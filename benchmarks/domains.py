@@ -27,10 +27,9 @@ def inputs(n_genes: int):
     """Embeddings, log1p expression of the most expressed genes, places and labels, one row a spot."""
     import torch
 
-    from histosge._embedding import resolve_device
+    from histosge._embedding import embed_targets, prepare, resolve_device
     from histosge._heads import Spots
-    from histosge._recipe import embed_targets, own_spots, prepare
-    from histosge._section import read_section
+    from histosge._section import own_spots, read_section
 
     sdata = load(SECTION)
     section = read_section(sdata)
@@ -56,9 +55,8 @@ def main() -> None:
     options = parser.parse_args()
 
     import histosge as sge
-    from histosge._domains import agreement, find_domains
-    from histosge._evaluation import cross_fit
-    from histosge._splits import random_folds
+    from histosge._model import cross_fit
+    from histosge._statistics import agreement, find_domains, random_folds
 
     logging.getLogger("histosge").setLevel(logging.WARNING)
     defaults = {k: p.default for k, p in inspect.signature(sge.tl.domains).parameters.items()}

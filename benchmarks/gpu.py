@@ -121,7 +121,7 @@ def places(n: int, *, pitch_px: int, margin_px: int) -> tuple[NDArray[np.float64
 def by_us(array: Any, xy_px: NDArray[np.float64], encoder: Any, *, device: torch.device, batch_size: int) -> Any:
     """Embed with the package's own pipeline, at the image's scale."""
     from histosge._embedding import embed
-    from histosge._tiles import LazyImage
+    from histosge._image import LazyImage
 
     options: dict[str, Any] = {"device": device, "batch_size": batch_size, "progress": False}
     return embed(LazyImage(array), xy_px, mpp=MPP, encoder=encoder, **options)

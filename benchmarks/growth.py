@@ -59,9 +59,8 @@ def fitted(options) -> Fitted:
     import torch
 
     import histosge as sge
-    from histosge._fitting import fit_model
-    from histosge._model import Model
-    from histosge._recipe import embed_parts, embed_targets, prepare
+    from histosge._embedding import embed_parts, embed_targets, prepare
+    from histosge._model import Model, fit_model
     from histosge._section import own_spots, read_section
 
     sge.settings.progress = False
@@ -91,9 +90,8 @@ def question(known: Fitted, n: int):
     import pandas as pd
     import torch
 
-    from histosge._coverage import Footprints
-    from histosge._geometry import square_bins
-    from histosge._prediction import Question
+    from histosge._geometry import Footprints, square_bins
+    from histosge._model import Question
     from histosge._section import Targets
 
     class Resampled(Question):
@@ -127,7 +125,7 @@ def question(known: Fitted, n: int):
 
 def predicted(known: Fitted, n: int, path: Path) -> float:
     """Seconds of predicting and writing."""
-    from histosge._prediction import Answer, predict_to_store
+    from histosge._model import Answer, predict_to_store
 
     asked = question(known, n)
     answer = Answer(lambda _: known.model, lambda _: {"head": known.model.head}, conserve=False, layer=None)
@@ -140,7 +138,7 @@ def random_numbers(like: Path, path: Path) -> float:
     """Seconds of writing random numbers into arrays of the same shapes, chunks and codecs; they are made beforehand."""
     import zarr
 
-    from histosge._prediction import PART_ROWS
+    from histosge._model import PART_ROWS
 
     there = zarr.open_group(like / "tables" / "predicted", mode="r")
     arrays = {name: there[name] for name in ("X", "layers/sd", "layers/lower", "layers/upper")}
@@ -195,7 +193,7 @@ def store(options) -> None:
 
 def targets(options) -> None:
     """Predict parts as a store does, with error bars and tables, and throw them away."""
-    from histosge._prediction import PART_ROWS, Answer
+    from histosge._model import PART_ROWS, Answer
 
     known = fitted(options)
     sizes = [n for n in (10_000, 32_000, 100_000, 320_000, 1_000_000) if n <= options.largest]
@@ -297,7 +295,7 @@ def sections(options) -> None:
     from spatialdata import SpatialData
 
     import histosge as sge
-    from histosge import _training
+    from histosge._heads import _training
 
     sge.settings.progress = False
     sge.settings.verbosity = 1

@@ -17,8 +17,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from histosge._heads import Places, Spots, _conditioning, get_head
-from histosge._training import workers
+from histosge._heads import Places, Spots, _conditioning, get_head, workers
 
 PITCH_UM = 100.0
 

@@ -44,7 +44,7 @@ def in_rows(tiles: Any) -> NDArray[np.uint8]:
 
 def ours(data: Any, xy_px: NDArray[np.float64], *, scale: float = 1.0) -> Iterator[Any]:
     """Batches of our reader."""
-    from histosge._tiles import LazyImage, tile_batches
+    from histosge._image import LazyImage, tile_batches
 
     for tiles, _ in tile_batches(LazyImage(data), xy_px, scale=scale, tile_px=TILE_PX, batch_size=64):
         yield tiles
@@ -190,7 +190,7 @@ def reader(options: argparse.Namespace) -> None:
 
 
 def _rows_of(data: Any, xy_px: NDArray[np.float64]) -> list[tuple[Any, NDArray[np.int64]]]:
-    from histosge._tiles import LazyImage, tile_batches
+    from histosge._image import LazyImage, tile_batches
 
     return [(None, rows) for _, rows in tile_batches(LazyImage(data), xy_px, scale=1.0, tile_px=TILE_PX, batch_size=64)]
 

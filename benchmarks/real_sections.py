@@ -77,7 +77,7 @@ def seurat_genes(table, n_top: int = 1000) -> list[str]:
 def heads(name: str, seeds: int, which: list[str], choices: list[str]) -> None:
     """Train on a random half of the spots, score on the other half; genes chosen in the training half."""
     import histosge as sge
-    from histosge._metrics import correlation
+    from histosge._statistics import correlation
 
     full = load(name)
     rows: dict[tuple[str, str], list[tuple[float, float, float]]] = {}

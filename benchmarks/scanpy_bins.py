@@ -37,7 +37,7 @@ def bins(n: int, n_genes: int):
     import anndata as ad
     import pandas as pd
 
-    from histosge._phantom import MARGIN_UM, PITCH_UM, expected_rates, hidden_fields, parts
+    from histosge.datasets._simulation import MARGIN_UM, PITCH_UM, expected_rates, hidden_fields, parts
 
     side = int(np.ceil(np.sqrt(n)))
     row, col = np.divmod(np.arange(n), side)

@@ -6,11 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from histosge._heads import Places, Spots, aggregate
-from histosge._heads._protocol import Parts
-from histosge._heads.aggregate import Aggregate
-from histosge._heads.in_context import N_POSITION, _Network
-from histosge._training import Schedule
+from histosge._heads import N_POSITION, Aggregate, Parts, Places, Schedule, Spots, aggregate
+from histosge._heads.in_context import _Network
 
 N_PARTS, N_GENES, PITCH = 5, 6, 100.0
 

@@ -10,12 +10,12 @@ from spatialdata import SpatialData, read_zarr
 from spatialdata.transformations import get_transformation
 
 import histosge as sge
+from histosge._embedding import embed_targets, prepare
 from histosge._geometry import lay_over, tissue_mask
 from histosge._heads import Spots
-from histosge._layout import FAR_UM, lay_out
-from histosge._metrics import correlation
-from histosge._recipe import embed_targets, prepare
+from histosge._model import FAR_UM, lay_out
 from histosge._section import own_spots, read_section
+from histosge._statistics import correlation
 
 CPU = torch.device("cpu")
 FIT = {"encoder": "stain-texture", "genes": 10, "n_folds": 2}

@@ -26,11 +26,10 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, grid_sample
 
 import histosge as sge
-from histosge import _prediction
-from histosge._coverage import Footprints, Grid, coverage, spot_by_bin
-from histosge._prediction import check_memory
-from histosge._section import read_section, read_targets, smaller_than_spot
-from histosge._section._store import TableStore
+from histosge._geometry import Footprints, Grid, coverage, spot_by_bin
+from histosge._model import _predict as _prediction
+from histosge._model import check_memory
+from histosge._section import TableStore, read_section, read_targets, smaller_than_spot
 from histosge.tl import _predict
 
 KEY, NAME = "histosge", "histosge_targets"

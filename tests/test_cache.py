@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 
 import histosge as sge
-from histosge import _cache
-from histosge._cache import EmbeddingCache, cache_folder, open_cache
+from histosge._embedding import EmbeddingCache, _cache, cache_folder, open_cache
 from histosge._settings import Settings, logger, settings
 
 RECIPE = {"encoder": {"name": "uni", "mpp": 0.5}, "tile_um": 112.0, "dense": False, "versions": ["torch 2.9"]}
@@ -209,7 +208,7 @@ WORKER = """
 import sys
 from pathlib import Path
 import numpy as np
-from histosge import _cache
+from histosge._embedding import _cache
 
 root, limit_bytes, first, clears = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "clears"
 cache = _cache.EmbeddingCache(root, limit_bytes)

@@ -15,8 +15,9 @@ from scipy import optimize, stats
 from sklearn.base import BaseEstimator, RegressorMixin
 from tests import rounding
 
-from histosge import _calibration
-from histosge._calibration import FLOOR, ErrorBars, _fit, _scores, calibrate, coverage, neighbour_average
+from histosge._statistics import FLOOR, ErrorBars, calibrate, coverage, neighbour_average
+from histosge._statistics import _intervals as _calibration
+from histosge._statistics._intervals import _fit, _scores
 
 properties = settings(deadline=None, max_examples=25)
 

@@ -24,7 +24,7 @@ from PIL import Image
 from tests.spaceranger import full_image, write_visium
 
 import histosge as sge
-from histosge._cache import open_cache
+from histosge._embedding import open_cache
 from histosge._settings import logger
 from histosge.cli import main
 from histosge.cli._shared import as_table

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse, stats
 
-from histosge import _conservation
-from histosge._conservation import _log_variance, conserve, fade, noise_variance, shrinkage
+from histosge._statistics import _conservation, conserve, fade, noise_variance, shrinkage
+from histosge._statistics._conservation import _log_variance
 
 properties = settings(deadline=None, max_examples=25)
 PITCH, RADIUS = 100.0, 27.5

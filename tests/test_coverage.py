@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from shapely.affinity import rotate
 from tests import rounding
 
-from histosge import _coverage
-from histosge._coverage import Footprints, Grid, block_order, coverage, spot_by_bin
+from histosge._geometry import Footprints, Grid, block_order, coverage, spot_by_bin
+from histosge._geometry import _areas as _coverage
 
 properties = settings(deadline=None, max_examples=40)
 KINDS = ["disc", "square", "polygon"]

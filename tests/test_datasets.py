@@ -15,9 +15,9 @@ from spatialdata.models import ShapesModel, get_table_keys
 from spatialdata.transformations import Identity, get_transformation
 
 import histosge as sge
-from histosge import _phantom
-from histosge._evaluation import correlation
 from histosge._section import centroids, read_section
+from histosge._statistics import correlation
+from histosge.datasets import _simulation as _phantom
 
 SMALL = {"n_rows": 8, "n_cols": 8, "n_genes": 10, "mpp": 2.0}
 HD, HD_TABLE = "synthetic_square_008um", "square_008um"

@@ -8,12 +8,12 @@ import shapely
 import torch
 from tests import rounding
 
-from histosge._coverage import Footprints, Grid, coverage
-from histosge._embedding import embed
-from histosge._encoders._spec import EncoderSpec
+from histosge._embedding import embed, step_tokens
+from histosge._embedding._dense import _window
+from histosge._encoders import EncoderSpec
 from histosge._encoders.stain_texture import CELL_PX, MPP, StainTexture
+from histosge._geometry import Footprints, Grid, coverage
 from histosge._image import LazyImage
-from histosge._overlap import _window, step_tokens
 from histosge._settings import logger
 
 CPU = torch.device("cpu")

@@ -1,16 +1,12 @@
-"""The pages: every error message with its remedy, no link into nothing, tables that name what there is."""
+"""The pages: no link into nothing, tables that name what there is."""
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import inspect
 import json
 import os
 import re
-import sys
 import tomllib
-from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -23,141 +19,6 @@ DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md"])
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 SOURCES = sorted((ROOT / "src" / "histosge").rglob("*.py"))
-
-
-def extension(name: str):
-    spec = importlib.util.spec_from_file_location(name, DOCS / "_ext" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules[name]
-    return module
-
-
-ext = extension("messages")
-
-
-# error messages
-
-
-def test_every_form_of_a_message_is_read():
-    source = """
-def _unfitted(name):
-    return RuntimeError(f"head {name!r} is not fitted: call fit() first.")
-
-def _answer(status):
-    if status == 403:
-        return "ask for access"
-    return None
-
-class A:
-    def go(self, x, kind):
-        if x < 0:
-            msg = f"x={x!r} is {len(kind):,} too many"
-            raise ValueError(msg)
-        hint = f" Did you mean {self.near!r}?" if x else ""
-        if kind == "a":
-            msg = "first" + f" {', '.join(map(repr, x))}."
-        else:
-            msg = f"second {kind}.{hint}"
-        raise click.BadParameter(msg) from None
-
-def more(err):
-    try:
-        raise _Own
-    except _Own:
-        raise
-    if err:
-        raise _unfitted(err.name)
-    said = _answer(err)
-    raise KeyError(said) from err
-"""
-    found = [(m.error, m.text) for m in ext.read(source)]
-    assert found == [
-        ("ValueError", "x=‹x› is ‹number› too many"),
-        ("BadParameter", "first ‹x›."),
-        ("BadParameter", "second ‹kind›.[ Did you mean ‹near›?]"),
-        ("RuntimeError", "head ‹name› is not fitted: call fit() first."),
-        ("KeyError", "ask for access"),
-    ]
-
-
-@pytest.mark.parametrize(
-    "bad", ["raise ValueError", 'raise ValueError("a", "b")', "raise ValueError(msg)", "raise errors[0]"]
-)
-def test_a_form_that_is_not_read_is_an_error(bad):
-    with pytest.raises(ext.UnknownFormError, match=r"module, line 1: .* Write `msg = \.\.\.; raise ERROR\(msg\)`\."):
-        ext.read(bad)
-
-
-def test_every_raise_of_the_package_is_on_the_page():
-    listed = {(m.module, m.error, m.text) for m in ext.messages()}
-    page = (DOCS / "messages.md").read_text(encoding="utf-8")
-    topics = re.findall(r"^```\{messages\}\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
-    patterns = [line for topic in topics for line in topic.split()]
-    raises = 0
-    for path in SOURCES:
-        module = ".".join(path.relative_to(ROOT / "src" / "histosge").with_suffix("").parts).removesuffix(".__init__")
-        source = path.read_text(encoding="utf-8")
-        read = ext.read(source, module)
-        for node in ast.walk(ast.parse(source)):
-            # what is raised again (`raise`, `raise err`) and what never leaves its module (`raise _Own`) says nothing new
-            if not isinstance(node, ast.Raise) or node.exc is None:
-                continue
-            if isinstance(node.exc, ast.Name) and not node.exc.id[0].isupper():
-                continue
-            raises += 1
-            said = [m for m in read if m.line == node.lineno]
-            assert said, f"{module}, line {node.lineno}: no message was read"
-            assert all((m.module, m.error, m.text) in listed and m.text for m in said)
-            shown = sum(fnmatchcase(module, pattern) for pattern in patterns)
-            assert shown == 1, f"{module} is in {shown} topics of docs/messages.md, not in one"
-    assert raises > 200
-
-
-# verbs at the beginning of a clause, or a statement of what is allowed
-VERBS = (
-    "add|align|ask|call|change|check|choose|convert|copy|correct|delete|divide|download|draw|embed|evaluate|finish|fit|give|install|lay|leave|"
-    "link|list|log|look|lower|make|mark|move|name|pass|point|predict|put|read|remove|rename|repair|replace|rescale|reset|run|say|see|"
-    "set|take|train|try|turn|use|wait|write"
-)
-REMEDY = re.compile(
-    rf"(?:^|[.:;,!?(\[\]›] |\b(?:or|and|then|first|lattice) |[(\[])(?:{VERBS})\b"
-    r"|\b(?:must|needs?|needed|only|takes?|among|there are|a column of|the parts|Settings are|has at least|made of|is usual)\b"
-    r"|\?$|other keys",
-    flags=re.IGNORECASE,
-)
-# no remedy of their own. First what no user meets alone: it is caught, or becomes part of another message.
-WITHOUT_REMEDY = {
-    ("_geometry", "NotALattice"),
-    ("_cache", "its checksum is wrong"),
-    ("datasets._download", "the server"),
-    ("datasets._download", "the connection broke off"),
-    # the rooms' own, which no argument of a user reaches
-    ("_section._store", "part ‹part›"),
-    ("_section._rows", "‹of› differs from the part"),
-    ("_encoders._pilm", "does not say with which colours"),
-    ("_heads.in_context", "got no measured spots"),
-    # to be mended
-}
-
-
-def test_every_message_names_a_remedy():
-    lacking = [
-        f"{m.module}:{m.line} {m.error}: {m.text}"
-        for m in ext.messages()
-        if not REMEDY.search(m.text)
-        and not any(m.module == module and (m.error == part or part in m.text) for module, part in WITHOUT_REMEDY)
-    ]
-    assert lacking == []
-
-
-def test_the_heuristic_can_say_no():
-    assert not REMEDY.search("the sections have no gene in common, so that nothing can be learnt from them together.")
-    assert not REMEDY.search("x=‹x› is an unfinished run of another setting.")
-    assert REMEDY.search("k=‹k› spots cannot be averaged. Give k=1 for the spots as they are, or more.")
 
 
 # links
@@ -235,18 +96,17 @@ def test_every_page_is_in_the_navigation():
 # tables
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/design.md"])
-def test_every_room_is_in_the_table_of_the_house(page):
+def test_every_room_is_in_the_table_of_the_house():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = project["tool"]["importlinter"]["contracts"]
     layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
     rooms = {room.strip() for layer in layers for room in layer.split("|")}
-    text = (ROOT / page).read_text(encoding="utf-8")
+    text = (DOCS / "design.md").read_text(encoding="utf-8")
     house = text[text.index("## The house") :].split("\n\n| ")[1].split("\n\n")[0]
     named = set(re.findall(r"`(\w+)(?:\.py|/)?`", house))
-    assert rooms - named == set(), f"{page}: rooms that the table lacks"
+    assert rooms - named == set(), "rooms that the table lacks"
     gone = {name for name in named - rooms if name.startswith("_")} - {path.stem for path in SOURCES}
-    assert gone == set(), f"{page}: rooms that are no more"
+    assert gone == set(), "rooms that are no more"
 
 
 def test_encoders_that_pages_name_exist():

@@ -22,9 +22,10 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import get_session
 
 import histosge as sge
-from histosge import _doctor, _machine
-from histosge._doctor import Check, examine, readable_size
+from histosge import _settings as _machine
+from histosge.cli import _checks as _doctor
 from histosge.cli import main
+from histosge.cli._checks import Check, examine, readable_size
 
 TOKEN = f"hf_{'x' * 24}"
 

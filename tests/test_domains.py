@@ -15,8 +15,7 @@ from sklearn.metrics import adjusted_rand_score
 from tests import rounding
 
 import histosge as sge
-from histosge import _domains
-from histosge._domains import MAX_RUNS, SPATIAL_NEIGHBOURS, agreement, cut, domain_graph, find_domains
+from histosge._statistics import MAX_RUNS, SPATIAL_NEIGHBOURS, _domains, agreement, cut, domain_graph, find_domains
 
 properties = settings(deadline=None, max_examples=25)
 DEFAULT = {"resolution": 1.0, "n_domains": None, "n_pcs": 30, "n_neighbours": 15, "spatial_weight": 0.2, "rng": 0}

@@ -11,7 +11,7 @@ import torch
 
 from histosge import settings
 from histosge._embedding import embed, resolve_device
-from histosge._encoders._spec import EncoderSpec
+from histosge._encoders import EncoderSpec
 from histosge._encoders.stain_texture import StainTexture
 from histosge._image import LazyImage
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import histosge as sge
-from histosge._encoders import _hub, _registry
-from histosge._encoders._spec import EncoderSpec
+from histosge._encoders import EncoderSpec, _hub
+from histosge._encoders import _load as _registry
 
 LUNIT_MEAN = (0.70322989, 0.53606487, 0.66096631)  # as the authors of lunit-dino state them
 LUNIT_STD = (0.21716536, 0.26081574, 0.20723464)
@@ -45,7 +45,7 @@ def by_its_library(name, folder, some):
     """What lazyslide-models makes of the same tiles with its own transform."""
     from lazyslide_models import MODEL_REGISTRY
 
-    from histosge._encoders import _pilm
+    from histosge._encoders import _tile_encoder as _pilm
 
     theirs = _pilm._made_by_timm(MODEL_REGISTRY[name], f"local-dir:{folder}")()
     transform = theirs.get_transform()

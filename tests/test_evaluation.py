@@ -8,19 +8,9 @@ import torch
 from scipy import sparse, stats
 from tests import rounding
 
-from histosge._evaluation import (
-    MIN_SHARE,
-    Scores,
-    choose_genes,
-    compare,
-    cross_fit,
-    score,
-    summary,
-)
-from histosge._heads import HEADS, Places, Spots, aggregate, get_head, in_context
-from histosge._metrics import morans_i
-from histosge._splits import random_folds
-from histosge._training import Schedule
+from histosge._heads import HEADS, Places, Schedule, Spots, aggregate, get_head, in_context
+from histosge._model import MIN_SHARE, Scores, choose_genes, compare, cross_fit, score, summary
+from histosge._statistics import morans_i, random_folds
 
 
 def grid(n=10):

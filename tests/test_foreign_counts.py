@@ -12,8 +12,7 @@ from spatialdata import SpatialData
 from spatialdata.models import TableModel
 
 import histosge as sge
-from histosge._section import read_section, section_counts
-from histosge._section._values import UNIT, UNIT_AS_GIVEN
+from histosge._section import UNIT, UNIT_AS_GIVEN, read_section, section_counts
 
 LEARN = {"encoder": "stain-texture", "head": "ridge", "n_folds": 2, "level": None}
 FAST = LEARN | {"target_key": "spots"}

@@ -15,8 +15,7 @@ from tests import spaceranger as sr
 
 import histosge as sge
 from histosge._image import LazyImage
-from histosge._section import read_section
-from histosge._section._alignment import ORIENTATIONS, UPRIGHT, compare, likelier_orientation
+from histosge._section import ORIENTATIONS, UPRIGHT, compare, likelier_orientation, read_section
 
 FAST = {"encoder": "stain-texture", "head": "ridge", "genes": 10, "n_folds": 2}
 

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 import histosge as sge
-from histosge import _embedding, _forecast
-from histosge._coverage import Footprints
-from histosge._embedding import embed
+from histosge._embedding import Forecast, _forecast, embed, in_words
+from histosge._embedding import _embed as _embedding
 from histosge._encoders import load_encoder
-from histosge._forecast import Forecast, in_words
+from histosge._geometry import Footprints
 from histosge._image import LazyImage
 
 CPU = torch.device("cpu")
@@ -137,7 +136,7 @@ def test_a_large_network_on_a_processor_is_known_after_a_few_tiles(image, clock,
     """A batch of midnight takes minutes there: the first one is begun in small steps, with the same embeddings."""
     with sge.settings.override(cache_gb=0):
         wanted = run(image, slow(clock, seconds=0))
-        monkeypatch.setattr(_embedding, "_LARGE", 0)
+        monkeypatch.setattr("histosge._embedding._device._LARGE", 0)
         encoder = slow(clock, seconds=50)
         values = run(image, encoder)
     assert encoder.module.batches == [4, 4, 2, *[10] * 19]
@@ -322,7 +321,7 @@ def test_a_fitted_model_has_no_other_encoder(sdata, clock, log):
 
 
 def test_a_store_says_it_once_for_all_its_parts(sdata, clock, log, tmp_path, monkeypatch):
-    from histosge import _prediction
+    from histosge._model import _predict as _prediction
 
     monkeypatch.setattr(_prediction, "PART_ROWS", 128)
     with sge.settings.override(cache_gb=0):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import histosge as sge
-from histosge._encoders._hub import EncoderAccessError
+from histosge._encoders import EncoderAccessError
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 MIDNIGHT = "models--kaiko-ai--midnight"

@@ -19,10 +19,9 @@ from spatialdata.models import Image2DModel
 from tests import spaceranger as sr
 
 import histosge as sge
-from histosge._section._image import lazy_image
-from histosge._section._orientation import Turn
-from histosge._section._pixels import image_size, names_other_image, open_pixels, orientation, parse_image
-from histosge._section._tiff import _Tiff
+from histosge._readers import Turn, image_size, names_other_image, open_pixels, orientation, parse_image
+from histosge._readers._tiff import _Tiff
+from histosge._section import lazy_image
 
 HIGH, WIDE = 203, 301
 
@@ -569,7 +568,7 @@ def write_turned(path, number):
 def test_orientation(tmp_path, log, monkeypatch, name, number):
     path = tmp_path / name
     if name == "whole.tif":
-        monkeypatch.setattr("histosge._section._tiff._LARGEST_PIECE", 1000)
+        monkeypatch.setattr("histosge._readers._tiff._LARGEST_PIECE", 1000)
     write_turned(path, number)
     wanted, atol = upright(number), 12 if name == "a.jpg" else 0
     lazy = open_pixels(path)

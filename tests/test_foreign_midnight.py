@@ -125,7 +125,7 @@ def test_embedding_is_that_of_its_authors(loaded, tiles, stated):
 
 
 def test_other_colours_would_be_seen(loaded, tiles, stated):
-    from histosge._encoders._spec import IMAGENET_MEAN, IMAGENET_STD
+    from histosge._encoders import IMAGENET_MEAN, IMAGENET_STD
 
     network, encoder = loaded
     mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))

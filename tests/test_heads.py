@@ -20,12 +20,30 @@ from sklearn.linear_model import RidgeCV
 from tests import rounding
 from torch import nn
 
-from histosge._evaluation import correlation, cross_fit, score
-from histosge._heads import DEFAULT_HEAD, HEADS, Places, Spots, get_head, in_context, kriging, parts_of
+from histosge._heads import (
+    DEFAULT_HEAD,
+    HEADS,
+    Dropout,
+    Places,
+    Schedule,
+    Spots,
+    get_head,
+    in_context,
+    kriging,
+    one_thread,
+    parts_of,
+    principal,
+    seeded,
+    side_by_side,
+    standardise,
+    standardiser,
+    stopping_spots,
+    train,
+)
 from histosge._heads import _conditioning as conditioning
 from histosge._heads import published as published_file
-from histosge._heads._space import principal, standardise, standardiser
-from histosge._training import Dropout, Schedule, one_thread, seeded, side_by_side, stopping_spots, train
+from histosge._model import cross_fit, score
+from histosge._statistics import correlation
 
 CPU = torch.device("cpu")
 PITCH = 100.0
@@ -1541,7 +1559,7 @@ def test_training_of_many_spots_takes_more_steps(small, monkeypatch, name):
         raise InterruptedError
 
     monkeypatch.setattr(f"histosge._heads.{name.replace('-', '_')}.train", stop)
-    monkeypatch.setattr("histosge._training._MANY_SPOTS", 10)
+    monkeypatch.setattr("histosge._heads._training._MANY_SPOTS", 10)
     with pytest.raises(InterruptedError):
         fit(name, small)
     [(schedule, n)] = asked

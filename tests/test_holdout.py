@@ -14,14 +14,14 @@ from scipy.spatial import cKDTree
 from spatialdata import SpatialData
 
 import histosge as sge
-from histosge import _fitting, _holdout, _metrics
-from histosge._fitting import fit_model
+from histosge._embedding import embed_targets, prepare
 from histosge._geometry import estimate_lattice
 from histosge._heads import in_context
-from histosge._holdout import SPLITS, Measured, Plan, Trial, ask, trials
-from histosge._layout import lay_out
-from histosge._recipe import embed_targets, prepare
+from histosge._model import SPLITS, Measured, Plan, Trial, ask, fit_model, lay_out, trials
+from histosge._model import _evaluate as _holdout
+from histosge._model import _fit as _fitting
 from histosge._section import own_spots, per_target_sum, read_section, section_counts
+from histosge._statistics import _counting_noise, _metrics
 from histosge.tl import _evaluate
 
 CPU = torch.device("cpu")
@@ -173,7 +173,7 @@ def test_scores_are_those_of_a_hand(ready, room):
     assert scores["width"].tolist() == pytest.approx((upper - lower).mean(0), **close)
     xy = one.section.xy_um[test]
     assert scores["morans_i_measured"].tolist() == pytest.approx(_metrics.morans_i(measured, xy), **close)
-    ceiling = pd.Series(_metrics.noise_ceiling(one.counts), one.section.genes)
+    ceiling = pd.Series(_counting_noise.noise_ceiling(one.counts), one.section.genes)
     assert scores["ceiling"].tolist() == pytest.approx(ceiling[scores["gene"]].tolist())
 
 
@@ -280,7 +280,7 @@ def two_worlds(room, other_room, split, monkeypatch) -> tuple[Trial, Trial]:
     """The first trial of a split, and the same one had something else been measured at the spots it scores."""
     if split == "pseudo-spots":
         first = next(trials([room], plan(split), rng=np.random.default_rng(1)))
-        halves = _metrics.thin
+        halves = _counting_noise.thin
 
         def another_truth(counts, *, rng):
             half, other = halves(counts, rng=rng)
@@ -288,7 +288,7 @@ def two_worlds(room, other_room, split, monkeypatch) -> tuple[Trial, Trial]:
                 np.random.default_rng(9).permutation(other.toarray().ravel()).reshape(other.shape)
             )
 
-        monkeypatch.setattr(_metrics, "thin", another_truth)
+        monkeypatch.setattr(_counting_noise, "thin", another_truth)
         return first, next(trials([room], plan(split), rng=np.random.default_rng(1)))
     several = [room, other_room] if split == "sections" else [room]
     first = next(trials(several, plan(split), rng=np.random.default_rng(1)))
@@ -432,7 +432,7 @@ def test_big_spots_and_truth_are_made_of_different_counts(room, kind, places, mo
     one = room[0] if kind == "hexagonal" else squared(room[0])
     assert one.section.lattice.kind == kind
     halves, groups = [], []
-    for where, name, kept in ((_metrics, "thin", halves), (_holdout, "pseudo_spots", groups)):
+    for where, name, kept in ((_counting_noise, "thin", halves), (_holdout, "pseudo_spots", groups)):
 
         def recorded(*a, make=getattr(where, name), kept=kept, **k):
             kept.append(make(*a, **k))

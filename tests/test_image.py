@@ -147,7 +147,7 @@ def test_regions_far_apart_read_only_their_chunks():
 
 def test_what_is_kept_is_bounded(monkeypatch):
     """Chunks beyond the bound are read twice, and the pixels are the same."""
-    from histosge import _image
+    from histosge._image import _chunks as _image
 
     monkeypatch.setattr(_image, "_MOST_KEPT", 3 * 16 * 16)
     data = noise(64, 64)
@@ -161,7 +161,7 @@ def test_what_is_kept_is_bounded(monkeypatch):
 
 
 def test_chunks_too_large_for_memory_are_read_by_parts(monkeypatch):
-    from histosge import _image
+    from histosge._image import _chunks as _image
 
     monkeypatch.setattr(_image, "_LARGEST_CHUNK", 3 * 40 * 40 - 1)
     image = Chunks(noise(80, 80), (40, 40))

@@ -18,9 +18,8 @@ from spatialdata import get_pyramid_levels, read_zarr
 from tests import spaceranger as sr
 
 import histosge as sge
-from histosge._section import read_section
-from histosge._section._image import lazy_image
-from histosge._section._pixels import open_pixels
+from histosge._readers import open_pixels
+from histosge._section import lazy_image, read_section
 
 FAST = {"encoder": "stain-texture", "head": "ridge", "genes": 20, "n_folds": 2}
 LEIDEN = {"flavor": "igraph", "n_iterations": 2}
@@ -285,7 +284,7 @@ def test_tiffs_are_read_in_pieces(tmp_path, kind):
 
 
 def test_one_large_piece_is_read_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("histosge._section._tiff._LARGEST_PIECE", 1000)
+    monkeypatch.setattr("histosge._readers._tiff._LARGEST_PIECE", 1000)
     tifffile.imwrite(tmp_path / "a.tif", PIXELS, photometric="rgb", compression="zlib", rowsperstrip=300)
     lazy = open_pixels(tmp_path / "a.tif")
     (tmp_path / "a.tif").unlink()

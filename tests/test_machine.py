@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from histosge import _machine
-from histosge._machine import available_memory
+from histosge import _settings as _machine
+from histosge._settings import available_memory
 
 
 def test_free_memory_is_plausible():

@@ -9,10 +9,8 @@ from hypothesis import strategies as st
 from scipy import sparse, stats
 from skimage import metrics
 
-from histosge import _phantom, datasets
-from histosge._metrics import (
-    _mean_of_neighbours,
-    _similarity_map,
+from histosge import datasets
+from histosge._statistics import (
     correlation,
     gene_agreement,
     morans_i,
@@ -22,6 +20,8 @@ from histosge._metrics import (
     structural_similarity,
     thin,
 )
+from histosge._statistics._metrics import _mean_of_neighbours, _similarity_map
+from histosge.datasets import _simulation as _phantom
 
 properties = settings(deadline=None, max_examples=25)
 

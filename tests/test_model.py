@@ -14,20 +14,16 @@ from scipy import sparse
 from tests import rounding
 
 import histosge as sge
-from histosge import _fitting, _keys
-from histosge._calibration import calibrate
-from histosge._encoders._spec import EncoderSpec
-from histosge._evaluation import score
-from histosge._fitting import fit_model
+from histosge import _keys
+from histosge._embedding import Recipe
+from histosge._encoders import EncoderSpec
 from histosge._geometry import nearest_spots
-from histosge._heads import HEADS, Places, Spots, get_head, in_context
-from histosge._layout import FAR_UM, lay_out
-from histosge._model import Model
-from histosge._recipe import Recipe
+from histosge._heads import HEADS, Places, Schedule, Spots, get_head, in_context
+from histosge._model import FAR_UM, Model, fit_model, lay_out, score
+from histosge._model import _fit as _fitting
 from histosge._section import read_section
 from histosge._settings import Settings, logger, progress_bar
-from histosge._splits import block_folds, random_folds
-from histosge._training import Schedule
+from histosge._statistics import block_folds, calibrate, random_folds
 
 CPU = torch.device("cpu")
 SPEC = EncoderSpec(name="by-hand", mpp=0.5, tile_px=224, embed_dim=10)

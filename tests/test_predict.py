@@ -20,8 +20,7 @@ from tests import rounding
 from torch import nn
 
 import histosge as sge
-from histosge._metrics import correlation
-from histosge._splits import block_folds
+from histosge._statistics import block_folds, correlation
 
 KEY, NAME = "histosge", "histosge_targets"
 DEFAULT = "in-context+kriging"
@@ -62,7 +61,7 @@ def refuses(sdata, match, error=ValueError, call=None, **kwargs):
 @pytest.fixture(scope="module", autouse=True)
 def _texture_once():
     """The built-in encoder gives the same for the same places of the same image: compute it once for all tests."""
-    from histosge import _recipe
+    from histosge._embedding import _config as _recipe
 
     known = {}
     real = _recipe.embed
@@ -808,7 +807,7 @@ def test_embed_any_shapes(cells):
 @pytest.fixture
 def count_embeddings(monkeypatch):
     """How many places were embedded, call by call."""
-    from histosge import _recipe
+    from histosge._embedding import _config as _recipe
 
     calls = []
     real = _recipe.embed

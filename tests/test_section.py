@@ -210,7 +210,7 @@ def pyramid(levels, *, names=("r", "g", "b")):
 
 def test_coarser_levels_come_along_where_they_show_the_same(sdata):
     """Levels by means are taken; those by leaving pixels out are not, nor those of another place or of odd factors."""
-    from histosge._section._image import lazy_image
+    from histosge._section import lazy_image
 
     rng = np.random.default_rng(0)
     fine = rng.integers(0, 255, (3, 203, 301), dtype=np.uint8)

@@ -10,11 +10,8 @@ from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist, pdist
 
 from histosge._geometry import estimate_lattice
-from histosge._splits import (
+from histosge._statistics import (
     MIN_TRAIN,
-    _blocks,
-    _deal,
-    _sections,
     block_folds,
     block_splits,
     group_splits,
@@ -23,6 +20,7 @@ from histosge._splits import (
     random_folds,
     random_splits,
 )
+from histosge._statistics._splits import _blocks, _deal, _sections
 
 KEEP = {"hexagonal": (3, 4, 7), "square": (2, 4, 5)}
 PLACES = {"hexagonal": 7, "square": 5}

@@ -8,8 +8,7 @@ import torch
 from tests import rounding
 
 from histosge._encoders.stain_texture import CELL_PX, DISC_UM, MPP, StainTexture
-from histosge._image import LazyImage
-from histosge._tiles import blocks
+from histosge._image import LazyImage, blocks
 
 HAEMATOXYLIN = np.array([0.65, 0.70, 0.29]) / np.linalg.norm([0.65, 0.70, 0.29])
 EOSIN = np.array([0.07, 0.99, 0.11]) / np.linalg.norm([0.07, 0.99, 0.11])

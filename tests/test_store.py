@@ -28,9 +28,7 @@ from spatialdata import SpatialData, read_zarr
 from spatialdata.models import ShapesModel, TableModel
 from spatialdata.transformations import Identity, Scale, get_transformation
 
-from histosge._section import _rows, _store
-from histosge._section._rows import open_table
-from histosge._section._store import TableStore
+from histosge._section import TableStore, _rows, _store, open_table
 
 RECIPE = {
     "head": "in-context+kriging",

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from histosge._image import LazyImage
-from histosge._tiles import Block, batches, blocks, cut, prefetch, tile_batches
+from histosge._image import Block, LazyImage, batches, blocks, cut, prefetch, tile_batches
 
 properties = settings(deadline=None, max_examples=25)
 
@@ -201,7 +200,7 @@ def test_tile_batches_cover_every_place_once(n, batch_size, seed):
 
 def test_a_dense_block_is_not_cut_all_at_once(monkeypatch):
     """100,000 bins under one block: no more than a batch of tiles exists at a time."""
-    from histosge import _tiles
+    from histosge._image import _tiles
 
     sizes = []
 

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 import histosge as sge
-from histosge._encoders import _pilm, _registry, _tokens
-from histosge._encoders._spec import EncoderSpec
+from histosge._encoders import EncoderSpec, _tokens
+from histosge._encoders import _load as _registry
+from histosge._encoders import _tile_encoder as _pilm
 
 
 def noise(px, n=1, seed=0):

@@ -15,7 +15,7 @@ class Coverage:
     timeout = 300
 
     def setup(self, n: int, kind: str) -> None:
-        from histosge._coverage import Footprints, Grid
+        from histosge._geometry import Footprints, Grid
 
         skip_if_slow(n > 100_000)
         side = int(np.ceil(np.sqrt(n)))
@@ -27,7 +27,7 @@ class Coverage:
         self.grid = Grid(0.0, 0.0, 14.0, cells, cells)
 
     def time_coverage(self, n: int, kind: str) -> None:
-        from histosge._coverage import coverage
+        from histosge._geometry import coverage
 
         coverage(self.footprints, self.grid)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from histosge._section import open_section
+from histosge._readers import open_section
 from histosge._settings import logger
 
 if TYPE_CHECKING:

@@ -8,7 +8,22 @@ Importing this imports neither torch nor timm: weights and their libraries are l
 
 from __future__ import annotations
 
-from histosge._encoders._registry import BUILT_IN, DEFAULT_ENCODER, encoders, lacks_tokens, load_encoder, with_tokens
-from histosge._encoders._spec import EncoderSpec
+from histosge._encoders._hub import OPEN, PAGES, EncoderAccessError, weights_kept
+from histosge._encoders._load import BUILT_IN, DEFAULT_ENCODER, encoders, lacks_tokens, load_encoder, with_tokens
+from histosge._encoders._spec import IMAGENET_MEAN, IMAGENET_STD, EncoderSpec
 
-__all__ = ["BUILT_IN", "DEFAULT_ENCODER", "EncoderSpec", "encoders", "lacks_tokens", "load_encoder", "with_tokens"]
+__all__ = [
+    "BUILT_IN",
+    "DEFAULT_ENCODER",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "OPEN",
+    "PAGES",
+    "EncoderAccessError",
+    "EncoderSpec",
+    "encoders",
+    "lacks_tokens",
+    "load_encoder",
+    "weights_kept",
+    "with_tokens",
+]

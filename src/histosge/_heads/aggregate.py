@@ -20,8 +20,8 @@ from torch.nn.functional import softplus
 from histosge._geometry import nearest_spots
 from histosge._heads._protocol import Parts, Spots
 from histosge._heads._space import Space, n_gene_components
+from histosge._heads._training import Schedule, one_thread, seeded, stopping_spots, train
 from histosge._heads.in_context import _FARTHEST_PITCH, InContext, _Network, encode_position
-from histosge._training import Schedule, one_thread, seeded, stopping_spots, train
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from histosge._heads._space import n_gene_components, principal
-from histosge._training import Schedule, one_thread, seeded, stopping_spots, train
+from histosge._heads._training import Schedule, one_thread, seeded, stopping_spots, train
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

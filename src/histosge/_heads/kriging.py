@@ -19,7 +19,7 @@ import torch
 
 from histosge._heads._conditioning import JITTER, Conditioned, Covariance, n_kinds, tie
 from histosge._heads._space import Space, n_gene_components
-from histosge._training import one_thread, steps_bar
+from histosge._heads._training import one_thread, steps_bar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

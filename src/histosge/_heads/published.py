@@ -18,7 +18,7 @@ from torch import nn
 from histosge._geometry import nearest_spots
 from histosge._heads._protocol import Places, Spots
 from histosge._heads._space import standardise, standardiser
-from histosge._training import Schedule, seeded, stopping_spots, train
+from histosge._heads._training import Schedule, seeded, stopping_spots, train
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from histosge._section._alignment import check_orientation
+from histosge._section._alignment import (
+    ORIENTATIONS,
+    UPRIGHT,
+    check_image,
+    check_orientation,
+    compare,
+    likelier_orientation,
+)
 from histosge._section._bare import is_measured, read_bare
 from histosge._section._coordinates import affine, centroids
 from histosge._section._counts import feature_kinds, log_left_out, match_rows, named_layers, open_layer, select
+from histosge._section._declared import check_single_section, library_of, read_declared, scale_factors
 from histosge._section._image import lazy_image
-from histosge._section._open import open_section
-from histosge._section._read import (
-    MIN_SPOTS,
-    NEARLY_EMPTY,
-    Section,
-    column,
-    read_section,
-    section_counts,
-)
 from histosge._section._rows import open_table
+from histosge._section._section import MIN_SPOTS, NEARLY_EMPTY, Section, column, read_section, section_counts
 from histosge._section._store import TableStore
-from histosge._section._values import per_target_sum, sample
+from histosge._section._values import UNIT, UNIT_AS_GIVEN, per_target_sum, sample
 from histosge._section._write import (
     Targets,
     commit,
@@ -37,34 +37,44 @@ from histosge._section._write import (
 __all__ = [
     "MIN_SPOTS",
     "NEARLY_EMPTY",
+    "ORIENTATIONS",
+    "UNIT",
+    "UNIT_AS_GIVEN",
+    "UPRIGHT",
     "Section",
     "TableStore",
     "Targets",
     "affine",
     "centroids",
+    "check_image",
     "check_orientation",
+    "check_single_section",
     "column",
     "commit",
+    "compare",
     "embedding_table",
     "feature_kinds",
     "find_embedding",
     "is_measured",
     "lay_targets",
     "lazy_image",
+    "library_of",
+    "likelier_orientation",
     "log_left_out",
     "make_table",
     "match_rows",
     "named_layers",
     "open_layer",
-    "open_section",
     "open_table",
     "own_spots",
     "per_target_sum",
     "predicted_table",
     "read_bare",
+    "read_declared",
     "read_section",
     "read_targets",
     "sample",
+    "scale_factors",
     "section_counts",
     "select",
     "shapes_element",

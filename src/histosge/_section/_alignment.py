@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from scipy import sparse
 
     from histosge._image import LazyImage
-    from histosge._section._read import Section
+    from histosge._section._section import Section
 
 ORIENTATIONS = {
     "as it is": lambda a: a,

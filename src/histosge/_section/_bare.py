@@ -9,7 +9,7 @@ import pandas as pd
 from scipy import sparse
 
 from histosge._section._image import find_image, lazy_image
-from histosge._section._read import Section, _check_scale, _regions, ours
+from histosge._section._section import Section, _check_scale, _regions, ours
 from histosge._section._values import Values
 from histosge._settings import logger
 

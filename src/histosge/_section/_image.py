@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from histosge._image import LazyImage
-from histosge._section._colour import (
+from histosge._image import (
+    LazyImage,
     background,
     bits,
     is_grey,

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from histosge import _keys
-from histosge._coverage import Footprints
 from histosge._geometry import (
+    Footprints,
     Places,
     check_upsample,
     in_mask,
@@ -24,7 +24,7 @@ from histosge._geometry import (
 from histosge._image import thumbnail
 from histosge._section._alignment import warn_of_orientation
 from histosge._section._coordinates import align, apply, centroids, scale_of
-from histosge._section._read import _drawn_size, _regions, ours
+from histosge._section._section import _drawn_size, _regions, ours
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from spatialdata import SpatialData
 
-    from histosge._calibration import ErrorBars
-    from histosge._section._read import Section
+    from histosge._section._section import Section
+    from histosge._statistics import ErrorBars
 
 TISSUE = ("auto", "spots")
 INVALID = ("raise", "skip")

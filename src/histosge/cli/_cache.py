@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from histosge._doctor import readable_size
+from histosge.cli._checks import readable_size
 from histosge.cli._shared import JSON, Command, as_json, as_table
 
 
@@ -30,7 +30,7 @@ def cache_list(*, as_json_: bool) -> str:
       histosge cache list
       histosge cache list --json
     """  # noqa: D301
-    from histosge._cache import EmbeddingCache
+    from histosge._embedding import EmbeddingCache
 
     kept = EmbeddingCache.from_settings()
     shelves = kept.shelves()
@@ -75,7 +75,7 @@ def cache_clear(*, encoder: str | None, yes: bool) -> str:
       histosge cache clear
       histosge cache clear --encoder uni2 --yes
     """  # noqa: D301
-    from histosge._cache import EmbeddingCache
+    from histosge._embedding import EmbeddingCache
 
     kept = EmbeddingCache.from_settings()
     shelves = kept.shelves(encoder=encoder)

@@ -31,7 +31,7 @@ def demo(*, out: Path, rng: int, as_json_: bool) -> str:
     import scanpy as sc
 
     import histosge as sge
-    from histosge._metrics import correlation
+    from histosge._statistics import correlation
 
     start = time()
     with written(out, overwrite=True, marks=("section.zarr", "expression.png")) as (fresh,):

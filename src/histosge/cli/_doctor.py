@@ -12,7 +12,7 @@ from histosge._settings import settings
 from histosge.cli._shared import JSON, Command, as_json
 
 if TYPE_CHECKING:
-    from histosge._doctor import Check
+    from histosge.cli._checks import Check
 
 _ACCESS = {True: "access granted", False: "no access", None: "access not known"}
 
@@ -31,7 +31,7 @@ def doctor(*, as_json_: bool) -> tuple[str, int]:
       histosge doctor -v
       histosge doctor --json > machine.json
     """  # noqa: D301
-    from histosge._doctor import examine
+    from histosge.cli._checks import examine
     from histosge.datasets._download import data_folder
 
     checks = examine(folders={"data sets": (data_folder(), "HISTOSGE_DATA")})
@@ -47,7 +47,7 @@ def doctor(*, as_json_: bool) -> tuple[str, int]:
 
 def _grouped(checks: list[Check]) -> list[Check]:
     """Gated encoders by access, a check for each answer instead of one for each encoder."""
-    from histosge._doctor import Check
+    from histosge.cli._checks import Check
 
     each = [check for check in checks if check.name.startswith("encoder ")]
     groups = []

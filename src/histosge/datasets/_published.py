@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from histosge._section import open_section
+from histosge._readers import open_section
 from histosge._settings import logger
 from histosge.datasets._download import data_folder, fetch_files, missing
-from histosge.datasets._registry import (
-    COUNTS,
-    DLPFC_SECTIONS,
-    HER2ST_SECTIONS,
-    LAYERS,
-    LEGACY_ST,
-    SECTIONS,
-    VISIUM_HD,
-)
+from histosge.datasets._registry import COUNTS, DLPFC_SECTIONS, HER2ST_SECTIONS, LAYERS, LEGACY_ST, SECTIONS, VISIUM_HD
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from histosge._phantom import (
+from histosge._section import centroids
+from histosge.datasets._simulation import (
     COARSE_UM,
     DETAIL_UM,
     MARGIN_UM,
@@ -22,7 +23,6 @@ from histosge._phantom import (
     parts,
     sample,
 )
-from histosge._section import centroids
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from histosge import _keys
-from histosge._metrics import not_beaten
 from histosge._settings import logger
+from histosge._statistics import not_beaten
 from histosge.pl._canvas import predicted_table
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ import pandas as pd
 from scipy import sparse
 
 from histosge import _keys
-from histosge._domains import N_ITERATIONS, SPATIAL_NEIGHBOURS, SPATIAL_WEIGHT, cut, domain_graph
 from histosge._section import feature_kinds, log_left_out
 from histosge._settings import logger
+from histosge._statistics import N_ITERATIONS, SPATIAL_NEIGHBOURS, SPATIAL_WEIGHT, cut, domain_graph
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from histosge import _keys
-from histosge._embedding import resolve_device
-from histosge._recipe import DEFAULT_ENCODER, embed_targets, prepare, provenance
+from histosge._embedding import embed_targets, prepare, provenance, resolve_device
+from histosge._encoders import DEFAULT_ENCODER
 from histosge._section import commit, embedding_table, own_spots, read_section, read_targets
 from histosge._settings import logger
 

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from histosge._embedding import resolve_device
-from histosge._fitting import check_arguments
-from histosge._forecast import Forecast
+from histosge._embedding import Forecast, embed_parts, embed_targets, prepare, resolve_device
+from histosge._encoders import DEFAULT_ENCODER
 from histosge._heads import BLIND, default_head, divides
-from histosge._holdout import PROTOCOLS, SPLITS, Measured, Plan, trials
-from histosge._holdout import evaluate as hold_out
-from histosge._recipe import DEFAULT_ENCODER, embed_parts, embed_targets, prepare
+from histosge._model import PROTOCOLS, SPLITS, Measured, Plan, check_arguments, trials
+from histosge._model import evaluate as hold_out
 from histosge._section import check_orientation, column, own_spots, read_section, section_counts
 from histosge._settings import logger
 

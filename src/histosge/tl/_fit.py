@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from histosge._embedding import resolve_device
-from histosge._fitting import check_arguments, fit_model
-from histosge._forecast import Forecast
+from histosge._embedding import Forecast, embed_parts, embed_targets, prepare, resolve_device
+from histosge._encoders import DEFAULT_ENCODER
 from histosge._heads import default_head, divides
-from histosge._recipe import DEFAULT_ENCODER, embed_parts, embed_targets, prepare
+from histosge._model import check_arguments, fit_model
 from histosge._section import check_orientation, own_spots, read_section
 
 if TYPE_CHECKING:

@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from histosge import _keys
-from histosge._embedding import resolve_device
-from histosge._fitting import check_arguments, fit_model
+from histosge._embedding import again, embed_parts, prepare, resolve_device
+from histosge._embedding import provenance as recipe_provenance
+from histosge._encoders import DEFAULT_ENCODER
 from histosge._heads import default_head, divides
-from histosge._prediction import (
+from histosge._model import (
     Answer,
     Question,
+    check_arguments,
     check_conservation,
     check_memory,
+    fit_model,
     predict_table,
     predict_to_store,
 )
-from histosge._recipe import DEFAULT_ENCODER, again, embed_parts, prepare
-from histosge._recipe import provenance as recipe_provenance
 from histosge._section import (
     Section,
     Targets,

@@ -1,0 +1,138 @@
+"""Places → blocks or tiles → encoder on the device → one embedding per place.
+
+A place is embedded as the centre of a tile or, densely, as the area it stands for: the mean of the tokens under its
+footprint, beside the surroundings of its centre. Dense embeddings of a spot and of its bins go together: the spot's
+tokens are the mean of its bins' (but for their surroundings).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from histosge._settings import logger, settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from histosge._embedding._forecast import Forecast
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """Choose where to compute: as asked, else as ``settings.device``, else a GPU if there is one, else the CPU."""
+    wanted = device if device is not None else settings.device
+    if wanted is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        found = torch.device(wanted)
+    except RuntimeError as err:
+        msg = f"device={wanted!r} is not a device torch knows. Use 'cpu', 'cuda', 'cuda:1' or 'mps', or None to choose."
+        raise ValueError(msg) from err
+    usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not usable.get(found.type, False) or (found.index or 0) >= max(torch.cuda.device_count(), 1):
+        have = [name for name, there in usable.items() if there]
+        msg = (
+            f"device={str(wanted)!r} is not available here (usable: {', '.join(have)}; "
+            f"{torch.cuda.device_count()} CUDA devices). Pass device={have[-1]!r}, or None to choose."
+        )
+        raise ValueError(msg)
+    return found
+
+
+def _on_device(block: Any, device: torch.device) -> Tensor:
+    pixels = block.pixels if block.pixels.flags.writeable else block.pixels.copy()  # torch shares no read-only memory
+    return torch.from_numpy(np.ascontiguousarray(pixels)).to(device)  # (3, h, w)
+
+
+def _buffers(*, pinned: bool) -> Callable[[tuple[int, ...]], NDArray[np.uint8]]:
+    """What makes memory for tiles: pinned, a GPU fetches it by itself."""
+    return lambda shape: torch.empty(shape, dtype=torch.uint8, pin_memory=pinned).numpy()
+
+
+_LARGE = 2e8
+"""Parameters of a network of which a processor embeds about one tile a second, or fewer."""
+_FIRST_TILES = 4
+
+
+class _Forward:
+    """Run tiles through an encoder in batches, halved once if memory runs out; say how long it will take."""
+
+    def __init__(
+        self,
+        encoder: Any,
+        *,
+        device: torch.device,
+        batch_size: int,
+        forecast: Forecast,
+        say: Callable[[float], None],
+    ) -> None:
+        self.encoder, self.device, self.asked = encoder, device, batch_size
+        self.batch_size, self.halved = batch_size, False
+        self.places_per_tile = 1.0
+        """How many places a tile serves"""
+        self._forecast, self._say = forecast, say
+        # so that a network of which a batch takes minutes is known after a few tiles
+        self._first_sizes = [_FIRST_TILES] * 2 if device.type == "cpu" and _is_large(encoder) else []
+
+    def begin(self) -> None:
+        """A batch or block is about to be computed."""
+        self._forecast.begin()
+
+    def fetched(self, n_tiles: int) -> None:
+        """Embeddings of some tiles have come back from the device; those of a processor were there at once."""
+        if self.device.type != "cpu":
+            self.computed(n_tiles * self.places_per_tile)
+
+    def computed(self, n_places: float) -> None:
+        """Embeddings of some places are there."""
+        seconds = self._forecast.computed(n_places)
+        if seconds is not None:
+            self._say(seconds)
+
+    def __call__(self, tiles: NDArray[np.uint8], call: Callable[[Tensor], Any]) -> Iterator[Any]:
+        """Yield what the encoder says of (b, 3, tile, tile) uint8, batch after batch."""
+        start = 0
+        self.begin()
+        while start < len(tiles):
+            size = min([self.batch_size, *self._first_sizes[:1]])
+            some = torch.from_numpy(tiles[start : start + size])
+            try:
+                on_device = some.to(self.device, non_blocking=True)  # (b, 3, tile, tile) uint8
+                copied = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+                values = call(on_device)
+                if copied is not None:
+                    copied.synchronize()  # the buffer that tiles lie in is filled anew as soon as the caller goes on
+            except torch.OutOfMemoryError as err:
+                if self.halved or self.batch_size == 1:
+                    spec = self.encoder.spec
+                    msg = (
+                        f"{self.device} ran out of memory with {self.batch_size} tiles of {spec.tile_px} px for encoder "
+                        f"{spec.name!r}. Pass a smaller batch_size= (it was {self.asked}), "
+                        "a smaller encoder, or device='cpu'."
+                    )
+                    raise RuntimeError(msg) from err
+                self.batch_size, self.halved = max(1, len(some) // 2), True
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                logger.warning(
+                    "out of memory with batch_size=%d: going on with %d. Pass batch_size= to choose.",
+                    self.asked, self.batch_size,
+                )  # fmt: skip
+                continue
+            if self.device.type == "cpu":
+                self.computed(len(some) * self.places_per_tile)
+            self._first_sizes = self._first_sizes[1:]
+            yield values
+            start += len(some)
+
+
+def _is_large(encoder: Any) -> bool:
+    module = getattr(encoder, "module", None)
+    return module is not None and sum(p.numel() for p in module.parameters()) > _LARGE

@@ -1,0 +1,59 @@
+"""Lattice, neighbours, places, footprints, tissue: numpy, scipy and shapely, in image pixels and µm; never torch."""
+
+from __future__ import annotations
+
+from histosge._geometry._areas import Grid, coverage, divide, padded, spot_by_bin
+from histosge._geometry._footprints import Footprints
+from histosge._geometry._lattice import (
+    LEGACY_ST,
+    VISIUM,
+    Lattice,
+    NotALattice,
+    Technology,
+    estimate_lattice,
+    lattice_of_array,
+    occupied_share,
+    similarity_scale,
+)
+from histosge._geometry._neighbours import nearest_spots
+from histosge._geometry._places import (
+    UPSAMPLE,
+    Places,
+    block_order,
+    check_upsample,
+    lay_around,
+    lay_over,
+    refine,
+    square_bins,
+)
+from histosge._geometry._tissue import in_mask, optical_density, tissue_mask
+
+__all__ = [
+    "LEGACY_ST",
+    "UPSAMPLE",
+    "VISIUM",
+    "Footprints",
+    "Grid",
+    "Lattice",
+    "NotALattice",
+    "Places",
+    "Technology",
+    "block_order",
+    "check_upsample",
+    "coverage",
+    "divide",
+    "estimate_lattice",
+    "in_mask",
+    "lattice_of_array",
+    "lay_around",
+    "lay_over",
+    "nearest_spots",
+    "occupied_share",
+    "optical_density",
+    "padded",
+    "refine",
+    "similarity_scale",
+    "spot_by_bin",
+    "square_bins",
+    "tissue_mask",
+]

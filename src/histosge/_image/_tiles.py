@@ -1,0 +1,254 @@
+"""Blocks of the image → tiles. Each block is read and resampled once, then every tile is cut from it.
+
+Nothing here knows of torch or of SpatialData.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from PIL import Image as PILImage
+
+from histosge._image._chunks import Regions, UInt8
+from histosge._image._lazy import LazyImage, settle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+    from histosge._image._chunks import Box
+
+T = TypeVar("T")
+_AHEAD = 2
+"""Batches, or blocks, that are made while one is computed with."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the image at the encoder's scale and the places that lie in it."""
+
+    pixels: UInt8
+    """(3, height, width)"""
+    rows: NDArray[np.int64]
+    """(m,) which places these are."""
+    xy_px: NDArray[np.float64]
+    """(m, 2) where they lie in ``pixels``."""
+    origin_px: tuple[int, int] = (0, 0)
+    """Where ``pixels`` begin in the whole resampled image, (x, y)"""
+
+
+def blocks(
+    image: LazyImage,
+    xy_px: NDArray[np.float64],
+    *,
+    scale: float,
+    halo_px: int,
+    block_px: int = 1024,
+    align_px: int = 1,
+) -> Iterator[Block]:
+    """Read the image block by block, resampled, with the places of each block.
+
+    All positions refer to one resampled image whose pixel ``j`` covers ``[j * scale, (j + 1) * scale)`` of the
+    source, so that a place sees the same pixels whichever block it falls into. The source is the pyramid level that is
+    just fine enough, and each of its chunks is read once.
+
+    Parameters
+    ----------
+    image
+        The image.
+    xy_px
+        (n, 2), places in pixels of the image.
+    scale
+        Image pixels per pixel of the block: the encoder's mpp over the image's.
+    halo_px
+        Pixels needed around a place, at the block's scale.
+    block_px
+        Edge of the blocks that places are grouped by, at the block's scale.
+    align_px
+        Blocks begin at multiples of this, for encoders that work on a grid of their own.
+    """
+    scale = settle(scale)
+    place = np.asarray(xy_px, float) / scale
+    image, level_px = image.level(scale)
+    scale = settle(scale / level_px)  # from here on of the level
+    cell = np.floor(place / block_px).astype(np.int64)
+    order = np.lexsort((cell[:, 0], cell[:, 1]))
+    edges = np.flatnonzero(np.any(np.diff(cell[order], axis=0), axis=1)) + 1
+    groups = [rows for rows in np.split(order, edges) if len(rows)]
+    boxes = []
+    for rows in groups:
+        x0, y0 = (np.floor(place[rows].min(axis=0)).astype(int) - halo_px).tolist()
+        x1, y1 = (np.floor(place[rows].max(axis=0)).astype(int) + halo_px + 1).tolist()
+        boxes.append((x0 - x0 % align_px, y0 - y0 % align_px, x1, y1))
+    sources = [_source(box, scale=scale) for box in boxes]
+    regions = Regions(image, sources)
+    for i, (rows, box) in enumerate(zip(groups, boxes, strict=True)):
+        pixels = _resampled(regions.read(i), sources[i], box, scale=scale)
+        yield Block(pixels, rows, place[rows] - box[:2], box[:2])
+
+
+def _source(box: Box, *, scale: float) -> Box:
+    """What of the source a box of the resampled image is made of."""
+    if scale == 1:
+        return box
+    # the triangle filter of an antialiased shrink reaches `scale` pixels to either side
+    margin = int(np.ceil(max(scale, 1))) + 1
+    x0, y0 = (int(np.floor(low * scale)) - margin for low in box[:2])
+    x1, y1 = (int(np.ceil(high * scale)) + margin for high in box[2:])
+    return x0, y0, x1, y1
+
+
+def _resampled(source: UInt8, at: Box, box: Box, *, scale: float) -> UInt8:
+    """Make a box of the resampled image of the source, which lies ``at``."""
+    if scale == 1:
+        return source
+    x0, y0, x1, y1 = box
+    (_, height, _), bilinear = source.shape, PILImage.Resampling.BILINEAR
+    out = np.empty((3, y1 - y0, x1 - x0), np.uint8)
+
+    def resample(channel: int) -> None:
+        # one direction at a time: Pillow rounds between the two and takes the cheaper one first, so that a pixel would
+        # depend on the shape of its block
+        wide = PILImage.fromarray(np.ascontiguousarray(source[channel]))
+        narrow = wide.resize((x1 - x0, height), bilinear, box=(x0 * scale - at[0], 0, x1 * scale - at[0], height))
+        across = (0, y0 * scale - at[1], x1 - x0, y1 * scale - at[1])
+        out[channel] = np.asarray(narrow.resize((x1 - x0, y1 - y0), bilinear, box=across))
+
+    with ThreadPoolExecutor(3) as threads:  # Pillow works without the interpreter's lock
+        list(threads.map(resample, range(3)))
+    return out
+
+
+def cut(block: Block, *, tile_px: int, out: UInt8 | None = None) -> UInt8:
+    """Cut the tile around each place of a block: (m, 3, tile_px, tile_px), into ``out`` where that is given."""
+    # halves always round up: rint would round them by the block's own offset
+    start = np.floor(block.xy_px - tile_px / 2 + 0.5).astype(np.int64)  # (m, 2), (x, y)
+    out = np.empty((len(start), 3, tile_px, tile_px), np.uint8) if out is None else out
+    # one by one: a fancy index over windows takes two and a half times as long
+    for tile, (x, y) in zip(out, start.tolist(), strict=True):
+        tile[:] = block.pixels[:, y : y + tile_px, x : x + tile_px]
+    return out
+
+
+def _fresh(shape: tuple[int, ...]) -> UInt8:
+    return np.empty(shape, np.uint8)
+
+
+def batches(
+    found: Iterator[Block], *, tile_px: int, batch_size: int, empty: Callable[[tuple[int, ...]], UInt8] = _fresh
+) -> Iterator[tuple[UInt8, NDArray[np.int64]]]:
+    """Cut a tile around each place of blocks, in batches of ``batch_size`` (the last may be smaller), ahead of time.
+
+    Tiles lie in a few buffers that are used again and again: new memory costs more than the copy. A batch holds until
+    the next one is asked for.
+
+    Parameters
+    ----------
+    found
+        The blocks.
+    tile_px
+        Edge of a tile.
+    batch_size
+        Tiles of a batch.
+    empty
+        Makes a buffer of a shape: pinned memory, for a GPU.
+
+    Yields
+    ------
+    tiles
+        (b, 3, tile_px, tile_px) uint8.
+    rows
+        (b,) which places these are.
+    """
+
+    def filled() -> Iterator[tuple[UInt8, NDArray[np.int64]]]:
+        buffers: list[UInt8] = []
+        rows: list[NDArray[np.int64]] = []
+        turn, waiting = 0, 0
+        try:
+            for block in found:
+                start = 0
+                while start < len(block.rows):
+                    if len(buffers) <= turn:
+                        buffers.append(empty((batch_size, 3, tile_px, tile_px)))
+                    some = slice(start, start + batch_size - waiting)
+                    piece = Block(block.pixels, block.rows[some], block.xy_px[some])
+                    size = len(piece.rows)
+                    cut(piece, tile_px=tile_px, out=buffers[turn][waiting : waiting + size])
+                    rows.append(piece.rows)
+                    start, waiting = start + size, waiting + size
+                    if waiting == batch_size:
+                        yield buffers[turn], np.concatenate(rows)
+                        rows, waiting = [], 0
+                        turn = (turn + 1) % (_AHEAD + 2)  # those ahead, the one in use and the one being filled
+            if waiting:
+                yield buffers[turn][:waiting], np.concatenate(rows)
+        finally:
+            # a traceback may hold the caller's frame, and with it `found` and the thread that reads behind it
+            if hasattr(found, "close"):
+                found.close()
+
+    return prefetch(filled(), depth=_AHEAD)
+
+
+def tile_batches(
+    image: LazyImage, xy_px: NDArray[np.float64], *, scale: float, tile_px: int, batch_size: int
+) -> Iterator[tuple[UInt8, NDArray[np.int64]]]:
+    """Cut a tile around each place of an image, as :func:`batches` does."""
+    return batches(tile_blocks(image, xy_px, scale=scale, tile_px=tile_px), tile_px=tile_px, batch_size=batch_size)
+
+
+def tile_blocks(image: LazyImage, xy_px: NDArray[np.float64], *, scale: float, tile_px: int) -> Iterator[Block]:
+    """Read the blocks that tiles are cut from."""
+    # a block holds some hundred tiles at Visium pitch and 15 MB of pixels
+    found = blocks(image, xy_px, scale=scale, halo_px=tile_px // 2 + 1, block_px=max(2048, 4 * tile_px))
+    return prefetch(found, depth=1)
+
+
+def prefetch(items: Iterator[T], *, depth: int = 2) -> Iterator[T]:
+    """Produce ``items`` in a thread, at most ``depth`` ahead, so that reading overlaps with computing."""
+    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def put(entry: tuple[bool, Any]) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(entry, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put((True, item)):
+                    return
+                del item  # or it would be held until the next one is made
+        except BaseException as err:  # noqa: BLE001  handed over and raised in the caller's thread
+            put((False, err))
+            return
+        finally:
+            if hasattr(items, "close"):  # another thread may stand behind them
+                items.close()
+        put((False, None))
+
+    thread = threading.Thread(target=work, name="histosge-prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            more, item = ready.get()
+            if not more:
+                if item is not None:
+                    raise item
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,50 @@
+"""The model: gene choice, fit, cross-fit, prediction, evaluation."""
+
+from __future__ import annotations
+
+from histosge._model._context import FAR_UM, lay_out
+from histosge._model._crossfit import Scores, compare, cross_fit, score, summary
+from histosge._model._evaluate import PROTOCOLS, SPLITS, Measured, Plan, Trial, ask, evaluate, score_genes, trials
+from histosge._model._fit import check_arguments, fit_model
+from histosge._model._genes import MIN_SHARE, choose_genes
+from histosge._model._model import Model
+from histosge._model._predict import (
+    PART_ROWS,
+    Answer,
+    Question,
+    check_conservation,
+    check_memory,
+    predict_table,
+    predict_to_store,
+)
+
+__all__ = [
+    "FAR_UM",
+    "MIN_SHARE",
+    "PART_ROWS",
+    "PROTOCOLS",
+    "SPLITS",
+    "Answer",
+    "Measured",
+    "Model",
+    "Plan",
+    "Question",
+    "Scores",
+    "Trial",
+    "ask",
+    "check_arguments",
+    "check_conservation",
+    "check_memory",
+    "choose_genes",
+    "compare",
+    "cross_fit",
+    "evaluate",
+    "fit_model",
+    "lay_out",
+    "predict_table",
+    "predict_to_store",
+    "score",
+    "score_genes",
+    "summary",
+    "trials",
+]

@@ -1,0 +1,174 @@
+"""Held-out predictions and what they are worth. Nothing here is ever scored on what it was trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+from histosge._heads import Head, Places, Spots, get_head, parts_of, side_by_side
+from histosge._settings import logger
+from histosge._statistics import correlation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.floating]
+    Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class CrossFit:
+    """What heads say of spots they never saw, and the heads that go on from there."""
+
+    held_out: Floats
+    """(n_spots, n_genes) log1p expression, each spot predicted by heads that were not trained on it"""
+    parts: dict[str, Floats]
+    """The same of each head whose mean ``held_out`` is"""
+    fold: NDArray[np.int64]
+    """(n_spots,)"""
+    heads: list[tuple[float, Head]]
+    """Heads and their weights in a prediction: networks of all folds, and other heads fitted on all spots"""
+    losses: dict[tuple[str, int], Sequence[float]]
+    """By name of a head that is trained in epochs, and fold held out: the loss on the stopping spots after each epoch"""
+
+
+def cross_fit(
+    spots: Spots,
+    *,
+    head: str,
+    fold: NDArray[np.int64],
+    rng: np.random.Generator,
+    options: dict[str, Any] | None = None,
+    progress: bool | None = None,
+    final: bool = True,
+) -> CrossFit:
+    """Fit one head per fold on the spots outside it, and predict the spots inside it from the others.
+
+    A held-out spot is hidden from the context as well: what is measured there reaches nothing that predicts it.
+
+    Parameters
+    ----------
+    spots
+        Measured spots.
+    head
+        Name of a head, or names joined by ``+`` for their mean.
+    fold
+        (n_spots,) number of each spot's fold.
+    rng
+        Source of all randomness.
+    options
+        Arguments of the head; of several heads, arguments by name of the head.
+    progress
+        Whether to show progress bars.
+    final
+        Whether heads for new places are wanted as well.
+    """
+    names = parts_of(head)
+    arguments = {names[0]: options or {}} if len(names) == 1 else options or {}
+    unknown = set(arguments) - set(names)
+    if unknown:
+        msg = f"head_options of {sorted(unknown)}: head {head!r} takes options by name, for example {{{names[0]!r}: {{...}}}}."
+        raise ValueError(msg)
+    device = spots.embedding.device
+    folds = np.unique(fold)
+    parts = {name: np.zeros(spots.expression.shape, np.float32) for name in names}
+    losses: dict[tuple[str, int], Sequence[float]] = {}
+
+    def fit(name: str, one: int | None, seed: int) -> Head | None:
+        """Fit without fold ``one`` and predict it, or fit on all spots."""
+        head = get_head(name)(**arguments.get(name, {}))
+        own_rng = np.random.default_rng(seed)  # tasks run side by side: each has a source of its own
+        if one is None:
+            return head.fit(spots, rng=own_rng, progress=progress)
+        known = spots.take(torch.as_tensor(np.flatnonzero(fold != one), device=device))
+        rows = np.flatnonzero(fold == one)
+        head = head.fit(known, rng=own_rng, progress=progress)
+        hidden = Places.of(spots.take(torch.as_tensor(rows, device=device)), hidden=False)
+        parts[name][rows] = head.predict(hidden, context=known).clamp_min(0).cpu().numpy()
+        if len(head.losses):
+            losses[name, one] = head.losses
+        return head if head.averaged and final else None
+
+    asked: list[tuple[str, int | None]] = [(name, int(one)) for one in folds for name in names]
+    asked += [(name, None) for name in names if final and not get_head(name).averaged]
+    seeds = rng.integers(2**63 - 1, size=len(asked)).tolist()
+    tasks = [partial(fit, name, one, seed) for (name, one), seed in zip(asked, seeds, strict=True)]
+    made = side_by_side(tasks, device=device, desc=f"fitting {head}", progress=progress)
+    heads = [
+        (1 / len(names) / (1 if one is None else len(folds)), fitted)
+        for name in names
+        for (whose, one), fitted in zip(asked, made, strict=True)
+        if whose == name and fitted is not None
+    ]
+    return CrossFit(np.mean(list(parts.values()), axis=0), parts, fold, heads, dict(sorted(losses.items())))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Held-out scores of every gene."""
+
+    pcc: Floats
+    """(n_genes,) Pearson correlation, mean over folds"""
+    mse: Floats
+    """(n_genes,)"""
+    p_value: Floats
+    """(n_genes,) that the correlation is not above 0, one-sided t test"""
+
+    @property
+    def predictable(self) -> Bools:
+        """Which genes are predicted better than chance, at a false discovery rate of 5 % (Benjamini and Hochberg)."""
+        return stats.false_discovery_control(self.p_value) <= 0.05
+
+
+def score(predicted: Floats, measured: Floats, *, fold: NDArray[np.int64]) -> Scores:
+    """Score held-out predictions fold by fold: heads of different folds need not agree about the mean."""
+    folds = [np.flatnonzero(fold == one) for one in np.unique(fold)]
+    share = np.array([len(rows) for rows in folds]) / len(fold)
+    pcc = np.stack([correlation(predicted[rows], measured[rows]) for rows in folds])
+    mean_pcc = share @ pcc
+    # each fold's correlation has n - 2 degrees of freedom, and the mean over folds would have them all; but folds
+    # predict each other (A from B's measurements, B from A's), which on pure noise doubles the variance of the mean
+    freedom = float(len(fold) - 2 * len(folds))
+    freedom = max(freedom / 2 if len(folds) > 1 else freedom, 1.0)
+    clipped = np.clip(mean_pcc, -1 + 1e-12, 1 - 1e-12)
+    p_value = stats.t.sf(clipped * np.sqrt(freedom / (1 - clipped**2)), freedom)
+    mse = ((np.asarray(predicted, np.float64) - measured) ** 2).mean(0)
+    return Scores(mean_pcc, mse, p_value)
+
+
+def compare(
+    spots: Spots,
+    *,
+    heads: Sequence[str],
+    fold: NDArray[np.int64],
+    chosen: Callable[[int], Bools],
+    rng: np.random.Generator,
+) -> dict[str, dict[str, float]]:
+    """Score simple heads on the same folds: mean PCC and MSE over the genes that each fold's training spots chose."""
+    found = {}
+    for head in heads:
+        fitted = cross_fit(spots, head=head, fold=fold, rng=rng, progress=False, final=False)
+        found[head] = summary(fitted.held_out, spots.expression.cpu().numpy(), fold=fold, chosen=chosen)
+        logger.debug("held-out PCC of %s: %.3f", head, found[head]["pcc"])
+    return found
+
+
+def summary(
+    predicted: Floats, measured: Floats, *, fold: NDArray[np.int64], chosen: Callable[[int], Bools]
+) -> dict[str, float]:
+    """Mean score over the genes that the training spots of each fold chose, never looking at the held-out ones."""
+    pcc, mse, share = [], [], []
+    for one in np.unique(fold):
+        rows, genes = np.flatnonzero(fold == one), chosen(int(one))
+        p, m = predicted[np.ix_(rows, genes)], measured[np.ix_(rows, genes)]
+        pcc.append(correlation(p, m).mean())
+        mse.append(((p - m) ** 2).mean())
+        share.append(len(rows))
+    return {"pcc": float(np.average(pcc, weights=share)), "mse": float(np.average(mse, weights=share))}

@@ -1,0 +1,205 @@
+"""A model from sections: genes are chosen, heads fitted fold by fold and scored on the spots they never saw."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Collection
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from histosge._heads import get_head, parts_of
+from histosge._model._context import FAR_UM, lay_out
+from histosge._model._crossfit import compare, cross_fit, score, summary
+from histosge._model._genes import _select
+from histosge._model._model import Model, training_table
+from histosge._settings import logger
+from histosge._statistics import RIVALS, block_folds, calibrate, not_beaten
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from numpy.typing import NDArray
+
+    from histosge._embedding import Recipe, SpotParts
+    from histosge._section import Section
+
+_FITTED = ("mean", "weights")
+"""What a simple head takes when it is restored, and is no option of it."""
+
+
+def fit_model(
+    sections: Sequence[Section],
+    embeddings: Sequence[NDArray[np.float32]],
+    *,
+    recipe: Recipe,
+    head: str,
+    genes: int | Sequence[str] | str,
+    n_folds: int,
+    rng: np.random.Generator,
+    device: torch.device,
+    parts: Sequence[SpotParts] | None = None,
+    level: float | None = 0.9,
+    rivals: Sequence[str] = RIVALS,
+    head_options: dict[str, Any] | None = None,
+    progress: bool | None = None,
+) -> Model:
+    """Fit a head on every fold of the spots of one or more sections, and score it on the spots left out.
+
+    ``parts`` say what lies below the spots of each section, for heads that learn from it.
+    """
+    names = check_arguments(
+        head=head, genes=genes, n_folds=n_folds, sections=sections, level=level, head_options=head_options
+    )
+    everything = sparse.vstack([s.expression[:, s.genes.get_indexer(names)] for s in sections]).tocsr()
+    spread_out = np.vstack([s.xy_um + [FAR_UM * i, 0] for i, s in enumerate(sections)])
+    fold = block_folds(spread_out, n_folds=n_folds, rng=rng)
+
+    final, per_fold, highly_variable = _select(genes, names, everything, spread_out, fold)
+    union = np.flatnonzero(final | per_fold.any(axis=0))
+    spots = lay_out(sections, embeddings, names[union], parts=parts).to(device)
+
+    logger.info("fitting %s on %d spots x %d genes, %d folds", head, len(spots), int(final.sum()), n_folds)
+    fitted = cross_fit(spots, head=head, fold=fold, rng=rng, options=head_options, progress=progress)
+    measured = spots.expression.cpu().numpy()
+
+    def chosen(one: int) -> NDArray[np.bool_]:
+        return per_fold[one][union]
+
+    said = {head: fitted.held_out} | fitted.parts
+    held_out = {name: summary(values, measured, fold=fold, chosen=chosen) for name, values in said.items()}
+    others = [r for r in rivals if r not in held_out]
+    held_out |= compare(spots, heads=others, fold=fold, chosen=chosen, rng=rng)
+    if rivals:
+        _report(head, held_out)
+
+    gene_scores = score(fitted.held_out, measured, fold=fold)
+    keep = final[union]
+    scores = pd.DataFrame(
+        {
+            "highly_variable": highly_variable[union][keep],
+            "held_out_pcc": gene_scores.pcc[keep].astype(np.float32),
+            "held_out_mse": gene_scores.mse[keep].astype(np.float32),
+            "predictable": gene_scores.predictable[keep],
+        },
+        index=pd.Index(names[union][keep], name="gene"),
+    )
+    bars = None
+    if level is not None:
+        bars = calibrate(fitted.held_out[:, keep], measured[:, keep], fold=fold, level=level)
+    info = {
+        "split": f"blocks, {n_folds} folds, each spot predicted by heads that never saw it",
+        "n_folds": n_folds,
+        "n_spots": len(spots),
+        "n_sections": len(sections),
+        "pitch_um": spots.pitch_um,
+        "spot_um": float(np.mean([s.spot_um for s in sections])),
+        "unit": sections[0].values.unit,
+    }
+    scores.index.name = None
+    found = pd.Index(scores.index), pd.Index(names[union]), fitted.heads
+    kept = replace(spots, parts=None).to("cpu")
+    return Model(head, *found, scores, held_out, recipe, kept, bars, info, training_table(fitted.losses))
+
+
+def check_arguments(
+    *,
+    head: str,
+    genes: int | Sequence[str] | str,
+    n_folds: int,
+    sections: Sequence[Section],
+    level: float | None = None,
+    head_options: dict[str, Any] | None = None,
+) -> pd.Index:
+    """Say what is wrong with the arguments of :func:`fit_model` before an hour of embedding; give the common genes."""
+    _check_options(head, head_options)
+    if level is not None and not (isinstance(level, (int, float)) and 0 < level < 1):
+        msg = f"level={level!r}: choose a share between 0 and 1, such as 0.9, or None for no error bars."
+        raise ValueError(msg)
+    if isinstance(n_folds, bool) or not isinstance(n_folds, (int, np.integer)) or not 2 <= n_folds <= 20:
+        msg = f"n_folds={n_folds!r}: choose a whole number from 2 to 20."
+        raise ValueError(msg)
+    names = sections[0].genes
+    for other in sections[1:]:
+        names = names.intersection(other.genes, sort=False)
+    if len({section.values.unit for section in sections}) > 1:
+        units = "; ".join(f"{section.spots_key!r} in {section.values.unit}" for section in sections)
+        msg = (
+            f"the sections do not hold expression in one unit: {units}. Name the layer that holds the counts of each, layer=, "
+            "or give X the same unit in all."
+        )
+        raise ValueError(msg)
+    if len(names) == 0:
+        msg = (
+            "the sections have no gene in common, so that nothing can be learnt from them together. Check that all name "
+            "genes alike, by symbols or by Ensembl ids."
+        )
+        raise ValueError(msg)
+    number = isinstance(genes, (int, np.integer)) and not isinstance(genes, bool)
+    several = isinstance(genes, Collection) and not isinstance(genes, str) and len(genes) > 0
+    if not (number and genes >= 1) and not several and not isinstance(genes, str):  # type: ignore[operator]
+        msg = f"genes={genes!r}: pass a number above 0, a list of gene names, or 'all'."
+        raise ValueError(msg)
+    if isinstance(genes, str) and genes != "all":
+        msg = f"genes={genes!r}: pass a number, a list of gene names, or 'all' (one gene: genes=[{genes!r}])."
+        raise ValueError(msg)
+    if several:
+        wanted = pd.Index([str(g) for g in cast("Sequence[str]", genes)])
+        missing = wanted.difference(names)
+        no_genes = {g: kind for one in sections for g, kind in one.others.items() if g in missing}
+        if no_genes:
+            msg = (
+                f"genes: {no_genes} are no gene expression, and only genes are predicted. Leave them out of genes=, or choose from "
+                "the names of genes."
+            )
+            raise ValueError(msg)
+        if len(missing):
+            close = [c for m in missing[:3] for c in difflib.get_close_matches(m, names, n=1)]
+            hint = f" Similar names: {close}." if close else ""
+            msg = (
+                f"genes: {len(missing)} of {len(wanted)} names are not in the table ({list(missing[:5])}).{hint} Choose from "
+                "its var_names."
+            )
+            raise ValueError(msg)
+    return names
+
+
+def _check_options(head: str, options: dict[str, Any] | None) -> None:
+    """Refuse an unknown head, and options that it does not have."""
+    names = parts_of(head)
+    given = {"head_options": {} if options is None else options}
+    if len(names) > 1 and isinstance(options, dict):
+        unknown = set(options) - set(names)
+        if unknown:
+            msg = (
+                f"head_options of {sorted(unknown)}: head {head!r} takes options by name of its parts, "
+                f"for example {{{names[0]!r}: {{...}}}}."
+            )
+            raise ValueError(msg)
+        given = {f"head_options[{name!r}]": options[name] for name in names if name in options}
+        names = tuple(name for name in names if name in options)
+    for name, (where, one) in zip(names, given.items(), strict=False):
+        if not isinstance(one, dict):
+            msg = f"{where}={one!r}: pass a dict of arguments of the head."
+            raise ValueError(msg)
+        known = [p for p in inspect.signature(get_head(name)).parameters if p not in _FITTED]
+        for option in one:
+            if option not in known:
+                msg = f"head_options: head {name!r} has no option {option!r}. {'Choose from ' + str(known) if known else 'It has none'}."
+                raise ValueError(msg)
+
+
+def _report(head: str, held_out: dict[str, dict[str, float]]) -> None:
+    told = ", ".join(f"{name} {s['pcc']:.3f}" for name, s in held_out.items())
+    logger.info("held-out PCC, mean over genes: %s", told)
+    better = not_beaten(head, {name: scores["pcc"] for name, scores in held_out.items()})
+    if better:
+        logger.warning(
+            "head %r does not beat %s on held-out spots (PCC %.3f): consider head=%r",
+            head, " and ".join(better), held_out[head]["pcc"], better[0],
+        )  # fmt: skip

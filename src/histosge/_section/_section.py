@@ -1,0 +1,347 @@
+"""``SpatialData`` → :class:`Section`. All places are in pixels (x, y) of the image's finest scale."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import shapely
+
+from histosge import _keys
+from histosge._geometry import Footprints
+from histosge._section._alignment import check_image
+from histosge._section._coordinates import align, apply, centroids, scale_of
+from histosge._section._counts import log_left_out, match_rows, named_layers, read_layer
+from histosge._section._declared import check_single_section, read_declared, scale_factors
+from histosge._section._image import find_image, lazy_image, thumbnail_of
+from histosge._section._scale import physical_scale
+from histosge._settings import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from anndata import AnnData
+    from geopandas import GeoDataFrame
+    from numpy.typing import NDArray
+    from scipy import sparse
+    from spatialdata import SpatialData
+
+    from histosge._geometry import Lattice
+    from histosge._image import LazyImage
+    from histosge._section._values import Values
+
+MIN_SPOTS = 30
+_MOST_OUTSIDE = 0.05
+"""Share of the spots that may lie beyond the image and are left out; with more, the image is another one."""
+NEARLY_EMPTY = 0.02
+"""Scaled to 10,000, the one count of a spot would be the largest value of its gene."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One tissue section: image, spots and their expression in one coordinate system."""
+
+    image: LazyImage
+    image_key: str
+    spots_key: str
+    table_key: str
+    coordinate_system: str
+    system_given: bool
+    """Whether the user named the coordinate system"""
+    to_image: NDArray[np.float64]
+    """(3, 3), from the spots' own coordinates to pixels of the image"""
+    instances: pd.Index
+    """(n,) names of the measured spots in the shapes element"""
+    xy_px: NDArray[np.float64]
+    """(n, 2)"""
+    expression: sparse.csr_matrix
+    """(n, genes) float32, in the unit of :attr:`values`"""
+    genes: pd.Index
+    values: Values
+    """What the table held, and what was made of it"""
+    mpp: float
+    pitch_um: float
+    spot_um: float
+    lattice: Lattice | None
+    technology: str
+    mpp_source: str
+    n_left_out: int = field(default=0)
+    """Spots without counts or outside the tissue, by the table's own word"""
+    others: pd.Series = field(default_factory=lambda: pd.Series(dtype=object))
+    """Kind, by name, of features of the table that are no gene expression"""
+
+    @property
+    def xy_um(self) -> NDArray[np.float64]:
+        return self.xy_px * self.mpp
+
+    @property
+    def log_normalised(self) -> bool:
+        """Whether the table held log-normalised values already."""
+        return self.values.log_normalised
+
+    @property
+    def measured(self) -> bool:
+        """Whether there are spots at all: of an H&E image alone there are none."""
+        return len(self.instances) > 0
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether spots are square bins that leave no gap."""
+        return self.technology == "visium-hd"
+
+    @property
+    def footprints(self) -> Footprints:
+        """Area of the image that was measured, (n,): discs, or the squares of a lattice that may be turned."""
+        if not self.contiguous or self.lattice is None:
+            return Footprints.discs(self.xy_px, diameter_px=self.spot_um / self.mpp)
+        corner = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]]) @ self.lattice.basis
+        return Footprints.of_polygons(shapely.polygons(self.xy_px[:, None] + corner[None]))
+
+    def take(self, rows: NDArray[np.int64]) -> Section:
+        """Return the section as if only some of its spots had been measured."""
+        lattice = None if self.lattice is None else replace(self.lattice, index=self.lattice.index[rows])
+        return replace(
+            self,
+            instances=self.instances[rows],
+            xy_px=self.xy_px[rows],
+            expression=self.expression[rows],
+            lattice=lattice,
+        )
+
+    def dense(self, genes: Iterable[str]) -> NDArray[np.float32]:
+        """Expression of some genes: (n, len(genes)) float32."""
+        columns = self.genes.get_indexer(pd.Index(list(genes)))
+        return np.asarray(self.expression[:, columns].todense(), dtype=np.float32)
+
+
+def read_section(
+    sdata: SpatialData,
+    *,
+    image_key: str | None = None,
+    spots_key: str | None = None,
+    table_key: str | None = None,
+    layer: str | None = None,
+    coordinate_system: str | None = None,
+    mpp: float | None = None,
+    pitch_um: float | None = None,
+    report: bool = True,
+) -> Section:
+    """Read image, spots and counts, and find the physical scale; ``report`` logs what was found."""
+    _check_scale("mpp", mpp)
+    _check_scale("pitch_um", pitch_um)
+    image_key = find_image(sdata, image_key)
+    spots_key, table_key = _spots_and_table(sdata, spots_key, table_key)
+    system, to_image = align(sdata, spots_key, image_key, wanted=coordinate_system)
+    image = lazy_image(sdata.images[image_key], image_key)
+
+    small = thumbnail_of(sdata, image_key, system)
+    if small is not None and report:
+        check_image(image, small, image_key)
+    table = sdata.tables[table_key]
+    rows, instances, left_out = match_rows(table, sdata.shapes[spots_key], spots_key, table_key)
+    check_single_section(
+        table,
+        rows,
+        spots_key,
+        remedy="give each spots and a table of its own, or call sge.io.read with dataset_id=.",
+    )
+    element = sdata.shapes[spots_key].loc[instances]
+    xy_px = apply(to_image, centroids(element))
+    layer_read, counts, beside = read_layer(table, layer, rows, table_key)
+    log_left_out(layer_read.others, level=logging.INFO if report else logging.DEBUG)
+    values = layer_read.values(counts, beside)
+    total = values.totals(counts)
+    if not (total > 0).any():
+        msg = f"the table {table_key!r} holds no counts at all. Name the layer that does: layer={named_layers(table)}."
+        raise ValueError(msg)
+    keep = total > NEARLY_EMPTY * np.median(total[total > 0])
+    if not keep.all():
+        logger.warning(
+            "leaving out %d of %d spots that have no counts, or less than %g %% of the median",
+            (~keep).sum(), len(total), 100 * NEARLY_EMPTY,
+        )  # fmt: skip
+        left_out += int((~keep).sum())
+        counts, rows, instances = counts[keep], rows[keep], instances[keep]
+        xy_px, element = xy_px[keep], element[keep]
+    drawn_px = _drawn_size(element) * scale_of(to_image, spots_key, image_key)
+    keep = _inside(image, xy_px, spots_key, image_key, system, drawn_px=drawn_px)
+    if not keep.all():
+        logger.warning("leaving out %d spots whose centre lies beyond the border of the image", (~keep).sum())
+        left_out += int((~keep).sum())
+        counts, rows, instances = counts[keep], rows[keep], instances[keep]
+        xy_px, element = xy_px[keep], element[keep]
+    xy_px = np.clip(xy_px, 0, [image.width_px, image.height_px])
+    if len(xy_px) < MIN_SPOTS:
+        msg = (
+            f"{len(xy_px)} measured spots are too few to learn from; at least {MIN_SPOTS} are needed. "
+            f"Check that the table {table_key!r} annotates the spots {spots_key!r}, or add sections."
+        )
+        raise ValueError(msg)
+    scale = physical_scale(
+        read_declared(
+            table,
+            rows=rows,
+            instances=instances,
+            keys=f"{spots_key} {table_key}",
+            attrs=sdata.attrs,
+            xy_px=xy_px,
+            scale_factors=scale_factors(table, spots_key=spots_key, rows=rows),
+        ),
+        xy_px,
+        spots_key=spots_key,
+        drawn_px=drawn_px,
+        mpp=mpp,
+        pitch_um=pitch_um,
+    )
+    section = Section(
+        image=image,
+        image_key=image_key,
+        spots_key=spots_key,
+        table_key=table_key,
+        coordinate_system=system,
+        system_given=coordinate_system is not None,
+        to_image=to_image,
+        instances=instances,
+        xy_px=xy_px,
+        expression=values.expression(counts),
+        genes=layer_read.genes,
+        values=values,
+        mpp=scale.mpp,
+        pitch_um=scale.pitch_um,
+        spot_um=scale.spot_um,
+        lattice=scale.lattice,
+        technology=scale.technology,
+        mpp_source=scale.source,
+        n_left_out=left_out,
+        others=layer_read.others,
+    )
+    if not section.genes.is_unique:
+        twice = list(section.genes[section.genes.duplicated()][:3])
+        msg = f"var_names of table {table_key!r} are not unique (for example {twice}). Call `var_names_make_unique()`."
+        raise ValueError(msg)
+    logger.log(
+        logging.INFO if report else logging.DEBUG,
+        "section %r: %d %s spots x %d genes, %.4g µm per pixel (%s)",
+        spots_key, len(xy_px), scale.technology, len(section.genes), scale.mpp, scale.source,
+    )  # fmt: skip
+    return section
+
+
+def section_counts(sdata: SpatialData, section: Section, *, layer: str | None = None) -> sparse.csr_matrix | None:
+    """Counts of the section's spots and genes, (n, genes); ``None`` where the table holds no whole numbers of them."""
+    table = sdata.tables[section.table_key]
+    rows, instances, _ = match_rows(table, sdata.shapes[section.spots_key], section.spots_key, section.table_key)
+    _, counts, _ = read_layer(table, layer, rows, section.table_key)
+    whole = bool(np.all(counts.data == np.rint(counts.data)))
+    return counts[instances.get_indexer(section.instances)] if whole else None
+
+
+def column(sdata: SpatialData, section: Section, name: str) -> NDArray[Any]:
+    """Column of ``obs`` of the measured table, one value for each spot of the section, (n,)."""
+    table = sdata.tables[section.table_key]
+    if name not in table.obs:
+        msg = f"labels={name!r} is not a column of sdata.tables[{section.table_key!r}].obs: {list(table.obs.columns)}."
+        raise KeyError(msg)
+    rows, instances, _ = match_rows(table, sdata.shapes[section.spots_key], section.spots_key, section.table_key)
+    return table.obs[name].to_numpy()[rows][instances.get_indexer(section.instances)]
+
+
+def _check_scale(argument: str, value: float | None) -> None:
+    if value is not None and not (np.isfinite(value) and 0.01 <= value <= 10_000):
+        msg = f"{argument}={value!r} is not a length in µm. Pass a positive number, or None to take it from the spots."
+        raise ValueError(msg)
+
+
+def ours(table: AnnData) -> bool:
+    """Whether histosge wrote this table."""
+    return _keys.UNS in table.uns
+
+
+def _regions(table: AnnData) -> list[str]:
+    from spatialdata.models import get_table_keys
+
+    if "spatialdata_attrs" not in table.uns:
+        return []
+    region, _, _ = get_table_keys(table)
+    return [region] if isinstance(region, str) else list(region)
+
+
+def _spots_and_table(sdata: SpatialData, spots_key: str | None, table_key: str | None) -> tuple[str, str]:
+    if table_key is not None and table_key not in sdata.tables:
+        msg = f"table_key={table_key!r} is not among the tables of this SpatialData: {list(sdata.tables)}."
+        raise KeyError(msg)
+    if spots_key is not None and spots_key not in sdata.shapes:
+        msg = f"spots_key={spots_key!r} is not among the shapes of this SpatialData: {list(sdata.shapes)}."
+        raise KeyError(msg)
+    tables = {
+        name: [r for r in _regions(t) if r in sdata.shapes]
+        for name, t in sdata.tables.items()
+        if (table_key is None and not ours(t)) or name == table_key
+    }
+    pairs = [(r, name) for name, regions in tables.items() for r in regions if spots_key in (None, r)]
+    if not pairs and not sdata.tables:
+        msg = (
+            "no measured spots found: this SpatialData has no table. Read the section with its counts (`sge.io.read`), or "
+            "predict from the image alone with a model of other sections, model= and mpp=."
+        )
+        raise ValueError(msg)
+    if not pairs:
+        what = f"the shapes {spots_key!r}" if spots_key else "any shapes element"
+        by = f"table {table_key!r}" if table_key else f"tables {list(tables)}"
+        annotated = {name: _regions(sdata.tables[name]) for name in tables}
+        other = {
+            r: kind
+            for regions in annotated.values()
+            for r in regions
+            for kind in ("labels", "points")
+            if r in getattr(sdata, kind)
+        }
+        if other and spots_key is None:
+            (key, kind), *_ = other.items()
+            radius = ", radius=..." if kind == "points" else ""
+            msg = (
+                f"the spots {key!r} are {kind}, and measured spots are shapes here. Convert them: "
+                f"`sdata.shapes['spots'] = spatialdata.to_circles(sdata[{key!r}]{radius})`, then link the table: "
+                f"`table.obs[region_key] = 'spots'` and `sdata.set_table_annotates_spatialelement(table_name, region='spots')`."
+            )
+            raise ValueError(msg)
+        msg = (
+            f"no measured spots found: {by} annotate {annotated}, and not {what} of {list(sdata.shapes)}. "
+            "Link them with `TableModel.parse(adata, region=..., region_key=..., instance_key=...)`."
+        )
+        raise ValueError(msg)
+    if len(pairs) > 1:
+        spots, names = sorted({p[0] for p in pairs}), sorted({p[1] for p in pairs})
+        msg = (
+            f"several spots or tables to choose from; say which: spots_key= one of {spots}, table_key= one of {names}."
+        )
+        raise ValueError(msg)
+    return pairs[0]
+
+
+def _drawn_size(element: GeoDataFrame) -> float:
+    """Drawn diameter of a circle, or edge of a square of the same area, in the element's own coordinates."""
+    if "radius" in element.columns and (element.geom_type == "Point").all():
+        return float(2 * np.median(element["radius"]))
+    return float(np.sqrt(np.median(element.geometry.area)))
+
+
+def _inside(
+    image: LazyImage, xy_px: NDArray[np.float64], spots: str, image_key: str, system: str, *, drawn_px: float
+) -> NDArray[np.bool_]:
+    """Which centres lie on the image; a few beyond it are no sign of misalignment, and those that its border cuts are none."""
+    beyond = np.maximum(-xy_px, xy_px - [image.width_px, image.height_px]).max(1)
+    if (beyond > drawn_px / 2).mean() > _MOST_OUTSIDE:
+        low, high = xy_px.min(0), xy_px.max(0)
+        upwards = " All y are negative: does y run upwards? Then write -y." if high[1] <= 0 else ""
+        msg = (
+            f"{(beyond > 0).sum()} of {len(xy_px)} spots of {spots!r} lie outside the image {image_key!r}: they span "
+            f"x {low[0]:.0f} to {high[0]:.0f}, y {low[1]:.0f} to {high[1]:.0f} px, the image is {image.width_px} x "
+            f"{image.height_px} px.{upwards} Is it the image these spots were aligned to? "
+            f"Check image_key= and coordinate_system= (used {system!r})."
+        )
+        raise ValueError(msg)
+    return beyond <= 1e-6 * drawn_px
