@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from histosge._model import Model
 
 HEAD = "in-context+kriging"
-RIVALS = ("ridge", "coordinates", "nearest", "mean")
+BASELINES = ("ridge", "coordinates", "nearest", "mean")
 HER2ST = [f"her2st/{c}" for c in ("C2", "C3", "C4", "C5")]
 _HALVES = {"n_splits": 2, "buffer_um": 0.0, "block_um": 1000.0}
 RUNS: dict[str, tuple[list[str], str, dict, list[str]]] = {
@@ -118,7 +118,7 @@ def run(name: str, *, seeds: range, heads: list[str], permute: bool = False) -> 
                     start = time()
                     model = fit_model(
                         trial.sections, trial.embeddings, recipe=recipe, parts=trial.parts, head=head, genes=wanted, n_folds=5,
-                        rng=np.random.default_rng(seed), device=device, rivals=(), progress=False,
+                        rng=np.random.default_rng(seed), device=device, baselines=(), progress=False,
                     )  # fmt: skip
                     for each in parts(model):
                         predicted, truth = ask(each, trial, device=device)
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--permute", action="store_true", help="the null: the spots permuted")
-    parser.add_argument("--heads", nargs="+", default=[HEAD, *RIVALS], help="published too: some minutes a fit")
+    parser.add_argument("--heads", nargs="+", default=[HEAD, *BASELINES], help="published too: some minutes a fit")
     options = parser.parse_args()
     settings.verbosity = 1
     for name in options.only:

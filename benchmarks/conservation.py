@@ -30,7 +30,7 @@ from sections import require_data
 import histosge as sge
 from histosge import datasets, settings
 from histosge._heads import Places
-from histosge._model import Measured, Plan, ask, fit_model, lay_out, trials
+from histosge._model import Measured, Plan, ask, fit_model, stack_sections, trials
 from histosge._section import per_target_sum, read_section, section_counts
 from histosge._statistics import block_folds, conserve, correlation, noise_variance, pseudo_spots, shrinkage, thin
 
@@ -41,7 +41,7 @@ N_FOLDS = 5
 def fit(sections, embeddings, recipe, genes, seed: int):
     return fit_model(
         sections, embeddings, recipe=recipe, head=HEAD, genes=genes, n_folds=N_FOLDS, rng=np.random.default_rng(seed),
-        device=CPU, level=None, rivals=(), progress=False,
+        device=CPU, level=None, baselines=(), progress=False,
     )  # fmt: skip
 
 
@@ -50,8 +50,8 @@ def at_spots(model, spots, seed: int) -> dict[str, np.ndarray]:
     fold = block_folds(spots.xy_um.numpy().astype(float), n_folds=N_FOLDS, rng=np.random.default_rng(seed))
     n = len(spots)
     columns = model.context_genes.get_indexer(model.genes)
-    networks = [h for _, h in model.heads if h.averaged]
-    other = next(h for _, h in model.heads if not h.averaged)  # kriging: leaves a spot out by formula
+    networks = [h for _, h in model.heads if h.ensembles_folds]
+    other = next(h for _, h in model.heads if not h.ensembles_folds)  # kriging: leaves a spot out by formula
     found = {
         "reading": model.predict_from(
             spots, places=spots.embedding.numpy(), xy_um=spots.xy_um.numpy(), own=np.full(n, -1), device=CPU
@@ -97,7 +97,7 @@ def members_of_big_spots(one: Measured, recipe, seeds: range, choose) -> None:
 
         model = fit(trial.sections, trial.embeddings, recipe, choose(trial.sections), seed)
         members, truth = ask(model, trial, device=CPU)
-        spots = lay_out(trial.sections, trial.embeddings, model.context_genes)
+        spots = stack_sections(trial.sections, trial.embeddings, model.context_genes)
         said = at_spots(model, spots, seed)
         measured = section.dense(model.genes)
         columns = section.genes.get_indexer(model.genes)
@@ -166,7 +166,7 @@ def synthetic(seeds: range) -> None:
         counts = section_counts(sdata, section)
         embedding = embedding_of(sdata, section)
         model = fit([section], [embedding], None, "all", seed)
-        spots = lay_out([section], [embedding], model.context_genes)
+        spots = stack_sections([section], [embedding], model.context_genes)
         said = at_spots(model, spots, seed)
         params = {k: int(v) for k, v in sdata.tables["table"].uns["synthetic"].items()}
         fields, _ = datasets._fields(params)

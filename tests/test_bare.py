@@ -13,7 +13,7 @@ import histosge as sge
 from histosge._embedding import embed_targets, prepare
 from histosge._geometry import lay_over, tissue_mask
 from histosge._heads import Spots
-from histosge._model import FAR_UM, lay_out
+from histosge._model import FAR_UM, stack_sections
 from histosge._section import own_spots, read_section
 from histosge._statistics import correlation
 
@@ -64,7 +64,7 @@ def test_is_what_evaluate_measures_on_sections_left_out(model, image_alone, othe
         encoder, recipe = prepare(one, "stain-texture", tile_um=None, stack=("pilm",), dense=False)
         more = {"device": CPU, "batch_size": 64, "progress": False}
         embeddings.append(embed_targets(sdata, one, own_spots(one), encoder, recipe, **more))
-    context = lay_out([read_section(measured, report=False)], embeddings[:1], model.context_genes)
+    context = stack_sections([read_section(measured, report=False)], embeddings[:1], model.context_genes)
     wanted = model.predict_from(
         context,
         places=embeddings[1],

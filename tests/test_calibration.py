@@ -15,7 +15,7 @@ from scipy import optimize, stats
 from sklearn.base import BaseEstimator, RegressorMixin
 from tests import rounding
 
-from histosge._statistics import FLOOR, ErrorBars, calibrate, coverage, neighbour_average
+from histosge._statistics import FLOOR, PredictionIntervals, calibrate, coverage, neighbour_average
 from histosge._statistics import _intervals as _calibration
 from histosge._statistics._intervals import _fit, _scores
 
@@ -326,7 +326,7 @@ def test_bars_survive_being_saved():
     rng = np.random.default_rng(0)
     predicted, measured = simulate(60, g=5, rng=rng)
     bars = calibrate(predicted, measured, fold=folds(60), level=0.8)
-    again = ErrorBars.from_arrays(load(save(bars.to_arrays())))
+    again = PredictionIntervals.from_arrays(load(save(bars.to_arrays())))
     assert again.level == 0.8
     assert isinstance(again.level, float)
     for one, other in zip(bars.interval(predicted), again.interval(predicted), strict=True):
@@ -443,7 +443,9 @@ def test_bars_in_one_pass_are_those_of_the_formula(n_genes):
     """Whatever the number of rows that are taken at a time: all, some, or one."""
     rng = np.random.default_rng(0)
     values = rng.random((4, n_genes), np.float32)
-    bars = ErrorBars(values[0], values[1] - 0.5, values[2] / 4, 2 * values[3], np.full(n_genes, 0.8, np.float32), 0.9)
+    bars = PredictionIntervals(
+        values[0], values[1] - 0.5, values[2] / 4, 2 * values[3], np.full(n_genes, 0.8, np.float32), 0.9
+    )
     predicted = rng.normal(0.5, 1, (9 if n_genes > 7 else 20_000, n_genes)).astype(np.float32)
     kept = predicted.copy()
     sd, lower, upper = bars.around(predicted)

@@ -120,7 +120,7 @@ def test_networks_of_all_folds_go_on():
 
 
 def test_which_heads_are_networks():
-    assert {name for name in HEADS if get_head(name).averaged} == {
+    assert {name for name in HEADS if get_head(name).ensembles_folds} == {
         "in-context",
         "aggregate",
         "published",

@@ -17,7 +17,7 @@ import histosge as sge
 from histosge._embedding import embed_targets, prepare
 from histosge._geometry import estimate_lattice
 from histosge._heads import in_context
-from histosge._model import SPLITS, Measured, Plan, Trial, ask, fit_model, lay_out, trials
+from histosge._model import SPLITS, Measured, Plan, Trial, ask, fit_model, stack_sections, trials
 from histosge._model import _evaluate as _holdout
 from histosge._model import _fit as _fitting
 from histosge._section import own_spots, per_target_sum, read_section, section_counts
@@ -109,7 +109,7 @@ def plan(split, **changes):
 
 
 def fit(trial, recipe, **changes):
-    given = {"head": "ridge", "genes": 20, "n_folds": 2, "level": None, "rivals": (), "progress": False}
+    given = {"head": "ridge", "genes": 20, "n_folds": 2, "level": None, "baselines": (), "progress": False}
     rng = np.random.default_rng(changes.pop("seed", 0))
     return fit_model(trial.sections, trial.embeddings, recipe=recipe, rng=rng, device=CPU, **given | changes)
 
@@ -148,7 +148,7 @@ def test_scores_are_those_of_a_hand(ready, room):
     seed = rng.integers(2**63 - 1, size=1)[0]
     known = one.section.take(train)
     model = fit_model(
-        [known], [one.embedding[train]], recipe=recipe, head="ridge", genes=20, n_folds=3, level=0.9, rivals=(),
+        [known], [one.embedding[train]], recipe=recipe, head="ridge", genes=20, n_folds=3, level=0.9, baselines=(),
         rng=np.random.default_rng(seed), device=CPU, progress=False,
     )  # fmt: skip
     predicted = model.predict(
@@ -518,7 +518,7 @@ def test_a_section_left_out_lies_far_from_all_others(room, other_room):
     assert [t.name for t in found] == [one.name, "second", "third"]
     for trial in found:
         assert len(trial.sections) == 2
-        laid = lay_out(trial.sections, trial.embeddings, trial.sections[0].genes)
+        laid = stack_sections(trial.sections, trial.embeddings, trial.sections[0].genes)
         assert cKDTree(laid.xy_um).query(trial.xy_um)[0].min() > 100_000
 
 

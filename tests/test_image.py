@@ -9,7 +9,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from histosge._image import LazyImage, Regions, behind, thumbnail
+from histosge._image import ChunkReader, LazyImage, thumbnail, underlying_zarr
 
 properties = settings(deadline=None, max_examples=25)
 
@@ -119,7 +119,7 @@ def test_regions_are_windows_and_every_chunk_is_read_once(chunk_h, chunk_w, step
     if shuffled:
         np.random.default_rng(0).shuffle(boxes)
         boxes = [tuple(map(int, box)) for box in boxes]
-    regions, white = Regions(LazyImage(image), boxes), padded(data, 100)
+    regions, white = ChunkReader(LazyImage(image), boxes), padded(data, 100)
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         assert (regions.read(i) == white[:, y0 + 100 : y1 + 100, x0 + 100 : x1 + 100]).all()
     assert (image.seen == 1).all()
@@ -129,7 +129,7 @@ def test_regions_are_windows_and_every_chunk_is_read_once(chunk_h, chunk_w, step
 def test_boxes_beside_and_beyond_the_image_are_white():
     image = Chunks(noise(40, 40), (16, 16))
     boxes = [(-30, -30, -5, -5), (40, 0, 60, 20), (0, 0, 16, 16), (5, 50, 20, 60)]
-    regions = Regions(LazyImage(image), boxes)
+    regions = ChunkReader(LazyImage(image), boxes)
     found = [regions.read(i) for i in range(4)]
     assert all((found[i] == 255).all() for i in (0, 1, 3))
     assert (found[2] == image.data[:, :16, :16]).all()
@@ -138,7 +138,7 @@ def test_boxes_beside_and_beyond_the_image_are_white():
 
 def test_regions_far_apart_read_only_their_chunks():
     image = Chunks(noise(300, 300), (32, 32))
-    regions = Regions(LazyImage(image), [(0, 0, 40, 40), (200, 200, 230, 230)])
+    regions = ChunkReader(LazyImage(image), [(0, 0, 40, 40), (200, 200, 230, 230)])
     for i in range(2):
         regions.read(i)
     assert image.seen.max() == 1
@@ -153,7 +153,7 @@ def test_what_is_kept_is_bounded(monkeypatch):
     data = noise(64, 64)
     image = Chunks(data, (16, 16))
     boxes = boxes_over(64, 64, step=24, halo=6)
-    regions = Regions(LazyImage(image), boxes)
+    regions = ChunkReader(LazyImage(image), boxes)
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         assert (regions.read(i) == padded(data, 80)[:, y0 + 80 : y1 + 80, x0 + 80 : x1 + 80]).all()
         assert regions._kept_bytes <= 3 * 16 * 16
@@ -165,7 +165,7 @@ def test_chunks_too_large_for_memory_are_read_by_parts(monkeypatch):
 
     monkeypatch.setattr(_image, "_LARGEST_CHUNK", 3 * 40 * 40 - 1)
     image = Chunks(noise(80, 80), (40, 40))
-    regions = Regions(LazyImage(image), [(0, 0, 10, 10)])
+    regions = ChunkReader(LazyImage(image), [(0, 0, 10, 10)])
     regions.read(0)
     assert image.seen.sum() == 100
 
@@ -174,7 +174,7 @@ def test_other_types_are_converted_once_and_kept_as_rgb():
     data = noise(50, 60, channels=4)
     image = Chunks((data.astype(np.uint16) * 257), (16, 16))
     boxes = boxes_over(50, 60, step=20, halo=4)
-    regions = Regions(LazyImage(image, white=65535.0), boxes)
+    regions = ChunkReader(LazyImage(image, white=65535.0), boxes)
     whole = padded(LazyImage(data).read(0, 0, 60, 50), 30)
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         found = regions.read(i).astype(int)
@@ -195,7 +195,7 @@ def test_dask_chunks_are_read_once(irregular):
     lazy = da.map_blocks(made, chunks=chunks, dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8))
     n_made.clear()
     boxes = boxes_over(60, 70, step=22, halo=5)
-    regions = Regions(LazyImage(lazy), boxes)
+    regions = ChunkReader(LazyImage(lazy), boxes)
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         assert (regions.read(i) == padded(data, 40)[:, y0 + 40 : y1 + 40, x0 + 40 : x1 + 40]).all()
     assert len(n_made) == len(set(n_made)) == 6
@@ -214,11 +214,11 @@ def test_the_zarr_array_behind_dask_is_found(tmp_path, zarr_format, shards):
         tmp_path / "image.zarr", data=data, chunks=(3, 16, 16), shards=shards, zarr_format=zarr_format
     )
     lazy = da.from_zarr(stored)
-    found = behind(lazy)
+    found = underlying_zarr(lazy)
     assert isinstance(found, zarr.Array)
     assert (found[:] == data).all()
     boxes = boxes_over(70, 50, step=30, halo=9)
-    regions = Regions(LazyImage(lazy), boxes)
+    regions = ChunkReader(LazyImage(lazy), boxes)
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         assert (regions.read(i) == padded(data, 50)[:, y0 + 50 : y1 + 50, x0 + 50 : x1 + 50]).all()
 
@@ -227,7 +227,7 @@ def test_zarrs_decodes(tmp_path):
     """The fast decoder is in use, and zarr's own settings are as before."""
     stored = zarr.create_array(tmp_path / "image.zarr", data=noise(40, 40), chunks=(3, 16, 16))
     before = zarr.config.get("codec_pipeline.path")
-    assert type(behind(stored)._async_array.codec_pipeline).__name__ == "ZarrsCodecPipeline"
+    assert type(underlying_zarr(stored)._async_array.codec_pipeline).__name__ == "ZarrsCodecPipeline"
     assert zarr.config.get("codec_pipeline.path") == before
     assert type(stored._async_array.codec_pipeline).__name__ != "ZarrsCodecPipeline"
 
@@ -238,7 +238,7 @@ def test_without_zarrs_zarr_reads_itself(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zarrs", None)
     data = noise(40, 40)
     stored = zarr.create_array(tmp_path / "image.zarr", data=data, chunks=(3, 16, 16))
-    assert (behind(stored)[:] == data).all()
+    assert (underlying_zarr(stored)[:] == data).all()
 
 
 def test_what_was_changed_on_the_way_is_not_skipped(tmp_path):
@@ -246,19 +246,19 @@ def test_what_was_changed_on_the_way_is_not_skipped(tmp_path):
     data = noise(40, 40)
     stored = zarr.create_array(tmp_path / "image.zarr", data=data, chunks=(3, 16, 16))
     for changed in (da.from_zarr(stored)[::-1], da.from_zarr(stored) + 1, da.from_zarr(stored)[:, 3:]):
-        assert behind(changed) is changed
+        assert underlying_zarr(changed) is changed
         height, width = changed.shape[1:]
         expected = np.asarray(changed)
-        assert (Regions(LazyImage(changed), [(0, 0, width, height)]).read(0) == expected).all()
+        assert (ChunkReader(LazyImage(changed), [(0, 0, width, height)]).read(0) == expected).all()
 
 
 def test_arrays_in_memory_stay_as_they_are():
     data = noise(10, 10)
-    assert behind(data) is data
+    assert underlying_zarr(data) is data
     lazy = da.from_array(data, chunks=(3, 5, 5))
-    assert behind(lazy) is lazy
+    assert underlying_zarr(lazy) is lazy
     held = zarr.create_array(zarr.storage.MemoryStore(), data=data)
-    assert behind(held) is held
+    assert underlying_zarr(held) is held
 
 
 # ------------------------------------------------------------------------------------------------------- levels

@@ -19,7 +19,7 @@ from histosge._embedding import Recipe
 from histosge._encoders import EncoderSpec
 from histosge._geometry import nearest_spots
 from histosge._heads import HEADS, Places, Schedule, Spots, get_head, in_context
-from histosge._model import FAR_UM, Model, fit_model, lay_out, score
+from histosge._model import FAR_UM, Model, fit_model, score, stack_sections
 from histosge._model import _fit as _fitting
 from histosge._section import read_section
 from histosge._settings import Settings, logger, progress_bar
@@ -292,7 +292,7 @@ def test_permuted_expression_is_not_predictable(section, embedding, head):
     for seed in range(20):
         order = np.random.default_rng(seed).permutation(len(embedding))
         torn = dataclasses.replace(section, expression=section.expression[order])
-        model = fit(torn, embedding, head=head, genes="all", n_folds=5, seed=seed, level=None, rivals=())
+        model = fit(torn, embedding, head=head, genes="all", n_folds=5, seed=seed, level=None, baselines=())
         found.append(int(model.scores["predictable"].sum()))
         pcc.append(model.scores["held_out_pcc"].mean())
     assert np.count_nonzero(found) <= 3  # of 20 tables at 5 %, 4 or more come in 1.6 % of such tests
@@ -312,7 +312,7 @@ def test_bars_by_hand(section, embedding, ridge):
     measured = section.dense(ridge.genes)
     fold = block_folds(section.xy_um, n_folds=3, rng=np.random.default_rng(0))
     said = np.zeros_like(measured)
-    everything = lay_out([section], [embedding], ridge.genes)
+    everything = stack_sections([section], [embedding], ridge.genes)
     for one in range(3):
         known, unknown = (everything.take(torch.as_tensor(np.flatnonzero(m))) for m in (fold != one, fold == one))
         fitted = get_head("ridge")().fit(known, rng=np.random.default_rng(0))
@@ -451,9 +451,9 @@ def test_wrong_folds(section, embedding, n_folds):
 def test_fewest_and_most_folds(section, embedding, n_folds, head, options):
     """Networks go on as the mean of all folds; other heads are fitted once more, on all spots."""
     model = fit(
-        section, embedding, head=head, n_folds=n_folds, genes=["GENE001", "GENE002"], head_options=options, rivals=()
+        section, embedding, head=head, n_folds=n_folds, genes=["GENE001", "GENE002"], head_options=options, baselines=()
     )
-    n_heads = n_folds if get_head(head).averaged else 1
+    n_heads = n_folds if get_head(head).ensembles_folds else 1
     assert [weight for weight, _ in model.heads] == pytest.approx([1 / n_heads] * n_heads)
     assert model.info["n_folds"] == n_folds
     assert np.isfinite(model.scores[["held_out_pcc", "held_out_mse"]]).all(axis=None)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from histosge._embedding._cache import EmbeddingCache, Shelf
+    from histosge._embedding._cache import CacheGroup, EmbeddingCache
     from histosge._geometry import Footprints
     from histosge._image import Block
 
@@ -48,7 +48,7 @@ class BlockCache:
         self.n_found = 0
         self._on_found = on_found
         self._cache, self._recipe, self._rounds = cache, recipe, rounds
-        self._shelf: Shelf | None = None
+        self._shelf: CacheGroup | None = None
         self._areas: Footprints | None = None
         self._found: deque[tuple[NDArray[np.int64], NDArray[Any]]] = deque()
         self._waiting: deque[tuple[str, int]] = deque()  # digest of a block and how many places it has

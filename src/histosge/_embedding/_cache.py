@@ -68,7 +68,7 @@ _LEDGERS: dict[Path, _Ledger] = {}
 
 
 @dataclass(frozen=True)
-class ShelfInfo:
+class CacheGroupInfo:
     """What is kept of one recipe."""
 
     folder: Path
@@ -111,7 +111,7 @@ class EmbeddingCache:
         _refuse_foreign(root)
         return cls(root, int(settings.cache_gb * 1e9))
 
-    def shelf(self, recipe: dict[str, Any]) -> Shelf:
+    def shelf(self, recipe: dict[str, Any]) -> CacheGroup:
         """Shelf for the blocks of a recipe; nothing is made before the first block is put.
 
         Parameters
@@ -128,9 +128,9 @@ class EmbeddingCache:
             )
             raise ValueError(msg)
         name = hashlib.sha256(f"{_FORMAT}\n{text}".encode()).hexdigest()
-        return Shelf(self, recipe, self.root / name)
+        return CacheGroup(self, recipe, self.root / name)
 
-    def shelves(self, *, encoder: str | None = None) -> list[ShelfInfo]:
+    def shelves(self, *, encoder: str | None = None) -> list[CacheGroupInfo]:
         """What is kept, by all encoders or by one, last used first."""
         found = [info for folder in self._folders() if "." not in folder.name and (info := _info(folder))]
         if encoder is not None:
@@ -192,7 +192,7 @@ class EmbeddingCache:
 
 
 @dataclass(frozen=True)
-class Shelf:
+class CacheGroup:
     """The blocks of one recipe."""
 
     cache: EmbeddingCache
@@ -416,7 +416,7 @@ def _blocks(folder: Path) -> Iterator[tuple[int, int, str]]:
                     yield told.st_mtime_ns, told.st_size, entry.path
 
 
-def _info(folder: Path) -> ShelfInfo | None:
+def _info(folder: Path) -> CacheGroupInfo | None:
     """Look at a shelf; ``None`` where it is no longer there."""
     recipe = folder / _RECIPE
     try:
@@ -430,7 +430,7 @@ def _info(folder: Path) -> ShelfInfo | None:
         values = {}
     blocks = list(_blocks(folder))
     used_ns = max((used for used, _, _ in blocks), default=made_ns)
-    return ShelfInfo(
+    return CacheGroupInfo(
         folder,
         values if isinstance(values, dict) else {},
         n_blocks=sum(path.endswith(".npy") for _, _, path in blocks),

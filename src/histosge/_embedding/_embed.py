@@ -22,7 +22,7 @@ from histosge._embedding._device import _buffers, _Forward, _on_device
 from histosge._embedding._forecast import Forecast, in_words
 from histosge._encoders import BUILT_IN, load_encoder
 from histosge._geometry import Footprints, Grid, coverage
-from histosge._image import LazyImage, batches, blocks, prefetch, settle, tile_batches, tile_blocks
+from histosge._image import LazyImage, batches, blocks, prefetch, snap_scale, tile_batches, tile_blocks
 from histosge._settings import logger, progress_bar
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _seconds_per_place(
 
 def block_edge_px(encoder: Any, *, mpp: float, tile_um: float | None) -> float:
     """Edge, in pixels of the image, of the blocks that places are embedded by."""
-    scale = settle((encoder.spec.mpp if tile_um is None else tile_um / encoder.spec.tile_px) / mpp)
+    scale = snap_scale((encoder.spec.mpp if tile_um is None else tile_um / encoder.spec.tile_px) / mpp)
     return (1024 if hasattr(encoder, "embed_block") else DENSE_BLOCK_PX) * scale
 
 
@@ -212,7 +212,7 @@ def _fetched(
 
 def _embed_blocks_densely(image, places, *, scale, forward, ledger):  # type: ignore[no-untyped-def]
     encoder, device = forward.encoder, forward.device
-    on_grid = places.scaled(1 / settle(scale))  # in pixels of the encoder
+    on_grid = places.scaled(1 / snap_scale(scale))  # in pixels of the encoder
     halo_px = encoder.halo_px + _reach(on_grid)
     token_px = encoder.spec.token_px
     for block in prefetch(blocks(image, places.xy_px, scale=scale, halo_px=halo_px, align_px=encoder.align_px)):
@@ -227,7 +227,7 @@ def _embed_blocks_densely(image, places, *, scale, forward, ledger):  # type: ig
 
 def _embed_tiles_densely(image, places, *, scale, forward, ledger):  # type: ignore[no-untyped-def]
     spec = forward.encoder.spec
-    on_grid = places.scaled(1 / settle(scale))
+    on_grid = places.scaled(1 / snap_scale(scale))
     step_px = step_tokens(spec.tile_px // spec.token_px) * spec.token_px
     found = blocks(
         image,

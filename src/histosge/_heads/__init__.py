@@ -6,7 +6,7 @@ A head sees tensors only. All expression is log1p-normalised, all positions are 
 from __future__ import annotations
 
 from histosge._heads._protocol import Head, LowRank, Parts, Places, Spots
-from histosge._heads._registry import BLIND, DEFAULT_HEAD, HEADS, default_head, divides, get_head, parts_of
+from histosge._heads._registry import DEFAULT_HEAD, HEADS, POSITION_ONLY, default_head, divides, get_head, parts_of
 from histosge._heads._space import principal, standardise, standardiser
 from histosge._heads._training import (
     Dropout,
@@ -23,10 +23,10 @@ from histosge._heads.in_context import N_POSITION, InContext
 from histosge._heads.kriging import Kriging
 
 __all__ = [
-    "BLIND",
     "DEFAULT_HEAD",
     "HEADS",
     "N_POSITION",
+    "POSITION_ONLY",
     "Aggregate",
     "Dropout",
     "Head",

@@ -137,7 +137,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class InducingPoints:
     """What all spots say of the m drawn ones, of one kind with q components."""
 
     white: Tensor
@@ -227,11 +227,11 @@ class Conditioned:
 
     # ------------------------------------------------------------------------------------------------- large contexts
 
-    def _sum_up(self, run: Run) -> list[_Drawn]:
+    def _sum_up(self, run: Run) -> list[InducingPoints]:
         """Information on the drawn spots: their own, and each spot's as if it were alone with them."""
         place, image, covariance = self._drawn_place, self._drawn_image, self.covariance
         within = covariance.decays(place, image, place, image)
-        found: dict[int, _Drawn] = {}
+        found: dict[int, InducingPoints] = {}
 
         @torch.inference_mode()
         def sum_up(kind: int) -> None:
@@ -249,7 +249,7 @@ class Conditioned:
                 weighed = seen / left[-1]
                 unit += _precise(weighed @ seen.T)
                 told += _precise(weighed) @ _precise(self.target[rows][:, covariance.kinds[kind]])
-            found[kind] = _Drawn(white, unit, told, torch.cat(left))
+            found[kind] = InducingPoints(white, unit, told, torch.cat(left))
 
         list(run(sum_up, range(len(covariance.kinds))))
         return [found[kind] for kind in range(len(covariance.kinds))]

@@ -110,7 +110,7 @@ class Head(Protocol):
     """From embeddings, positions and measured neighbours to expression."""
 
     name: ClassVar[str]
-    averaged: ClassVar[bool]
+    ensembles_folds: ClassVar[bool]
     """Whether a model is the mean of the heads of all folds (networks), or one head fitted on all spots."""
     divides: ClassVar[bool]
     """Whether it learns from the parts of spots, where they are given."""

@@ -20,7 +20,7 @@ HEADS: dict[str, type[Head]] = {head.name: head for head in _ALL}
 DEFAULT_HEAD, DEFAULT_DENSE_HEAD = "in-context+kriging", "aggregate+kriging"
 """Mean of the two strongest, for tiles and for areas: docs/benchmarks.md."""
 
-BLIND = ("nearest", "coordinates")
+POSITION_ONLY = ("nearest", "coordinates")
 """Know positions only: where nothing is measured they have nothing to say."""
 
 

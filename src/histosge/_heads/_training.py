@@ -91,7 +91,7 @@ class Dropout(nn.Dropout):
         return x * kept.div_(max(1 - self.p, 1e-6))
 
 
-class _Watch:
+class _CancelCheck:
     """Stands in for the progress bar of one worker among several: says nothing, and ends its work when it is in vain."""
 
     def __init__(self, stop: threading.Event) -> None:
@@ -105,20 +105,20 @@ class _Watch:
 
     def update(self) -> None:
         if self.stop.is_set():
-            raise _InVainError
+            raise _CancelledError
 
     def set_postfix(self, **_: object) -> None:
         pass
 
 
-class _InVainError(Exception):
+class _CancelledError(Exception):
     """Another task failed, or the user interrupted: never seen outside the pool."""
 
 
 def steps_bar(*, desc: str, total: int, unit: str, show: bool | None) -> AbstractContextManager[Any]:
     """Open a progress bar for the steps of one fit; where several run side by side, only their common bar is shown."""
     stop = getattr(_worker, "stop", None)
-    return progress_bar(desc=desc, total=total, unit=unit, show=show) if stop is None else _Watch(stop)
+    return progress_bar(desc=desc, total=total, unit=unit, show=show) if stop is None else _CancelCheck(stop)
 
 
 def side_by_side(

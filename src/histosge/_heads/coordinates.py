@@ -31,7 +31,7 @@ class Coordinates:
     """
 
     name: ClassVar[str] = "coordinates"
-    averaged: ClassVar[bool] = True
+    ensembles_folds: ClassVar[bool] = True
     divides: ClassVar[bool] = False
     losses: Sequence[float] = ()
 

@@ -206,7 +206,7 @@ class InContext:
     """
 
     name: ClassVar[str] = "in-context"
-    averaged: ClassVar[bool] = True
+    ensembles_folds: ClassVar[bool] = True
     divides: ClassVar[bool] = False
     losses: Sequence[float] = ()
 

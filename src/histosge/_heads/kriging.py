@@ -54,7 +54,7 @@ class Kriging:
     """
 
     name: ClassVar[str] = "kriging"
-    averaged: ClassVar[bool] = False
+    ensembles_folds: ClassVar[bool] = False
     divides: ClassVar[bool] = False
     losses: Sequence[float] = ()
 

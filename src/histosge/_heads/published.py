@@ -83,7 +83,7 @@ class Published:
     """
 
     name: ClassVar[str] = "published"
-    averaged: ClassVar[bool] = True
+    ensembles_folds: ClassVar[bool] = True
     divides: ClassVar[bool] = False
     losses: Sequence[float] = ()
 

@@ -27,7 +27,7 @@ class Mean:
     """Every place gets the mean of the spots learnt from: what any head must beat to be worth anything."""
 
     name: ClassVar[str] = "mean"
-    averaged: ClassVar[bool] = False
+    ensembles_folds: ClassVar[bool] = False
     divides: ClassVar[bool] = False
     losses: Sequence[float] = ()
 
@@ -57,7 +57,7 @@ class Nearest:
     """Inverse-distance mean of the measured spots around a place (Shepard, 1968); the image is not looked at."""
 
     name: ClassVar[str] = "nearest"
-    averaged: ClassVar[bool] = False
+    ensembles_folds: ClassVar[bool] = False
     divides: ClassVar[bool] = False
     losses: Sequence[float] = ()
 
@@ -104,7 +104,7 @@ class Ridge:
     """
 
     name: ClassVar[str] = "ridge"
-    averaged: ClassVar[bool] = False
+    ensembles_folds: ClassVar[bool] = False
     divides: ClassVar[bool] = False
     losses: Sequence[float] = ()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from histosge._image._chunks import Regions, behind, thumbnail
+from histosge._image._chunks import ChunkReader, thumbnail, underlying_zarr
 from histosge._image._colour import (
     JPEG_LUMA,
     ImageError,
@@ -20,20 +20,19 @@ from histosge._image._colour import (
     white_value,
     ycbcr_to_rgb,
 )
-from histosge._image._lazy import LazyImage, UInt8, settle
+from histosge._image._lazy import LazyImage, UInt8, snap_scale
 from histosge._image._tiles import Block, batches, blocks, cut, prefetch, tile_batches, tile_blocks
 
 __all__ = [
     "JPEG_LUMA",
     "Block",
+    "ChunkReader",
     "ImageError",
     "LazyImage",
-    "Regions",
     "Samples",
     "UInt8",
     "background",
     "batches",
-    "behind",
     "bits",
     "blocks",
     "cut",
@@ -45,11 +44,12 @@ __all__ = [
     "sample",
     "seems_fluorescent",
     "seems_ycbcr",
-    "settle",
+    "snap_scale",
     "spread",
     "thumbnail",
     "tile_batches",
     "tile_blocks",
+    "underlying_zarr",
     "white_value",
     "ycbcr_to_rgb",
 ]

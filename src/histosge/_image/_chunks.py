@@ -29,7 +29,7 @@ _MOST_KEPT = 2**29
 """Bytes of chunks that are kept for boxes to come; what is beyond is read again."""
 
 
-class Regions:
+class ChunkReader:
     """Read boxes of an image in a given order, and every chunk on disk once.
 
     Boxes overlap, since a tile at the border of one reaches into the next: what later boxes need of a chunk is kept
@@ -44,7 +44,7 @@ class Regions:
     """
 
     def __init__(self, image: LazyImage, boxes: Sequence[Box]) -> None:
-        self._image = replace(image, data=behind(image.data))
+        self._image = replace(image, data=underlying_zarr(image.data))
         self._boxes = boxes
         self._edges = _chunk_edges(self._image.data)
         self._users: dict[tuple[int, int], list[int]] = {}
@@ -157,7 +157,7 @@ def _chunk_edges(data: Any) -> tuple[list[int], list[int]] | None:
     return y_edges, x_edges
 
 
-def behind(data: Any) -> Any:
+def underlying_zarr(data: Any) -> Any:
     """Return the zarr array that a dask array does nothing but read, or ``data`` itself.
 
     dask asks zarr for one chunk a task, and zarr decodes them in Python: a region read at once, by ``zarrs``, comes
@@ -203,7 +203,7 @@ def thumbnail(image: LazyImage, *, max_px: int) -> tuple[UInt8, int]:
         for x in range(0, image.width_px, step)
     ]
     out = np.empty((-(-image.height_px // rest), -(-image.width_px // rest), 3), np.uint8)
-    regions = Regions(image, boxes)
+    regions = ChunkReader(image, boxes)
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         part = PILImage.fromarray(np.ascontiguousarray(np.moveaxis(regions.read(i), 0, -1)))
         small = np.asarray(part.reduce(rest) if rest > 1 else part)

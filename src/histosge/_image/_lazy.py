@@ -20,7 +20,7 @@ _SAME_SCALE = 0.005
 """Scales this near are the same: no mpp is known better."""
 
 
-def settle(scale: float) -> float:
+def snap_scale(scale: float) -> float:
     """Leave an image as it is where its scale is right to half a percent: no mpp is known better."""
     return 1.0 if abs(scale - 1) < _SAME_SCALE else scale
 

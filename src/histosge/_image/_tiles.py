@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from PIL import Image as PILImage
 
-from histosge._image._chunks import Regions, UInt8
-from histosge._image._lazy import LazyImage, settle
+from histosge._image._chunks import ChunkReader, UInt8
+from histosge._image._lazy import LazyImage, snap_scale
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -73,10 +73,10 @@ def blocks(
     align_px
         Blocks begin at multiples of this, for encoders that work on a grid of their own.
     """
-    scale = settle(scale)
+    scale = snap_scale(scale)
     place = np.asarray(xy_px, float) / scale
     image, level_px = image.level(scale)
-    scale = settle(scale / level_px)  # from here on of the level
+    scale = snap_scale(scale / level_px)  # from here on of the level
     cell = np.floor(place / block_px).astype(np.int64)
     order = np.lexsort((cell[:, 0], cell[:, 1]))
     edges = np.flatnonzero(np.any(np.diff(cell[order], axis=0), axis=1)) + 1
@@ -87,7 +87,7 @@ def blocks(
         x1, y1 = (np.floor(place[rows].max(axis=0)).astype(int) + halo_px + 1).tolist()
         boxes.append((x0 - x0 % align_px, y0 - y0 % align_px, x1, y1))
     sources = [_source(box, scale=scale) for box in boxes]
-    regions = Regions(image, sources)
+    regions = ChunkReader(image, sources)
     for i, (rows, box) in enumerate(zip(groups, boxes, strict=True)):
         pixels = _resampled(regions.read(i), sources[i], box, scale=scale)
         yield Block(pixels, rows, place[rows] - box[:2], box[:2])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from histosge._model._context import FAR_UM, lay_out
+from histosge._model._context import FAR_UM, stack_sections
 from histosge._model._crossfit import Scores, compare, cross_fit, score, summary
 from histosge._model._evaluate import PROTOCOLS, SPLITS, Measured, Plan, Trial, ask, evaluate, score_genes, trials
 from histosge._model._fit import check_arguments, fit_model
@@ -40,11 +40,11 @@ __all__ = [
     "cross_fit",
     "evaluate",
     "fit_model",
-    "lay_out",
     "predict_table",
     "predict_to_store",
     "score",
     "score_genes",
+    "stack_sections",
     "summary",
     "trials",
 ]

@@ -26,7 +26,7 @@ section has the same position code in training and in prediction.
 """
 
 
-def lay_out(
+def stack_sections(
     sections: Sequence[Section],
     embeddings: Sequence[NDArray[np.float32]],
     genes: pd.Index,
@@ -43,11 +43,11 @@ def lay_out(
         torch.cat([s.expression for s in each]),
         torch.cat([s.xy_um for s in each]),
         float(np.mean([s.pitch_um for s in each])),
-        None if parts is None else _lay_out_parts(sections, parts),
+        None if parts is None else _stack_parts(sections, parts),
     )
 
 
-def _lay_out_parts(sections: Sequence[Section], parts: Sequence[SpotParts]) -> Parts:
+def _stack_parts(sections: Sequence[Section], parts: Sequence[SpotParts]) -> Parts:
     before = np.cumsum([0, *(len(p.embedding) for p in parts)])
     widest = max(p.index.shape[1] for p in parts)
     fill = [((0, 0), (0, widest - p.index.shape[1])) for p in parts]

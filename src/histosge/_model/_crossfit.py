@@ -94,10 +94,10 @@ def cross_fit(
         parts[name][rows] = head.predict(hidden, context=known).clamp_min(0).cpu().numpy()
         if len(head.losses):
             losses[name, one] = head.losses
-        return head if head.averaged and final else None
+        return head if head.ensembles_folds and final else None
 
     asked: list[tuple[str, int | None]] = [(name, int(one)) for one in folds for name in names]
-    asked += [(name, None) for name in names if final and not get_head(name).averaged]
+    asked += [(name, None) for name in names if final and not get_head(name).ensembles_folds]
     seeds = rng.integers(2**63 - 1, size=len(asked)).tolist()
     tasks = [partial(fit, name, one, seed) for (name, one), seed in zip(asked, seeds, strict=True)]
     made = side_by_side(tasks, device=device, desc=f"fitting {head}", progress=progress)

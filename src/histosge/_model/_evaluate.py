@@ -15,7 +15,7 @@ from scipy import sparse
 
 from histosge._embedding import SpotParts
 from histosge._geometry import padded
-from histosge._model._context import FAR_UM, lay_out
+from histosge._model._context import FAR_UM, stack_sections
 from histosge._model._fit import fit_model
 from histosge._section import per_target_sum
 from histosge._settings import logger, progress_bar, settings
@@ -296,7 +296,7 @@ def evaluate(
                         rng=np.random.default_rng(seed),
                         device=device,
                         level=level,
-                        rivals=(),
+                        baselines=(),
                         head_options=(head_options or {}).get(head),
                         progress=False,
                     )
@@ -317,7 +317,7 @@ def evaluate(
 
 def ask(model: Model, trial: Trial, *, device: torch.device) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Predicted and measured (m, genes) at the places of a trial."""
-    context = lay_out(trial.sections, trial.embeddings, model.context_genes)
+    context = stack_sections(trial.sections, trial.embeddings, model.context_genes)
     predicted = model.predict_from(context, places=trial.place, xy_um=trial.xy_um, own=trial.own, device=device)
     columns = trial.sections[0].genes.get_indexer(model.genes)
     return predicted, np.asarray(trial.truth[:, columns].todense(), np.float32)

@@ -13,12 +13,12 @@ import pandas as pd
 from scipy import sparse
 
 from histosge._heads import get_head, parts_of
-from histosge._model._context import FAR_UM, lay_out
+from histosge._model._context import FAR_UM, stack_sections
 from histosge._model._crossfit import compare, cross_fit, score, summary
 from histosge._model._genes import _select
 from histosge._model._model import Model, training_table
 from histosge._settings import logger
-from histosge._statistics import RIVALS, block_folds, calibrate, not_beaten
+from histosge._statistics import BASELINES, better_baselines, block_folds, calibrate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +45,7 @@ def fit_model(
     device: torch.device,
     parts: Sequence[SpotParts] | None = None,
     level: float | None = 0.9,
-    rivals: Sequence[str] = RIVALS,
+    baselines: Sequence[str] = BASELINES,
     head_options: dict[str, Any] | None = None,
     progress: bool | None = None,
 ) -> Model:
@@ -62,7 +62,7 @@ def fit_model(
 
     final, per_fold, highly_variable = _select(genes, names, everything, spread_out, fold)
     union = np.flatnonzero(final | per_fold.any(axis=0))
-    spots = lay_out(sections, embeddings, names[union], parts=parts).to(device)
+    spots = stack_sections(sections, embeddings, names[union], parts=parts).to(device)
 
     logger.info("fitting %s on %d spots x %d genes, %d folds", head, len(spots), int(final.sum()), n_folds)
     fitted = cross_fit(spots, head=head, fold=fold, rng=rng, options=head_options, progress=progress)
@@ -73,9 +73,9 @@ def fit_model(
 
     said = {head: fitted.held_out} | fitted.parts
     held_out = {name: summary(values, measured, fold=fold, chosen=chosen) for name, values in said.items()}
-    others = [r for r in rivals if r not in held_out]
+    others = [r for r in baselines if r not in held_out]
     held_out |= compare(spots, heads=others, fold=fold, chosen=chosen, rng=rng)
-    if rivals:
+    if baselines:
         _report(head, held_out)
 
     gene_scores = score(fitted.held_out, measured, fold=fold)
@@ -197,7 +197,7 @@ def _check_options(head: str, options: dict[str, Any] | None) -> None:
 def _report(head: str, held_out: dict[str, dict[str, float]]) -> None:
     told = ", ".join(f"{name} {s['pcc']:.3f}" for name, s in held_out.items())
     logger.info("held-out PCC, mean over genes: %s", told)
-    better = not_beaten(head, {name: scores["pcc"] for name, scores in held_out.items()})
+    better = better_baselines(head, {name: scores["pcc"] for name, scores in held_out.items()})
     if better:
         logger.warning(
             "head %r does not beat %s on held-out spots (PCC %.3f): consider head=%r",

@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 
 from histosge._embedding import Recipe
-from histosge._heads import BLIND, LowRank, Places, Spots, get_head, parts_of, workers
+from histosge._heads import POSITION_ONLY, LowRank, Places, Spots, get_head, parts_of, workers
 from histosge._model._context import FAR_UM, spots_of
-from histosge._statistics import ErrorBars
+from histosge._statistics import PredictionIntervals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,7 +88,7 @@ class Model:
     held_out: dict[str, dict[str, float]]
     recipe: Recipe
     spots: Spots
-    bars: ErrorBars | None = None
+    bars: PredictionIntervals | None = None
     info: dict[str, Any] = field(default_factory=dict)
     training: pd.DataFrame = field(default_factory=lambda: training_table({}))
 
@@ -140,7 +140,7 @@ class Model:
         say is left out, and what the image says stays.
         """
         if not section.measured:
-            blind = sorted(set(parts_of(self.head)) & set(BLIND))
+            blind = sorted(set(parts_of(self.head)) & set(POSITION_ONLY))
             if blind:
                 msg = (
                     f"the model has the head {self.head!r}, and {' and '.join(map(repr, blind))} knows positions only: nothing "
@@ -315,7 +315,7 @@ class Model:
             config["held_out"],
             Recipe.from_dict(config["recipe"]),
             Spots(tensors["spots.embedding"], tensors["spots.expression"], tensors["spots.xy_um"], config["pitch_um"]),
-            ErrorBars.from_arrays(bars) if bars else None,
+            PredictionIntervals.from_arrays(bars) if bars else None,
             config["info"],
             pd.read_csv(path / "training.csv").astype(_TRAINING),
         )

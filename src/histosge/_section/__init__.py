@@ -10,7 +10,7 @@ from histosge._section._alignment import (
     compare,
     likelier_orientation,
 )
-from histosge._section._bare import is_measured, read_bare
+from histosge._section._bare import is_measured, read_image_only
 from histosge._section._coordinates import affine, centroids
 from histosge._section._counts import feature_kinds, log_left_out, match_rows, named_layers, open_layer, select
 from histosge._section._declared import check_single_section, library_of, read_declared, scale_factors
@@ -69,8 +69,8 @@ __all__ = [
     "own_spots",
     "per_target_sum",
     "predicted_table",
-    "read_bare",
     "read_declared",
+    "read_image_only",
     "read_section",
     "read_targets",
     "sample",

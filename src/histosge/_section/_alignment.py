@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from histosge._geometry import optical_density
-from histosge._image import Regions, thumbnail
+from histosge._image import ChunkReader, thumbnail
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ def _windows(image: LazyImage, shape: tuple[int, int]) -> tuple[NDArray[np.float
     y, x = (a.ravel() for a in np.meshgrid(at[1], at[0], indexing="ij"))
     corners = np.column_stack([x * per_px[0], y * per_px[1], (x + edge) * per_px[0], (y + edge) * per_px[1]])
     boxes = [(int(a), int(b), max(int(c), int(a) + edge), max(int(d), int(b) + edge)) for a, b, c, d in corners]
-    regions = Regions(replace(image, coarser=()), boxes)
+    regions = ChunkReader(replace(image, coarser=()), boxes)
     grey = []
     for i in range(len(boxes)):
         pixels = regions.read(i).mean(axis=0)  # (height, width)

@@ -22,7 +22,7 @@ def is_measured(sdata: SpatialData) -> bool:
     return any(set(_regions(table)) & set(sdata.shapes) for table in sdata.tables.values() if not ours(table))
 
 
-def read_bare(
+def read_image_only(
     sdata: SpatialData,
     *,
     image_key: str | None,

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from histosge._section._section import Section
-    from histosge._statistics import ErrorBars
+    from histosge._statistics import PredictionIntervals
 
 TISSUE = ("auto", "spots")
 INVALID = ("raise", "skip")
@@ -137,11 +137,11 @@ def lay_targets(
         if section.measured:
             places = square_bins(section.xy_px, bin_px=bin_um / section.mpp, margin_px=reach_um / section.mpp)
         else:
-            places = _lay_bare(section, step_um=bin_um, hexagonal=False)
+            places = _lay_over_image(section, step_um=bin_um, hexagonal=False)
     elif not section.measured:
         upsample = 4 if upsample is None else upsample
         check_upsample(upsample)
-        places = _lay_bare(section, step_um=section.pitch_um / np.sqrt(upsample), hexagonal=True)
+        places = _lay_over_image(section, step_um=section.pitch_um / np.sqrt(upsample), hexagonal=True)
     elif section.lattice is None:
         upsample = 4 if upsample is None else upsample
         places = lay_around(section.xy_px, pitch_px=section.pitch_um / section.mpp, upsample=upsample)
@@ -165,7 +165,7 @@ def lay_targets(
     return targets, places
 
 
-def _lay_bare(section: Section, *, step_um: float, hexagonal: bool) -> Places:
+def _lay_over_image(section: Section, *, step_um: float, hexagonal: bool) -> Places:
     """Lay places over the image of a section without spots."""
     width, height = section.image.width_px, section.image.height_px
     return lay_over(width, height, step_px=step_um / section.mpp, hexagonal=hexagonal)
@@ -297,7 +297,7 @@ def predicted_table(
     targets: Targets,
     *,
     expression: NDArray[np.float32],
-    bars: ErrorBars | None,
+    bars: PredictionIntervals | None,
     var: pd.DataFrame,
     provenance: dict[str, Any],
     layers: dict[str, NDArray[np.float32]] | None = None,

@@ -14,13 +14,13 @@ from histosge._statistics._domains import (
     domain_graph,
     find_domains,
 )
-from histosge._statistics._intervals import FLOOR, ErrorBars, calibrate, coverage, neighbour_average
+from histosge._statistics._intervals import FLOOR, PredictionIntervals, calibrate, coverage, neighbour_average
 from histosge._statistics._metrics import (
-    RIVALS,
+    BASELINES,
+    better_baselines,
     correlation,
     gene_agreement,
     morans_i,
-    not_beaten,
     rank_correlation,
     structural_similarity,
 )
@@ -37,17 +37,18 @@ from histosge._statistics._splits import (
 )
 
 __all__ = [
+    "BASELINES",
     "FLOOR",
     "MAX_RUNS",
     "MIN_TRAIN",
     "N_ITERATIONS",
-    "RIVALS",
     "SPATIAL_NEIGHBOURS",
     "SPATIAL_WEIGHT",
     "Conservation",
-    "ErrorBars",
+    "PredictionIntervals",
     "Split",
     "agreement",
+    "better_baselines",
     "block_folds",
     "block_splits",
     "calibrate",
@@ -65,7 +66,6 @@ __all__ = [
     "neighbour_average",
     "noise_ceiling",
     "noise_variance",
-    "not_beaten",
     "pseudo_spots",
     "random_folds",
     "random_splits",

@@ -35,7 +35,7 @@ PASS = 2**16
 
 
 @dataclass(frozen=True)
-class ErrorBars:
+class PredictionIntervals:
     """Spread and reach of the errors of a prediction, gene by gene.
 
     The variance of a gene's errors is a line in its predicted value. Bars are that standard deviation times a quantile
@@ -93,7 +93,7 @@ class ErrorBars:
         return cls(**{f.name: arrays[f.name] for f in fields(cls) if f.name != "level"}, level=float(arrays["level"]))
 
 
-def calibrate(held_out: Floats, measured: Floats, *, fold: Ints, level: float = 0.9) -> ErrorBars:
+def calibrate(held_out: Floats, measured: Floats, *, fold: Ints, level: float = 0.9) -> PredictionIntervals:
     """Find error bars from cross-fitted predictions.
 
     The score of a spot is its absolute error in standard deviations, as fitted on the *other* folds; the bar reaches
@@ -131,7 +131,7 @@ def calibrate(held_out: Floats, measured: Floats, *, fold: Ints, level: float = 
             level,
             _least_spots(level),
         )
-    found = {f.name: np.empty(n_genes, np.float32) for f in fields(ErrorBars) if f.name != "level"}
+    found = {f.name: np.empty(n_genes, np.float32) for f in fields(PredictionIntervals) if f.name != "level"}
     for start in range(0, n_genes, PART):
         part = slice(start, start + PART)
         predicted = np.maximum(np.asarray(held_out[:, part], np.float64), 0)
@@ -140,7 +140,7 @@ def calibrate(held_out: Floats, measured: Floats, *, fold: Ints, level: float = 
         place = min(rank, n) - 1
         found["quantile"][part] = np.partition(_scores(predicted, error, fold), place, axis=0)[place]
         found["largest"][part] = error.max(0)
-    return ErrorBars(**found, level=float(level))
+    return PredictionIntervals(**found, level=float(level))
 
 
 def coverage(measured: Floats, lower: Floats, upper: Floats) -> Floats:

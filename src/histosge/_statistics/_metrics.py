@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.floating]
 
-RIVALS = ("ridge", "nearest")
+BASELINES = ("ridge", "nearest")
 """Simple heads that are scored beside every other, on the same folds."""
 _SAME_PCC = 0.01
 """A part of a head that is less ahead than this is as good: so much changes from seed to seed."""
@@ -119,8 +119,8 @@ def morans_i(expression: Floats | sparse.spmatrix, xy: Floats, *, n_neighbours: 
     return found
 
 
-def not_beaten(head: str, pcc: dict[str, float]) -> list[str]:
+def better_baselines(head: str, pcc: dict[str, float]) -> list[str]:
     """Heads, best first, that are no worse than ``head`` by their correlations: a rival at once, a part of it clearly."""
-    parts = {part.strip() for part in head.split("+")} - {*RIVALS, "mean"}
+    parts = {part.strip() for part in head.split("+")} - {*BASELINES, "mean"}
     lead = {name: value - pcc[head] - (_SAME_PCC if name in parts else 0) for name, value in pcc.items()}
     return sorted((n for n, ahead in lead.items() if n != head and ahead >= 0), key=lambda n: -pcc[n])

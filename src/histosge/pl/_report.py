@@ -20,7 +20,7 @@ import numpy as np
 
 from histosge import _keys
 from histosge._settings import logger
-from histosge._statistics import not_beaten
+from histosge._statistics import better_baselines
 from histosge.pl._canvas import predicted_table
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _N_MAPS = 4
 _N_LISTED = 50
-_RIVALS = {
+_BASELINES = {
     "nearest": "interpolation of the measured spots",
     "ridge": "ridge regression on the image",
     "mean": "each gene's mean: a constant, 0 by definition",
@@ -306,12 +306,12 @@ class _Run:
     @property
     def rival(self) -> str | None:
         """Best of the simple rivals."""
-        return next((name for name in self.held_out if name in _RIVALS and name != self.made["head"]), None)
+        return next((name for name in self.held_out if name in _BASELINES and name != self.made["head"]), None)
 
     @property
     def better(self) -> list[str]:
         """What the head did not beat, best first."""
-        return not_beaten(self.made["head"], self.held_out)
+        return better_baselines(self.made["head"], self.held_out)
 
     def warnings(self, *, scores: pd.DataFrame | None) -> list[tuple[str, str]]:
         """What a reader must know, in a few words and in a sentence."""
@@ -456,7 +456,7 @@ def _page(run: _Run, pictures: dict[str, list[_Picture]], *, wanted: list[str], 
         section=name if name != "global" else run.made.get("spots", run.made["image"]),
         generator=f"histosge {version('histosge')}",
         date=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
-        rivals=_RIVALS,
+        rivals=_BASELINES,
         ranked=ranked,
         listed=listed,
         csv=_data_uri(csv, "text/csv;charset=utf-8"),

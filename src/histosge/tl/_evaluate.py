@@ -11,7 +11,7 @@ import pandas as pd
 
 from histosge._embedding import Forecast, embed_parts, embed_targets, prepare, resolve_device
 from histosge._encoders import DEFAULT_ENCODER
-from histosge._heads import BLIND, default_head, divides
+from histosge._heads import POSITION_ONLY, default_head, divides
 from histosge._model import PROTOCOLS, SPLITS, Measured, Plan, check_arguments, trials
 from histosge._model import evaluate as hold_out
 from histosge._section import check_orientation, column, own_spots, read_section, section_counts
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from spatialdata import SpatialData
 
-_RIVALS = ("kriging", "ridge", "nearest", "mean")
+_BASELINES = ("kriging", "ridge", "nearest", "mean")
 
 
 def evaluate(
@@ -294,9 +294,9 @@ def _check(
         raise ValueError(msg)
     if heads is None:
         ours = default_head(dense=dense or split == "pseudo-spots")  # big spots have parts
-        heads = [h for h in (ours, *_RIVALS) if not (split == "sections" and h in BLIND)]
+        heads = [h for h in (ours, *_BASELINES) if not (split == "sections" and h in POSITION_ONLY)]
     heads = [heads] if isinstance(heads, str) else list(heads)
-    blind = [h for h in heads if split == "sections" and set(h.split("+")) & set(BLIND)]
+    blind = [h for h in heads if split == "sections" and set(h.split("+")) & set(POSITION_ONLY)]
     if blind:
         msg = f"heads {blind} know positions only, and split='sections' measures nothing where they are asked. Leave them out."
         raise ValueError(msg)

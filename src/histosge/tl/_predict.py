@@ -32,7 +32,7 @@ from histosge._section import (
     is_measured,
     lay_targets,
     open_table,
-    read_bare,
+    read_image_only,
     read_section,
     read_targets,
     shapes_element,
@@ -238,7 +238,7 @@ def predict(
         if layer is not None:
             msg = f"layer={layer!r}, but no table of sdata annotates spots: nothing was measured. Leave layer= out."
             raise ValueError(msg)
-        section = read_bare(
+        section = read_image_only(
             sdata,
             image_key=image_key,
             coordinate_system=coordinate_system,
