@@ -260,7 +260,7 @@ def test_cleared_while_something_is_put(root, monkeypatch):
     cache = open_cache()
     shelf = cache.shelf(RECIPE)
     shelf.put(digest(0), values())
-    set_up, calls = _cache.Shelf._set_up, []
+    set_up, calls = _cache.CacheGroup._set_up, []
 
     def then_cleared(self):
         set_up(self)
@@ -269,7 +269,7 @@ def test_cleared_while_something_is_put(root, monkeypatch):
                 _cache._remove(folder)
         calls.append(1)
 
-    monkeypatch.setattr(_cache.Shelf, "_set_up", then_cleared)
+    monkeypatch.setattr(_cache.CacheGroup, "_set_up", then_cleared)
     shelf.put(digest(1), values(1))
     assert len(calls) == 2
     assert there(shelf, 2) == [1]
