@@ -103,10 +103,10 @@ def targets(
         pitch_um=pitch_um,
     )
     name = _keys.targets(key_added)
-    laid, places = lay_targets(section, key=name, upsample=upsample, bin_um=bin_um, tissue=tissue)
-    element = shapes_element(sdata, section, places, square=bin_um is not None)
+    targets = lay_targets(section, key=name, upsample=upsample, bin_um=bin_um, tissue=tissue)
+    element = shapes_element(section, targets)
     if not inplace:
         return element
     commit(sdata, shapes={name: element})
-    logger.info("added %d places to sdata.shapes[%r] (tissue: %s)", len(laid), name, laid.tissue)
+    logger.info("added %d places to sdata.shapes[%r] (tissue: %s)", len(targets), name, targets.tissue)
     return None

@@ -1,36 +1,25 @@
-"""How the places of a section are embedded: which encoder, at which scale, what is stacked; made once, used again."""
+"""How places are embedded: which encoder, at which scale, from tiles or from tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from time import time
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from histosge import _keys
-from histosge._embedding._embed import STACKS, embed
+from histosge._embedding._embed import STACKS
 from histosge._encoders import DEFAULT_ENCODER, lacks_tokens, load_encoder, with_tokens
-from histosge._geometry import Footprints, divide
-from histosge._section import Section, Targets, find_embedding
-from histosge._settings import logger
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
-    from spatialdata import SpatialData
+    from histosge._section import Section
 
-    from histosge._embedding._forecast import Forecast
 
 _COARSEST_PILM_MPP = 1.5
-_PARTS_PER_SPOT = 0.44
-"""Edge of a part over a spot's diameter: 24 µm of 55, a dozen parts; 16 µm was no better at twice the time."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How places were embedded: the same recipe makes comparable embeddings."""
+class EmbeddingConfig:
+    """How places are embedded. The same config makes comparable embeddings."""
 
     encoder: dict[str, Any]
     """The encoder's spec"""
@@ -51,14 +40,14 @@ class Recipe:
         return {"encoder": spec, "tile_um": float(self.tile_um), "stack": "+".join(self.stack), "dense": self.dense}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+    def from_dict(cls, values: dict[str, Any]) -> EmbeddingConfig:
         """Restore what :meth:`to_dict` gave."""
         return cls(values["encoder"], values["tile_um"], tuple(values["stack"].split("+")), values["dense"])
 
 
 def prepare(
     section: Section, encoder: Any, *, tile_um: float | None, stack: Sequence[str], dense: bool = False
-) -> tuple[Any, Recipe]:
+) -> tuple[Any, EmbeddingConfig]:
     """Load the encoder, if it is not loaded, and settle how places are embedded."""
     stack = (stack,) if isinstance(stack, str) else tuple(stack)
     if not stack or set(stack) - set(STACKS):
@@ -82,7 +71,7 @@ def prepare(
         msg = f"tile_um={tile_um!r}: encoder {spec.name!r} looks at several scales of its own. Leave tile_um out."
         raise ValueError(msg)
     _check_dense(loaded, dense=dense)
-    return loaded, Recipe(spec.to_dict(), float(tile_um or spec.tile_um), stack, dense)
+    return loaded, EmbeddingConfig(spec.to_dict(), float(tile_um or spec.tile_um), stack, dense)
 
 
 def _check_dense(encoder: Any, *, dense: bool) -> None:
@@ -95,9 +84,9 @@ def _check_dense(encoder: Any, *, dense: bool) -> None:
         raise ValueError(msg)
 
 
-def again(recipe: Recipe, encoder: Any) -> tuple[Any, float | None, tuple[str, ...]]:
+def encoder_of_model(config: EmbeddingConfig, encoder: Any) -> tuple[Any, float | None, tuple[str, ...]]:
     """Encoder, tile and stack that a fitted model needs."""
-    wanted = recipe.encoder
+    wanted = config.encoder
     name = getattr(getattr(encoder, "spec", None), "name", encoder)
     if name not in (wanted["name"], DEFAULT_ENCODER):
         msg = f"encoder={name!r}, but the model was trained on embeddings of {wanted['name']!r}. Leave encoder= out."
@@ -118,126 +107,10 @@ def again(recipe: Recipe, encoder: Any) -> tuple[Any, float | None, tuple[str, .
         )
         raise ValueError(msg)
     own_tile = wanted["mpp"] * wanted["tile_px"]
-    tile_um = None if abs(recipe.tile_um - own_tile) < 1e-6 else recipe.tile_um
-    return use, tile_um, recipe.stack
+    tile_um = None if abs(config.tile_um - own_tile) < 1e-6 else config.tile_um
+    return use, tile_um, config.stack
 
 
-def embed_targets(
-    sdata: SpatialData,
-    section: Section,
-    targets: Targets,
-    encoder: Any,
-    recipe: Recipe,
-    *,
-    device: Any,
-    batch_size: int,
-    progress: bool | None,
-    report: bool = True,
-    forecast: Forecast | None = None,
-) -> NDArray[np.float32]:
-    """Take embeddings that are there already, or make them; ``report`` logs it.
-
-    ``forecast`` is that of the run that these places are a part of; by default they are all of it.
-    """
-    if not isinstance(batch_size, int) or batch_size < 1:
-        msg = f"batch_size={batch_size!r}: pass a whole number of tiles above 0."
-        raise ValueError(msg)
-    name = encoder.spec.name
-    log = logger.info if report else logger.debug
-    if report:
-        warn_below_token(section, targets, recipe)
-    found = find_embedding(
-        sdata,
-        target_key=targets.key,
-        encoder=name,
-        instances=targets.instances,
-        xy_px=targets.xy_px,
-        provenance=provenance(section, recipe),
-    )
-    if found is not None:
-        log("using the embeddings of sdata.tables[%r]", _keys.embedding_table(targets.key, name))
-        if forecast is not None:
-            forecast.existing(len(targets))
-        return found
-    start = time()
-    log("embedding %d places with %s on %s", len(targets), name, device)
-    values = embed(
-        section.image,
-        targets.xy_px,
-        mpp=section.mpp,
-        encoder=encoder,
-        footprints=targets.footprints if recipe.dense else None,
-        tile_um=_tile_um(recipe, encoder),
-        stack=recipe.stack,
-        device=device,
-        batch_size=batch_size,
-        progress=progress,
-        report=report,
-        forecast=forecast,
-    )
-    log("    finished (%.0f s)", time() - start)
-    return values
-
-
-def warn_below_token(section: Section, targets: Targets, recipe: Recipe) -> None:
-    """Say so where places are smaller than what the encoder tells apart."""
-    token_um = recipe.token_um
-    if token_um is None or len(targets) == 0:
-        return
-    size_um = float(np.median(targets.footprints.size_px)) * section.mpp
-    if size_um < 0.99 * token_um:
-        logger.warning(
-            "%s of %.3g µm are smaller than the tokens of %r (%.3g µm): what is resolved is the token",
-            "bins" if targets.footprints.kind == "square" else "places",
-            size_um, recipe.encoder["name"], token_um,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SpotParts:
-    """What lies below the spots of a section."""
-
-    embedding: NDArray[np.float32]
-    """(p, d), of all parts of all spots"""
-    xy_px: NDArray[np.float64]
-    """(p, 2)"""
-    index: NDArray[np.int64]
-    """(n, k) rows of each spot's parts; filled up with any row where a spot has fewer"""
-    weight: NDArray[np.float32]
-    """(n, k) share of the spot in each part; rows sum to 1"""
-
-    def take(self, rows: NDArray[np.int64]) -> SpotParts:
-        """Return the parts of some of the spots."""
-        return SpotParts(self.embedding, self.xy_px, self.index[rows], self.weight[rows])
-
-
-def embed_parts(section: Section, encoder: Any, recipe: Recipe, *, device: Any, batch_size: int) -> SpotParts:
-    """Cut spots into a dozen parts each, and embed these."""
-    edge_um = max(_PARTS_PER_SPOT * section.spot_um, recipe.token_um or 0.0)
-    edge_px = edge_um / section.mpp
-    xy_px, index, weight = divide(section.footprints, edge_px=edge_px)
-    values = embed(
-        section.image,
-        xy_px,
-        mpp=section.mpp,
-        encoder=encoder,
-        footprints=Footprints.squares(xy_px, edge_px=edge_px),
-        tile_um=_tile_um(recipe, encoder),
-        stack=recipe.stack,
-        device=device,
-        batch_size=batch_size,
-        progress=False,
-    )
-    return SpotParts(values, xy_px, index, weight.astype(np.float32))
-
-
-def _tile_um(recipe: Recipe, encoder: Any) -> float | None:
+def _tile_um(config: EmbeddingConfig, encoder: Any) -> float | None:
     """The tile's edge where it is not the encoder's own."""
-    return None if abs(recipe.tile_um - encoder.spec.tile_um) < 1e-6 else recipe.tile_um
-
-
-def provenance(section: Section, recipe: Recipe) -> dict[str, Any]:
-    """What goes into ``uns``, where lists come back from disk as arrays: they are arrays from the start."""
-    made = recipe.to_dict()
-    made["encoder"] = {k: np.array(v) if isinstance(v, list) else v for k, v in made["encoder"].items()}
-    return {**made, "image": section.image_key, "mpp": float(section.mpp)}
+    return None if abs(config.tile_um - encoder.spec.tile_um) < 1e-6 else config.tile_um

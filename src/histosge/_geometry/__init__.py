@@ -16,9 +16,9 @@ from histosge._geometry._lattice import (
     similarity_scale,
 )
 from histosge._geometry._neighbours import nearest_spots
-from histosge._geometry._places import (
+from histosge._geometry._targets import (
     UPSAMPLE,
-    Places,
+    Targets,
     block_order,
     check_upsample,
     lay_around,
@@ -36,7 +36,7 @@ __all__ = [
     "Grid",
     "Lattice",
     "NotALattice",
-    "Places",
+    "Targets",
     "Technology",
     "block_order",
     "check_upsample",

@@ -10,12 +10,13 @@ from histosge._model._genes import MIN_SHARE, choose_genes
 from histosge._model._model import Model
 from histosge._model._predict import (
     PART_ROWS,
-    Answer,
-    Question,
+    Predictor,
     check_conservation,
     check_memory,
-    predict_table,
-    predict_to_store,
+    load_fitted,
+    open_store,
+    save_fitted,
+    write_parts,
 )
 
 __all__ = [
@@ -24,11 +25,10 @@ __all__ = [
     "PART_ROWS",
     "PROTOCOLS",
     "SPLITS",
-    "Answer",
     "Measured",
     "Model",
     "Plan",
-    "Question",
+    "Predictor",
     "Scores",
     "Trial",
     "ask",
@@ -40,11 +40,13 @@ __all__ = [
     "cross_fit",
     "evaluate",
     "fit_model",
-    "predict_table",
-    "predict_to_store",
+    "load_fitted",
+    "open_store",
+    "save_fitted",
     "score",
     "score_genes",
     "stack_sections",
     "summary",
     "trials",
+    "write_parts",
 ]

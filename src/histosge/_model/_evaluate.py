@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from histosge._embedding import Recipe
+    from histosge._embedding import EmbeddingConfig
     from histosge._model._model import Model
     from histosge._section import Section
     from histosge._statistics import Split
@@ -265,7 +265,7 @@ def evaluate(
     plan: Plan,
     *,
     heads: Sequence[str],
-    recipe: Recipe,
+    recipe: EmbeddingConfig,
     genes: int | Sequence[str] | str,
     n_folds: int,
     level: float | None,

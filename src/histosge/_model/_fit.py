@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from histosge._embedding import Recipe, SpotParts
+    from histosge._embedding import EmbeddingConfig, SpotParts
     from histosge._section import Section
 
 _FITTED = ("mean", "weights")
@@ -37,7 +37,7 @@ def fit_model(
     sections: Sequence[Section],
     embeddings: Sequence[NDArray[np.float32]],
     *,
-    recipe: Recipe,
+    recipe: EmbeddingConfig,
     head: str,
     genes: int | Sequence[str] | str,
     n_folds: int,

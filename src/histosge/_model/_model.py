@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from histosge._embedding import Recipe
+from histosge._embedding import EmbeddingConfig
 from histosge._heads import POSITION_ONLY, LowRank, Places, Spots, get_head, parts_of, workers
 from histosge._model._context import FAR_UM, spots_of
 from histosge._statistics import PredictionIntervals
@@ -86,7 +86,7 @@ class Model:
     heads: list[tuple[float, Head]]
     scores: pd.DataFrame
     held_out: dict[str, dict[str, float]]
-    recipe: Recipe
+    recipe: EmbeddingConfig
     spots: Spots
     bars: PredictionIntervals | None = None
     info: dict[str, Any] = field(default_factory=dict)
@@ -313,7 +313,7 @@ class Model:
             heads,
             scores,
             config["held_out"],
-            Recipe.from_dict(config["recipe"]),
+            EmbeddingConfig.from_dict(config["recipe"]),
             Spots(tensors["spots.embedding"], tensors["spots.expression"], tensors["spots.xy_um"], config["pitch_um"]),
             PredictionIntervals.from_arrays(bars) if bars else None,
             config["info"],

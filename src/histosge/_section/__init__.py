@@ -16,22 +16,17 @@ from histosge._section._counts import feature_kinds, log_left_out, match_rows, n
 from histosge._section._declared import check_single_section, library_of, read_declared, scale_factors
 from histosge._section._image import lazy_image
 from histosge._section._rows import open_table
-from histosge._section._section import MIN_SPOTS, NEARLY_EMPTY, Section, column, read_section, section_counts
+from histosge._section._section import MIN_SPOTS, NEARLY_EMPTY, Section, column, read_section
 from histosge._section._store import TableStore
+from histosge._section._targets import lay_targets, own_spots, read_targets, smaller_than_spot, to_image
 from histosge._section._values import UNIT, UNIT_AS_GIVEN, per_target_sum, sample
 from histosge._section._write import (
-    Targets,
     commit,
     embedding_table,
     find_embedding,
-    lay_targets,
     make_table,
-    own_spots,
     predicted_table,
-    read_targets,
     shapes_element,
-    smaller_than_spot,
-    to_image,
 )
 
 __all__ = [
@@ -43,7 +38,6 @@ __all__ = [
     "UPRIGHT",
     "Section",
     "TableStore",
-    "Targets",
     "affine",
     "centroids",
     "check_image",
@@ -75,7 +69,6 @@ __all__ = [
     "read_targets",
     "sample",
     "scale_factors",
-    "section_counts",
     "select",
     "shapes_element",
     "smaller_than_spot",

@@ -9,12 +9,14 @@ import pandas as pd
 from scipy import sparse
 
 from histosge._section._image import find_image, lazy_image
-from histosge._section._section import Section, _check_scale, _regions, ours
+from histosge._section._section import Section, _check_scale, _regions, ours, written_by_us
 from histosge._section._values import Values
 from histosge._settings import logger
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
+
+_XY = ("x", "y")
 
 
 def is_measured(sdata: SpatialData) -> bool:
@@ -32,7 +34,7 @@ def read_image_only(
     spot_um: float,
 ) -> Section:
     """Read the image of a section without spots; pitch and size of a spot are those that a model learnt from."""
-    from spatialdata.transformations import get_transformation
+    from spatialdata.transformations import Affine, get_transformation
 
     _check_scale("mpp", mpp)
     _check_scale("pitch_um", pitch_um)
@@ -43,7 +45,8 @@ def read_image_only(
             "from the pitch of spots. Pass mpp=, as the scanner states it (about 0.25 at 40x, 0.5 at 20x)."
         )
         raise ValueError(msg)
-    systems = sorted(get_transformation(sdata.images[image_key], get_all=True))
+    of_image = get_transformation(sdata.images[image_key], get_all=True)
+    systems = sorted(of_image)
     if coordinate_system is not None and coordinate_system not in systems:
         msg = f"coordinate_system={coordinate_system!r} does not hold the image {image_key!r}. Choose one of {systems}."
         raise ValueError(msg)
@@ -66,6 +69,9 @@ def read_image_only(
         lattice=None,
         technology="not measured",
         mpp_source="given",
+        # pixels of the image; shapes have no channels
+        transformations={k: Affine(t.to_affine_matrix(_XY, _XY), _XY, _XY) for k, t in of_image.items()},
+        written=written_by_us(sdata),
     )
     logger.info("image %r: no measured spots, %.4g µm per pixel (given)", image_key, mpp)
     return section

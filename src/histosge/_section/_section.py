@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import shapely
+from scipy import sparse
 
 from histosge import _keys
 from histosge._geometry import Footprints
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from geopandas import GeoDataFrame
     from numpy.typing import NDArray
-    from scipy import sparse
     from spatialdata import SpatialData
 
     from histosge._geometry import Lattice
@@ -72,6 +72,14 @@ class Section:
     """Spots without counts or outside the tissue, by the table's own word"""
     others: pd.Series = field(default_factory=lambda: pd.Series(dtype=object))
     """Kind, by name, of features of the table that are no gene expression"""
+    rows: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """(n,) rows of the spots in the table"""
+    counts: sparse.csr_matrix | None = None
+    """(n, genes) raw counts, with the indices of :attr:`expression`; ``None`` where the table holds no whole numbers"""
+    transformations: dict[str, Any] = field(default_factory=dict)
+    """From the spots' own coordinates (those of the image, where there are none) to each coordinate system"""
+    written: dict[str, AnnData] = field(default_factory=dict)
+    """Tables that histosge wrote into ``sdata`` earlier, by name: embeddings in them are reused"""
 
     @property
     def xy_um(self) -> NDArray[np.float64]:
@@ -108,6 +116,8 @@ class Section:
             instances=self.instances[rows],
             xy_px=self.xy_px[rows],
             expression=self.expression[rows],
+            counts=None if self.counts is None else self.counts[rows],
+            rows=self.rows[rows],
             lattice=lattice,
         )
 
@@ -130,6 +140,8 @@ def read_section(
     report: bool = True,
 ) -> Section:
     """Read image, spots and counts, and find the physical scale; ``report`` logs what was found."""
+    from spatialdata.transformations import get_transformation
+
     _check_scale("mpp", mpp)
     _check_scale("pitch_um", pitch_um)
     image_key = find_image(sdata, image_key)
@@ -196,6 +208,7 @@ def read_section(
         mpp=mpp,
         pitch_um=pitch_um,
     )
+    expression = values.expression(counts)
     section = Section(
         image=image,
         image_key=image_key,
@@ -206,7 +219,7 @@ def read_section(
         to_image=to_image,
         instances=instances,
         xy_px=xy_px,
-        expression=values.expression(counts),
+        expression=expression,
         genes=layer_read.genes,
         values=values,
         mpp=scale.mpp,
@@ -217,6 +230,10 @@ def read_section(
         mpp_source=scale.source,
         n_left_out=left_out,
         others=layer_read.others,
+        rows=rows,
+        counts=_whole_counts(counts, expression),
+        transformations=dict(get_transformation(sdata.shapes[spots_key], get_all=True)),
+        written=written_by_us(sdata),
     )
     if not section.genes.is_unique:
         twice = list(section.genes[section.genes.duplicated()][:3])
@@ -230,29 +247,36 @@ def read_section(
     return section
 
 
-def section_counts(sdata: SpatialData, section: Section, *, layer: str | None = None) -> sparse.csr_matrix | None:
-    """Counts of the section's spots and genes, (n, genes); ``None`` where the table holds no whole numbers of them."""
-    table = sdata.tables[section.table_key]
-    rows, instances, _ = match_rows(table, sdata.shapes[section.spots_key], section.spots_key, section.table_key)
-    _, counts, _ = read_layer(table, layer, rows, section.table_key)
-    whole = bool(np.all(counts.data == np.rint(counts.data)))
-    return counts[instances.get_indexer(section.instances)] if whole else None
-
-
 def column(sdata: SpatialData, section: Section, name: str) -> NDArray[Any]:
     """Column of ``obs`` of the measured table, one value for each spot of the section, (n,)."""
     table = sdata.tables[section.table_key]
     if name not in table.obs:
         msg = f"labels={name!r} is not a column of sdata.tables[{section.table_key!r}].obs: {list(table.obs.columns)}."
         raise KeyError(msg)
-    rows, instances, _ = match_rows(table, sdata.shapes[section.spots_key], section.spots_key, section.table_key)
-    return table.obs[name].to_numpy()[rows][instances.get_indexer(section.instances)]
+    return table.obs[name].to_numpy()[section.rows]
 
 
 def _check_scale(argument: str, value: float | None) -> None:
     if value is not None and not (np.isfinite(value) and 0.01 <= value <= 10_000):
         msg = f"{argument}={value!r} is not a length in µm. Pass a positive number, or None to take it from the spots."
         raise ValueError(msg)
+
+
+def _whole_counts(counts: sparse.csr_matrix, expression: sparse.csr_matrix) -> sparse.csr_matrix | None:
+    """Counts as float32; ``None`` where not all are whole. They share the indices of the expression made of them."""
+    if not np.all(counts.data == np.rint(counts.data)):
+        return None
+    counts = counts.astype(np.float32)
+    counts.sort_indices()
+    expression.sort_indices()
+    same = np.array_equal(counts.indptr, expression.indptr) and np.array_equal(counts.indices, expression.indices)
+    parts = (expression.indices, expression.indptr) if same else (counts.indices, counts.indptr)
+    return sparse.csr_matrix((counts.data, *parts), shape=counts.shape)
+
+
+def written_by_us(sdata: SpatialData) -> dict[str, AnnData]:
+    """Tables that histosge wrote, by name."""
+    return {name: table for name, table in sdata.tables.items() if ours(table)}
 
 
 def ours(table: AnnData) -> bool:

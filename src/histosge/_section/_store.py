@@ -94,6 +94,12 @@ class TableStore:
         return -(-self.n_rows // self.part_rows)
 
     @property
+    def n_rows_left(self) -> int:
+        """Rows of the parts that are not on disk."""
+        left = [self.rows(part) for part in range(self.n_parts) if part not in self.done]
+        return sum(rows.stop - rows.start for rows in left)
+
+    @property
     def folder(self) -> Path:
         """A folder for what the run must find again; it goes when the store is finished."""
         return self._partial / _WORK

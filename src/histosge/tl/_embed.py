@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from histosge import _keys
-from histosge._embedding import embed_targets, prepare, provenance, resolve_device
+from histosge._embedding import Embedder
 from histosge._encoders import DEFAULT_ENCODER
 from histosge._section import commit, embedding_table, own_spots, read_section, read_targets
 from histosge._settings import logger
@@ -117,18 +117,25 @@ def embed(
         mpp=mpp,
         pitch_um=pitch_um,
     )
-    encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack, dense=dense)
+    embedder = Embedder.open(
+        section,
+        encoder,
+        tile_um=tile_um,
+        stack=stack,
+        dense=dense,
+        device=device,
+        batch_size=batch_size,
+        progress=progress,
+    )
     if target_key is None:
         target_key = section.spots_key
     targets = own_spots(section) if target_key == section.spots_key else read_targets(sdata, section, target_key)
-    where = resolve_device(device)
-    values = embed_targets(
-        sdata, section, targets, encoder, recipe, device=where, batch_size=batch_size, progress=progress
-    )
-    table = embedding_table(targets, encoder=encoder.spec.name, values=values, provenance=provenance(section, recipe))
+    values = embedder.embed(targets)
+    used = embedder.encoder.spec.name
+    table = embedding_table(targets, encoder=used, values=values, provenance=embedder.provenance)
     if not inplace:
         return table
-    name = _keys.embedding_table(target_key, encoder.spec.name)
+    name = _keys.embedding_table(target_key, used)
     commit(sdata, tables={name: table})
     logger.info("added %d embeddings x %d to sdata.tables[%r]", *values.shape, name)
     return None

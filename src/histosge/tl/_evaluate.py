@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from histosge._embedding import Forecast, embed_parts, embed_targets, prepare, resolve_device
+from histosge._embedding import Embedder, Forecast, resolve_device
 from histosge._encoders import DEFAULT_ENCODER
 from histosge._heads import POSITION_ONLY, default_head, divides
 from histosge._model import PROTOCOLS, SPLITS, Measured, Plan, check_arguments, trials
 from histosge._model import evaluate as hold_out
-from histosge._section import check_orientation, column, own_spots, read_section, section_counts
+from histosge._section import check_orientation, column, read_section
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def evaluate(
             name,
             section,
             np.empty((len(section.xy_px), 0), np.float32),
-            section_counts(one, section, layer=layer),
+            section.counts,
             None if labels is None else column(one, section, labels),
         )
         for one, section, name in zip(several, sections, names, strict=True)
@@ -222,14 +222,14 @@ def evaluate(
     for _ in trials(measured, plan, rng=copy.deepcopy(rng)):
         pass  # what cannot be held out is refused before an hour of embedding
     forecast = Forecast(sum(len(section.xy_px) for section in sections))
-    run: dict[str, Any] = {"device": where, "batch_size": batch_size, "progress": progress, "forecast": forecast}
-    for i, (one, section) in enumerate(zip(several, sections, strict=True)):
+    how: dict[str, Any] = {"tile_um": tile_um, "stack": stack, "dense": dense}
+    run: dict[str, Any] = {"device": device, "batch_size": batch_size, "progress": progress}
+    for i, section in enumerate(sections):
         check_orientation(section)
-        encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack, dense=dense)
-        values = embed_targets(one, section, own_spots(section), encoder, recipe, **run)
-        parts = None
-        if dense and any(divides(head) for head in heads):
-            parts = embed_parts(section, encoder, recipe, device=where, batch_size=batch_size)
+        embedder = Embedder.open(section, encoder, **how, **run)
+        encoder = embedder.encoder  # loaded once for all sections
+        values = embedder.embed_spots(forecast=forecast)
+        parts = embedder.embed_parts() if dense and any(divides(head) for head in heads) else None
         measured[i] = replace(measured[i], embedding=values, parts=parts)
     if protocol == "published":
         logger.warning(
@@ -240,7 +240,7 @@ def evaluate(
         measured,
         plan,
         heads=heads,
-        recipe=recipe,
+        recipe=embedder.config,
         genes=genes,
         n_folds=n_folds,
         level=level,

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from histosge._embedding import Forecast, embed_parts, embed_targets, prepare, resolve_device
+from histosge._embedding import Embedder, Forecast, resolve_device
 from histosge._encoders import DEFAULT_ENCODER
 from histosge._heads import default_head, divides
 from histosge._model import check_arguments, fit_model
-from histosge._section import check_orientation, own_spots, read_section
+from histosge._section import check_orientation, read_section
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -145,18 +145,19 @@ def fit(
     check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, level=level, head_options=head_options)
     values, parts = [], []
     forecast = Forecast(sum(len(section.xy_px) for section in sections))
-    run: dict[str, Any] = {"device": where, "batch_size": batch_size, "progress": progress, "forecast": forecast}
-    for one, section in zip(several, sections, strict=True):
+    how: dict[str, Any] = {"tile_um": tile_um, "stack": stack, "dense": dense}
+    run: dict[str, Any] = {"device": device, "batch_size": batch_size, "progress": progress}
+    for section in sections:
         check_orientation(section)
-        encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack, dense=dense)
-        spots = own_spots(section)
-        values.append(embed_targets(one, section, spots, encoder, recipe, **run))
+        embedder = Embedder.open(section, encoder, **how, **run)
+        encoder = embedder.encoder  # loaded once for all sections
+        values.append(embedder.embed_spots(forecast=forecast))
         if dense and divides(head):
-            parts.append(embed_parts(section, encoder, recipe, device=where, batch_size=batch_size))
+            parts.append(embedder.embed_parts())
     return fit_model(
         sections,
         values,
-        recipe=recipe,
+        recipe=embedder.config,
         parts=parts or None,
         head=head,
         genes=genes,

@@ -11,23 +11,21 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from histosge import _keys
-from histosge._embedding import again, embed_parts, prepare, resolve_device
-from histosge._embedding import provenance as recipe_provenance
+from histosge._embedding import Embedder, Forecast
 from histosge._encoders import DEFAULT_ENCODER
 from histosge._heads import default_head, divides
 from histosge._model import (
-    Answer,
-    Question,
+    Predictor,
     check_arguments,
     check_conservation,
     check_memory,
     fit_model,
-    predict_table,
-    predict_to_store,
+    load_fitted,
+    open_store,
+    save_fitted,
+    write_parts,
 )
 from histosge._section import (
-    Section,
-    Targets,
     commit,
     is_measured,
     lay_targets,
@@ -48,7 +46,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from spatialdata import SpatialData
 
+    from histosge._geometry import Targets
     from histosge._model import Model
+    from histosge._section import Section
 
 
 def predict(
@@ -246,16 +246,7 @@ def predict(
             pitch_um=model.info["pitch_um"] if pitch_um is None else pitch_um,
             spot_um=model.info["spot_um"],
         )
-        logger.warning(
-            "predicting from the image alone: scores are those of the sections that the model learnt from. How it does on "
-            "others: sge.tl.evaluate([...], split='sections')"
-        )
-        if model.bars is not None:
-            logger.warning(
-                "no error bars: nothing was measured on this section to calibrate them on, and those of the model would be too "
-                "narrow (on the section of another patient, bars of 90 %% held about 41 %% of the measurements)"
-            )
-            model = replace(model, bars=None)
+        model = _for_image_only(model)
     else:
         section = read_section(
             sdata,
@@ -274,71 +265,98 @@ def predict(
                     "error bars are those of the model, calibrated on the %d spots that it learnt from",
                     model.info["n_spots"],
                 )
-    where = resolve_device(device)
-
-    shapes, places = {}, None
     if target_key is None:
-        target_key = _keys.targets(key_added)
-        targets, places = lay_targets(section, key=target_key, upsample=upsample, bin_um=bin_um, tissue=tissue)
+        name = _keys.targets(key_added)
+        targets = lay_targets(section, key=name, upsample=upsample, bin_um=bin_um, tissue=tissue)
     else:
         targets = read_targets(sdata, section, target_key, on_invalid=on_invalid)
+    run: dict[str, Any] = {"device": device, "batch_size": batch_size, "progress": progress}
     learn: dict[str, Any] = {}
     if model is not None:
-        encoder, tile_um, stack = again(model.recipe, encoder)
-        n_genes = len(model.genes)
         if dense not in (None, model.recipe.dense):
             msg = f"dense={dense!r}, but the model was trained with dense={model.recipe.dense!r}. Leave dense= out."
             raise ValueError(msg)
-        dense = model.recipe.dense
+        embedder = Embedder.of_model(section, model.recipe, encoder, **run)
+        n_genes = len(model.genes)
     else:
         if dense is None:
             dense = bin_um is not None or smaller_than_spot(section, targets)
         head = default_head(dense=dense) if head is None else head
         learn = {"head": head, "genes": genes, "n_folds": n_folds, "level": level, "head_options": head_options}
         names = check_arguments(sections=[section], **learn)
+        embedder = Embedder.open(section, encoder, tile_um=tile_um, stack=stack, dense=dense, **run)
         n_genes = len(names) if isinstance(genes, str) else len(genes) if isinstance(genes, Collection) else int(genes)
-    encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack, dense=dense)
-    question = Question(
-        sdata, section, targets, places, bin_um is not None, encoder, recipe, where, batch_size, progress,
-        fitted=model is not None,
-    )  # fmt: skip
     if conserve:
-        check_conservation(question, layer=layer)
+        check_conservation(section, targets)
+    shapes = {targets.key: shapes_element(section, targets)} if targets.laid and store is None else {}
     if store is None:
         n_layers = 3 * (level is not None if model is None else model.bars is not None) + conserve
         check_memory(len(targets), min(n_genes, len(section.genes)), n_layers=n_layers)
-        if places is not None:
-            shapes[target_key] = shapes_element(sdata, section, places, square=bin_um is not None)
         if inplace:
-            commit(sdata, shapes=shapes, tables={key_added: None}, dry_run=True)  # say it before the work, not after
+            commit(sdata, shapes=shapes, tables={key_added: None}, dry_run=True)  # report it before the work, not after
 
-    def fit(at_spots: NDArray[np.float32]) -> Model:
-        if model is not None:
-            return model
-        parts = None
-        if recipe.dense and divides(learn["head"]):
-            parts = [embed_parts(section, encoder, recipe, device=where, batch_size=batch_size)]
-        rest: dict[str, Any] = {"recipe": recipe, "device": where, "progress": progress, "parts": parts}
-        return fit_model([section], [at_spots], rng=generator, **learn, **rest)
-
-    def provenance(fitted: Model) -> dict[str, Any]:
-        return _provenance(section, targets, fitted, seed, layer)
-
-    answer = Answer(fit, provenance, conserve, layer)
+    settled = learn | {"seed": seed} if model is None else {"model": model.fingerprint()}
+    parts = None
     if store is not None:
-        made = learn | {"seed": seed} if model is None else {"model": model.fingerprint()}
-        path = predict_to_store(question, answer, store, name=key_added, arguments=made | {"conserve": conserve})
+        parts = open_store(store, embedder, targets, name=key_added, settings=settled | {"conserve": conserve})
+    forecast = Forecast(0 if parts is None else parts.n_rows_left, alternative=model is None)
+    fitted = None if parts is None else load_fitted(parts)
+    if fitted is not None:
+        logger.info("using the model that was fitted before the interruption")
+        at_targets, (at_spots, model) = None, fitted
+    else:
+        at_targets, at_spots = embedder.embed_both(None if parts is not None else targets, forecast=forecast)
+        if model is None:
+            model = _fit(embedder, at_spots, rng=generator, **learn)
+        if parts is not None:
+            at_spots, model = save_fitted(parts, at_spots, model)
+    predictor = Predictor.of(
+        model, embedder, targets, at_spots, conserve=conserve,
+        provenance=_provenance(embedder, targets, model, seed=seed, layer=layer),
+    )  # fmt: skip
+    if parts is not None:
+        own_shapes = None if targets.laid else sdata.shapes[targets.key].loc[targets.instances]
+        path = write_parts(predictor, parts, name=key_added, forecast=forecast, own_shapes=own_shapes)
         logger.info("wrote %d places to %s, table %r, %.0f s", len(targets), path, key_added, time() - start)
         return None if inplace else open_table(path, key_added)
-    table, fitted = predict_table(question, answer)
+    table = predictor.table(at_targets=at_targets)
     if not inplace:
         return table
     commit(sdata, shapes=shapes, tables={key_added: table})
     logger.info(
         "added %d places x %d genes to sdata.tables[%r] (%d genes predictable), %.0f s",
-        *table.shape, key_added, int(fitted.scores["predictable"].sum()), time() - start,
+        *table.shape, key_added, int(model.scores["predictable"].sum()), time() - start,
     )  # fmt: skip
     return None
+
+
+def _for_image_only(model: Model) -> Model:
+    """Warn of what a model cannot know of a section without spots, and return it without error bars."""
+    logger.warning(
+        "predicting from the image alone: scores are those of the sections that the model learnt from. How it does on "
+        "others: sge.tl.evaluate([...], split='sections')"
+    )
+    if model.bars is not None:
+        logger.warning(
+            "no error bars: nothing was measured on this section to calibrate them on, and those of the model would be too "
+            "narrow (on the section of another patient, bars of 90 %% held about 41 %% of the measurements)"
+        )
+    return replace(model, bars=None)
+
+
+def _fit(embedder: Embedder, at_spots: NDArray[np.float32], *, head: str, **learn: Any) -> Model:
+    """Fit the head on the spots of the section, with what lies below them where it learns from that."""
+    parts = [embedder.embed_parts()] if embedder.config.dense and divides(head) else None
+    return fit_model(
+        [embedder.section],
+        [at_spots],
+        recipe=embedder.config,
+        head=head,
+        parts=parts,
+        device=embedder.device,
+        progress=embedder.progress,
+        **learn,
+    )
 
 
 def _check_unit(model: Model, section: Section) -> None:
@@ -352,9 +370,12 @@ def _check_unit(model: Model, section: Section) -> None:
         raise ValueError(msg)
 
 
-def _provenance(section: Section, targets: Targets, model: Model, seed: int | str, layer: str | None) -> dict[str, Any]:
+def _provenance(
+    embedder: Embedder, targets: Targets, model: Model, *, seed: int | str, layer: str | None
+) -> dict[str, Any]:
+    section = embedder.section
     return {
-        **recipe_provenance(section, model.recipe),
+        **embedder.provenance,
         "head": model.head,
         "held_out": cast("dict[str, Any]", model.held_out),
         **({} if model.bars is None else {"level": model.bars.level}),

@@ -1,61 +1,90 @@
-"""Lattice, pitch, physical scale, places to predict: all of it numpy and scipy, in image pixels and µm.
+"""Targets: the places that are predicted at, laid on a lattice, as bins, or read from shapes.
 
 Positions are (x, y) in pixels of the image's finest scale, where pixel ``i`` covers ``[i, i + 1)``.
-Vectors of a lattice are rows: a place is ``origin + index @ basis``.
+Vectors of a lattice are rows: a target lies at ``origin + index @ basis``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from histosge._geometry._areas import _EDGE
-from histosge._geometry._footprints import _count
+from histosge._geometry._footprints import Footprints, _count
 from histosge._geometry._lattice import _STEPS, Lattice
 
-Floats = NDArray[np.float64]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+    from histosge._geometry._lattice import Floats, Ints
+
 UPSAMPLE = (2, 4, 8, 16)
-"""Allowed numbers of places per measured spot."""
-
+"""Allowed numbers of targets per measured spot."""
 
 # circumradius of a spot's Voronoi cell over pitch
 _REACH = {"hexagonal": 1 / np.sqrt(3), "square": 1 / np.sqrt(2)}
 
 
 @dataclass(frozen=True)
-class Places:
-    """Places to predict at."""
+class Targets:
+    """Places to predict at, and the rows of the shapes element that they are."""
 
-    xy_px: Floats
-    """(n, 2)"""
-    array_row: Ints
-    array_col: Ints
-    size_px: float
-    """Distance of neighbouring places: diameter to draw a circle with, or edge of a square bin."""
-    spot: Ints
-    """(n,) row of the measured spot that stands at this place, -1 where there is none."""
+    footprints: Footprints
+    """(n,) areas of the image that the targets stand for"""
+    spot_index: Ints
+    """(n,) row of the measured spot at this very place, -1 where there is none"""
+    instances: NDArray[Any]
+    """(n,) names in the shapes element"""
+    array_row: Ints | None = None
+    array_col: Ints | None = None
+    """(n,) place in the lattice or grid of bins, if the targets form one"""
+    step_px: float | None = None
+    """Distance of neighbouring targets that were laid: diameter of the circle to draw, or edge of a square bin"""
+    in_tissue: NDArray[np.bool_] | None = None
+    """(n,) whether they lie on tissue; ``None`` where all do"""
+    key: str = ""
+    """Name of the shapes element"""
+    tissue: str = ""
+    """How tissue was found"""
 
     def __len__(self) -> int:
-        return len(self.xy_px)
+        return len(self.spot_index)
 
-    def keep(self, rows: NDArray[np.bool_] | Ints) -> Places:
-        """Return some of the places: where a mask is true, or by number."""
-        return Places(self.xy_px[rows], self.array_row[rows], self.array_col[rows], self.size_px, self.spot[rows])
+    @property
+    def xy_px(self) -> Floats:
+        """(n, 2) centres."""
+        return self.footprints.xy_px
+
+    @property
+    def laid(self) -> bool:
+        """Whether histosge laid them, and they are no shapes of the user's."""
+        return self.step_px is not None
+
+    @property
+    def are_bins(self) -> bool:
+        """Whether they are square bins along the axes of the image."""
+        return self.footprints.kind == "square"
+
+    def take(self, rows: NDArray[np.bool_] | Ints) -> Targets:
+        """Return some of the targets: where a mask is true, or by number."""
+        some: dict[str, Any] = {
+            name: None if (values := getattr(self, name)) is None else values[rows]
+            for name in ("spot_index", "instances", "array_row", "array_col", "in_tissue")
+        }
+        return replace(self, footprints=self.footprints.take(rows), **some)
 
 
 def check_upsample(upsample: int) -> None:
-    """Refuse a number of places for which there is no lattice."""
+    """Refuse a number of targets for which there is no lattice."""
     if upsample not in UPSAMPLE:
-        msg = f"upsample={upsample!r}: choose one of {UPSAMPLE} (places per measured spot; the paper's is 4)."
+        msg = f"upsample={upsample!r}: choose one of {UPSAMPLE} (targets per measured spot; the paper's is 4)."
         raise ValueError(msg)
 
 
-def refine(lattice: Lattice, xy_px: Floats, *, upsample: int) -> Places:
+def refine(lattice: Lattice, xy_px: Floats, *, upsample: int, diameter_px: float | None = None) -> Targets:
     """Lay ``upsample`` places for every spot on a finer lattice that contains the spots' own places.
 
     4 and 16 halve the step in both directions once and twice; 2 and 8 add one more family of places: the
@@ -72,6 +101,8 @@ def refine(lattice: Lattice, xy_px: Floats, *, upsample: int) -> Places:
         (n_spots, 2), the spots themselves.
     upsample
         2, 4, 8 or 16.
+    diameter_px
+        Diameter of the disc that a target stands for. ``None`` takes the step of the lattice.
     """
     check_upsample(upsample)
     halvings, odd = divmod(int(np.log2(upsample)), 2)
@@ -104,7 +135,7 @@ def refine(lattice: Lattice, xy_px: Floats, *, upsample: int) -> Places:
     spot[own] = np.arange(len(xy_px))
     unique = unique - unique.min(axis=0)
     size = float(np.hypot(fine_basis[:, 0], fine_basis[:, 1]).min())
-    return Places(xy, unique[:, 1], unique[:, 0], size, spot)
+    return _laid(_discs(xy, diameter_px, size), unique[:, 1], unique[:, 0], step_px=size, spot_index=spot)
 
 
 def _fill_single_holes(lattice: Lattice, xy_px: Floats) -> tuple[Ints, Floats]:
@@ -121,7 +152,7 @@ def _fill_single_holes(lattice: Lattice, xy_px: Floats) -> tuple[Ints, Floats]:
     return np.vstack([lattice.index, unique[hole]]), np.vstack([xy_px, place[hole]])
 
 
-def square_bins(xy_px: Floats, *, bin_px: float, margin_px: float) -> Places:
+def square_bins(xy_px: Floats, *, bin_px: float, margin_px: float) -> Targets:
     """Lay square bins along the image's axes over all that lies within ``margin_px`` of a spot."""
     low = np.floor((xy_px.min(axis=0) - margin_px) / bin_px).astype(np.int64)
     high = np.ceil((xy_px.max(axis=0) + margin_px) / bin_px).astype(np.int64)
@@ -130,27 +161,28 @@ def square_bins(xy_px: Floats, *, bin_px: float, margin_px: float) -> Places:
     far, _ = cKDTree(xy_px).query(centre, distance_upper_bound=margin_px)
     near = np.isfinite(far)
     row, col = row.ravel()[near], col.ravel()[near]
-    return Places(
-        centre[near],
+    return _laid(
+        Footprints.squares(centre[near], edge_px=bin_px),
         (row - low[1]).astype(np.int64),
         (col - low[0]).astype(np.int64),
-        float(bin_px),
-        np.full(int(near.sum()), -1, dtype=np.int64),
+        step_px=float(bin_px),
     )
 
 
-def lay_over(width_px: float, height_px: float, *, step_px: float, hexagonal: bool) -> Places:
+def lay_over(
+    width_px: float, height_px: float, *, step_px: float, hexagonal: bool, diameter_px: float | None = None
+) -> Targets:
     """Lay places over a whole image: square bins side by side, or a hexagonal lattice, its columns in half steps."""
     row_px = step_px * (np.sqrt(0.75) if hexagonal else 1.0)
     row, col = (a.ravel() for a in np.indices((int(height_px // row_px), int(width_px // step_px))))
     shift = 0.5 * (row % 2) if hexagonal else 0.0
     centre = np.column_stack([(col + 0.5 + shift) * step_px, (row + 0.5) * row_px])
     col = 2 * col + row % 2 if hexagonal else col
-    nothing = np.full(len(row), -1, dtype=np.int64)
-    return Places(centre, row.astype(np.int64), col.astype(np.int64), float(step_px), nothing)
+    areas = _discs(centre, diameter_px, step_px) if hexagonal else Footprints.squares(centre, edge_px=step_px)
+    return _laid(areas, row.astype(np.int64), col.astype(np.int64), step_px=float(step_px))
 
 
-def lay_around(xy_px: Floats, *, pitch_px: float, upsample: int) -> Places:
+def lay_around(xy_px: Floats, *, pitch_px: float, upsample: int, diameter_px: float | None = None) -> Targets:
     """Lay a hexagonal lattice around spots that lie on none, with about ``upsample`` places for a spot.
 
     ``pitch_px`` is the usual distance of neighbouring spots; places farther than it from any spot are left out.
@@ -166,8 +198,18 @@ def lay_around(xy_px: Floats, *, pitch_px: float, upsample: int) -> Places:
     place = origin + index @ basis
     near = np.isfinite(cKDTree(xy_px).query(place, distance_upper_bound=pitch_px)[0])
     index = index[near] - index[near].min(axis=0)
-    nothing = np.full(len(index), -1, dtype=np.int64)
-    return Places(place[near], index[:, 1], index[:, 0], float(step_px), nothing)
+    return _laid(_discs(place[near], diameter_px, step_px), index[:, 1], index[:, 0], step_px=float(step_px))
+
+
+def _discs(xy_px: Floats, diameter_px: float | None, step_px: float) -> Footprints:
+    return Footprints.discs(xy_px, diameter_px=step_px if diameter_px is None else diameter_px)
+
+
+def _laid(areas: Footprints, row: Ints, col: Ints, *, step_px: float, spot_index: Ints | None = None) -> Targets:
+    """Targets of a lattice or of a grid of bins, numbered from 0; no spot stands at any of them by default."""
+    n = len(areas)
+    at_none = np.full(n, -1, dtype=np.int64)
+    return Targets(areas, at_none if spot_index is None else spot_index, np.arange(n), row, col, step_px)
 
 
 def block_order(xy_px: Floats, *, block_px: float, origin_px: tuple[float, float] | None = None) -> Ints:

@@ -1,0 +1,212 @@
+"""Embed places of one section, always in the same way; reuse embeddings that exist."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import time
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from histosge import _keys
+from histosge._embedding._config import EmbeddingConfig, _tile_um, encoder_of_model, prepare
+from histosge._embedding._device import resolve_device
+from histosge._embedding._embed import block_edge_px, embed
+from histosge._embedding._forecast import Forecast
+from histosge._geometry import Footprints, Targets, divide
+from histosge._section import Section, find_embedding, own_spots
+from histosge._settings import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from numpy.typing import NDArray
+
+_PARTS_PER_SPOT = 0.44
+"""Edge of a part over a spot's diameter: 24 µm of 55, a dozen parts; 16 µm was no better at twice the time."""
+
+
+@dataclass(frozen=True)
+class SpotParts:
+    """What lies below the spots of a section."""
+
+    embedding: NDArray[np.float32]
+    """(p, d), of all parts of all spots"""
+    xy_px: NDArray[np.float64]
+    """(p, 2)"""
+    index: NDArray[np.int64]
+    """(n, k) rows of each spot's parts; filled up with any row where a spot has fewer"""
+    weight: NDArray[np.float32]
+    """(n, k) share of the spot in each part; rows sum to 1"""
+
+    def take(self, rows: NDArray[np.int64]) -> SpotParts:
+        """Return the parts of some of the spots."""
+        return SpotParts(self.embedding, self.xy_px, self.index[rows], self.weight[rows])
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """Embeds places of one section with one encoder and one config."""
+
+    section: Section
+    encoder: Any
+    """As :func:`histosge.load_encoder` returns it"""
+    config: EmbeddingConfig
+    device: torch.device
+    batch_size: int = 64
+    """Tiles per forward pass"""
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+            msg = f"batch_size={self.batch_size!r}: pass a whole number of tiles above 0."
+            raise ValueError(msg)
+
+    @classmethod
+    def open(
+        cls,
+        section: Section,
+        encoder: Any,
+        *,
+        tile_um: float | None = None,
+        stack: Sequence[str] = ("pilm",),
+        dense: bool = False,
+        device: str | torch.device | None = None,
+        batch_size: int = 64,
+        progress: bool | None = None,
+    ) -> Self:
+        """Load the encoder, unless it is loaded, and fix how places are embedded."""
+        loaded, config = prepare(section, encoder, tile_um=tile_um, stack=stack, dense=dense)
+        return cls(section, loaded, config, resolve_device(device), batch_size, progress)
+
+    @classmethod
+    def of_model(
+        cls,
+        section: Section,
+        config: EmbeddingConfig,
+        encoder: Any,
+        *,
+        device: str | torch.device | None = None,
+        batch_size: int = 64,
+        progress: bool | None = None,
+    ) -> Self:
+        """Embed as a fitted model needs it; ``encoder`` may be the loaded encoder of the model."""
+        loaded, tile_um, stack = encoder_of_model(config, encoder)
+        return cls.open(
+            section,
+            loaded,
+            tile_um=tile_um,
+            stack=stack,
+            dense=config.dense,
+            device=device,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    @property
+    def block_edge_px(self) -> float:
+        """Edge, in pixels of the image, of the blocks that places are embedded by."""
+        return block_edge_px(self.encoder, mpp=self.section.mpp, tile_um=self.config.tile_um)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What goes into ``uns``. Lists come back from disk as arrays, so they are arrays from the start."""
+        made = self.config.to_dict()
+        made["encoder"] = {k: np.array(v) if isinstance(v, list) else v for k, v in made["encoder"].items()}
+        return {**made, "image": self.section.image_key, "mpp": float(self.section.mpp)}
+
+    def embed(self, targets: Targets, *, forecast: Forecast | None = None, quiet: bool = False) -> NDArray[np.float32]:
+        """Return the embeddings (n, d) of some places of the section: existing ones, or new ones.
+
+        Parameters
+        ----------
+        targets
+            The places.
+        forecast
+            Forecast of the run that these places are a part of. By default they are all of it.
+        quiet
+            Whether to log no more than the forecast and to show no progress bar: for parts of a run.
+        """
+        name = self.encoder.spec.name
+        log = logger.debug if quiet else logger.info
+        if not quiet:
+            self.warn_below_token(targets)
+        found = find_embedding(self.section, targets, encoder=name, provenance=self.provenance)
+        if found is not None:
+            log("using the embeddings of sdata.tables[%r]", _keys.embedding_table(targets.key, name))
+            if forecast is not None:
+                forecast.existing(len(targets))
+            return found
+        start = time()
+        log("embedding %d places with %s on %s", len(targets), name, self.device)
+        values = self._embed(
+            targets.xy_px,
+            targets.footprints if self.config.dense else None,
+            progress=False if quiet else self.progress,
+            report=not quiet,
+            forecast=forecast,
+        )
+        log("    finished (%.0f s)", time() - start)
+        return values
+
+    def embed_both(
+        self, targets: Targets | None, *, forecast: Forecast
+    ) -> tuple[NDArray[np.float32] | None, NDArray[np.float32]]:
+        """Return the embeddings of targets (``None`` without any) and of the measured spots.
+
+        Where every spot is among the targets and both are embedded in the same way, spots are not embedded twice.
+        """
+        spots = own_spots(self.section)
+        same_way = not self.config.dense  # the area of a spot is not that of the target upon it
+        alone = Forecast(len(spots), alternative=forecast.alternative)
+        if targets is None:
+            forecast.n_places += len(spots) * same_way
+            return None, self.embed(spots, forecast=forecast if same_way else alone)
+        at_spot = targets.spot_index >= 0
+        among = same_way and len(np.unique(targets.spot_index[at_spot])) == len(spots)
+        forecast.n_places += len(targets) + len(spots) * (same_way and not among)
+        at_targets = self.embed(targets, forecast=forecast)
+        if among:
+            at_spots = np.empty((len(spots), at_targets.shape[1]), np.float32)
+            at_spots[targets.spot_index[at_spot]] = at_targets[at_spot]
+            return at_targets, at_spots
+        return at_targets, self.embed(spots, forecast=forecast if same_way else alone)
+
+    def embed_spots(self, *, forecast: Forecast | None = None) -> NDArray[np.float32]:
+        """Return the embeddings (n, d) of the measured spots."""
+        return self.embed(own_spots(self.section), forecast=forecast)
+
+    def embed_parts(self) -> SpotParts:
+        """Cut spots into a dozen parts each, and embed these."""
+        section = self.section
+        edge_px = max(_PARTS_PER_SPOT * section.spot_um, self.config.token_um or 0.0) / section.mpp
+        xy_px, index, weight = divide(section.footprints, edge_px=edge_px)
+        values = self._embed(xy_px, Footprints.squares(xy_px, edge_px=edge_px), progress=False)
+        return SpotParts(values, xy_px, index, weight.astype(np.float32))
+
+    def warn_below_token(self, targets: Targets) -> None:
+        """Warn where places are smaller than what the encoder resolves."""
+        token_um = self.config.token_um
+        if token_um is None or len(targets) == 0:
+            return
+        size_um = float(np.median(targets.footprints.size_px)) * self.section.mpp
+        if size_um < 0.99 * token_um:
+            logger.warning(
+                "%s of %.3g µm are smaller than the tokens of %r (%.3g µm): what is resolved is the token",
+                "bins" if targets.are_bins else "places", size_um, self.encoder.spec.name, token_um,
+            )  # fmt: skip
+
+    def _embed(self, xy_px: NDArray[np.float64], footprints: Footprints | None, **how: Any) -> NDArray[np.float32]:
+        return embed(
+            self.section.image,
+            xy_px,
+            mpp=self.section.mpp,
+            encoder=self.encoder,
+            footprints=footprints,
+            tile_um=_tile_um(self.config, self.encoder),
+            stack=self.config.stack,
+            device=self.device,
+            batch_size=self.batch_size,
+            **how,
+        )
