@@ -28,7 +28,7 @@ from torch import nn
 
 from histosge import datasets, settings
 from histosge._embedding import embed_targets, prepare
-from histosge._heads import Aggregate, InContext, Kriging, Parts, Places, Spots
+from histosge._heads import Aggregate, InContext, Kriging, Parts, Queries, Spots
 from histosge._model import Measured
 from histosge._section import own_spots, per_target_sum, read_section, section_counts
 from histosge._statistics import _metrics, block_folds, pseudo_spots
@@ -110,7 +110,7 @@ class Bed:
     """Big spots to learn from, their members, and what only scores may see."""
 
     spots: CountedSpots
-    places: Places
+    places: Queries
     truth: np.ndarray
     """(m, g) log1p expression of the other half of the counts"""
     counts: np.ndarray
@@ -155,7 +155,7 @@ def lay(one: Measured, exact: pd.DataFrame | None, seed: int) -> Bed:
     )
     return Bed(
         spots,
-        Places(embedding, xy, torch.full((len(members),), -1)),
+        Queries(embedding, xy, torch.full((len(members),), -1)),
         np.asarray(per_target_sum(other)[:, columns].todense()),
         np.asarray(other[:, columns].todense()),
         np.asarray(other.sum(1)).ravel(),

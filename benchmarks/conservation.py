@@ -29,7 +29,7 @@ from sections import require_data
 
 import histosge as sge
 from histosge import datasets, settings
-from histosge._heads import Places
+from histosge._heads import Queries
 from histosge._model import Measured, Plan, ask, fit_model, stack_sections, trials
 from histosge._section import per_target_sum, read_section, section_counts
 from histosge._statistics import block_folds, conserve, correlation, noise_variance, pseudo_spots, shrinkage, thin
@@ -54,11 +54,11 @@ def at_spots(model, spots, seed: int) -> dict[str, np.ndarray]:
     other = next(h for _, h in model.heads if not h.ensembles_folds)  # kriging: leaves a spot out by formula
     found = {
         "reading": model.predict_from(
-            spots, places=spots.embedding.numpy(), xy_um=spots.xy_um.numpy(), own=np.full(n, -1), device=CPU
+            spots, places=spots.embedding.numpy(), xy_um=spots.xy_um.numpy(), spot_index=np.full(n, -1), device=CPU
         )
     }
     for name, hidden in (("clean", False), ("hidden", True)):
-        places = Places.of(spots, hidden=hidden)
+        places = Queries.of(spots, hidden=hidden)
         said = other.predict(places, context=spots).clamp_min(0).numpy() / 2
         for f, network in enumerate(networks):
             rows = torch.as_tensor(np.flatnonzero(fold == f))

@@ -113,7 +113,7 @@ def question(known: Fitted, n: int):
     areas = Footprints.squares(places.xy_px, edge_px=places.size_px)
     true = np.ones(n, bool)
     grid = places.array_row, places.array_col
-    targets = Targets("bins", pd.RangeIndex(n), places.xy_px, places.spot, true, *grid, "all", areas)
+    targets = Targets("bins", pd.RangeIndex(n), places.xy_px, places.spot_index, true, *grid, "all", areas)
     return Resampled(
         known.sdata, section, targets, places, square=True, encoder=known.encoder, recipe=known.recipe,
         device=torch.device("cpu"), batch_size=32, progress=False,
@@ -250,7 +250,7 @@ def one(options) -> None:
     """Fit and predict once; a line of JSON."""
     import torch
 
-    from histosge._heads import Places, Spots, get_head
+    from histosge._heads import Queries, Spots, get_head
 
     rng = np.random.default_rng(0)
     side = int(np.ceil(np.sqrt(options.n)))
@@ -270,7 +270,7 @@ def one(options) -> None:
     known = Spots(*map(torch.from_numpy, (embedding, expression, xy_um.astype(np.float32))), 100.0)
     which = rng.integers(options.n, size=options.places)
     at = xy_um[which] + rng.uniform(-50, 50, (options.places, 2))
-    places = Places(
+    places = Queries(
         known.embedding[torch.from_numpy(which)],
         torch.from_numpy(at.astype(np.float32)),
         torch.full((options.places,), -1),

@@ -69,7 +69,7 @@ def test_is_what_evaluate_measures_on_sections_left_out(model, image_alone, othe
         context,
         places=embeddings[1],
         xy_um=section.xy_um + [FAR_UM, 0],
-        own=np.full(len(section.xy_px), -1),
+        spot_index=np.full(len(section.xy_px), -1),
         device=CPU,
     )
     rows = pd.Index(found.obs["instance_id"]).get_indexer(section.instances)
@@ -242,7 +242,7 @@ def test_places_over_an_image(hexagonal):
     inner = ((xy > 30) & (xy < [960, 660])).all(1)
     assert set((np.isclose(gap, 20).sum(1))[inner]) == {6 if hexagonal else 4}
     assert len(set(zip(places.array_row, places.array_col, strict=True))) == len(xy)
-    assert (places.spot == -1).all()
+    assert (places.spot_index == -1).all()
 
 
 def test_tissue_without_spots_is_what_otsu_says():

@@ -315,7 +315,7 @@ def test_spots_drawn_too_large_are_physical_spots(small):
     section = read_section(small, spots_key="spots")
     found = read_targets(small, section, "others")
     np.testing.assert_allclose(found.footprints.size_px * section.mpp, 55, rtol=1e-6)
-    assert (found.own >= 0).all()
+    assert (found.spot_index >= 0).all()
     assert not smaller_than_spot(section, found)
     others, own = (
         sge.tl.embed(small, target_key=k, encoder=Colours(), dense=True, spots_key="spots", inplace=False)
@@ -334,7 +334,7 @@ def test_what_lies_at_a_spot_is_the_spot_only_if_as_large(small):
     section = read_section(small, spots_key="spots")
     for key, spot in (("cells", False), ("round", False), ("wide", True)):
         found = read_targets(small, section, key)
-        assert (found.own >= 0).all() == (found.own >= 0).any() == spot
+        assert (found.spot_index >= 0).all() == (found.spot_index >= 0).any() == spot
         assert smaller_than_spot(section, found) is not spot
 
 
@@ -964,9 +964,11 @@ def test_bins_of_visium_hd_as_input(hd):
     # the measured areas are the squares themselves, turned or not
     own = read_targets(hd, section, BINS)
     areas = section.footprints
-    assert (own.own == np.arange(len(own)) if (own.instances == section.instances).all() else own.own >= 0).all()
+    assert (
+        own.spot_index == np.arange(len(own)) if (own.instances == section.instances).all() else own.spot_index >= 0
+    ).all()
     np.testing.assert_allclose(areas.xy_px, section.xy_px, atol=1e-6)
-    of_shapes = own.footprints.polygons[np.argsort(own.own)]
+    of_shapes = own.footprints.polygons[np.argsort(own.spot_index)]
     for mine, theirs in zip(areas.polygons, of_shapes, strict=True):
         assert mine.intersection(theirs).area == pytest.approx(theirs.area, rel=1e-3)
     table = sge.tl.predict(hd, bin_um=8, inplace=False, **FAST)

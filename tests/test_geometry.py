@@ -226,9 +226,9 @@ def test_refine_lays_a_finer_lattice(given_, upsample):
     places = refine(lattice, xy, upsample=upsample)
 
     # the spots' own places, exactly and once each
-    assert sorted(places.spot[places.spot >= 0]) == list(range(len(xy)))
-    own = np.flatnonzero(places.spot >= 0)
-    assert (places.xy_px[own] == xy[places.spot[own]]).all()
+    assert sorted(places.spot_index[places.spot_index >= 0]) == list(range(len(xy)))
+    own = np.flatnonzero(places.spot_index >= 0)
+    assert (places.xy_px[own] == xy[places.spot_index[own]]).all()
 
     # nothing laid twice; the distance that is stated is the least one, and occurs
     dist = cKDTree(places.xy_px).query(places.xy_px, k=2)[0][:, 1]
@@ -277,8 +277,8 @@ def test_refine_does_not_depend_on_the_order_of_spots(given_, upsample, seed):
     a = refine(estimate_lattice(xy), xy, upsample=upsample)
     b = refine(estimate_lattice(xy[order]), xy[order], upsample=upsample)
     assert same_places(a.xy_px, b.xy_px, tolerance=1e-6 * given_["pitch"])
-    own = b.spot >= 0
-    assert (b.xy_px[own] == xy[order[b.spot[own]]]).all()
+    own = b.spot_index >= 0
+    assert (b.xy_px[own] == xy[order[b.spot_index[own]]]).all()
 
 
 @properties
@@ -307,7 +307,7 @@ def test_refine_fills_single_holes(kind, upsample):
     filled, full = (refine(estimate_lattice(p), p, upsample=upsample) for p in (xy, whole))
     assert same_places(filled.xy_px, full.xy_px, tolerance=1e-6)
     at = cKDTree(filled.xy_px).query(whole[middle])[1]
-    assert filled.spot[at] == -1
+    assert filled.spot_index[at] == -1
 
 
 def test_refine_leaves_large_holes_open():
@@ -356,7 +356,7 @@ def test_places_keep():
     assert len(kept) == mask.sum() > 0
     assert (kept.array_row == 3).all()
     assert (kept.xy_px == places.xy_px[mask]).all()
-    assert (kept.spot == places.spot[mask]).all()
+    assert (kept.spot_index == places.spot_index[mask]).all()
 
 
 # --------------------------------------------------------------------------------------------------------- bins
@@ -368,7 +368,7 @@ def test_square_bins_cover_what_is_near_a_spot(bin_px, margin, seed):
     xy = np.random.default_rng(seed).random((15, 2)) * 300 - 40
     bins = square_bins(xy, bin_px=bin_px, margin_px=margin)
     assert bins.size_px == bin_px
-    assert (bins.spot == -1).all()
+    assert (bins.spot_index == -1).all()
     index = np.column_stack([bins.array_col, bins.array_row])
     assert len(np.unique(index, axis=0)) == len(bins)
     assert (index >= 0).all()

@@ -153,7 +153,7 @@ def test_scores_are_those_of_a_hand(ready, room):
     )  # fmt: skip
     predicted = model.predict(
         known, spots=one.embedding[train], places=one.embedding[test], xy_px=one.section.xy_px[test],
-        own=np.full(len(test), -1), device=CPU,
+        spot_index=np.full(len(test), -1), device=CPU,
     )  # fmt: skip
     measured, learnt = one.section.dense(model.genes)[test], one.section.dense(model.genes)[train]
     assert scores["gene"].tolist() == list(model.genes)
@@ -448,7 +448,7 @@ def test_big_spots_and_truth_are_made_of_different_counts(room, kind, places, mo
     np.testing.assert_array_equal(trial.rows, members)
     np.testing.assert_allclose(trial.truth.toarray(), per_target_sum(other[members]).toarray(), rtol=1e-5)
     np.testing.assert_allclose(trial.xy_um, one.section.xy_um[members])
-    assert (trial.own == -1).all()
+    assert (trial.spot_index == -1).all()
     (big,) = trial.sections
     for i in range(group.max() + 1):
         mine = group == i
@@ -555,8 +555,8 @@ def test_published_protocol_measures_memory_and_says_so(ready, log):
 def test_published_protocol_hides_a_spot_from_itself(room):
     one, _ = room
     trial = next(trials([one], plan("random", protocol="published"), rng=np.random.default_rng(0)))
-    learnt = np.flatnonzero(trial.own >= 0)
-    np.testing.assert_array_equal(trial.sections[0].xy_px[trial.own[learnt]], one.section.xy_px[learnt])
+    learnt = np.flatnonzero(trial.spot_index >= 0)
+    np.testing.assert_array_equal(trial.sections[0].xy_px[trial.spot_index[learnt]], one.section.xy_px[learnt])
     assert len(learnt) == len(trial.sections[0].xy_px)
 
 

@@ -37,7 +37,7 @@ class Places:
     array_col: Ints
     size_px: float
     """Distance of neighbouring places: diameter to draw a circle with, or edge of a square bin."""
-    spot: Ints
+    spot_index: Ints
     """(n,) row of the measured spot that stands at this place, -1 where there is none."""
 
     def __len__(self) -> int:
@@ -45,7 +45,7 @@ class Places:
 
     def keep(self, rows: NDArray[np.bool_] | Ints) -> Places:
         """Return some of the places: where a mask is true, or by number."""
-        return Places(self.xy_px[rows], self.array_row[rows], self.array_col[rows], self.size_px, self.spot[rows])
+        return Places(self.xy_px[rows], self.array_row[rows], self.array_col[rows], self.size_px, self.spot_index[rows])
 
 
 def check_upsample(upsample: int) -> None:

@@ -106,7 +106,9 @@ def _conservation(
     places, counts = check_conservation(question, layer=layer)
     section, xy_px = question.section, question.targets.xy_px
     n = len(section.xy_px)
-    said = model.predict_from(context, places=at_spots, xy_um=section.xy_um, own=np.full(n, -1), device=question.device)
+    said = model.predict_from(
+        context, places=at_spots, xy_um=section.xy_um, spot_index=np.full(n, -1), device=question.device
+    )
     columns = section.genes.get_indexer(model.genes)
     noise = noise_variance(counts[:, columns], total=np.asarray(counts.sum(axis=1)).ravel())
     shrunken = shrinkage(section.dense(model.genes), said, noise=noise)
@@ -165,7 +167,7 @@ class _Oracle:
             self.context,
             places=at_targets,
             xy_um=asked.xy_px * question.section.mpp,
-            own=asked.own,
+            spot_index=asked.spot_index,
             device=question.device,
         )
         layers, var = {}, self.model.scores.copy()
@@ -186,14 +188,14 @@ class _Oracle:
 def predict_table(question: Question, answer: Answer) -> tuple[AnnData, Model]:
     """Predict at all places at once."""
     section, targets = question.section, question.targets
-    own, n_spots = targets.own >= 0, len(section.xy_px)
+    own, n_spots = targets.spot_index >= 0, len(section.xy_px)
     same_way = not question.recipe.dense  # a spot's area is not that of the place upon it
-    among = same_way and len(np.unique(targets.own[own])) == n_spots  # every spot is among the targets
+    among = same_way and len(np.unique(targets.spot_index[own])) == n_spots  # every spot is among the targets
     forecast = question.forecast(len(targets) + n_spots * (same_way and not among))
     at_targets = question.embed(targets, forecast=forecast)
     if among:
         at_spots = np.empty((n_spots, at_targets.shape[1]), np.float32)
-        at_spots[targets.own[own]] = at_targets[own]
+        at_spots[targets.spot_index[own]] = at_targets[own]
     else:
         at_spots = question.embed(own_spots(section), forecast=forecast if same_way else question.forecast(n_spots))
     model = answer.fit(at_spots)

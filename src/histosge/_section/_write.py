@@ -52,7 +52,7 @@ class Targets:
     instances: pd.Index
     xy_px: NDArray[np.float64]
     """(n, 2)"""
-    own: NDArray[np.int64]
+    spot_index: NDArray[np.int64]
     """(n,) row of the section's spot at this very place, -1 for none"""
     in_tissue: NDArray[np.bool_]
     array_row: NDArray[np.int64] | None
@@ -71,7 +71,7 @@ class Targets:
             self,
             instances=self.instances[rows],
             xy_px=self.xy_px[rows],
-            own=self.own[rows],
+            spot_index=self.spot_index[rows],
             in_tissue=self.in_tissue[rows],
             array_row=None if self.array_row is None else self.array_row[rows],
             array_col=None if self.array_col is None else self.array_col[rows],
@@ -86,7 +86,7 @@ def own_spots(section: Section) -> Targets:
         section.spots_key,
         section.instances,
         section.xy_px,
-        own=np.arange(n),
+        spot_index=np.arange(n),
         in_tissue=np.ones(n, bool),
         array_row=None,
         array_col=None,
@@ -148,12 +148,12 @@ def lay_targets(
     else:
         places = refine(section.lattice, section.xy_px, upsample=4 if upsample is None else upsample)
     on_tissue, how = _in_tissue(section, places.xy_px, tissue=tissue)
-    places = places.keep(on_tissue | (places.spot >= 0))
+    places = places.keep(on_tissue | (places.spot_index >= 0))
     targets = Targets(
         key,
         pd.RangeIndex(len(places)),
         places.xy_px,
-        places.spot,
+        places.spot_index,
         np.ones(len(places), dtype=bool),
         places.array_row,
         places.array_col,
@@ -219,8 +219,8 @@ def read_targets(sdata: SpatialData, section: Section, key: str, *, on_invalid: 
     same &= ~_smaller(section, areas)
     in_tissue, how = _in_tissue(section, xy_px, tissue="auto")
     grid = {c: element[c].to_numpy(np.int64) if c in element.columns else None for c in ("array_row", "array_col")}
-    own = np.where(same, near[:, 0], -1)
-    return Targets(key, element.index, xy_px, own, in_tissue, grid["array_row"], grid["array_col"], how, areas)
+    spot_index = np.where(same, near[:, 0], -1)
+    return Targets(key, element.index, xy_px, spot_index, in_tissue, grid["array_row"], grid["array_col"], how, areas)
 
 
 def smaller_than_spot(section: Section, targets: Targets) -> bool:
@@ -279,7 +279,7 @@ def shapes_element(
         frame = gpd.GeoDataFrame(geometry=shapely.points(apply(back, places.xy_px)), index=instances)
         frame["radius"] = places.size_px / 2 * scale_of(back, section.image_key, section.spots_key)
     frame["array_row"], frame["array_col"] = places.array_row, places.array_col
-    frame["is_spot"] = places.spot >= 0
+    frame["is_spot"] = places.spot_index >= 0
     return ShapesModel.parse(frame, transformations=transformations)
 
 
@@ -313,7 +313,7 @@ def predicted_table(
     if targets.array_row is not None and targets.array_col is not None:
         obs["array_row"], obs["array_col"] = targets.array_row, targets.array_col
     obs["in_tissue"] = targets.in_tissue
-    obs["is_spot"] = targets.own >= 0
+    obs["is_spot"] = targets.spot_index >= 0
     obs["in_spot"] = distance_um <= radius_um
     obs["distance_to_spot_um"] = distance_um.astype(np.float32)
     adata = ad.AnnData(X=expression, obs=obs, var=var)
