@@ -22,9 +22,9 @@ import torch
 from sections import load, require_data
 
 from histosge import settings
-from histosge._embedding import embed_targets, prepare
+from histosge._embedding import Embedder
 from histosge._model import Measured, Plan, ask, fit_model, score_genes, trials
-from histosge._section import own_spots, read_section, section_counts
+from histosge._section import read_section
 from histosge._statistics import noise_ceiling
 
 if TYPE_CHECKING:
@@ -53,16 +53,12 @@ def measure(name: str, *, permute: bool = False) -> tuple[Measured, object]:
     """Read and embed a section; with ``permute`` its spots change places with each other: nothing is left to find."""
     sdata = load(name)
     section = read_section(sdata)
-    encoder, recipe = prepare(section, "stain-texture", tile_um=None, stack=("pilm",))
-    cpu = torch.device("cpu")
-    values = embed_targets(
-        sdata, section, own_spots(section), encoder, recipe, device=cpu, batch_size=64, progress=False
-    )
-    counts = section_counts(sdata, section)
+    embedder = Embedder.open(section, "stain-texture", device="cpu", progress=False)
+    values, counts = embedder.embed_spots(), section.counts
     if permute:
         order = np.random.default_rng(0).permutation(len(values))
         section, counts = replace(section, expression=section.expression[order]), counts[order]
-    return Measured(name, section, values, counts), recipe
+    return Measured(name, section, values, counts), embedder.config
 
 
 def seurat_genes(sections, n_top: int = 1000) -> list[str]:

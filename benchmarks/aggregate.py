@@ -27,10 +27,10 @@ from sections import require_data
 from torch import nn
 
 from histosge import datasets, settings
-from histosge._embedding import embed_targets, prepare
-from histosge._heads import Aggregate, InContext, Kriging, Parts, Places, Spots
+from histosge._embedding import Embedder
+from histosge._heads import Aggregate, InContext, Kriging, Parts, Queries, Spots
 from histosge._model import Measured
-from histosge._section import own_spots, per_target_sum, read_section, section_counts
+from histosge._section import per_target_sum, read_section
 from histosge._statistics import _metrics, block_folds, pseudo_spots
 
 
@@ -110,7 +110,7 @@ class Bed:
     """Big spots to learn from, their members, and what only scores may see."""
 
     spots: CountedSpots
-    places: Places
+    places: Queries
     truth: np.ndarray
     """(m, g) log1p expression of the other half of the counts"""
     counts: np.ndarray
@@ -155,7 +155,7 @@ def lay(one: Measured, exact: pd.DataFrame | None, seed: int) -> Bed:
     )
     return Bed(
         spots,
-        Places(embedding, xy, torch.full((len(members),), -1)),
+        Queries(embedding, xy, torch.full((len(members),), -1)),
         np.asarray(per_target_sum(other)[:, columns].todense()),
         np.asarray(other[:, columns].todense()),
         np.asarray(other.sum(1)).ravel(),
@@ -234,11 +234,9 @@ def synthetic(seed: int) -> tuple[Measured, pd.DataFrame]:
     """A section of known truth, large enough for big spots: its rows as the section has them."""
     sdata = datasets.synthetic(n_rows=40, n_cols=40, mpp=2.0, rng=seed)
     section = read_section(sdata)
-    encoder, recipe = prepare(section, "stain-texture", tile_um=None, stack=("pilm",))
-    how = {"device": torch.device("cpu"), "batch_size": 64, "progress": False}
-    values = embed_targets(sdata, section, own_spots(section), encoder, recipe, **how)
+    values = Embedder.open(section, "stain-texture", device="cpu", progress=False).embed_spots()
     exact = datasets.synthetic_truth(sdata).loc[section.instances, section.genes]
-    return Measured("synthetic", section, values, section_counts(sdata, section)), exact
+    return Measured("synthetic", section, values, section.counts), exact
 
 
 def main() -> None:

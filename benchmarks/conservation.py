@@ -29,9 +29,9 @@ from sections import require_data
 
 import histosge as sge
 from histosge import datasets, settings
-from histosge._heads import Places
+from histosge._heads import Queries
 from histosge._model import Measured, Plan, ask, fit_model, stack_sections, trials
-from histosge._section import per_target_sum, read_section, section_counts
+from histosge._section import per_target_sum, read_section
 from histosge._statistics import block_folds, conserve, correlation, noise_variance, pseudo_spots, shrinkage, thin
 
 CPU = torch.device("cpu")
@@ -54,11 +54,11 @@ def at_spots(model, spots, seed: int) -> dict[str, np.ndarray]:
     other = next(h for _, h in model.heads if not h.ensembles_folds)  # kriging: leaves a spot out by formula
     found = {
         "reading": model.predict_from(
-            spots, places=spots.embedding.numpy(), xy_um=spots.xy_um.numpy(), own=np.full(n, -1), device=CPU
+            spots, places=spots.embedding.numpy(), xy_um=spots.xy_um.numpy(), spot_index=np.full(n, -1), device=CPU
         )
     }
     for name, hidden in (("clean", False), ("hidden", True)):
-        places = Places.of(spots, hidden=hidden)
+        places = Queries.of(spots, hidden=hidden)
         said = other.predict(places, context=spots).clamp_min(0).numpy() / 2
         for f, network in enumerate(networks):
             rows = torch.as_tensor(np.flatnonzero(fold == f))
@@ -76,7 +76,7 @@ def poisson(seeds: range) -> None:
     """The same where counts are Poisson for sure, so that no noise can be in both halves."""
     sdata = sge.datasets.synthetic(n_rows=40, n_cols=40, mpp=2.0)
     section = read_section(sdata, report=False)
-    one = Measured("synthetic, 40 x 40", section, embedding_of(sdata, section), section_counts(sdata, section))
+    one = Measured("synthetic, 40 x 40", section, embedding_of(section), section.counts)
     members_of_big_spots(one, None, seeds, lambda _: "all")
 
 
@@ -163,8 +163,7 @@ def synthetic(seeds: range) -> None:
     for seed in seeds:
         sdata = sge.datasets.synthetic(rng=seed)
         section = read_section(sdata, report=False)
-        counts = section_counts(sdata, section)
-        embedding = embedding_of(sdata, section)
+        counts, embedding = section.counts, embedding_of(section)
         model = fit([section], [embedding], None, "all", seed)
         spots = stack_sections([section], [embedding], model.context_genes)
         said = at_spots(model, spots, seed)

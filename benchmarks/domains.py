@@ -27,16 +27,13 @@ def inputs(n_genes: int):
     """Embeddings, log1p expression of the most expressed genes, places and labels, one row a spot."""
     import torch
 
-    from histosge._embedding import embed_targets, prepare, resolve_device
+    from histosge._embedding import Embedder
     from histosge._heads import Spots
-    from histosge._section import own_spots, read_section
+    from histosge._section import read_section
 
     sdata = load(SECTION)
     section = read_section(sdata)
-    encoder, recipe = prepare(section, "stain-texture", tile_um=None, stack=("pilm",))
-    embedding = embed_targets(
-        sdata, section, own_spots(section), encoder, recipe, device=resolve_device("cpu"), batch_size=64, progress=False
-    )
+    embedding = Embedder.open(section, "stain-texture", device="cpu", progress=False).embed_spots()
     mean = np.asarray(section.expression.mean(axis=0)).ravel()
     genes = section.genes[np.sort(np.argsort(-mean, kind="stable")[:n_genes])]
     arrays = (np.asarray(a, np.float32) for a in (embedding, section.dense(genes), section.xy_um))

@@ -42,82 +42,64 @@ def exponent(sizes, seconds) -> float:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A section, its model and what its spots look like."""
+    """A section, its model and the embeddings of its spots."""
 
-    sdata: object
-    section: object
-    encoder: object
-    recipe: object
+    embedder: Embedder
     at_spots: np.ndarray
-    model: object
+    model: Model
 
 
 def fitted(options) -> Fitted:
     from sections import load, require_data
 
     require_data()
-    import torch
-
     import histosge as sge
-    from histosge._embedding import embed_parts, embed_targets, prepare
-    from histosge._model import Model, fit_model
-    from histosge._section import own_spots, read_section
+    from histosge import Model
+    from histosge._embedding import Embedder
+    from histosge._model import fit_model
+    from histosge._section import read_section
 
     sge.settings.progress = False
-    sdata = load("mouse_colon_visium")
-    section = read_section(sdata, report=False)
+    section = read_section(load("mouse_colon_visium"), report=False)
     dense = "aggregate" in options.head
-    encoder, recipe = prepare(section, "stain-texture", tile_um=None, stack=("pilm",), dense=dense)
-    cpu = torch.device("cpu")
+    embedder = Embedder.open(section, "stain-texture", dense=dense, device="cpu", batch_size=32, progress=False)
     kept = None if options.keep is None else Path(options.keep) / options.head
     if kept is not None and (kept / "config.json").exists():
-        return Fitted(sdata, section, encoder, recipe, np.load(kept / "spots.npy"), Model.load(kept))
-    how = {"device": cpu, "batch_size": 32}
-    at_spots = embed_targets(sdata, section, own_spots(section), encoder, recipe, **how, progress=False, report=False)
-    parts = [embed_parts(section, encoder, recipe, **how)] if dense else None
+        return Fitted(embedder, np.load(kept / "spots.npy"), Model.load(kept))
+    at_spots = embedder.embed_spots()
+    parts = [embedder.embed_parts()] if dense else None
     model = fit_model(
-        [section], [at_spots], recipe=recipe, head=options.head, genes=N_GENES, n_folds=5,
-        rng=np.random.default_rng(0), device=cpu, parts=parts, progress=False,
+        [section], [at_spots], recipe=embedder.config, head=options.head, genes=N_GENES, n_folds=5,
+        rng=np.random.default_rng(0), device=embedder.device, parts=parts, progress=False,
     )  # fmt: skip
     if kept is not None:
         model.save(kept, overwrite=True)
         np.save(kept / "spots.npy", at_spots)
-    return Fitted(sdata, section, encoder, recipe, at_spots, model)
+    return Fitted(embedder, at_spots, model)
 
 
-def question(known: Fitted, n: int):
-    """Ask at ``n`` square bins over the section, whose embeddings are there without an image."""
-    import pandas as pd
-    import torch
+def bins(known: Fitted, n: int):
+    """Lay ``n`` square bins over the section, and an embedder that takes their embeddings from the spots."""
+    from dataclasses import fields, replace
 
-    from histosge._geometry import Footprints, square_bins
-    from histosge._model import Question
-    from histosge._section import Targets
+    from histosge._embedding import Embedder
+    from histosge._geometry import square_bins
 
-    class Resampled(Question):
-        def embed(self, targets, *, part=False):
-            if targets.key == known.section.spots_key:
-                return known.at_spots
+    class Resampled(Embedder):
+        def embed(self, targets, *, forecast=None, quiet=False):
             which = np.asarray(targets.instances, np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(33)
             return known.at_spots[(which % np.uint64(len(known.at_spots))).astype(np.int64)]
 
-    section = known.section
+    section = known.embedder.section
     margin_px = section.pitch_um / 2 / section.mpp
     edge_px = 8.0 / section.mpp
     for _ in range(4):
-        places = square_bins(section.xy_px, bin_px=edge_px, margin_px=margin_px)
-        if n <= len(places) < 1.02 * n:
+        targets = square_bins(section.xy_px, bin_px=edge_px, margin_px=margin_px)
+        if n <= len(targets) < 1.02 * n:
             break
-        edge_px *= np.sqrt(len(places) / (1.01 * n))
-    places = places.keep(np.arange(n))
-    areas = Footprints.squares(places.xy_px, edge_px=places.size_px)
-    true = np.ones(n, bool)
-    grid = places.array_row, places.array_col
-    targets = Targets("bins", pd.RangeIndex(n), places.xy_px, places.spot, true, *grid, "all", areas)
-    return Resampled(
-        known.sdata, section, targets, places, square=True, encoder=known.encoder, recipe=known.recipe,
-        device=torch.device("cpu"), batch_size=32, progress=False,
-    )  # fmt: skip
+        edge_px *= np.sqrt(len(targets) / (1.01 * n))
+    targets = replace(targets.take(np.arange(n)), key="bins", instances=np.arange(n))
+    return Resampled(**{f.name: getattr(known.embedder, f.name) for f in fields(Embedder)}), targets
 
 
 # --------------------------------------------------------------------------------------------------------------- store
@@ -125,12 +107,13 @@ def question(known: Fitted, n: int):
 
 def predicted(known: Fitted, n: int, path: Path) -> float:
     """Seconds of predicting and writing."""
-    from histosge._model import Answer, predict_to_store
+    from histosge._model import Predictor, open_store, write_parts
 
-    asked = question(known, n)
-    answer = Answer(lambda _: known.model, lambda _: {"head": known.model.head}, conserve=False, layer=None)
+    embedder, targets = bins(known, n)
     start = perf_counter()
-    predict_to_store(asked, answer, path, name="predicted", arguments={})
+    parts = open_store(path, embedder, targets, name="predicted", params={})
+    predictor = Predictor.of(known.model, embedder, targets, known.at_spots, provenance={"head": known.model.head})
+    write_parts(predictor, parts, name="predicted")
     return perf_counter() - start
 
 
@@ -138,13 +121,14 @@ def random_numbers(like: Path, path: Path) -> float:
     """Seconds of writing random numbers into arrays of the same shapes, chunks and codecs; they are made beforehand."""
     import zarr
 
-    from histosge._model import PART_ROWS
+    from histosge import settings
 
     there = zarr.open_group(like / "tables" / "predicted", mode="r")
-    arrays = {name: there[name] for name in ("X", "layers/sd", "layers/lower", "layers/upper")}
+    layers = [f"layers/{name}" for name in there["layers"]] if "layers" in there else []
+    arrays = {name: there[name] for name in ("X", *layers)}
     n, n_genes = arrays["X"].shape
     rng = np.random.default_rng(0)
-    part = {name: rng.random((min(PART_ROWS, n), n_genes), np.float32) for name in arrays}
+    part = {name: rng.random((min(settings.part_rows, n), n_genes), np.float32) for name in arrays}
     start = perf_counter()
     group = zarr.open_group(path, mode="w")
     for name, array in arrays.items():
@@ -152,8 +136,8 @@ def random_numbers(like: Path, path: Path) -> float:
             name, shape=array.shape, chunks=array.chunks, dtype=array.dtype, compressors=array.compressors,
             fill_value=array.fill_value,
         )  # fmt: skip
-    for first in range(0, n, PART_ROWS):
-        last = min(first + PART_ROWS, n)
+    for first in range(0, n, settings.part_rows):
+        last = min(first + settings.part_rows, n)
         for name in arrays:
             group[name][first:last] = part[name][: last - first]
     return perf_counter() - start
@@ -193,7 +177,7 @@ def store(options) -> None:
 
 def targets(options) -> None:
     """Predict parts as a store does, with error bars and tables, and throw them away."""
-    from histosge._model import PART_ROWS, Answer
+    from histosge._model import settings.part_rows, Answer
 
     known = fitted(options)
     sizes = [n for n in (10_000, 32_000, 100_000, 320_000, 1_000_000) if n <= options.largest]
@@ -203,8 +187,8 @@ def targets(options) -> None:
         answer = Answer(lambda _: known.model, lambda _: {"head": known.model.head}, conserve=False, layer=None)
         start = perf_counter()
         oracle = answer.oracle(asked, known.model, known.at_spots)
-        for first in range(0, n, PART_ROWS):
-            oracle.table(np.arange(first, min(first + PART_ROWS, n)))
+        for first in range(0, n, settings.part_rows):
+            oracle.table(np.arange(first, min(first + settings.part_rows, n)))
         seconds.append(perf_counter() - start)
         print(
             f"{n:>9,} targets {seconds[-1]:7.2f} s  {1e6 * seconds[-1] / n:6.1f} µs each  peak {peak_gib():.2f} GiB",
@@ -250,7 +234,7 @@ def one(options) -> None:
     """Fit and predict once; a line of JSON."""
     import torch
 
-    from histosge._heads import Places, Spots, get_head
+    from histosge._heads import Queries, Spots, get_head
 
     rng = np.random.default_rng(0)
     side = int(np.ceil(np.sqrt(options.n)))
@@ -270,7 +254,7 @@ def one(options) -> None:
     known = Spots(*map(torch.from_numpy, (embedding, expression, xy_um.astype(np.float32))), 100.0)
     which = rng.integers(options.n, size=options.places)
     at = xy_um[which] + rng.uniform(-50, 50, (options.places, 2))
-    places = Places(
+    places = Queries(
         known.embedding[torch.from_numpy(which)],
         torch.from_numpy(at.astype(np.float32)),
         torch.full((options.places,), -1),

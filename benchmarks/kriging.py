@@ -17,7 +17,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from histosge._heads import Places, Spots, _conditioning, get_head, workers
+from histosge._heads import Queries, Spots, _conditioning, get_head, workers
 
 PITCH_UM = 100.0
 
@@ -55,7 +55,7 @@ def made(n: int, *, n_genes: int = 200, n_places: int = 2_000, seed: int = 0):
     image, counts, xy, image_there, at, truth_there = (
         torch.from_numpy(a.astype(np.float32)) for a in (image, counts, xy, image_there, at, truth_there)
     )
-    places = Places(image_there, at, torch.full((n_places,), -1))
+    places = Queries(image_there, at, torch.full((n_places,), -1))
     return Spots(image, counts, xy, PITCH_UM), places, truth_there.clamp_min(0)
 
 
@@ -65,7 +65,7 @@ def tiles(options) -> None:
     truth, far = head.space.components(truth), replace(places, xy_um=places.xy_um - 1e6)
     along = torch.arange(0, float(known.xy_um[:, 0].max()), 5)
     line = torch.stack([along, along * 0.37 + 1000], 1)
-    line = Places(places.embedding[:1].expand(len(line), -1), line, torch.full((len(line),), -1))
+    line = Queries(places.embedding[:1].expand(len(line), -1), line, torch.full((len(line),), -1))
 
     def ask(**constants):
         for name, value in constants.items():
@@ -100,7 +100,7 @@ def kinds(options) -> None:
         if seed % 2:  # half of the blocks of a millimetre
             inside = np.isin(block, rng.permutation(np.unique(block))[: len(np.unique(block)) // 2])
         known, held_out = (spots.take(torch.from_numpy(np.flatnonzero(rows))) for rows in (inside, ~inside))
-        places = Places.of(held_out, hidden=False)
+        places = Queries.of(held_out, hidden=False)
         found.append([])
         for n_kinds in (16, 8, 4, 2):
             _conditioning._KINDS = n_kinds

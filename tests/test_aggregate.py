@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from histosge._heads import N_POSITION, Aggregate, Parts, Places, Schedule, Spots, aggregate
+from histosge._heads import N_POSITION, Aggregate, Parts, Queries, Schedule, Spots, aggregate
 from histosge._heads.in_context import _Network
 
 N_PARTS, N_GENES, PITCH = 5, 6, 100.0
@@ -44,7 +44,7 @@ def fit(spots, *, n_steps=150, seed=0, **options):
 
 def at_parts(head, spots):
     return head.predict(
-        Places(spots.parts.embedding, spots.parts.xy_um, spots.parts.index.new_full((1000,), -1)), context=spots
+        Queries(spots.parts.embedding, spots.parts.xy_um, spots.parts.index.new_full((1000,), -1)), context=spots
     )
 
 
@@ -93,7 +93,7 @@ def test_a_place_does_not_see_its_own_spot(bed, fitted):
     changed = spots.expression.clone()
     changed[7] = 9.0
     other = Spots(spots.embedding, changed, spots.xy_um, spots.pitch_um, spots.parts)
-    before, after = (fitted.predict(Places.of(s), context=s) for s in (spots, other))
+    before, after = (fitted.predict(Queries.of(s), context=s) for s in (spots, other))
     torch.testing.assert_close(before[7], after[7], rtol=0, atol=0)
     assert (before != after).any(dim=1).sum() > 1  # its neighbours do
 
@@ -144,4 +144,4 @@ def test_errors_name_the_remedy(bed):
 def test_no_context_is_refused(bed, fitted):
     spots, _ = bed
     with pytest.raises(ValueError, match=r"no measured spots as context"):
-        fitted.predict(Places.of(spots), context=spots.take(torch.arange(0)))
+        fitted.predict(Queries.of(spots), context=spots.take(torch.arange(0)))

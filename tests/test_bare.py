@@ -10,11 +10,11 @@ from spatialdata import SpatialData, read_zarr
 from spatialdata.transformations import get_transformation
 
 import histosge as sge
-from histosge._embedding import embed_targets, prepare
+from histosge._embedding import Embedder
 from histosge._geometry import lay_over, tissue_mask
 from histosge._heads import Spots
 from histosge._model import FAR_UM, stack_sections
-from histosge._section import own_spots, read_section
+from histosge._section import read_section
 from histosge._statistics import correlation
 
 CPU = torch.device("cpu")
@@ -60,16 +60,14 @@ def test_is_what_evaluate_measures_on_sections_left_out(model, image_alone, othe
     found = sge.tl.predict(image_alone, model=model, mpp=1.6, target_key="where", inplace=False)
     section = read_section(other, mpp=1.6, report=False)
     embeddings = []
-    for sdata, one in ((measured, read_section(measured, report=False)), (other, section)):
-        encoder, recipe = prepare(one, "stain-texture", tile_um=None, stack=("pilm",), dense=False)
-        more = {"device": CPU, "batch_size": 64, "progress": False}
-        embeddings.append(embed_targets(sdata, one, own_spots(one), encoder, recipe, **more))
+    for one in (read_section(measured, report=False), section):
+        embeddings.append(Embedder.open(one, "stain-texture", device=CPU, progress=False).embed_spots())
     context = stack_sections([read_section(measured, report=False)], embeddings[:1], model.context_genes)
     wanted = model.predict_from(
         context,
         places=embeddings[1],
         xy_um=section.xy_um + [FAR_UM, 0],
-        own=np.full(len(section.xy_px), -1),
+        spot_index=np.full(len(section.xy_px), -1),
         device=CPU,
     )
     rows = pd.Index(found.obs["instance_id"]).get_indexer(section.instances)
@@ -242,7 +240,7 @@ def test_places_over_an_image(hexagonal):
     inner = ((xy > 30) & (xy < [960, 660])).all(1)
     assert set((np.isclose(gap, 20).sum(1))[inner]) == {6 if hexagonal else 4}
     assert len(set(zip(places.array_row, places.array_col, strict=True))) == len(xy)
-    assert (places.spot == -1).all()
+    assert (places.spot_index == -1).all()
 
 
 def test_tissue_without_spots_is_what_otsu_says():

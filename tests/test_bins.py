@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, grid_sample
 
 import histosge as sge
+from histosge._embedding import Embedder
 from histosge._geometry import Footprints, Grid, coverage, spot_by_bin
 from histosge._model import _predict as _prediction
 from histosge._model import check_memory
@@ -129,9 +130,10 @@ def predicted(_texture_once):
 
 
 @pytest.fixture
-def in_parts(monkeypatch):
+def in_parts():
     """Few places a part: bins of 16 µm make three parts."""
-    monkeypatch.setattr(_prediction, "PART_ROWS", 900)
+    with sge.settings.override(part_rows=900):
+        yield
 
 
 # ----------------------------------------------------------------------------------------------------- what is written
@@ -315,7 +317,7 @@ def test_spots_drawn_too_large_are_physical_spots(small):
     section = read_section(small, spots_key="spots")
     found = read_targets(small, section, "others")
     np.testing.assert_allclose(found.footprints.size_px * section.mpp, 55, rtol=1e-6)
-    assert (found.own >= 0).all()
+    assert (found.spot_index >= 0).all()
     assert not smaller_than_spot(section, found)
     others, own = (
         sge.tl.embed(small, target_key=k, encoder=Colours(), dense=True, spots_key="spots", inplace=False)
@@ -334,7 +336,7 @@ def test_what_lies_at_a_spot_is_the_spot_only_if_as_large(small):
     section = read_section(small, spots_key="spots")
     for key, spot in (("cells", False), ("round", False), ("wide", True)):
         found = read_targets(small, section, key)
-        assert (found.own >= 0).all() == (found.own >= 0).any() == spot
+        assert (found.spot_index >= 0).all() == (found.spot_index >= 0).any() == spot
         assert smaller_than_spot(section, found) is not spot
 
 
@@ -569,17 +571,16 @@ def test_memory_is_checked_before_the_work(small, model, monkeypatch, tmp_path):
     def never(*args, **kwargs):
         pytest.fail("work was begun")
 
-    monkeypatch.setattr(_prediction, "available_memory", lambda: 10_000)
-    with monkeypatch.context() as patch:
-        patch.setattr(_prediction, "embed_targets", never)
-        refuses(small, "MiB|GiB of memory are free", error=MemoryError, bin_um=16)
-        # a store needs none
-        refuses(small, "GiB of memory are free", error=MemoryError, bin_um=16, model=model)
     ask = {"model": model, "encoder": Colours(), "bin_um": 16}
-    assert sge.tl.predict(small, store=tmp_path / "s.zarr", **ask) is None
+    with sge.settings.override(memory_gb=1e-5):
+        with monkeypatch.context() as patch:
+            patch.setattr(Embedder, "embed", never)
+            refuses(small, "MiB|GiB of memory are free", error=MemoryError, bin_um=16)
+            # a store needs none
+            refuses(small, "GiB of memory are free", error=MemoryError, bin_um=16, model=model)
+        assert sge.tl.predict(small, store=tmp_path / "s.zarr", **ask) is None
     # as many layers as are made: with error bars and conserved bins four times as much as without
     sizes = []
-    monkeypatch.setattr(_prediction, "available_memory", lambda: 10**12)
     real = _predict.check_memory
     monkeypatch.setattr(
         _predict, "check_memory", lambda *a, n_layers: (sizes.append((*a, n_layers)), real(*a, n_layers=n_layers))
@@ -669,7 +670,7 @@ def test_a_store_of_a_model_gives_a_lazy_table(small, model, tmp_path):
 @pytest.mark.usefixtures("in_parts")
 def test_a_store_of_the_users_places(small, model, tmp_path, monkeypatch):
     """Their shapes are written whole, in their own coordinates, under their own name."""
-    monkeypatch.setattr(_prediction, "PART_ROWS", 16)
+    monkeypatch.setattr(sge.settings, "part_rows", 16)
     frame = add_shapes(small, "cells", cells_of(small), index=[f"c{i}" for i in range(40)], kind=["a", "b"] * 20)
     ask = {"model": model, "encoder": Colours(), "target_key": "cells"}
     sge.tl.predict(small, store=tmp_path / "out.zarr", **ask)
@@ -682,7 +683,7 @@ def test_a_store_of_the_users_places(small, model, tmp_path, monkeypatch):
 
 
 def test_a_store_that_is_there_is_refused_before_the_work(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(_prediction, "embed_targets", lambda *a, **k: pytest.fail("work was begun"))
+    monkeypatch.setattr(Embedder, "embed", lambda *a, **k: pytest.fail("work was begun"))
     (tmp_path / "out.zarr").mkdir()
     said = refuses(small, "exists already", error=FileExistsError, bin_um=16, store=tmp_path / "out.zarr")
     assert "choose another store=, or remove it first" in said
@@ -789,7 +790,7 @@ def test_another_run_does_not_go_on_with_its_parts(small, model, tmp_path, inter
 
 def test_outlines_that_changed_are_another_run(small, model, tmp_path, interrupt, monkeypatch):
     """The same names and centres, but wider; and the same places at another scale."""
-    monkeypatch.setattr(_prediction, "PART_ROWS", 16)
+    monkeypatch.setattr(sge.settings, "part_rows", 16)
     px = [p.centroid.buffer(3) for p in cells_of(small)]
     add_shapes(small, "cells", px)
     ask = {"model": model, "encoder": Colours(), "target_key": "cells", "store": tmp_path / "out.zarr"}
@@ -807,9 +808,8 @@ SCRIPT = """
 import sys, time
 sys.path.insert(0, {tests!r})
 import test_bins as t
-from histosge import _prediction
-from histosge._section._store import TableStore
-_prediction.PART_ROWS = 900
+from histosge._section import TableStore
+t.sge.settings.part_rows = 900
 real = TableStore.write
 def write(self, part, *args, **kwargs):
     if part == 1:  # in the middle of the second part: its numbers are there, the mark is not
@@ -922,7 +922,7 @@ def test_one_factor_for_the_bins_of_a_spot(predicted):
 
 def test_conservation_of_spots_that_overlap(small, monkeypatch, tmp_path):
     """Spots that lie anywhere: a bin may be under two, and parts give what the whole gives."""
-    monkeypatch.setattr(_prediction, "PART_ROWS", 300)
+    monkeypatch.setattr(sge.settings, "part_rows", 300)
     frame = small.shapes["spots"]
     xy = np.column_stack([frame.geometry.x, frame.geometry.y])
     xy += np.random.default_rng(3).uniform(-70, 70, xy.shape)  # half µm
@@ -964,9 +964,11 @@ def test_bins_of_visium_hd_as_input(hd):
     # the measured areas are the squares themselves, turned or not
     own = read_targets(hd, section, BINS)
     areas = section.footprints
-    assert (own.own == np.arange(len(own)) if (own.instances == section.instances).all() else own.own >= 0).all()
+    assert (
+        own.spot_index == np.arange(len(own)) if (own.instances == section.instances).all() else own.spot_index >= 0
+    ).all()
     np.testing.assert_allclose(areas.xy_px, section.xy_px, atol=1e-6)
-    of_shapes = own.footprints.polygons[np.argsort(own.own)]
+    of_shapes = own.footprints.polygons[np.argsort(own.spot_index)]
     for mine, theirs in zip(areas.polygons, of_shapes, strict=True):
         assert mine.intersection(theirs).area == pytest.approx(theirs.area, rel=1e-3)
     table = sge.tl.predict(hd, bin_um=8, inplace=False, **FAST)

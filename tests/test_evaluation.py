@@ -8,7 +8,7 @@ import torch
 from scipy import sparse, stats
 from tests import rounding
 
-from histosge._heads import HEADS, Places, Schedule, Spots, aggregate, get_head, in_context
+from histosge._heads import HEADS, Queries, Schedule, Spots, aggregate, get_head, in_context
 from histosge._model import MIN_SHARE, Scores, choose_genes, compare, cross_fit, score, summary
 from histosge._statistics import morans_i, random_folds
 
@@ -208,7 +208,7 @@ def test_cross_fit_is_never_negative():
 
 
 def _places(s):
-    return Places.of(s, hidden=False)
+    return Queries.of(s, hidden=False)
 
 
 def test_cross_fit_passes_options_on():

@@ -320,11 +320,8 @@ def test_a_fitted_model_has_no_other_encoder(sdata, clock, log):
     assert said == f"{n} places with slow on this processor: {in_words(20 * n)}"
 
 
-def test_a_store_says_it_once_for_all_its_parts(sdata, clock, log, tmp_path, monkeypatch):
-    from histosge._model import _predict as _prediction
-
-    monkeypatch.setattr(_prediction, "PART_ROWS", 128)
-    with sge.settings.override(cache_gb=0):
+def test_a_store_says_it_once_for_all_its_parts(sdata, clock, log, tmp_path):
+    with sge.settings.override(cache_gb=0, part_rows=128):
         sge.tl.predict(sdata, encoder=slow(clock, seconds=20), store=tmp_path / "out.zarr", upsample=2, **FAST)
     (said,) = lines(log)
     n = len(sdata.shapes["spots"])

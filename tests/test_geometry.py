@@ -11,7 +11,7 @@ from scipy.spatial import cKDTree
 from histosge._geometry import (
     UPSAMPLE,
     NotALattice,
-    Places,
+    Targets,
     estimate_lattice,
     in_mask,
     nearest_spots,
@@ -226,13 +226,13 @@ def test_refine_lays_a_finer_lattice(given_, upsample):
     places = refine(lattice, xy, upsample=upsample)
 
     # the spots' own places, exactly and once each
-    assert sorted(places.spot[places.spot >= 0]) == list(range(len(xy)))
-    own = np.flatnonzero(places.spot >= 0)
-    assert (places.xy_px[own] == xy[places.spot[own]]).all()
+    assert sorted(places.spot_index[places.spot_index >= 0]) == list(range(len(xy)))
+    own = np.flatnonzero(places.spot_index >= 0)
+    assert (places.xy_px[own] == xy[places.spot_index[own]]).all()
 
     # nothing laid twice; the distance that is stated is the least one, and occurs
     dist = cKDTree(places.xy_px).query(places.xy_px, k=2)[0][:, 1]
-    assert dist.min() == pytest.approx(places.size_px, rel=1e-5)
+    assert dist.min() == pytest.approx(places.step_px, rel=1e-5)
 
     # whole rows and columns, from 0, one place each, and affine to the positions
     index = np.column_stack([places.array_col, places.array_row])
@@ -245,7 +245,7 @@ def test_refine_lays_a_finer_lattice(given_, upsample):
     assert abs(np.linalg.det(basis)) == pytest.approx(CELL[given_["kind"]] * pitch**2 / upsample, rel=1e-5)
     # … and none is missing around a spot
     fine = {tuple(i) for i in index.tolist()}
-    reach = int(np.ceil(0.7 * pitch / places.size_px)) + 1
+    reach = int(np.ceil(0.7 * pitch / places.step_px)) + 1
     offset = np.stack(np.meshgrid(*[np.arange(-2 * reach, 2 * reach + 1)] * 2, indexing="ij"), -1).reshape(-1, 2)
     offset = offset[np.hypot(*(offset @ basis).T) <= 0.55 * pitch]
     assert {tuple(i) for i in (index[own][:, None] + offset).reshape(-1, 2).tolist()} <= fine
@@ -277,8 +277,8 @@ def test_refine_does_not_depend_on_the_order_of_spots(given_, upsample, seed):
     a = refine(estimate_lattice(xy), xy, upsample=upsample)
     b = refine(estimate_lattice(xy[order]), xy[order], upsample=upsample)
     assert same_places(a.xy_px, b.xy_px, tolerance=1e-6 * given_["pitch"])
-    own = b.spot >= 0
-    assert (b.xy_px[own] == xy[order[b.spot[own]]]).all()
+    own = b.spot_index >= 0
+    assert (b.xy_px[own] == xy[order[b.spot_index[own]]]).all()
 
 
 @properties
@@ -294,7 +294,7 @@ def test_refine_moves_turns_and_scales_with_the_spots(given_, upsample, degrees,
     a = refine(estimate_lattice(xy), xy, upsample=upsample)
     b = refine(estimate_lattice(moved), moved, upsample=upsample)
     expected = scale * a.xy_px @ turned(degrees) + [1000.0, -300.0]
-    assert b.size_px == pytest.approx(scale * a.size_px, rel=1e-6)
+    assert b.step_px == pytest.approx(scale * a.step_px, rel=1e-6)
     assert same_places(b.xy_px, expected, tolerance=1e-5 * scale * given_["pitch"])
 
 
@@ -307,7 +307,7 @@ def test_refine_fills_single_holes(kind, upsample):
     filled, full = (refine(estimate_lattice(p), p, upsample=upsample) for p in (xy, whole))
     assert same_places(filled.xy_px, full.xy_px, tolerance=1e-6)
     at = cKDTree(filled.xy_px).query(whole[middle])[1]
-    assert filled.spot[at] == -1
+    assert filled.spot_index[at] == -1
 
 
 def test_refine_leaves_large_holes_open():
@@ -347,16 +347,16 @@ def test_refine_refuses_other_numbers(upsample):
         refine(estimate_lattice(xy), xy, upsample=upsample)
 
 
-def test_places_keep():
+def test_some_of_the_targets():
     xy = lay("square", n=6)
     places = refine(estimate_lattice(xy), xy, upsample=4)
     mask = places.array_row == 3
-    kept = places.keep(mask)
-    assert isinstance(kept, Places)
+    kept = places.take(mask)
+    assert isinstance(kept, Targets)
     assert len(kept) == mask.sum() > 0
     assert (kept.array_row == 3).all()
     assert (kept.xy_px == places.xy_px[mask]).all()
-    assert (kept.spot == places.spot[mask]).all()
+    assert (kept.spot_index == places.spot_index[mask]).all()
 
 
 # --------------------------------------------------------------------------------------------------------- bins
@@ -367,8 +367,8 @@ def test_places_keep():
 def test_square_bins_cover_what_is_near_a_spot(bin_px, margin, seed):
     xy = np.random.default_rng(seed).random((15, 2)) * 300 - 40
     bins = square_bins(xy, bin_px=bin_px, margin_px=margin)
-    assert bins.size_px == bin_px
-    assert (bins.spot == -1).all()
+    assert bins.step_px == bin_px
+    assert (bins.spot_index == -1).all()
     index = np.column_stack([bins.array_col, bins.array_row])
     assert len(np.unique(index, axis=0)) == len(bins)
     assert (index >= 0).all()

@@ -24,7 +24,7 @@ from histosge._heads import (
     DEFAULT_HEAD,
     HEADS,
     Dropout,
-    Places,
+    Queries,
     Schedule,
     Spots,
     get_head,
@@ -124,7 +124,7 @@ def with_expression(spots, expression):
 
 
 def scores(head, known, held_out):
-    predicted = head.predict(Places.of(held_out, hidden=False), context=known)
+    predicted = head.predict(Queries.of(held_out, hidden=False), context=known)
     return correlation(predicted.numpy(), held_out.expression.numpy())
 
 
@@ -183,14 +183,14 @@ def test_impossible_parts_are_refused(wrong, message):
 @pytest.mark.usefixtures("few_steps")
 def test_shape_dtype_and_range(name, small):
     head = fit(name, small)
-    for places in (Places.of(small), Places.of(small).take(slice(3, 4))):
+    for places in (Queries.of(small), Queries.of(small).take(slice(3, 4))):
         out = head.predict(places, context=small)
         assert out.shape == (len(places), N_GENES)
         assert out.dtype == torch.float32
         assert torch.isfinite(out).all()
         assert not out.requires_grad
-    assert (Places.of(small).own == torch.arange(70)).all()
-    assert (Places.of(small, hidden=False).own == -1).all()
+    assert (Queries.of(small).spot_index == torch.arange(70)).all()
+    assert (Queries.of(small, hidden=False).spot_index == -1).all()
 
 
 @every_head
@@ -199,12 +199,12 @@ def test_same_seed_same_head(name, small):
     """Whatever torch's own state is, and without touching it."""
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    one = fit(name, small, seed=5).predict(Places.of(small), context=small)
+    one = fit(name, small, seed=5).predict(Queries.of(small), context=small)
     assert (torch.get_rng_state() == before).all()
     torch.manual_seed(2)
-    assert (fit(name, small, seed=5).predict(Places.of(small), context=small) == one).all()
+    assert (fit(name, small, seed=5).predict(Queries.of(small), context=small) == one).all()
     if name in NETWORKS:
-        assert (fit(name, small, seed=6).predict(Places.of(small), context=small) != one).any()
+        assert (fit(name, small, seed=6).predict(Queries.of(small), context=small) != one).any()
 
 
 @every_head
@@ -215,7 +215,7 @@ def test_state_round_trip(name, small):
     from safetensors.torch import load, save
 
     head = fit(name, small)
-    places = Places.of(small)
+    places = Queries.of(small)
     config, weights = head.state()
     stored = load(save({n: t.contiguous() for n, t in weights.items()})) if weights else {}
     restored = get_head(name).from_state(json.loads(json.dumps(config)), stored)
@@ -232,14 +232,14 @@ def test_a_restored_head_gives_the_very_same_numbers(name, small):
     config, weights = head.state()
     assert all(t.is_contiguous() for t in weights.values())
     restored = get_head(name).from_state(config, {n: t.clone() for n, t in weights.items()})
-    one, other = (h.predict(Places.of(small), context=small) for h in (head, restored))
+    one, other = (h.predict(Queries.of(small), context=small) for h in (head, restored))
     assert (one == other).all()
 
 
 @pytest.mark.parametrize("name", sorted(set(HEADS) - {"nearest"}))
 def test_not_fitted(name, small):
     head = get_head(name)()
-    for use in (lambda: head.predict(Places.of(small), context=small), head.state):
+    for use in (lambda: head.predict(Queries.of(small), context=small), head.state):
         with pytest.raises(RuntimeError, match=rf"head '{name}' is not fitted: call fit\(\) first"):
             use()
 
@@ -249,16 +249,16 @@ def test_not_fitted(name, small):
 def test_a_place_does_not_see_its_own_measurement(name, small):
     """Change what was measured at a spot: nothing changes there, while around it something may."""
     head = fit(name, small)
-    before = head.predict(Places.of(small), context=small)
+    before = head.predict(Queries.of(small), context=small)
     expression = small.expression.clone()
     expression[33] = 9.0
-    after = head.predict(Places.of(small), context=with_expression(small, expression))
+    after = head.predict(Queries.of(small), context=with_expression(small, expression))
     assert (after[33] == before[33]).all()
     neighbours = (small.xy_um - small.xy_um[33]).norm(dim=1).argsort()[1:7]
     seen = (after[neighbours] != before[neighbours]).any(1)
     assert seen.all() if name in SEES_NEIGHBOURS else not seen.any()
     # without the mask it does see it: the mask is what hides it
-    open_ = Places.of(small, hidden=False)
+    open_ = Queries.of(small, hidden=False)
     unmasked = [head.predict(open_, context=c)[33] for c in (small, with_expression(small, expression))]
     assert (unmasked[0] != unmasked[1]).any() == (name in SEES_NEIGHBOURS)
 
@@ -289,8 +289,8 @@ def test_order_of_the_context_does_not_matter(name, small):
     small = dataclasses.replace(small, xy_um=small.xy_um + aside)
     head = fit(name, small)
     order = torch.as_tensor(np.random.default_rng(0).permutation(len(small)))
-    places = Places.of(small)
-    shuffled = Places(places.embedding, places.xy_um, order.argsort())
+    places = Queries.of(small)
+    shuffled = Queries(places.embedding, places.xy_um, order.argsort())
     one, other = head.predict(places, context=small), head.predict(shuffled, context=small.take(order))
     assert torch.allclose(one, other, atol=kriging_rounding(head, small) if name == "kriging" else ANSWER)
 
@@ -298,7 +298,7 @@ def test_order_of_the_context_does_not_matter(name, small):
 @every_head
 @pytest.mark.usefixtures("few_steps")
 def test_no_places_no_rows(name, small):
-    none = Places.of(small).take(slice(0, 0))
+    none = Queries.of(small).take(slice(0, 0))
     assert fit(name, small).predict(none, context=small).shape == (0, N_GENES)
 
 
@@ -309,7 +309,7 @@ def test_constant_gene_and_constant_column(name, small):
     embedding = small.embedding.clone()
     embedding[:, 4] = 7.0
     flat = dataclasses.replace(small, embedding=embedding)
-    out = fit(name, flat).predict(Places.of(flat), context=flat)
+    out = fit(name, flat).predict(Queries.of(flat), context=flat)
     assert torch.isfinite(out).all()
     assert out[:, CONSTANT] == pytest.approx(1.5, abs=0.3 if name == "published" else 1e-3)
 
@@ -320,7 +320,7 @@ def test_one_gene_and_fewest_spots(name):
     """15 spots are left where half of the fewest allowed are held out."""
     one = section(3, 5)
     one = with_expression(one, one.expression[:, :1])
-    out = fit(name, one).predict(Places.of(one), context=one)
+    out = fit(name, one).predict(Queries.of(one), context=one)
     assert out.shape == (15, 1)
     assert torch.isfinite(out).all()
 
@@ -331,7 +331,7 @@ def test_one_gene_and_fewest_spots(name):
 def test_nothing_to_learn_from(name, small):
     """Every gene and every column constant: a head may say the mean, and nothing that is not a number."""
     blank = Spots(torch.full((40, 5), 2.0), torch.full((40, 3), 1.0), small.xy_um[:40], PITCH)
-    out = fit(name, blank).predict(Places.of(blank), context=blank)
+    out = fit(name, blank).predict(Queries.of(blank), context=blank)
     assert torch.allclose(out, torch.ones(40, 3), atol=0.3)
 
 
@@ -367,7 +367,7 @@ def test_permuted_labels_are_not_predicted(name, spots):
 def test_places_are_predicted_the_same_in_whatever_company(name, small):
     """Alone, in any order, and split into calls in any way."""
     head = fit(name, small)
-    places = Places.of(small).take(torch.as_tensor(np.random.default_rng(0).permutation(70)))
+    places = Queries.of(small).take(torch.as_tensor(np.random.default_rng(0).permutation(70)))
     at_once = head.predict(places, context=small)
     tolerance = kriging_rounding(head, small) if name == "kriging" else ANSWER
     for n in (1, 33):
@@ -379,7 +379,7 @@ def test_places_are_predicted_the_same_in_whatever_company(name, small):
 @pytest.mark.usefixtures("few_steps")
 def test_what_is_kept_of_a_context_is_never_taken_for_another(name, small):
     """By identity: a context that is as long, lies at the same places and came after the first was thrown away."""
-    head, places = fit(name, small), Places.of(small, hidden=False)
+    head, places = fit(name, small), Queries.of(small, hidden=False)
     for shift in (0, 1, 2):
         context = with_expression(small, small.expression.roll(shift, 0))
         fresh = get_head(name).from_state(*head.state())
@@ -390,7 +390,7 @@ def test_what_is_kept_of_a_context_is_never_taken_for_another(name, small):
 @pytest.mark.parametrize("name", SEES_NEIGHBOURS)
 @pytest.mark.usefixtures("few_steps")
 def test_a_head_fitted_again_forgets_the_context(name, small):
-    head, places, other = fit(name, small), Places.of(small), with_expression(small, small.expression.flip(0))
+    head, places, other = fit(name, small), Queries.of(small), with_expression(small, small.expression.flip(0))
     head.predict(places, context=small)
     again = head.fit(other, rng=np.random.default_rng(1), progress=False).predict(places, context=small)
     assert (again == get_head(name).from_state(*head.state()).predict(places, context=small)).all()
@@ -406,14 +406,14 @@ def test_spots_that_are_there_already_are_not_moved(small):
     assert moved.pitch_um == PITCH
     assert moved.to("meta") is moved
     for hidden in (True, False):
-        assert Places.of(moved, hidden=hidden).own.device.type == "meta"
+        assert Queries.of(moved, hidden=hidden).spot_index.device.type == "meta"
 
 
 # ---------------------------------------------------------------------------------------------- the simple ones
 
 
 def test_mean_is_the_mean(small):
-    out = fit("mean", small).predict(Places.of(small), context=small)
+    out = fit("mean", small).predict(Queries.of(small), context=small)
     assert torch.allclose(out, small.expression.mean(0).expand(70, -1))
 
 
@@ -421,7 +421,7 @@ def test_nearest_against_brute_force(small):
     rng = np.random.default_rng(0)
     xy = torch.as_tensor(rng.random((25, 2)) * 700, dtype=torch.float32)
     own = torch.as_tensor(np.where(rng.random(25) < 0.5, rng.integers(0, 70, 25), -1))
-    out = fit("nearest", small).predict(Places(small.embedding[:25], xy, own), context=small)
+    out = fit("nearest", small).predict(Queries(small.embedding[:25], xy, own), context=small)
     for i in range(25):
         far = (small.xy_um.double() - xy[i].double()).norm(dim=1)
         if own[i] >= 0:
@@ -433,7 +433,7 @@ def test_nearest_against_brute_force(small):
 
 
 def test_nearest_on_top_of_a_spot_takes_its_value(small):
-    out = fit("nearest", small).predict(Places.of(small, hidden=False), context=small)
+    out = fit("nearest", small).predict(Queries.of(small, hidden=False), context=small)
     assert (out - small.expression).abs().max() < 0.05
     assert scores(fit("nearest", small), small, small).min() >= 0  # no division by a distance of zero
 
@@ -441,14 +441,14 @@ def test_nearest_on_top_of_a_spot_takes_its_value(small):
 def test_nearest_without_context(small):
     head = fit("nearest", small)
     with pytest.raises(ValueError, match="needs measured spots around every place"):
-        head.predict(Places.of(small, hidden=False), context=small.take(torch.arange(0)))
+        head.predict(Queries.of(small, hidden=False), context=small.take(torch.arange(0)))
     with pytest.raises(ValueError, match="needs measured spots around every place"):
-        head.predict(Places.of(small.take(torch.arange(1))), context=small.take(torch.arange(1)))
+        head.predict(Queries.of(small.take(torch.arange(1))), context=small.take(torch.arange(1)))
 
 
 def test_nearest_works_with_fewer_spots_than_it_asks_for(small):
     few = small.take(torch.arange(3))
-    out = fit("nearest", small).predict(Places.of(small, hidden=False), context=few)
+    out = fit("nearest", small).predict(Queries.of(small, hidden=False), context=few)
     assert (out >= few.expression.min(0).values - 1e-5).all()
     assert (out <= few.expression.max(0).values + 1e-5).all()
 
@@ -480,7 +480,7 @@ def test_ridge_against_leave_one_out_by_hand(small):
     penalty = min(np.logspace(-1, 7, 25), key=left_out)
     assert 0.1 < penalty < 1e7
     slope, offset = solve(z, y, penalty)
-    out = fit("ridge", small).predict(Places.of(small), context=small)
+    out = fit("ridge", small).predict(Queries.of(small), context=small)
     assert np.abs(out.numpy() - (z @ slope + offset)).max() < 1e-4
 
 
@@ -496,7 +496,7 @@ def test_ridge_against_scikit_learn(n, d, n_genes):
     ridge = RidgeCV(np.logspace(-1, 7, 25)).fit(pca.transform(scaled), s.expression.double().numpy())
     expected = ridge.predict(pca.transform(scaled)).reshape(n, n_genes)
     assert 0.1 < ridge.alpha_ < 1e7
-    assert np.abs(fit("ridge", s).predict(Places.of(s), context=s).numpy() - expected).max() < 1e-4
+    assert np.abs(fit("ridge", s).predict(Queries.of(s), context=s).numpy() - expected).max() < 1e-4
 
 
 def test_ridge_finds_what_the_image_shows_and_nothing_else(spots):
@@ -513,7 +513,7 @@ def test_one_wild_embedding_does_not_run_away(spots):
     assert wild.abs().max() == 5
     known, held_out = split(spots)
     marked = dataclasses.replace(held_out, embedding=held_out.embedding * 1000)
-    assert fit("ridge", known).predict(Places.of(marked, hidden=False), context=known).abs().max() < 30
+    assert fit("ridge", known).predict(Queries.of(marked, hidden=False), context=known).abs().max() < 30
 
 
 # ---------------------------------------------------------------------------------------------------- in context
@@ -528,7 +528,7 @@ def test_in_context_uses_image_and_neighbours(trained):
     assert nearest[IMAGE].mean() < 0.4
     assert found[SPACE].mean() > 0.8
     assert ridge[SPACE].mean() < 0.4
-    predicted = head.predict(Places.of(held_out, hidden=False), context=known)
+    predicted = head.predict(Queries.of(held_out, hidden=False), context=known)
     error = ((predicted - held_out.expression) ** 2).mean(0)
     assert (error[:6] < 0.6 * held_out.expression.var(0)[:6]).all()  # … and beats the mean
 
@@ -536,7 +536,7 @@ def test_in_context_uses_image_and_neighbours(trained):
 def test_in_context_reads_the_context_it_is_given(trained):
     """Measured somewhere else: add one to a gene of all neighbours, and the prediction follows."""
     head, known, held_out = trained
-    places = Places.of(held_out, hidden=False)
+    places = Queries.of(held_out, hidden=False)
     before = head.predict(places, context=known)
     raised = known.expression.clone()
     raised[:, SPACE] += 1
@@ -547,7 +547,7 @@ def test_in_context_reads_the_context_it_is_given(trained):
 def test_in_context_works_with_thinned_context(trained):
     """One head for every distance: worse with fewer neighbours, useful down to none."""
     head, known, held_out = trained
-    places = Places.of(held_out, hidden=False)
+    places = Queries.of(held_out, hidden=False)
     order = torch.as_tensor(np.random.default_rng(0).permutation(len(known)))
     found = {}
     for n in (len(known), 27, 1):
@@ -564,7 +564,7 @@ def test_in_context_without_any_visible_neighbour(trained):
     """The only spot of the context is the place itself, and hidden: nothing of it is read."""
     head, known, _ = trained
     one = known.take(torch.arange(1))
-    places = Places.of(one)
+    places = Queries.of(one)
     out = head.predict(places, context=one)
     other = head.predict(places, context=with_expression(one, one.expression + 5))
     assert torch.isfinite(out).all()
@@ -576,7 +576,7 @@ def test_in_context_without_any_visible_neighbour(trained):
 def test_in_context_does_not_read_spots_beyond_twenty_pitches(trained):
     """Other sections, and the far side of a hole."""
     head, known, held_out = trained
-    place = Places.of(held_out, hidden=False).take(slice(0, 1))
+    place = Queries.of(held_out, hidden=False).take(slice(0, 1))
 
     def said(pitches, *, raised=0.0):
         one = known.take(torch.arange(1))
@@ -590,12 +590,12 @@ def test_in_context_does_not_read_spots_beyond_twenty_pitches(trained):
 
 def test_in_context_far_from_all_spots_answers_as_without_any(trained):
     head, known, held_out = trained
-    places = Places.of(dataclasses.replace(held_out, xy_um=held_out.xy_um + 1e5), hidden=False)
+    places = Queries.of(dataclasses.replace(held_out, xy_um=held_out.xy_um + 1e5), hidden=False)
     far = head.predict(places, context=known)
     one = held_out.take(torch.arange(1))  # … of which the only one is the place itself
-    alone = [head.predict(dataclasses.replace(p, own=torch.tensor([0])), context=one) for p in each(places)]
+    alone = [head.predict(dataclasses.replace(p, spot_index=torch.tensor([0])), context=one) for p in each(places)]
     assert torch.allclose(far, torch.cat(alone), atol=ANSWER)
-    near = head.predict(Places.of(held_out, hidden=False), context=known)
+    near = head.predict(Queries.of(held_out, hidden=False), context=known)
     assert (far - near).abs().mean() > 0.05
 
 
@@ -609,19 +609,19 @@ def test_in_context_is_the_same_anywhere(trained, shift):
     head, known, held_out = trained
     moved = [dataclasses.replace(s, xy_um=s.xy_um + torch.tensor(shift)) for s in (known, held_out)]
     # to the last micrometre: a float32 at 2e5 µm has a hundredth
-    one = head.predict(Places.of(held_out, hidden=False), context=known)
-    other = head.predict(Places.of(moved[1], hidden=False), context=moved[0])
+    one = head.predict(Queries.of(held_out, hidden=False), context=known)
+    other = head.predict(Queries.of(moved[1], hidden=False), context=moved[0])
     assert (one - other).abs().median() < 1e-3
-    far = Places.of(dataclasses.replace(held_out, xy_um=moved[1].xy_um), hidden=False)
+    far = Queries.of(dataclasses.replace(held_out, xy_um=moved[1].xy_um), hidden=False)
     assert (head.predict(far, context=known) - one).abs().median() > 0.01  # unless only the places move
 
 
 def test_in_context_sees_distances_in_pitches(trained):
     """The same section at twice the pitch is the same section."""
     head, known, held_out = trained
-    one = head.predict(Places.of(held_out, hidden=False), context=known)
+    one = head.predict(Queries.of(held_out, hidden=False), context=known)
     wide = [dataclasses.replace(s, xy_um=s.xy_um * 2, pitch_um=2 * PITCH) for s in (known, held_out)]
-    assert torch.allclose(head.predict(Places.of(wide[1], hidden=False), context=wide[0]), one, atol=1e-3)
+    assert torch.allclose(head.predict(Queries.of(wide[1], hidden=False), context=wide[0]), one, atol=1e-3)
 
 
 def slow_answer(head, places, context):
@@ -643,7 +643,7 @@ def test_in_context_in_prediction_is_what_was_trained(trained, monkeypatch, n_co
     context = known.take(torch.arange(n_context))
     far = dataclasses.replace(held_out, xy_um=held_out.xy_um * 3 - 500)
     own = torch.arange(n_context)
-    for places in (Places.of(held_out, hidden=False), Places.of(far, hidden=False), Places.of(context)):
+    for places in (Queries.of(held_out, hidden=False), Queries.of(far, hidden=False), Queries.of(context)):
         out = head.predict(places, context=context)
         assert torch.allclose(out, slow_answer(head, places, context), atol=ANSWER)
     shuffled = places.take(own.flip(0))
@@ -678,7 +678,7 @@ def test_in_context_works_spots_out_once(trained, monkeypatch):
     fresh, counted = get_head("in-context").from_state(*head.state()), []
     know = fresh.network.know
     monkeypatch.setattr(fresh.network, "know", lambda *a: counted.append(len(a[0])) or know(*a))
-    places = Places.of(held_out, hidden=False)
+    places = Queries.of(held_out, hidden=False)
     for i in range(0, len(places), 7):
         fresh.predict(places.take(slice(i, i + 7)), context=known)
     assert counted == [len(known)]
@@ -800,7 +800,7 @@ def kriged(spots):
 def test_kriging_against_scikit_learn_at_new_places(kriged):
     head, known, held_out = kriged
     moved = dataclasses.replace(held_out, xy_um=held_out.xy_um + torch.tensor([31.0, -17.0]))
-    out = head.predict(Places.of(moved, hidden=False), context=known)
+    out = head.predict(Queries.of(moved, hidden=False), context=known)
     n = len(head.space.gene_axes)
     expected = np.column_stack([oracle(head, known, q).predict(inputs(head, moved)) for q in range(n)])
     assert np.abs(expected).max() > 1
@@ -810,7 +810,7 @@ def test_kriging_against_scikit_learn_at_new_places(kriged):
 def test_kriging_of_another_context_against_scikit_learn(kriged):
     """Lengths and shares are of the spots learnt from, and what is measured is of the context alone."""
     head, known, held_out = kriged
-    out = head.predict(Places.of(known, hidden=False), context=held_out)
+    out = head.predict(Queries.of(known, hidden=False), context=held_out)
     n = len(head.space.gene_axes)
     expected = np.column_stack([oracle(head, held_out, q).predict(inputs(head, known)) for q in range(n)])
     assert np.abs(out.numpy() - to_genes(head, expected)).max() < 1e-3
@@ -819,11 +819,11 @@ def test_kriging_of_another_context_against_scikit_learn(kriged):
 def test_kriging_leaves_a_spot_out_as_if_it_had_never_been_there(kriged):
     """All at once, by one inverse, what refitting without each of the spots says, lengths and shares held."""
     head, known, _ = kriged
-    at_once = head.predict(Places.of(known), context=known).numpy()
+    at_once = head.predict(Queries.of(known), context=known).numpy()
     n = len(head.space.gene_axes)
     for i in range(0, len(known), 9):
         rest, alone = known.take(torch.arange(len(known)) != i), known.take(torch.tensor([i]))
-        without = head.predict(Places.of(alone, hidden=False), context=rest).numpy()[0]
+        without = head.predict(Queries.of(alone, hidden=False), context=rest).numpy()[0]
         assert np.abs(at_once[i] - without).max() < kriging_rounding(head, known)
         if i < 20:
             expected = np.array([oracle(head, rest, q).predict(inputs(head, alone))[0] for q in range(n)])
@@ -862,20 +862,20 @@ def test_kriging_uses_image_and_neighbours(kriged):
 def test_kriging_without_context_says_the_prior_mean(kriged):
     head, known, held_out = kriged
     mean = known.expression.mean(0)
-    none = head.predict(Places.of(held_out, hidden=False), context=known.take(torch.arange(0)))
+    none = head.predict(Queries.of(held_out, hidden=False), context=known.take(torch.arange(0)))
     assert torch.allclose(none, mean.expand(len(held_out), -1), atol=ANSWER)
     one = known.take(torch.arange(1))  # … and so do a hidden spot alone
-    assert torch.allclose(head.predict(Places.of(one), context=one), mean[None], atol=ANSWER)
+    assert torch.allclose(head.predict(Queries.of(one), context=one), mean[None], atol=ANSWER)
     # far from everything and unlike nothing: back towards the mean in what the image does not show
     far = dataclasses.replace(held_out, xy_um=held_out.xy_um + 1e6)
-    out = head.predict(Places.of(far, hidden=False), context=known)
+    out = head.predict(Queries.of(far, hidden=False), context=known)
     assert out[:, SPACE].std(0).max() < 0.5 * held_out.expression[:, SPACE].std(0).min()
 
 
 def test_kriging_reads_the_context_it_is_given(kriged):
     """What was worked out is kept for one context, and never taken for another."""
     head, known, held_out = kriged
-    places = Places.of(held_out, hidden=False)
+    places = Queries.of(held_out, hidden=False)
     before = head.predict(places, context=known)
     raised = with_expression(known, known.expression + torch.eye(N_GENES)[4])
     after = head.predict(places, context=raised)
@@ -884,14 +884,14 @@ def test_kriging_reads_the_context_it_is_given(kriged):
     # leaving out is worked out when it is first asked for
     fresh = get_head("kriging").from_state(*head.state())
     assert (fresh.predict(places, context=known) == before).all()
-    hidden = fresh.predict(Places.of(known), context=known)
-    assert torch.allclose(hidden, head.predict(Places.of(known), context=known), atol=kriging_rounding(head, known))
-    assert (hidden - fresh.predict(Places.of(known, hidden=False), context=known)).abs().max() > 0.05
+    hidden = fresh.predict(Queries.of(known), context=known)
+    assert torch.allclose(hidden, head.predict(Queries.of(known), context=known), atol=kriging_rounding(head, known))
+    assert (hidden - fresh.predict(Queries.of(known, hidden=False), context=known)).abs().max() > 0.05
 
 
 def test_kriging_of_a_context_in_parts_is_that_at_once(kriged, monkeypatch):
     head, known, held_out = kriged
-    places, counted = Places.of(held_out, hidden=False), []
+    places, counted = Queries.of(held_out, hidden=False), []
     at_once = head.predict(places, context=known)
     fresh = get_head("kriging").from_state(*head.state())
     condition = conditioning.Conditioned._condition
@@ -903,7 +903,7 @@ def test_kriging_of_a_context_in_parts_is_that_at_once(kriged, monkeypatch):
 
 def test_kriging_fitted_again_forgets_the_context(small):
     head = fit("kriging", small, n_steps=0)
-    places = Places.of(small)
+    places = Queries.of(small)
     head.predict(places, context=small)
     head.config["n_steps"] = 30
     again = head.fit(small, rng=np.random.default_rng(0), progress=False).predict(places, context=small)
@@ -990,8 +990,8 @@ out. It is multiplied by what makes the 80 independent, with entries up to one o
 
 def by_tile(head, places):
     """For each place, once places were predicted: spots that a tile conditions on exactly, and the tile's share."""
-    conditioned, found = head._conditioned, [[] for _ in places.own]
-    for tile, rows, share in conditioned.tiles(places.xy_um / PITCH, places.own):
+    conditioned, found = head._conditioned, [[] for _ in places.spot_index]
+    for tile, rows, share in conditioned.tiles(places.xy_um / PITCH, places.spot_index):
         near = conditioned.known(tile, leave_out=False).spots.numpy()
         for i, part in zip(rows.tolist(), share.tolist(), strict=True):
             found[i].append((near, part))
@@ -1019,7 +1019,7 @@ def dense(head, known, place, near, q, *, without=None):
 def test_kriging_by_tiles_against_one_dense_system(fresh, monkeypatch):
     head, known, held_out = fresh
     in_tiles(monkeypatch, n_near=150, n_drawn=80)
-    places = Places.of(held_out, hidden=False)
+    places = Queries.of(held_out, hidden=False)
     (found,) = head.answers([head], places, context=known)
     assert len(head._conditioned._tiles.spots) > 5
     tiles = by_tile(head, places)
@@ -1043,7 +1043,7 @@ def test_kriging_by_tiles_against_one_dense_system(fresh, monkeypatch):
 def test_kriging_by_tiles_leaves_a_spot_out_of_the_dense_system(fresh, monkeypatch):
     head, known, _ = fresh
     in_tiles(monkeypatch, n_near=150, n_drawn=80)
-    places = Places.of(known)
+    places = Queries.of(known)
     (found,) = head.answers([head], places, context=known)
     tiles = by_tile(head, places)
     for i in range(0, len(known), 60):
@@ -1060,7 +1060,7 @@ def test_kriging_by_tiles_leaves_a_spot_out_of_the_dense_system(fresh, monkeypat
 )
 def test_kriging_by_tiles_that_see_all_spots_is_exact(wide, fresh, monkeypatch, how):
     exact, (head, known, held_out) = wide[0], fresh
-    for places in (Places.of(held_out, hidden=False), Places.of(known)):
+    for places in (Queries.of(held_out, hidden=False), Queries.of(known)):
         expected = exact.predict(places, context=known)
         with monkeypatch.context() as patch:
             in_tiles(patch, **how)
@@ -1072,7 +1072,7 @@ def test_kriging_by_tiles_that_see_all_spots_is_exact(wide, fresh, monkeypatch, 
 def test_kriging_by_tiles_is_nearly_exact(wide, fresh, monkeypatch):
     """The more, the more spots stand for all others."""
     exact, (head, known, held_out) = wide[0], fresh
-    places = Places.of(held_out, hidden=False)
+    places = Queries.of(held_out, hidden=False)
     expected = exact.predict(places, context=known)
     errors = []
     for n_drawn in (5, 50, 200):
@@ -1087,7 +1087,7 @@ def test_kriging_by_tiles_hides_what_was_measured(fresh, monkeypatch):
     """A hidden spot is also left out of what all spots say together: nothing but a rounding error of it is left."""
     head, known, _ = fresh
     in_tiles(monkeypatch, n_near=150, n_drawn=80)
-    places = Places.of(known)
+    places = Queries.of(known)
     before = head.predict(places, context=known)
     drawn = int(head._conditioned._drawn_spots[0])
     for i in (0, 97, 400, drawn):
@@ -1097,7 +1097,7 @@ def test_kriging_by_tiles_hides_what_was_measured(fresh, monkeypatch):
         assert torch.allclose(after[i], before[i], rtol=0, atol=TRACE)
         nearest = (known.xy_um - known.xy_um[i]).norm(dim=1).argsort()[1]
         assert (after[nearest] - before[nearest]).abs().max() > 100 * TRACE
-    open_ = head.predict(Places.of(known, hidden=False), context=known)
+    open_ = head.predict(Queries.of(known, hidden=False), context=known)
     assert (open_ - before).abs().max() > 0.1
 
 
@@ -1109,7 +1109,7 @@ def test_kriging_by_tiles_tells_sections_apart(wide, fresh, monkeypatch):
     def twice(s):
         return Spots(s.embedding.repeat(2, 1), s.expression.repeat(2, 1), torch.cat([s.xy_um, s.xy_um + shift]), PITCH)
 
-    places, both = Places.of(twice(held_out), hidden=False), twice(known)
+    places, both = Queries.of(twice(held_out), hidden=False), twice(known)
     expected = exact.predict(places, context=both)
     in_tiles(monkeypatch, n_near=150, n_drawn=300)
     found = head.predict(places, context=both)
@@ -1189,7 +1189,7 @@ def test_a_hidden_spot_is_told_nothing_by_a_tile_that_never_looked_at_it(fresh, 
     """Its value is among what such a tile knows of the others."""
     head, known, _ = fresh
     in_tiles(monkeypatch, n_near=70, n_drawn=80, n_tile=60)  # hardly any around a tile's own
-    places = Places.of(known)
+    places = Queries.of(known)
     before = head.predict(places, context=known)
     alone = [i for i, tiles in enumerate(by_tile(head, places)) if not all(i in near for near, _ in tiles)]
     assert len(alone) > 20
@@ -1208,7 +1208,7 @@ def test_kriging_by_tiles_has_no_seams(wide, fresh, monkeypatch):
     """
     exact, (head, known, _) = wide[0], fresh
     along = torch.arange(0, 2900, 1.0)
-    line = Places(
+    line = Queries(
         known.embedding[:1].expand(len(along), -1),
         torch.stack([along, along * 0.6 + 400], 1),
         torch.full((len(along),), -1),
@@ -1229,7 +1229,7 @@ def test_kriging_by_tiles_gives_a_place_the_same_in_whatever_company(wide, monke
     head, known, held_out = wide
     in_tiles(monkeypatch, n_near=150, n_drawn=80)
     state = head.state()
-    for places in (Places.of(held_out, hidden=False), Places.of(known).take(slice(0, 150))):
+    for places in (Queries.of(held_out, hidden=False), Queries.of(known).take(slice(0, 150))):
         at_once = get_head("kriging").from_state(*state).predict(places, context=known)
         order = torch.as_tensor(np.random.default_rng(0).permutation(150))
         for n in (7, 64):
@@ -1243,7 +1243,7 @@ def test_kriging_by_tiles_gives_a_place_the_same_in_whatever_company(wide, monke
 def test_kriging_tiles_are_the_same_side_by_side(fresh, wide, monkeypatch):
     head, known, held_out = fresh
     in_tiles(monkeypatch, n_near=150, n_drawn=80)
-    places = Places.of(held_out, hidden=False)
+    places = Queries.of(held_out, hidden=False)
     (alone,) = head.answers([head], places, context=known)
     other = get_head("kriging").from_state(*wide[0].state())
     monkeypatch.setattr(conditioning, "_KEPT_TILES", 2)  # each throws away what others may be about to read
@@ -1257,7 +1257,7 @@ def test_kriging_keeps_the_tiles_last_used(wide, monkeypatch):
     """So few that they are thrown away and worked out again, with the same answer."""
     head, known, held_out = wide
     in_tiles(monkeypatch, n_near=150, n_drawn=80)
-    places = Places.of(held_out, hidden=False)
+    places = Queries.of(held_out, hidden=False)
     answers, counts = [], []
     work = conditioning.Conditioned._condition_tile
     for kept in (64, 2):
@@ -1269,7 +1269,7 @@ def test_kriging_keeps_the_tiles_last_used(wide, monkeypatch):
         fresh = get_head("kriging").from_state(*head.state())
         answers += [fresh.predict(places, context=known) for _ in range(2)]
         counts.append(len(counted))
-        n_tiles = len({tile for tile, *_ in fresh._conditioned.tiles(places.xy_um / PITCH, places.own)})
+        n_tiles = len({tile for tile, *_ in fresh._conditioned.tiles(places.xy_um / PITCH, places.spot_index)})
         assert len(fresh._conditioned._known) == min(kept, n_tiles)
     assert n_tiles > 5
     assert counts == [n_tiles, 2 * n_tiles]
@@ -1282,7 +1282,7 @@ def test_kriging_however_many_covariances_at_once(kriged, monkeypatch, pairs):
     """The sum over kernels as one stack of them gives it."""
     head, known, held_out = kriged
     monkeypatch.setattr(kriging, "_PAIRS_AT_ONCE", {"cpu": pairs, "other": pairs})
-    places, space = Places.of(held_out, hidden=False), head.space
+    places, space = Queries.of(held_out, hidden=False), head.space
     share, lengths = head.parameters["shares"].exp(), head.parameters["lengths"]
 
     def kernels(a, b):
@@ -1312,7 +1312,7 @@ def test_coordinates_learn_a_smooth_field_and_nothing_of_the_image(spots):
 
 def test_coordinates_look_at_neither_image_nor_context(small):
     head = fit("coordinates", small)
-    places = Places.of(small)
+    places = Queries.of(small)
     before = head.predict(places, context=small)
     other = dataclasses.replace(places, embedding=places.embedding.flip(0) * 9)
     assert (head.predict(other, context=with_expression(small, small.expression + 5)) == before).all()
@@ -1324,7 +1324,7 @@ def test_coordinates_look_at_neither_image_nor_context(small):
 
 
 def test_coordinates_far_away_are_finite(small):
-    far = dataclasses.replace(Places.of(small), xy_um=small.xy_um * 1e5 - 3e8)
+    far = dataclasses.replace(Queries.of(small), xy_um=small.xy_um * 1e5 - 3e8)
     out = fit("coordinates", small).predict(far, context=small)
     assert torch.isfinite(out).all()
 
@@ -1349,11 +1349,11 @@ def test_published_has_the_published_size():
 def test_published_answers_are_expression(small):
     """A final ReLU, as published: never negative."""
     head = fit("published", small)
-    assert head.predict(Places.of(small), context=small).min() >= 0
+    assert head.predict(Queries.of(small), context=small).min() >= 0
 
 
 def test_published_with_a_single_step(small):
-    assert torch.isfinite(fit("published", small, n_steps=1).predict(Places.of(small), context=small)).all()
+    assert torch.isfinite(fit("published", small, n_steps=1).predict(Queries.of(small), context=small)).all()
 
 
 # ------------------------------------------------------------------------------------------------------ training

@@ -14,13 +14,13 @@ from scipy.spatial import cKDTree
 from spatialdata import SpatialData
 
 import histosge as sge
-from histosge._embedding import embed_targets, prepare
+from histosge._embedding import Embedder
 from histosge._geometry import estimate_lattice
 from histosge._heads import in_context
 from histosge._model import SPLITS, Measured, Plan, Trial, ask, fit_model, stack_sections, trials
 from histosge._model import _evaluate as _holdout
 from histosge._model import _fit as _fitting
-from histosge._section import own_spots, per_target_sum, read_section, section_counts
+from histosge._section import per_target_sum, read_section
 from histosge._statistics import _counting_noise, _metrics
 from histosge.tl import _evaluate
 
@@ -86,11 +86,8 @@ def score(sdata, **changes):
 
 def measured_of(sdata, name="spots", labels=None):
     section = read_section(sdata, report=False)
-    encoder, recipe = prepare(section, "stain-texture", tile_um=None, stack=("pilm",))
-    values = embed_targets(
-        sdata, section, own_spots(section), encoder, recipe, device=CPU, batch_size=64, progress=False
-    )
-    return Measured(name, section, values, section_counts(sdata, section), labels), recipe
+    embedder = Embedder.open(section, "stain-texture", device=CPU, progress=False)
+    return Measured(name, section, embedder.embed_spots(), section.counts, labels), embedder.config
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +150,7 @@ def test_scores_are_those_of_a_hand(ready, room):
     )  # fmt: skip
     predicted = model.predict(
         known, spots=one.embedding[train], places=one.embedding[test], xy_px=one.section.xy_px[test],
-        own=np.full(len(test), -1), device=CPU,
+        spot_index=np.full(len(test), -1), device=CPU,
     )  # fmt: skip
     measured, learnt = one.section.dense(model.genes)[test], one.section.dense(model.genes)[train]
     assert scores["gene"].tolist() == list(model.genes)
@@ -448,7 +445,7 @@ def test_big_spots_and_truth_are_made_of_different_counts(room, kind, places, mo
     np.testing.assert_array_equal(trial.rows, members)
     np.testing.assert_allclose(trial.truth.toarray(), per_target_sum(other[members]).toarray(), rtol=1e-5)
     np.testing.assert_allclose(trial.xy_um, one.section.xy_um[members])
-    assert (trial.own == -1).all()
+    assert (trial.spot_index == -1).all()
     (big,) = trial.sections
     for i in range(group.max() + 1):
         mine = group == i
@@ -555,8 +552,8 @@ def test_published_protocol_measures_memory_and_says_so(ready, log):
 def test_published_protocol_hides_a_spot_from_itself(room):
     one, _ = room
     trial = next(trials([one], plan("random", protocol="published"), rng=np.random.default_rng(0)))
-    learnt = np.flatnonzero(trial.own >= 0)
-    np.testing.assert_array_equal(trial.sections[0].xy_px[trial.own[learnt]], one.section.xy_px[learnt])
+    learnt = np.flatnonzero(trial.spot_index >= 0)
+    np.testing.assert_array_equal(trial.sections[0].xy_px[trial.spot_index[learnt]], one.section.xy_px[learnt])
     assert len(learnt) == len(trial.sections[0].xy_px)
 
 
@@ -656,7 +653,7 @@ def nothing_embedded(monkeypatch):
     def embed(*_, **__):
         pytest.fail("embedded before the mistake was told")
 
-    monkeypatch.setattr(_evaluate, "embed_targets", embed)
+    monkeypatch.setattr(Embedder, "embed", embed)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from tests import rounding
 
 import histosge as sge
 from histosge import _keys
-from histosge._embedding import Recipe
+from histosge._embedding import EmbeddingConfig
 from histosge._encoders import EncoderSpec
 from histosge._geometry import nearest_spots
-from histosge._heads import HEADS, Places, Schedule, Spots, get_head, in_context
+from histosge._heads import HEADS, Queries, Schedule, Spots, get_head, in_context
 from histosge._model import FAR_UM, Model, fit_model, score, stack_sections
 from histosge._model import _fit as _fitting
 from histosge._section import read_section
@@ -27,7 +27,7 @@ from histosge._statistics import block_folds, calibrate, random_folds
 
 CPU = torch.device("cpu")
 SPEC = EncoderSpec(name="by-hand", mpp=0.5, tile_px=224, embed_dim=10)
-RECIPE = Recipe(SPEC.to_dict(), 112.0, ("pilm", "rgb"))
+RECIPE = EmbeddingConfig(SPEC.to_dict(), 112.0, ("pilm", "rgb"))
 OPTIONS = {"published": {"n_steps": 3}}
 every_head = pytest.mark.parametrize("head", sorted(HEADS))
 
@@ -74,7 +74,7 @@ def fit(section, embedding, *, head="ridge", genes=8, n_folds=3, seed=0, **kwarg
 
 def at_spots(model, section, embedding, *, hidden=True):
     own = np.arange(len(embedding)) if hidden else np.full(len(embedding), -1)
-    return model.predict(section, spots=embedding, places=embedding, xy_px=section.xy_px, own=own, device=CPU)
+    return model.predict(section, spots=embedding, places=embedding, xy_px=section.xy_px, spot_index=own, device=CPU)
 
 
 def with_genes(section, names, columns=None):
@@ -316,7 +316,7 @@ def test_bars_by_hand(section, embedding, ridge):
     for one in range(3):
         known, unknown = (everything.take(torch.as_tensor(np.flatnonzero(m))) for m in (fold != one, fold == one))
         fitted = get_head("ridge")().fit(known, rng=np.random.default_rng(0))
-        said[fold == one] = fitted.predict(Places.of(unknown, hidden=False), context=known).clamp_min(0).numpy()
+        said[fold == one] = fitted.predict(Queries.of(unknown, hidden=False), context=known).clamp_min(0).numpy()
     wanted = calibrate(said, measured, fold=fold, level=0.9)
     for name, values in wanted.to_arrays().items():
         np.testing.assert_allclose(getattr(ridge.bars, name), values, rtol=1e-3, atol=1e-4, err_msg=name)
@@ -333,7 +333,7 @@ def test_bars_hold_their_level_on_spots_left_out(section, embedding):
             model = fit(known, embedding[rows], genes="all", n_folds=5, level=level)
             out = model.predict(
                 known, spots=embedding[rows], places=embedding[left], xy_px=section.xy_px[left],
-                own=np.full(len(left), -1), device=CPU,
+                spot_index=np.full(len(left), -1), device=CPU,
             )  # fmt: skip
             lower, upper = model.bars.interval(out)
             measured = section.dense(model.genes)[left]
@@ -487,7 +487,7 @@ def test_column_of_every_gene(section, embedding, monkeypatch):
     xy_px = section.xy_px[:50] + 13.7
     places = np.zeros((50, 10), np.float32)
     own = np.where(np.arange(50) % 2, np.arange(50), -1)
-    out = model.predict(section, spots=embedding, places=places, xy_px=xy_px, own=own, device=CPU)
+    out = model.predict(section, spots=embedding, places=places, xy_px=xy_px, spot_index=own, device=CPU)
     index, dist, _ = nearest_spots(xy_px * section.mpp, section.xy_um, k=20, exclude=own)
     weight = 1 / dist
     expected = np.einsum("mk,mkg->mg", weight / weight.sum(1, keepdims=True), section.dense(model.genes)[index])
@@ -509,7 +509,7 @@ def test_a_model_is_the_weighted_mean_of_its_heads(section, embedding, head, wei
     assert [weight for weight, _ in model.heads] == pytest.approx(weights)
     xy = torch.as_tensor(section.xy_um, dtype=torch.float32)
     context = Spots(*(torch.as_tensor(a) for a in (embedding, section.dense(model.context_genes))), xy, 100.0)
-    said = [h.predict(Places.of(context), context=context).clamp_min(0).numpy() for _, h in model.heads]
+    said = [h.predict(Queries.of(context), context=context).clamp_min(0).numpy() for _, h in model.heads]
     columns = model.context_genes.get_indexer(model.genes)
     expected = np.tensordot(weights, np.stack(said), axes=1)[:, columns]
     assert np.abs(at_spots(model, section, embedding) - expected).max() < 1e-4
@@ -533,7 +533,7 @@ def test_many_places_are_predicted_in_parts(section, embedding, ridge):
     rows = np.random.default_rng(0).integers(0, len(embedding), n)
     for model in (ridge, fit(section, embedding, head="nearest", n_folds=2)):
         out = model.predict(
-            section, spots=embedding, places=embedding[rows], xy_px=section.xy_px[rows], own=rows, device=CPU
+            section, spots=embedding, places=embedding[rows], xy_px=section.xy_px[rows], spot_index=rows, device=CPU
         )
         assert np.abs(out - at_spots(model, section, embedding)[rows]).max() < rounding.of_sum(500, scale=out.max())
 
@@ -550,7 +550,7 @@ def test_threads_do_not_change_a_digit(section, embedding, head):
         for threads in (2, 1):
             torch.set_num_threads(threads)
             said[threads] = model.predict_from(
-                context, places=embedding, xy_um=section.xy_um, own=own, device=CPU
+                context, places=embedding, xy_um=section.xy_um, spot_index=own, device=CPU
             )  # fmt: skip
             assert torch.get_num_threads() == threads
     finally:
@@ -619,7 +619,7 @@ def test_a_section_looks_the_same_wherever_it_was_laid(section, embedding, head)
     far = dataclasses.replace(near, xy_um=xy + torch.tensor([FAR_UM, 0.0]))
     both = Spots(*(torch.cat([getattr(near, f), getattr(far, f)]) for f in ("embedding", "expression", "xy_um")), 100.0)
     fitted = get_head(head)(**OPTIONS.get(head, {})).fit(both, rng=np.random.default_rng(0), progress=False)
-    one, other = (fitted.predict(Places.of(s), context=s) for s in (near, far))
+    one, other = (fitted.predict(Queries.of(s), context=s) for s in (near, far))
     # a float32 at 2e5 µm has a hundredth: in the median, for the one place whose last neighbour is another
     assert (one - other).abs().median() < 1e-4
 

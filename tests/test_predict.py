@@ -61,10 +61,10 @@ def refuses(sdata, match, error=ValueError, call=None, **kwargs):
 @pytest.fixture(scope="module", autouse=True)
 def _texture_once():
     """The built-in encoder gives the same for the same places of the same image: compute it once for all tests."""
-    from histosge._embedding import _config as _recipe
+    from histosge._embedding import _embedder
 
     known = {}
-    real = _recipe.embed
+    real = _embedder.embed
 
     def embed(image, xy_px, *, mpp, encoder, stack, progress, **kwargs):
         key = (getattr(image.data, "name", id(image.data)), xy_px.tobytes(), mpp, stack)
@@ -75,7 +75,7 @@ def _texture_once():
         return known[key].copy()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_recipe, "embed", embed)
+        patch.setattr(_embedder, "embed", embed)
         yield
 
 
@@ -807,16 +807,16 @@ def test_embed_any_shapes(cells):
 @pytest.fixture
 def count_embeddings(monkeypatch):
     """How many places were embedded, call by call."""
-    from histosge._embedding import _config as _recipe
+    from histosge._embedding import _embedder
 
     calls = []
-    real = _recipe.embed
+    real = _embedder.embed
 
     def embed(image, xy_px, **kwargs):
         calls.append(len(xy_px))
         return real(image, xy_px, **kwargs)
 
-    monkeypatch.setattr(_recipe, "embed", embed)
+    monkeypatch.setattr(_embedder, "embed", embed)
     return calls
 
 

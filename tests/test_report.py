@@ -289,7 +289,9 @@ def test_places_per_spot_are_told_from_the_lattice(upsample, array):
         col, row = col + row % 2 / 2, row * np.sqrt(3) / 2
     xy_px = 50 * np.column_stack([col.ravel(), row.ravel()])
     places = refine(estimate_lattice(xy_px), xy_px, upsample=upsample)
-    obs = pd.DataFrame({"array_row": places.array_row, "array_col": places.array_col, "is_spot": places.spot >= 0})
+    obs = pd.DataFrame(
+        {"array_row": places.array_row, "array_col": places.array_col, "is_spot": places.spot_index >= 0}
+    )
     table = ad.AnnData(obs=obs.rename(index=str).assign(region="histosge_targets"))
     assert _Run(SpatialData(), table, "histosge").upsample == upsample
 

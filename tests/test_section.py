@@ -19,7 +19,7 @@ from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, Scale, Sequence, Translation, get_transformation
 
 import histosge as sge
-from histosge._section import column, read_section, section_counts
+from histosge._section import column, read_section
 
 # ------------------------------------------------------------------------------------------------ builders
 
@@ -811,32 +811,29 @@ def test_counts_of_the_section(sdata, layer):
         table.X = sparse.csr_matrix(counts)
     else:
         table.layers[layer] = sparse.csr_matrix(counts)
-    section = read_section(sdata, layer=layer)
     by_name = pd.DataFrame(counts, index=table.obs["spot_id"])
     order = np.random.default_rng(4).permutation(138)
     replace_table(sdata, table[order].copy())
-    found = section_counts(sdata, section, layer=layer)
-    assert found.shape == (137, 20)
-    np.testing.assert_array_equal(found.toarray(), by_name.loc[section.instances].to_numpy())
-    some = section.take(np.array([70, 3, 12]))
-    np.testing.assert_array_equal(
-        section_counts(sdata, some, layer=layer).toarray(), by_name.loc[some.instances].to_numpy()
-    )
+    section = read_section(sdata, layer=layer)
+    assert section.counts.shape == (137, 20)
+    for found in (section, section.take(np.array([70, 3, 12]))):
+        np.testing.assert_array_equal(found.counts.toarray(), by_name.loc[found.instances].to_numpy())
+        named = sdata.tables["table"].obs["spot_id"].to_numpy()[found.rows]
+        np.testing.assert_array_equal(named, found.instances)
 
 
 def test_no_counts_where_there_are_no_whole_numbers(sdata):
     table = sdata.tables["table"]
-    section = read_section(sdata)
     raw = table.X.copy()
-    assert section_counts(sdata, section) is not None
+    assert read_section(sdata).counts is not None
     table.layers["raw"] = raw
     table.X = raw * 1.5
-    assert section_counts(sdata, section) is None
+    assert read_section(sdata).counts is None
     table.X = raw.log1p()
-    assert section_counts(sdata, section) is None
-    np.testing.assert_array_equal(section_counts(sdata, section, layer="raw").toarray(), raw.toarray())
+    assert read_section(sdata).counts is None
+    np.testing.assert_array_equal(read_section(sdata, layer="raw").counts.toarray(), raw.toarray())
     with pytest.raises(KeyError, match="layer='rwa' is not among the layers of table 'table'"):
-        section_counts(sdata, section, layer="rwa")
+        read_section(sdata, layer="rwa")
 
 
 @pytest.mark.parametrize("kind", ["text", "category", "number"])
@@ -846,8 +843,8 @@ def test_column_of_the_section(sdata, kind):
     label = np.array([f"L{int(n.split('-')[1]) // 4}" for n in names])
     values = {"text": label, "category": pd.Categorical(label), "number": np.arange(138.0)}[kind]
     table.obs["label"] = values
-    section = read_section(sdata)
     replace_table(sdata, table[np.random.default_rng(4).permutation(138)].copy())
+    section = read_section(sdata)
     found = column(sdata, section, "label")
     by_name = pd.Series(np.asarray(values), index=names)
     assert list(found) == list(by_name.loc[section.instances])

@@ -18,7 +18,7 @@ class Predict:
     def setup(self, head: str, n_places: int) -> None:
         import torch
 
-        from histosge._heads import Places, Spots, get_head
+        from histosge._heads import Queries, Spots, get_head
 
         skip_if_slow(n_places > 20_000)
         rng = np.random.default_rng(0)
@@ -31,7 +31,7 @@ class Predict:
         self.head = get_head(head)().fit(self.spots, rng=rng, progress=False)
         where = torch.from_numpy(rng.uniform(0, 100 * side, (n_places, 2)).astype(np.float32))
         what = torch.from_numpy(rng.normal(size=(n_places, self.n_embedding)).astype(np.float32))
-        self.places = Places(what, where, torch.full((n_places,), -1))
+        self.places = Queries(what, where, torch.full((n_places,), -1))
 
     def time_predict(self, head: str, n_places: int) -> None:
         for start in range(0, n_places, 8192):

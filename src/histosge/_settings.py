@@ -69,6 +69,11 @@ class Settings:
     cache_gb
         How large that folder may grow, in gigabytes (10⁹ bytes): what was not used for longest goes first. 0 turns the
         cache off.
+    memory_gb
+        Memory that a table and its prediction may take, in gigabytes. ``None`` takes what is free on this machine, or in the
+        container or job.
+    part_rows
+        Targets that are predicted and written at a time into a store: half a gigabyte for 1000 genes.
 
     Examples
     --------
@@ -83,6 +88,8 @@ class Settings:
     precision: str | None = None
     cache_dir: str | Path | None = None
     cache_gb: float = 20.0
+    memory_gb: float | None = None
+    part_rows: int = 32_768
 
     def __setattr__(self, name: str, value: Any) -> None:
         names = [f.name for f in fields(self)]
@@ -108,6 +115,13 @@ class Settings:
             not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf
         ):
             msg = f"settings.cache_gb={value!r}: choose a number of gigabytes, such as 20, or 0 to turn the cache off."
+            raise ValueError(msg)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name == "memory_gb" and value is not None and not (number and 0 < value < math.inf):
+            msg = f"settings.memory_gb={value!r}: choose a number of gigabytes above 0, or None for what is free."
+            raise ValueError(msg)
+        if name == "part_rows" and not (number and isinstance(value, int) and value >= 1):
+            msg = f"settings.part_rows={value!r}: choose a whole number of rows from 1."
             raise ValueError(msg)
         super().__setattr__(name, value)
 
@@ -145,8 +159,8 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int:
-    """Bytes that are free, of this machine or of the container or job it runs in."""
-    return free_and_limit()[0]
+    """Bytes that may be used: as ``settings.memory_gb``, else what is free in this machine, container or job."""
+    return free_and_limit()[0] if settings.memory_gb is None else int(settings.memory_gb * 1e9)
 
 
 def free_and_limit() -> tuple[int, int | None]:

@@ -5,7 +5,7 @@ A head sees tensors only. All expression is log1p-normalised, all positions are 
 
 from __future__ import annotations
 
-from histosge._heads._protocol import Head, LowRank, Parts, Places, Spots
+from histosge._heads._protocol import Head, LowRank, Parts, Queries, Spots
 from histosge._heads._registry import DEFAULT_HEAD, HEADS, POSITION_ONLY, default_head, divides, get_head, parts_of
 from histosge._heads._space import principal, standardise, standardiser
 from histosge._heads._training import (
@@ -34,7 +34,7 @@ __all__ = [
     "Kriging",
     "LowRank",
     "Parts",
-    "Places",
+    "Queries",
     "Schedule",
     "Spots",
     "default_head",

@@ -174,7 +174,7 @@ class Conditioned:
             self._drawn_place, self._drawn_image = place[self._drawn_spots], image[self._drawn_spots]
             self._drawn = self._sum_up(run)
 
-    def tiles(self, place: Tensor, own: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+    def tiles(self, place: Tensor, spot_index: Tensor) -> list[tuple[int, Tensor, Tensor]]:
         """Tiles that have a say in places (m, 2): their number, which places, and how much, (k,) each.
 
         A place that is a spot is where its spot is. The shares of a place sum to 1.
@@ -182,7 +182,7 @@ class Conditioned:
         if self._tiles is None:
             everywhere = torch.arange(len(place), device=place.device)
             return [(0, everywhere, place.new_ones(len(place)))]
-        where = torch.where((own >= 0)[:, None], self.place[own.clamp_min(0)], place)
+        where = torch.where((spot_index >= 0)[:, None], self.place[spot_index.clamp_min(0)], place)
         return [
             (
                 tile,

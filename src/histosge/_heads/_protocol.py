@@ -81,29 +81,29 @@ class Spots:
 
 
 @dataclass(frozen=True)
-class Places:
+class Queries:
     """Places to predict at."""
 
     embedding: Tensor
     """(m, d) float32"""
     xy_um: Tensor
     """(m, 2) float32"""
-    own: Tensor
+    spot_index: Tensor
     """(m,) int64, row of the context that was measured at this very place and is hidden from it; -1 for none"""
 
     def __len__(self) -> int:
         return len(self.embedding)
 
-    def take(self, rows: Tensor | slice) -> Places:
+    def take(self, rows: Tensor | slice) -> Queries:
         """Return some of the places."""
-        return Places(self.embedding[rows], self.xy_um[rows], self.own[rows])
+        return Queries(self.embedding[rows], self.xy_um[rows], self.spot_index[rows])
 
     @classmethod
-    def of(cls, spots: Spots, *, hidden: bool = True) -> Places:
+    def of(cls, spots: Spots, *, hidden: bool = True) -> Queries:
         """Predict at measured spots, their own measurement hidden (or not in the context at all)."""
         n, device = len(spots), spots.embedding.device
-        own = torch.arange(n, device=device) if hidden else torch.full((n,), -1, device=device)
-        return cls(spots.embedding, spots.xy_um, own)
+        spot_index = torch.arange(n, device=device) if hidden else torch.full((n,), -1, device=device)
+        return cls(spots.embedding, spots.xy_um, spot_index)
 
 
 class Head(Protocol):
@@ -121,7 +121,7 @@ class Head(Protocol):
         """Learn from measured spots; every choice (scaling, components, early stopping) is made inside them."""
         ...
 
-    def predict(self, places: Places, *, context: Spots) -> Tensor:
+    def predict(self, places: Queries, *, context: Spots) -> Tensor:
         """Predict (m, g) log1p expression at ``places``, given the measured spots around them.
 
         What is said of a place depends on no other place. Places may come in many calls: what a head works out of the
@@ -144,7 +144,7 @@ class LowRank(Head, Protocol):
     """A head whose answer is a few components, small beside the expression that is made of them."""
 
     @classmethod
-    def answers(cls, heads: Sequence[Self], places: Places, *, context: Spots, run: Run = map) -> list[Tensor]:
+    def answers(cls, heads: Sequence[Self], places: Queries, *, context: Spots, run: Run = map) -> list[Tensor]:
         """Components (m, Q) of each of several heads of this class, their pieces worked out by ``run``."""
         ...
 

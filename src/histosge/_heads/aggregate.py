@@ -111,9 +111,9 @@ class Aggregate(InContext):
             network.base.copy_(mean + torch.log1p(-torch.exp(-_BEND * mean)) / _BEND)  # inverse of the softplus
             axes = space.gene_axes * space.gene_spread[:, None]  # (Q, G)
             # a stopping spot asks the learning spots, and so does a learning spot (but not itself)
-            own = torch.full((len(spots),), -1, device=device)
-            own[learn] = torch.arange(len(learn), device=device)
-            near, position, present = self._around(spots.xy_um, parts.xy_um[parts.index], own, known)
+            spot_index = torch.full((len(spots),), -1, device=device)
+            spot_index[learn] = torch.arange(len(learn), device=device)
+            near, position, present = self._around(spots.xy_um, parts.xy_um[parts.index], spot_index, known)
             near = learn[near]
 
             def error(rows: Tensor, seen: Tensor) -> Tensor:
@@ -159,13 +159,15 @@ class Aggregate(InContext):
 
         return lambda components: softplus(torch.addmm(start, components, axes), beta=_BEND).clamp_(max=_MOST)
 
-    def _around(self, centre: Tensor, xy_um: Tensor, own: Tensor, context: Spots) -> tuple[Tensor, Tensor, Tensor]:
+    def _around(
+        self, centre: Tensor, xy_um: Tensor, spot_index: Tensor, context: Spots
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Spots near centres (n, 2), and where they lie from each centre's places (n, M, 2)."""
         index, _, present = nearest_spots(
             centre.cpu().numpy().astype(float),
             context.xy_um.cpu().numpy().astype(float),
             k=self.config["n_neighbours"],
-            exclude=own.cpu().numpy(),
+            exclude=spot_index.cpu().numpy(),
         )
         near = torch.as_tensor(index, device=centre.device)  # (n, K)
         step = (context.xy_um[near][:, None] - xy_um[:, :, None]) / context.pitch_um  # (n, M, K, 2)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from histosge._heads._protocol import Places, Spots
+    from histosge._heads._protocol import Queries, Spots
 
 
 class Coordinates:
@@ -76,7 +76,7 @@ class Coordinates:
             )
         return self
 
-    def predict(self, places: Places, *, context: Spots) -> Tensor:
+    def predict(self, places: Queries, *, context: Spots) -> Tensor:
         if self.network is None:
             raise _not_fitted()
         device = places.embedding.device

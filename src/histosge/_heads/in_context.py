@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from histosge._geometry import nearest_spots
-from histosge._heads._protocol import Places, Spots
+from histosge._heads._protocol import Queries, Spots
 from histosge._heads._space import Space, n_gene_components
 from histosge._heads._training import Dropout, Schedule, one_thread, seeded, stopping_spots, train
 
@@ -249,9 +249,9 @@ class InContext:
                 network = self.network = self._build(image.shape[1], components.shape[1]).to(device)
             noise = torch.Generator(device).manual_seed(int(rng.integers(2**63 - 1)))
             # a stopping spot asks the learning spots, and so does a learning spot (but not itself)
-            own = torch.full((len(spots),), -1, device=device)
-            own[learn] = torch.arange(len(learn), device=device)
-            context = self._neighbours(Places(spots.embedding, spots.xy_um, own), known)
+            spot_index = torch.full((len(spots),), -1, device=device)
+            spot_index[learn] = torch.arange(len(learn), device=device)
+            context = self._neighbours(Queries(spots.embedding, spots.xy_um, spot_index), known)
             near, position, present = learn[context[0]], encode_position(context[1]), context[2]
             weight = space.gene_spread**2
             weight = weight / weight.sum()
@@ -281,13 +281,13 @@ class InContext:
             )
         return self
 
-    def predict(self, places: Places, *, context: Spots) -> Tensor:
+    def predict(self, places: Queries, *, context: Spots) -> Tensor:
         (components,) = self.answers([self], places, context=context)
         with torch.inference_mode():
             return self.expansion()(components)
 
     @classmethod
-    def answers(cls, heads: Sequence[Self], places: Places, *, context: Spots, run: Run = map) -> list[Tensor]:
+    def answers(cls, heads: Sequence[Self], places: Queries, *, context: Spots, run: Run = map) -> list[Tensor]:
         """Components (m, Q) of each head: neighbours are looked for once, and each piece of the places asks all."""
         # many small steps: with a busy core among two, two threads took ten times as long as one (docs/benchmarks.md)
         with torch.inference_mode(), one_thread():
@@ -330,14 +330,14 @@ class InContext:
         # one scale for all components: the first stay the largest; 3 keeps them within the reach of the layers
         return space.image(embedding) * (3 / space.image_spread[0].clamp_min(1e-6))
 
-    def _neighbours(self, places: Places, context: Spots) -> tuple[Tensor, Tensor, Tensor]:
+    def _neighbours(self, places: Queries, context: Spots) -> tuple[Tensor, Tensor, Tensor]:
         """Nearest spots: rows (m, k), steps to them (m, k, 2) in pitches, and whether they are read (m, k)."""
         device = places.embedding.device
         index, _, present = nearest_spots(
             places.xy_um.cpu().numpy().astype(float),
             context.xy_um.cpu().numpy().astype(float),
             k=self.config["n_neighbours"],
-            exclude=places.own.cpu().numpy(),
+            exclude=places.spot_index.cpu().numpy(),
         )
         near, seen = torch.as_tensor(index, device=device), torch.as_tensor(present, device=device)
         if len(context) == 0:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from histosge._heads._conditioning import Known
-    from histosge._heads._protocol import Expansion, Places, Run, Spots
+    from histosge._heads._protocol import Expansion, Queries, Run, Spots
 
 _MOST_COMPONENTS = 16
 """Components beyond these are nearly all noise, and each costs a factorisation."""
@@ -135,19 +135,19 @@ class Kriging:
             raise _diverged()
         return lengths.detach(), share
 
-    def predict(self, places: Places, *, context: Spots) -> Tensor:
+    def predict(self, places: Queries, *, context: Spots) -> Tensor:
         (components,) = self.answers([self], places, context=context)
         with torch.inference_mode():
             return self.expansion()(components)
 
     @classmethod
-    def answers(cls, heads: Sequence[Self], places: Places, *, context: Spots, run: Run = map) -> list[Tensor]:
+    def answers(cls, heads: Sequence[Self], places: Queries, *, context: Spots, run: Run = map) -> list[Tensor]:
         return [head._answer(places, context, run) for head in heads]
 
     def expansion(self, columns: Tensor | None = None) -> Expansion:
         return self.space.expansion(columns)  # type: ignore[union-attr]
 
-    def _answer(self, places: Places, context: Spots, run: Run) -> Tensor:
+    def _answer(self, places: Queries, context: Spots, run: Run) -> Tensor:
         """Components (m, Q) at places."""
         if self.space is None:
             raise _not_fitted()
@@ -159,17 +159,17 @@ class Kriging:
             return components
         with torch.inference_mode():
             known = self._condition(context, run)
-            tiles = known.tiles(places.xy_um / context.pitch_um, places.own)
+            tiles = known.tiles(places.xy_um / context.pitch_um, places.spot_index)
             if len(tiles) == 1:
                 [(tile, *_)] = tiles
-                weights = known.known(tile, leave_out=bool((places.own >= 0).any()))
+                weights = known.known(tile, leave_out=bool((places.spot_index >= 0).any()))
                 return self._read(places, weights, space, pitch_um=context.pitch_um, run=run)[0]
 
             @torch.inference_mode()
             def answer(asked: tuple[int, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
                 tile, rows, _ = asked
                 some = places.take(rows)
-                weights = known.known(tile, leave_out=bool((some.own >= 0).any()))
+                weights = known.known(tile, leave_out=bool((some.spot_index >= 0).any()))
                 return self._read(some, weights, space, pitch_um=context.pitch_um)
 
             total = components.new_zeros(len(places), 1)
@@ -190,7 +190,7 @@ class Kriging:
         return self._conditioned
 
     def _read(
-        self, places: Places, known: Known, space: Space, *, pitch_um: float, run: Run = map
+        self, places: Queries, known: Known, space: Space, *, pitch_um: float, run: Run = map
     ) -> tuple[Tensor, Tensor]:
         """Components (m, Q) at places, and whether they are sound, (m,).
 
@@ -212,13 +212,13 @@ class Kriging:
 
         n = max(1, pairs // len(near))
         list(run(read, [slice(start, start + n) for start in range(0, len(places), n)]))
-        sound = torch.ones_like(places.own, dtype=torch.bool)
+        sound = torch.ones_like(places.spot_index, dtype=torch.bool)
         if known.left_out is not None:
-            hidden = places.own >= 0
-            at = own = places.own[hidden]
+            hidden = places.spot_index >= 0
+            at = spot_index = places.spot_index[hidden]
             if known.spots is not None:
-                at = torch.searchsorted(known.spots, own).clamp_max(len(known.spots) - 1)
-                sound[hidden] = known.spots[at] == own
+                at = torch.searchsorted(known.spots, spot_index).clamp_max(len(known.spots) - 1)
+                sound[hidden] = known.spots[at] == spot_index
             out[hidden] = known.left_out[at]
         return out, sound
 
@@ -235,7 +235,7 @@ class Kriging:
         return head
 
 
-def _inputs(where: Spots | Places, space: Space, pitch_um: float) -> tuple[Tensor, Tensor]:
+def _inputs(where: Spots | Queries, space: Space, pitch_um: float) -> tuple[Tensor, Tensor]:
     """Positions (n, 2) in pitches, and image components (n, P) of total variance 1."""
     scale = space.image_spread.square().sum().sqrt().clamp_min(1e-6)
     return where.xy_um / pitch_um, space.image(where.embedding) / scale

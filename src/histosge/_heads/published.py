@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from histosge._geometry import nearest_spots
-from histosge._heads._protocol import Places, Spots
+from histosge._heads._protocol import Queries, Spots
 from histosge._heads._space import standardise, standardiser
 from histosge._heads._training import Schedule, seeded, stopping_spots, train
 
@@ -103,8 +103,8 @@ class Published:
             # start from the mean of every gene, which a final ReLU would else have to find first
             nn.init.zeros_(self.network.genes.weight)
             self.network.genes.bias.data.copy_(known.expression.mean(0))
-            inside = self._prepare(Places.of(known), known)
-            outside = self._prepare(Places.of(spots.take(stop), hidden=False), known)
+            inside = self._prepare(Queries.of(known), known)
+            outside = self._prepare(Queries.of(spots.take(stop), hidden=False), known)
 
             def loss(batch: Tensor) -> Tensor:
                 rows = batch.to(device)
@@ -124,7 +124,7 @@ class Published:
             )
         return self
 
-    def predict(self, places: Places, *, context: Spots) -> Tensor:
+    def predict(self, places: Queries, *, context: Spots) -> Tensor:
         if self.network is None:
             msg = "head 'published' is not fitted: call fit() first."
             raise RuntimeError(msg)
@@ -136,13 +136,13 @@ class Published:
             parts = torch.arange(len(places), device=device).split(1024)
             return torch.cat([self._run(prepared, rows) for rows in parts])
 
-    def _prepare(self, places: Places, context: Spots) -> dict[str, Tensor]:
+    def _prepare(self, places: Queries, context: Spots) -> dict[str, Tensor]:
         """Scale inputs and find the windows; for a spot among its own context the window leaves it out once."""
         index, _, present = nearest_spots(
             places.xy_um.cpu().numpy().astype(float),
             context.xy_um.cpu().numpy().astype(float),
             k=self.config["n_neighbours"],
-            exclude=places.own.cpu().numpy(),
+            exclude=places.spot_index.cpu().numpy(),
         )
         device, s = places.embedding.device, self.scaling
         return {

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from histosge._heads._protocol import Places, Spots
+    from histosge._heads._protocol import Queries, Spots
 
 
 _PENALTIES = np.logspace(-1, 7, 25)
@@ -38,7 +38,7 @@ class Mean:
         self.mean = spots.expression.mean(0)
         return self
 
-    def predict(self, places: Places, *, context: Spots) -> Tensor:
+    def predict(self, places: Queries, *, context: Spots) -> Tensor:
         if self.mean is None:
             raise _not_fitted(self.name)
         return self.mean.to(places.embedding.device).expand(len(places), -1).clone()
@@ -67,12 +67,12 @@ class Nearest:
     def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
         return self
 
-    def predict(self, places: Places, *, context: Spots) -> Tensor:
+    def predict(self, places: Queries, *, context: Spots) -> Tensor:
         index, dist, present = nearest_spots(
             places.xy_um.cpu().numpy().astype(float),
             context.xy_um.cpu().numpy().astype(float),
             k=self.n_neighbours,
-            exclude=places.own.cpu().numpy(),
+            exclude=places.spot_index.cpu().numpy(),
         )
         if not present.any(axis=1).all():
             msg = "head='nearest' needs measured spots around every place, and there are none. Use another head."
@@ -127,7 +127,7 @@ class Ridge:
         self.weights = {"mean": mean, "spread": spread, "slope": slope.float(), "offset": offset.float()}
         return self
 
-    def predict(self, places: Places, *, context: Spots) -> Tensor:
+    def predict(self, places: Queries, *, context: Spots) -> Tensor:
         if self.weights is None:
             raise _not_fitted(self.name)
         w = {name: tensor.to(places.embedding.device) for name, tensor in self.weights.items()}

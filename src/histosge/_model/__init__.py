@@ -9,7 +9,6 @@ from histosge._model._fit import check_arguments, fit_model
 from histosge._model._genes import MIN_SHARE, choose_genes
 from histosge._model._model import Model
 from histosge._model._predict import (
-    PART_ROWS,
     Predictor,
     check_conservation,
     check_memory,
@@ -22,7 +21,6 @@ from histosge._model._predict import (
 __all__ = [
     "FAR_UM",
     "MIN_SHARE",
-    "PART_ROWS",
     "PROTOCOLS",
     "SPLITS",
     "Measured",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from histosge._heads import Head, Places, Spots, get_head, parts_of, side_by_side
+from histosge._heads import Head, Queries, Spots, get_head, parts_of, side_by_side
 from histosge._settings import logger
 from histosge._statistics import correlation
 
@@ -90,7 +90,7 @@ def cross_fit(
         known = spots.take(torch.as_tensor(np.flatnonzero(fold != one), device=device))
         rows = np.flatnonzero(fold == one)
         head = head.fit(known, rng=own_rng, progress=progress)
-        hidden = Places.of(spots.take(torch.as_tensor(rows, device=device)), hidden=False)
+        hidden = Queries.of(spots.take(torch.as_tensor(rows, device=device)), hidden=False)
         parts[name][rows] = head.predict(hidden, context=known).clamp_min(0).cpu().numpy()
         if len(head.losses):
             losses[name, one] = head.losses

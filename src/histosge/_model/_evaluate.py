@@ -101,7 +101,7 @@ class Trial:
     """(m, d) embeddings of the places"""
     xy_um: NDArray[np.float64]
     """(m, 2) where they lie in the plane that the sections are laid out in"""
-    own: NDArray[np.int64]
+    spot_index: NDArray[np.int64]
     """(m,) training spot at the place, hidden from it; -1 for none"""
     truth: sparse.csr_matrix
     """(m, genes of the first section) log1p expression measured there"""
@@ -151,11 +151,11 @@ def _splits(section: Section, plan: Plan, *, rng: np.random.Generator) -> list[S
 def _within(one: Measured, split: Split, plan: Plan, repeat: int) -> Trial:
     section = one.section
     test = split.test
-    own = np.full(len(test), -1)
+    spot_index = np.full(len(test), -1)
     if plan.protocol == "published":  # the paper scores all spots, those trained on as well
         test = np.arange(len(section.xy_px))
-        own = np.full(len(test), -1)
-        own[split.train] = np.arange(len(split.train))
+        spot_index = np.full(len(test), -1)
+        spot_index[split.train] = np.arange(len(split.train))
     known = section.take(split.train)
     if plan.split == "lattice":  # the unit that heads see distances in is that of the array that is left
         known = replace(known, pitch_um=section.pitch_um * np.sqrt(plan.keep), lattice=None)
@@ -167,7 +167,7 @@ def _within(one: Measured, split: Split, plan: Plan, repeat: int) -> Trial:
         [one.embedding[split.train]],
         one.embedding[test],
         section.xy_um[test],
-        own,
+        spot_index,
         section.expression[test],
         test,
         parts=None if one.parts is None else [one.parts.take(split.train)],
@@ -318,7 +318,9 @@ def evaluate(
 def ask(model: Model, trial: Trial, *, device: torch.device) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Predicted and measured (m, genes) at the places of a trial."""
     context = stack_sections(trial.sections, trial.embeddings, model.context_genes)
-    predicted = model.predict_from(context, places=trial.place, xy_um=trial.xy_um, own=trial.own, device=device)
+    predicted = model.predict_from(
+        context, places=trial.place, xy_um=trial.xy_um, spot_index=trial.spot_index, device=device
+    )
     columns = trial.sections[0].genes.get_indexer(model.genes)
     return predicted, np.asarray(trial.truth[:, columns].todense(), np.float32)
 

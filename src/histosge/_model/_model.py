@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from histosge._embedding import EmbeddingConfig
-from histosge._heads import POSITION_ONLY, LowRank, Places, Spots, get_head, parts_of, workers
+from histosge._heads import POSITION_ONLY, LowRank, Queries, Spots, get_head, parts_of, workers
 from histosge._model._context import FAR_UM, spots_of
 from histosge._statistics import PredictionIntervals
 
@@ -106,7 +106,7 @@ class Model:
         spots: NDArray[np.float32],
         places: NDArray[np.float32],
         xy_px: NDArray[np.float64],
-        own: NDArray[np.int64],
+        spot_index: NDArray[np.int64],
         device: torch.device,
     ) -> NDArray[np.float32]:
         """Predict at places of a section.
@@ -121,7 +121,7 @@ class Model:
             (m, d) embeddings of the places.
         xy_px
             (m, 2) the places in pixels of the image.
-        own
+        spot_index
             (m,) row of the spot at each place, hidden from it; -1 for none.
         device
             Where to compute.
@@ -131,7 +131,9 @@ class Model:
         (m, genes) float32, log1p-normalised expression, never negative.
         """
         context = self.context(section, spots, device=device)
-        return self.predict_from(context, places=places, xy_um=xy_px * section.mpp, own=own, device=device)
+        return self.predict_from(
+            context, places=places, xy_um=xy_px * section.mpp, spot_index=spot_index, device=device
+        )
 
     def context(self, section: Section, spots: NDArray[np.float32], *, device: torch.device) -> Spots:
         """Lay out the measured spots of a section, whose embeddings are ``spots``, (n, d), to predict from.
@@ -164,7 +166,7 @@ class Model:
         *,
         places: NDArray[np.float32],
         xy_um: NDArray[np.float64],
-        own: NDArray[np.int64],
+        spot_index: NDArray[np.int64],
         device: torch.device,
     ) -> NDArray[np.float32]:
         """Predict (m, genes) at places, given measured spots with the genes ``context_genes``; see :meth:`predict`."""
@@ -173,15 +175,15 @@ class Model:
         with workers(device) as run:
             for start in range(0, len(out), _PLACES_AT_ONCE):
                 rows = slice(start, start + _PLACES_AT_ONCE)
-                where = Places(
+                where = Queries(
                     torch.as_tensor(places[rows]).to(device),
                     torch.as_tensor(xy_um[rows], dtype=torch.float32).to(device),
-                    torch.as_tensor(own[rows]).to(device),
+                    torch.as_tensor(spot_index[rows]).to(device),
                 )
                 self._mean(where, context, out=torch.from_numpy(out[rows]), run=run)
         return out
 
-    def _mean(self, places: Places, context: Spots, *, out: Tensor, run: Run) -> None:
+    def _mean(self, places: Queries, context: Spots, *, out: Tensor, run: Run) -> None:
         """Weighted mean of what the heads say, into ``out`` (m, genes): a few rows at a time, which caches hold."""
         columns = torch.as_tensor(self.context_genes.get_indexer(self.genes), device=places.xy_um.device)
         said: list[tuple[float, Tensor, Expansion]] = []

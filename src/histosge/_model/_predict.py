@@ -15,7 +15,7 @@ from histosge._geometry import block_order, spot_by_bin
 from histosge._image import thumbnail
 from histosge._model._model import Model
 from histosge._section import TableStore, predicted_table, shapes_element
-from histosge._settings import available_memory, logger, progress_bar
+from histosge._settings import available_memory, logger, progress_bar, settings
 from histosge._statistics import Conservation, noise_variance, shrinkage
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from histosge._heads import Spots
     from histosge._section import Section
 
-PART_ROWS = 32_768
-"""Targets that are predicted and written at a time: half a gigabyte for 1000 genes with error bars."""
 _SPARE = 1.5
 """Memory that predicting takes, in sizes of the table."""
 
@@ -96,7 +94,7 @@ class Predictor:
             self.context,
             places=at_targets,
             xy_um=targets.xy_px * self.embedder.section.mpp,
-            own=targets.spot_index,
+            spot_index=targets.spot_index,
             device=self.embedder.device,
         )
         layers, var = {}, self.model.scores.copy()
@@ -143,7 +141,7 @@ def _conservation(
         raise ValueError(msg)
     n = len(section.xy_px)
     predicted = model.predict_from(
-        context, places=at_spots, xy_um=section.xy_um, own=np.full(n, -1), device=embedder.device
+        context, places=at_spots, xy_um=section.xy_um, spot_index=np.full(n, -1), device=embedder.device
     )
     columns = section.genes.get_indexer(model.genes)
     noise = noise_variance(counts[:, columns], total=np.asarray(counts.sum(axis=1)).ravel())
@@ -184,7 +182,7 @@ def order_of_parts(embedder: Embedder, targets: Targets) -> NDArray[np.int64]:
 
 
 def open_store(
-    path: str | Path, embedder: Embedder, targets: Targets, *, name: str, settings: dict[str, Any]
+    path: str | Path, embedder: Embedder, targets: Targets, *, name: str, params: dict[str, Any]
 ) -> TableStore:
     """Begin a store, or continue one that was interrupted.
 
@@ -198,13 +196,13 @@ def open_store(
         Where to predict.
     name
         Name of the table.
-    settings
-        What else the result depends on. A run with other settings does not continue the parts of this one.
+    params
+        What else the result depends on. A run with other params does not continue the parts of this one.
     """
     embedder.warn_below_token(targets)  # once: parts are quiet
     data = _fingerprint(embedder.section, targets)
-    recipe = {"table": name, **embedder.config.to_dict(), "data": data, **settings}
-    return TableStore.open(path, recipe=recipe, n_rows=len(targets), part_rows=PART_ROWS)
+    recipe = {"table": name, **embedder.config.to_dict(), "data": data, **params}
+    return TableStore.open(path, recipe=recipe, n_rows=len(targets), part_rows=settings.part_rows)
 
 
 def load_fitted(store: TableStore) -> tuple[NDArray[np.float32], Model] | None:

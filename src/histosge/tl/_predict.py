@@ -298,7 +298,7 @@ def predict(
     settled = learn | {"seed": seed} if model is None else {"model": model.fingerprint()}
     parts = None
     if store is not None:
-        parts = open_store(store, embedder, targets, name=key_added, settings=settled | {"conserve": conserve})
+        parts = open_store(store, embedder, targets, name=key_added, params=settled | {"conserve": conserve})
     forecast = Forecast(0 if parts is None else parts.n_rows_left, alternative=model is None)
     fitted = None if parts is None else load_fitted(parts)
     if fitted is not None:
