@@ -22,8 +22,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from histosge import Model
+    from histosge._embedding import Embedder
 
 N_GENES = 1000
 
@@ -176,19 +181,19 @@ def store(options) -> None:
 
 
 def targets(options) -> None:
-    """Predict parts as a store does, with error bars and tables, and throw them away."""
-    from histosge._model import settings.part_rows, Answer
+    """Predict parts as a store does and throw them away."""
+    from histosge import settings
+    from histosge._model import Predictor
 
     known = fitted(options)
     sizes = [n for n in (10_000, 32_000, 100_000, 320_000, 1_000_000) if n <= options.largest]
     seconds = []
     for n in sizes:
-        asked = question(known, n)
-        answer = Answer(lambda _: known.model, lambda _: {"head": known.model.head}, conserve=False, layer=None)
+        embedder, some = bins(known, n)
         start = perf_counter()
-        oracle = answer.oracle(asked, known.model, known.at_spots)
+        predictor = Predictor.of(known.model, embedder, some, known.at_spots, provenance={})
         for first in range(0, n, settings.part_rows):
-            oracle.table(np.arange(first, min(first + settings.part_rows, n)))
+            predictor.table(np.arange(first, min(first + settings.part_rows, n)))
         seconds.append(perf_counter() - start)
         print(
             f"{n:>9,} targets {seconds[-1]:7.2f} s  {1e6 * seconds[-1] / n:6.1f} µs each  peak {peak_gib():.2f} GiB",
