@@ -1,4 +1,4 @@
-"""Metrics, counting noise, prediction intervals, splits, conservation, domains; never torch."""
+"""Metrics, counting noise, prediction intervals, splits, conservation, domains. Never torch, never SpatialData."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Bins that agree with what was measured on their spot, freed of counting noise. Never torch, never SpatialData.
+"""Bins that agree with the measurement of their spot, without its counting noise.
 
-Bins forced to average to their spot exactly take all of its noise over: worse than bins that know nothing of it
-(docs/benchmarks.md). What is conserved here is the spot's posterior mean, its shrinkage estimated gene by gene.
+Bins that average exactly to their spot copy its noise and are worse than bins without this step (docs/benchmarks.md).
+So bins average to the posterior mean of the spot. Its shrinkage is estimated gene by gene.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
     Floats = NDArray[np.floating]
 
 _FEW = 20.0
-"""Expected counts up to which the Poisson sum is taken; beyond, the delta method is within 1 %."""
+"""Expected counts up to which the Poisson sum is used; above, the delta method is within 1 %."""
 _TERMS = 60
-"""Counts summed over: at ``_FEW`` none of any weight is missed."""
+"""Number of terms of the sum: at ``_FEW`` the rest is negligible."""
 _CELLS = 2_000_000
 """Spots times genes at a time."""
 _FLOOR = 0.02
-"""Share of the target that bins have at least: what is predicted as next to nothing must not be scaled to everything."""
+"""Least share of the target in the bins: a prediction near zero must not be scaled to the whole target."""
 _TOLERANCE = 1e-6
 _MOST_STEPS = 500
 
 
 @dataclass(frozen=True)
 class Shrunken:
-    """What spots hold once their noise is taken off."""
+    """Spots without their counting noise."""
 
     tau2: NDArray[np.float64]
     """(g,) variance of the expression around its prediction"""
     weight: NDArray[np.float64]
-    """(n, g) share of the difference from the prediction that is believed, 0 to 1"""
+    """(n, g) share of the difference from the prediction that is kept, 0 to 1"""
     mean: NDArray[np.float64]
     """(n, g) posterior mean, log1p, never negative"""
 
@@ -47,10 +47,10 @@ class Shrunken:
 def noise_variance(
     counts: sparse.spmatrix, *, total: Floats | None = None, target_sum: float = 1e4
 ) -> NDArray[np.float64]:
-    """Variance that counting alone gives log1p-normalised expression.
+    """Variance of log1p-normalised expression that comes from counting alone.
 
-    A count of 0 does not mean a rate of 0, so rates are not the counts: they are the posterior means under a gamma prior
-    around what library size makes one expect, its spread found by moments as for :func:`noise_ceiling`.
+    A count of 0 does not mean a rate of 0, so counts are not used as rates. Rates are posterior means under a gamma prior
+    around the expectation from library size. The spread of the prior is found by moments, as in :func:`noise_ceiling`.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def noise_variance(
 
     Returns
     -------
-    (n, genes); 0 for a gene that was not seen.
+    (n, genes); 0 for a gene without counts.
     """
     rows, size = sized_counts(counts, total)
     columns = rows.tocsc()
@@ -93,18 +93,18 @@ def _log_variance(rate: Floats, *, scale: Floats) -> Floats:
 
 
 def shrinkage(measured: Floats, predicted: Floats, *, noise: Floats) -> Shrunken:
-    """Empirical-Bayes posterior of the spots, given a prediction of each and the noise of its measurement.
+    """Empirical-Bayes posterior of the spots, given a prediction and the noise of the measurement.
 
-    The difference of the two is normal with variance ``tau2 + noise``: the gene's own, found by moments (never below
-    0), and that of counting. A gene whose differences are no larger than counting makes them keeps its prediction.
+    The difference of measurement and prediction is normal with variance ``tau2 + noise``. ``tau2`` is a property of the
+    gene, found by moments and never below 0. Where differences are no larger than counting noise, the prediction stays.
 
     Parameters
     ----------
     measured
         (n, g) log1p expression.
     predicted
-        (n, g) log1p expression, by a head that was not trained on the spot. It may have read it: what is left then is
-        what the head could not read.
+        (n, g) log1p expression, by a head that was not trained on the spot. The head may have read the spot as context:
+        the difference is then what the head could not use.
     noise
         (n, g) variance of ``measured``, from :func:`noise_variance`.
     """
@@ -120,7 +120,7 @@ def shrinkage(measured: Floats, predicted: Floats, *, noise: Floats) -> Shrunken
             )
             raise ValueError(msg)
     residual = np.asarray(measured, np.float64) - predicted
-    # a common offset is no variance; log1p gives one wherever depth of the spots differs from that of the prediction
+    # a common offset is not variance: log1p makes one where the depth of the spots differs from that of the prediction
     spread = ((residual - residual.mean(0)) ** 2).sum(0) / max(len(residual) - 1, 1)
     tau2 = np.maximum(spread - noise.mean(0), 0)
     whole = tau2 + noise
@@ -129,10 +129,10 @@ def shrinkage(measured: Floats, predicted: Floats, *, noise: Floats) -> Shrunken
 
 
 def fade(xy_um: Floats, spots_um: Floats, *, inner_um: float, outer_um: float) -> sparse.csr_matrix:
-    """How far a spot's correction reaches: (m, n), a bin's weight on its nearest spot.
+    """Weight (m, n) of each bin on its nearest spot: how far the correction of a spot reaches.
 
-    1 within ``inner_um`` of the spot's centre (its radius, plus half a bin's diagonal, so that no bin that it covers is
-    left behind), falling as a cosine to 0 at ``outer_um`` (half-way to the next spot).
+    It is 1 within ``inner_um`` of the spot's centre (the radius plus half the diagonal of a bin, so that every covered bin
+    is included) and falls as a cosine to 0 at ``outer_um`` (half the way to the next spot).
     """
     if not 0 < inner_um <= outer_um:
         msg = (
@@ -153,8 +153,8 @@ def conserve(
 ) -> NDArray[np.float64]:
     """Scale bins so that those under a spot average to its target.
 
-    Every spot and gene has one factor, which its bins take as far as ``window`` says: 1 + window @ (factor - 1). Where
-    no bin is under two spots the factor is target / mean; else factors are scaled in turn until all spots agree.
+    Every spot and gene has one factor. A bin is multiplied by 1 + window @ (factor - 1). Where no bin is under two
+    spots, the factor is target / mean. Else factors are scaled in turn until all spots agree.
 
     Parameters
     ----------
@@ -163,7 +163,7 @@ def conserve(
     coverage
         (n, m) share of each bin in each spot's disc; rows sum to 1, or are empty for spots without bins.
     target
-        (n, g) rates that the spots shall have.
+        (n, g) target rates of the spots.
     window
         (m, n) weight of spots on bins, from :func:`fade`; rows sum to at most 1.
 
@@ -188,15 +188,15 @@ def conserve(
         after = before * (untouched + reach @ factor)
     worst = np.flatnonzero(off.any(1))
     msg = (
-        f"{len(worst)} spots cannot have their target (for example row {worst[0]}): they share their bins with other "
-        "spots, or window gives them none of these. Take smaller bins, or a larger inner_um in fade()."
+        f"{len(worst)} spots cannot reach their target (for example row {worst[0]}): they share their bins with other "
+        "spots, or window gives them no bins. Use smaller bins, or a larger inner_um in fade()."
     )
     raise ValueError(msg)
 
 
 @dataclass(frozen=True)
 class Conservation:
-    """Bins made to agree with what was measured on their spot, freed of counting noise."""
+    """Scales bins to the measurement of their spot without its counting noise."""
 
     share: sparse.csr_matrix
     """(n_spots, n_bins) share of each bin in each spot"""
@@ -205,16 +205,16 @@ class Conservation:
     spots_um: NDArray[np.float64]
     """(n_spots, 2)"""
     reach_um: tuple[float, float]
-    """Distance from a spot's centre up to which its bins are scaled wholly, and from which not at all"""
+    """Distances from a spot's centre: up to the first, bins are scaled fully; from the second on, not at all"""
     target: NDArray[np.float32]
-    """(n_spots, genes) rates that spots shall have"""
+    """(n_spots, genes) target rates of the spots"""
     weight: NDArray[np.float32]
-    """(genes,) mean share of the difference between measurement and prediction that is believed"""
+    """(genes,) mean share of the difference between measurement and prediction that is kept"""
 
     def partners(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Bins beside ``rows`` that are under the same spots: a spot is made to agree by all of its bins at once.
+        """Return the other bins under the spots of ``rows``: all bins of a spot are scaled together.
 
-        Where spots overlap, their neighbours' bins as well, and so on.
+        Where spots overlap, the bins of their neighbours belong to them too, and so on.
         """
         found = rows
         while len(more := np.setdiff1d(self.share[self._spots_of(found)].indices, found)):
@@ -222,7 +222,7 @@ class Conservation:
         return found[len(rows) :]
 
     def apply(self, rows: NDArray[np.int64], expression: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Give (n, genes) log1p expression of bins ``rows``, among which all partners are, that agrees with the spots."""
+        """Return (n, genes) log1p expression of bins ``rows`` that agrees with the spots; all partners must be in ``rows``."""
         spots = self._spots_of(rows)
         window = self._window(rows)[:, spots]
         share = self.share[spots][:, rows]

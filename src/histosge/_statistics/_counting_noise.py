@@ -1,4 +1,4 @@
-"""What a prediction is worth, gene by gene: agreement of two (n, genes) arrays. Never torch, never SpatialData."""
+"""Counting noise: how much counts vary by chance, and the correlation that this leaves to a perfect model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def thin(counts: sparse.spmatrix, *, rng: np.random.Generator) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Split each count in two at random: of Poisson counts the halves are independent, and their sum is the input."""
+    """Split each count in two at random. The halves of Poisson counts are independent, and their sum is the input."""
     whole = checked_counts(counts)
     if (whole.data != np.rint(whole.data)).any():
         odd = whole.data[whole.data != np.rint(whole.data)]
@@ -46,17 +46,17 @@ def checked_counts(counts: sparse.spmatrix) -> sparse.csr_matrix:
 
 
 _NODES = (3 * np.sinh(np.linspace(-1.9, 1.9, 41))).astype(np.float32)
-"""Where a gene's rates are looked for: standard deviations of their logarithm, dense near 0, out to 10."""
+"""Grid of a gene's rates: standard deviations of their logarithm, dense near 0, out to 10."""
 _AT_FIRST = (np.exp(-(_NODES**2) / 2) + 0.02 / (1 + _NODES**2)) * np.gradient(_NODES)
 """Weight of each node before it is fitted: normal, with tails heavy enough for a few odd spots."""
 _N_FITS = 8
-"""Times that the weights of these nodes are fitted: enough for the shape, too few to follow single counts."""
+"""Number of fits of the weights of these nodes: enough for the shape, too few to follow single counts."""
 _CELLS = 160_000
 """Spots times genes at a time."""
 
 
 def sized_counts(counts: sparse.spmatrix, total: Floats | None) -> tuple[sparse.csr_matrix, Floats]:
-    """Raw counts and the library size (n,) of each spot, which none may be without."""
+    """Return raw counts and the library size (n,) of each spot; refuse spots without counts."""
     rows = checked_counts(counts)
     size = np.asarray(rows.sum(1) if total is None else total, np.float64).ravel()
     if (size <= 0).any():
@@ -68,19 +68,19 @@ def sized_counts(counts: sparse.spmatrix, total: Floats | None) -> tuple[sparse.
 def noise_ceiling(counts: sparse.spmatrix, *, total: Floats | None = None, target_sum: float = 1e4) -> Floats:
     """Correlation with the measured values that a model could at most reach if it knew the expression without noise.
 
-    Counts of a gene are taken as Poisson around a rate, whose mean follows a power of the spot's library size and
-    whose spread is found by moments, freed of counting noise just as by splitting the counts in all ways at once. What
-    a count then tells of the rate behind it (log-normal at first, then of the shape that the counts ask for) gives the
-    correlation of the rate with what was measured, both as log1p per ``target_sum``.
+    Counts of a gene are Poisson around a rate. The mean rate follows a power of the spot's library size. The spread of
+    the rates is found by moments, without counting noise, as if counts were split in all ways at once. The posterior of
+    the rate given the count (log-normal at first, then of the shape that the counts suggest) gives the correlation of
+    the rate with the measurement, both as log1p per ``target_sum``.
 
-    No halves are correlated: log1p bends those of few counts in another way than the whole, and library size is in
-    both. Stepped up to full depth (Spearman, 1910; Brown, 1910) they say up to 0.5 too much.
+    Halves of the counts are not correlated with each other, because log1p bends small counts more and library size is
+    in both halves. Stepped up to full depth (Spearman, 1910; Brown, 1910), such a correlation is up to 0.5 too high.
 
-    It assumes that all noise is that of counting: corrected or smoothed counts get too high a ceiling, and no other
-    technical noise is part of it. Leave spots of next to no counts out, as they alone can make up the spread of a gene.
-    Take the mean over many genes: a single one is off by 0.01 (50 counts a spot) to 0.15 (0.2 counts, 200 spots), and
-    one without any pattern gets 0.05 (2500 spots) to 0.1 (200 spots) instead of 0, as a spread cannot be negative.
-    With 200 spots whose library sizes differ tenfold the mean can be too low, by up to 0.07.
+    All noise is assumed to be counting noise: corrected or smoothed counts get too high a ceiling, and other technical
+    noise is not part of it. Leave out spots with nearly no counts: they alone can make up the spread of a gene.
+    Use the mean over many genes: the error of a single gene is 0.01 (50 counts a spot) to 0.15 (0.2 counts, 200 spots),
+    and a gene without a pattern gets 0.05 (2500 spots) to 0.1 (200 spots) instead of 0, since a spread is not negative.
+    With 200 spots and library sizes that differ tenfold, the mean can be up to 0.07 too low.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def noise_ceiling(counts: sparse.spmatrix, *, total: Floats | None = None, targe
 
     Returns
     -------
-    (genes,) from 0 to 1; 0 for a gene that was not seen, or varies no more than counting does.
+    (genes,) from 0 to 1; 0 for a gene without counts, or one that varies no more than counting noise.
     """
     rows, size = sized_counts(counts, total)
     columns = rows.tocsc()
@@ -112,9 +112,9 @@ def noise_ceiling(counts: sparse.spmatrix, *, total: Floats | None = None, targe
 
 
 def count_rates(k: Floats, size: Floats) -> tuple[Floats, Floats]:
-    """Counts expected from library size alone (n, genes), and how rates vary: squared coefficient of variation (genes,).
+    """Counts expected from library size alone (n, genes), and the squared coefficient of variation of rates (genes,).
 
-    Quasi-likelihood for the mean and moments for the spread in turn (Breslow, 1984); spots count by what they know.
+    Quasi-likelihood for the mean and moments for the spread, in turn (Breslow, 1984); spots are weighted by precision.
     """
     x = np.log(size / size.mean())[:, None]
     power, cv2 = np.zeros(k.shape[1]), np.zeros(k.shape[1])
@@ -124,7 +124,7 @@ def count_rates(k: Floats, size: Floats) -> tuple[Floats, Floats]:
         known = weight * expected
         centred = x - (known * x).sum(0) / known.sum(0)
         information = np.maximum((known * centred**2).sum(0), 1e-6)
-        if last:  # shrunk by its own noise (James and Stein, 1961), or every gene would follow library size a little
+        if last:  # shrunken by its noise (James and Stein, 1961): else every gene follows library size a little
             power *= np.maximum(1 - 1 / (information * np.maximum(power**2, 1e-12)), 0)
         else:
             power = np.clip(power + (weight * (k - expected) * centred).sum(0) / information, -1.5, 1.5)

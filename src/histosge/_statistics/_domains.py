@@ -1,4 +1,4 @@
-"""Spatial domains: a graph of alike expression and one of nearness in space, cut in one go by leiden. No label is seen."""
+"""Spatial domains: leiden on a graph of similar expression plus a graph of near neighbours. Labels are not used."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 SPATIAL_NEIGHBOURS = 6
-SPATIAL_WEIGHT = 0.2
-"""Share of space in the graph, by default."""
 """Nearest places that are joined in space: those around a spot of a hexagonal array."""
+SPATIAL_WEIGHT = 0.2
+"""Default share of space in the graph."""
 
 MAX_RUNS = 20
-"""Runs of leiden that the search for a number of domains may take."""
+"""Most runs of leiden in the search for a number of domains."""
 
 N_ITERATIONS = 2
 
@@ -40,7 +40,7 @@ def find_domains(
     spatial_weight: float,
     rng: int,
 ) -> Ints:
-    """Find domains of places by their (n, g) log-normalised expression and where they lie: (n,), 0 the largest."""
+    """Find domains of places by their (n, g) log-normalised expression and their position: (n,), 0 is the largest."""
     graph = domain_graph(expression, xy, n_pcs=n_pcs, n_neighbours=n_neighbours, spatial_weight=spatial_weight, rng=rng)
     return cut(graph, resolution=resolution, n_domains=n_domains, rng=rng)[0]
 
@@ -54,19 +54,19 @@ def domain_graph(
     spatial_weight: float,
     rng: int,
 ) -> sparse.csr_matrix:
-    """Join places that express alike (scanpy's neighbours, McInnes et al., 2018) or lie side by side: (n, n).
+    """Join places of similar expression (scanpy's neighbours, McInnes et al., 2018) and places next to each other: (n, n).
 
-    ``spatial_weight`` is the share of all weight that is in space. The total stays that of scanpy's graph: leiden's
-    refinement is random on an absolute scale (igraph's ``beta``), so that another total would give other domains.
+    ``spatial_weight`` is the share of the weight that is in space. The total weight is that of scanpy's graph: the
+    refinement of leiden is random on an absolute scale (igraph's ``beta``), so another total gives other domains.
     """
     if xy is None or spatial_weight == 0:
         return _expression_graph(expression, n_pcs=n_pcs, n_neighbours=n_neighbours, rng=rng)
     in_space = _spatial_graph(xy)
     if spatial_weight == 1:
         return in_space
-    alike = _expression_graph(expression, n_pcs=n_pcs, n_neighbours=n_neighbours, rng=rng).astype(np.float64)
-    in_space *= alike.sum() / in_space.sum()  # one factor for all rows: the graph stays symmetric
-    return sparse.csr_matrix((1 - spatial_weight) * alike + spatial_weight * in_space)
+    similar = _expression_graph(expression, n_pcs=n_pcs, n_neighbours=n_neighbours, rng=rng).astype(np.float64)
+    in_space *= similar.sum() / in_space.sum()  # one factor for all rows: the graph stays symmetric
+    return sparse.csr_matrix((1 - spatial_weight) * similar + spatial_weight * in_space)
 
 
 def _expression_graph(
@@ -79,14 +79,14 @@ def _expression_graph(
     few = n_genes <= n_pcs  # all components of few genes are the genes, turned
     if not few:
         sc.pp.pca(held, n_comps=min(n_pcs, n - 1), random_state=rng)
-    with warnings.catch_warnings():  # of places that are all alike scanpy makes a graph that scipy finds inefficient
+    with warnings.catch_warnings():  # from identical places scanpy makes a graph that scipy finds inefficient
         warnings.simplefilter("ignore", sparse.SparseEfficiencyWarning)
         sc.pp.neighbors(held, n_neighbors=n_neighbours, use_rep="X" if few else "X_pca", random_state=rng)
     return sparse.csr_matrix(held.obsp["connectivities"])
 
 
 def _spatial_graph(xy: Floats) -> sparse.csr_matrix:
-    """Join every place to its nearest ones, and to all others as near: on a square lattice eight, not six of them."""
+    """Join every place to its nearest ones and to all others that are as near: eight on a square lattice, not six."""
     n = len(xy)
     place = np.asarray(xy, np.float64)
     index, distance, present = nearest_spots(place, place, k=2 * SPATIAL_NEIGHBOURS, exclude=np.arange(n))

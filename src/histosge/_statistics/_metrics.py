@@ -1,4 +1,4 @@
-"""What a prediction is worth, gene by gene: agreement of two (n, genes) arrays. Never torch, never SpatialData."""
+"""Scores of a prediction, gene by gene: agreement of two (n, genes) arrays."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     Floats = NDArray[np.floating]
 
 BASELINES = ("ridge", "nearest")
-"""Simple heads that are scored beside every other, on the same folds."""
+"""Simple heads that are always scored too, on the same folds."""
 _SAME_PCC = 0.01
-"""A part of a head that is less ahead than this is as good: so much changes from seed to seed."""
+"""A smaller lead over a part of the head does not count: scores differ as much between seeds."""
 _BLOCK = 512
 """Genes at a time, where all at once need not fit in memory."""
 _K1, _K2 = 0.01, 0.03
@@ -42,7 +42,7 @@ def rank_correlation(predicted: Floats, measured: Floats) -> Floats:
 def gene_agreement(predicted: Floats, measured: Floats) -> Floats:
     """How well gene-gene correlations are kept: for each gene, the correlation of its rows of the two matrices.
 
-    Over all other genes. A constant gene correlates with none: 0 in the rows of others, and its own score is 0.
+    The row holds all other genes. A constant gene correlates with none: it is 0 in the rows of others and scores 0.
     """
     p, m = _unit_columns(predicted), _unit_columns(measured)
     n_genes = p.shape[1]
@@ -50,7 +50,10 @@ def gene_agreement(predicted: Floats, measured: Floats) -> Floats:
     for start in range(0, n_genes, _BLOCK):
         rows = np.arange(start, min(start + _BLOCK, n_genes))
         one, other = p.T @ p[:, rows], m.T @ m[:, rows]
-        for block in (one, other):  # the mean of the others in place of a gene's 1 with itself does not count
+        for block in (
+            one,
+            other,
+        ):  # a gene's correlation of 1 with itself is replaced by the mean of the others, which has no effect
             block[rows, rows - start] = 0
             block[rows, rows - start] = block.sum(0) / max(n_genes - 1, 1)
         found[rows] = correlation(one, other)
@@ -69,9 +72,8 @@ def _unit_columns(values: Floats) -> Floats:
 def structural_similarity(predicted: Floats, measured: Floats, *, xy: Floats, n_neighbours: int = 6) -> Floats:
     """Structural similarity (Wang et al., 2004) of each gene, its windows a spot and its nearest neighbours.
 
-    Mean over all spots. Both are taken as they are, in the measurement's unit: a prediction that varies less than what
-    was measured pays for it, as it does for a wrong level. The dynamic range is that of the measured gene; 0 where
-    this is constant.
+    Mean over all spots. Both are compared in the unit of the measurement: a prediction that varies less than the
+    measurement, or has another level, scores lower. The dynamic range is that of the measured gene; 0 where it is constant.
     """
     mean = _mean_of_neighbours(xy, n_neighbours=n_neighbours, itself=True)
     found = np.zeros(predicted.shape[1])
@@ -94,7 +96,7 @@ def _similarity_map(predicted: Floats, measured: Floats, *, mean: sparse.csr_mat
 
 
 def _mean_of_neighbours(xy: Floats, *, n_neighbours: int, itself: bool) -> sparse.csr_matrix:
-    """Matrix that takes the mean over the nearest neighbours of each spot, with or without the spot itself."""
+    """Matrix that averages over the nearest neighbours of each spot, with or without the spot itself."""
     n = len(xy)
     place = np.asarray(xy, np.float64)
     index, _, present = nearest_spots(place, place, k=n_neighbours, exclude=np.arange(n))
@@ -106,7 +108,7 @@ def _mean_of_neighbours(xy: Floats, *, n_neighbours: int, itself: bool) -> spars
 
 
 def morans_i(expression: Floats | sparse.spmatrix, xy: Floats, *, n_neighbours: int = 6) -> Floats:
-    """Moran's I (Moran, 1950) of every column on the graph of nearest neighbours, rows weighted alike; 0 if constant."""
+    """Moran's I (Moran, 1950) of every column on the graph of nearest neighbours, with equal weights; 0 if constant."""
     graph = _mean_of_neighbours(xy, n_neighbours=n_neighbours, itself=False).astype(np.float32)
     columns = sparse.csc_matrix(expression)
     found = np.zeros(columns.shape[1])
@@ -120,7 +122,7 @@ def morans_i(expression: Floats | sparse.spmatrix, xy: Floats, *, n_neighbours: 
 
 
 def better_baselines(head: str, pcc: dict[str, float]) -> list[str]:
-    """Heads, best first, that are no worse than ``head`` by their correlations: a rival at once, a part of it clearly."""
+    """Heads, best first, with correlations at least as high as ``head``; parts of ``head`` must be clearly higher."""
     parts = {part.strip() for part in head.split("+")} - {*BASELINES, "mean"}
     lead = {name: value - pcc[head] - (_SAME_PCC if name in parts else 0) for name, value in pcc.items()}
     return sorted((n for n, ahead in lead.items() if n != head and ahead >= 0), key=lambda n: -pcc[n])
