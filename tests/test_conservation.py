@@ -214,7 +214,7 @@ def test_errors_of_conservation():
         conserve(one, coverage=share * 2, target=one[:1], window=window)
     with pytest.raises(ValueError, match=r"at most 1 in a bin, but a sum is 2"):
         conserve(one, coverage=share, target=one[:1], window=window * 2)
-    with pytest.raises(ValueError, match="1 spots cannot have their target .for example row 0.*Take smaller bins"):
+    with pytest.raises(ValueError, match="1 spots cannot reach their target .for example row 0.*Use smaller bins"):
         conserve(one, coverage=share, target=one[:1] * 3, window=window * 0)
     with pytest.raises(ValueError, match="inner_um=60, outer_um=50: give 0 < inner_um <= outer_um"):
         fade(one, one, inner_um=60, outer_um=50)
