@@ -1,4 +1,4 @@
-"""The pages: no link into nothing, tables that name what there is."""
+"""The pages: no dead link, tables that name what exists, plain words, one sentence a line."""
 
 from __future__ import annotations
 
@@ -91,6 +91,60 @@ def test_every_page_is_in_the_navigation():
     listed = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
     pages = sorted(page.stem for page in DOCS.glob("*.md") if page.stem != "index")
     assert sorted(line for line in listed if "<self>" not in line) == pages
+
+
+# language
+
+AVOIDED = ("told", "lest", "whoever", "shall", "in vain")
+PLAIN = [page for page in (*PAGES, *NOTEBOOKS) if page.name != "CHANGELOG.md"]  # pages, and folders of Python files
+ABBREVIATIONS = ("e.g.", "i.e.", "et al.", "Fig.", "cf.", "vs.")
+
+
+def words_to_avoid(path: Path) -> list[str]:
+    """Each occurrence as ``file:line: word``; of a folder, those of its Python files."""
+    if path.is_dir():
+        return [found for file in sorted(path.rglob("*.py")) for found in words_to_avoid(file)]
+    text = markdown(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
+    return [
+        f"{path.name}:{number}: {word}"
+        for number, line in enumerate(text.splitlines(), 1)
+        for word in re.findall(rf"\b(?:{'|'.join(AVOIDED)})\b", line, flags=re.IGNORECASE)
+    ]
+
+
+def lines_of_several_sentences(text: str) -> list[str]:
+    """Lines outside tables, headings and code in which a second sentence begins."""
+    text = re.sub(r"^ *(```+|~~~+).*?^ *\1 *$", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith(("|", "#"))]
+    found = []
+    for line in lines:
+        plain = re.sub(r"(`+)[^`].*?\1", "X", re.sub(r"^\s*(?:\d+\.|[-*])\s+", "", line))
+        for abbreviation in ABBREVIATIONS:
+            plain = plain.replace(f"{abbreviation} ", "")
+        if re.search(r"[.!?][)\"]? +[*_(\[\"]*[A-Z]", plain):
+            found.append(line)
+    return found
+
+
+@pytest.mark.parametrize("path", PLAIN, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_plain_words(path):
+    assert words_to_avoid(path) == []
+
+
+@pytest.mark.parametrize(
+    "page", [path for path in PLAIN if path.is_file()], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
+def test_one_sentence_a_line(page):
+    text = markdown(page) if page.suffix == ".ipynb" else page.read_text(encoding="utf-8")
+    assert lines_of_several_sentences(text) == []
+
+
+def test_words_and_sentences_are_found(tmp_path):
+    (tmp_path / "a.py").write_text("# Whoever is told\nshallow = 1  # in vain\n", encoding="utf-8")
+    assert words_to_avoid(tmp_path) == ["a.py:1: Whoever", "a.py:1: told", "a.py:2: in vain"]
+    one = ["1. One item.", "- **Bold.** One, e.g. Visium.", "A pitch of 0.5 µm.", "| A. B | table |", "See `a. B`."]
+    two = ["One. Two.", "  Is it? `x` is.", "(One.) Two.", "One. **Two.**"]
+    assert lines_of_several_sentences("\n".join([*one, "```", "A. B", "```", *two])) == two
 
 
 # tables

@@ -1,9 +1,6 @@
-"""What the pages take from the code when they are built: error messages, the list of encoders, the help of the shell."""
+"""What the pages take from the code when they are built: the list of encoders and the help of the shell."""
 
 import math
-import re
-from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import ClassVar
 
 import click
@@ -15,32 +12,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 import histosge as sge
-from _ext.messages import PACKAGE, messages
 from histosge.cli import main
-
-
-class Messages(SphinxDirective):
-    """Messages of the modules that the lines of its content name, ``*`` for anything: what is said, and below it where."""
-
-    has_content = True
-
-    def run(self) -> list[nodes.Node]:
-        """Write a list of definitions."""
-        found = [m for m in messages() if any(fnmatchcase(m.module, pattern) for pattern in self.content)]
-        if not found:
-            msg = f"no module of {list(self.content)} has a message"
-            raise self.error(msg)
-        for path in (Path(__file__).with_name("messages.py"), *PACKAGE.rglob("*.py")):
-            self.env.note_dependency(str(path))
-        entries = nodes.definition_list(classes=["messages"])
-        for message in found:
-            said = nodes.literal(classes=["said"])  # literal: quotes and dashes stay as they are printed
-            for nth, piece in enumerate(re.split("‹([^‹›]*)›", message.text)):
-                said += nodes.emphasis(text=f"‹{piece}›") if nth % 2 else nodes.Text(piece)
-            source = nodes.paragraph("", "", nodes.literal(text=message.error), nodes.Text(" from "))
-            source += nodes.literal(text=f"histosge.{message.module}")
-            entries += nodes.definition_list_item("", nodes.term("", "", said), nodes.definition("", source))
-        return [entries]
 
 
 class Encoders(SphinxDirective):
@@ -52,7 +24,7 @@ class Encoders(SphinxDirective):
     columns = ("encoder", "licence", "access", "commercial", "µm/px", "tile µm", "token µm", "numbers", "parameters")
 
     def run(self) -> list[nodes.Node]:
-        """Write Markdown and have it read."""
+        """Write Markdown and parse it."""
         table = sge.encoders()
         if self.arguments:
             table = table.query(self.arguments[0])
@@ -108,7 +80,6 @@ def helps(command: click.Command, name: str) -> dict[str, str]:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Add them."""
-    app.add_directive("messages", Messages)
     app.add_directive("encoders", Encoders)
     app.add_directive("shell-help", ShellHelp)
     return {"parallel_read_safe": True}
