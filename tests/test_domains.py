@@ -15,7 +15,16 @@ from sklearn.metrics import adjusted_rand_score
 from tests import rounding
 
 import histosge as sge
-from histosge._statistics import MAX_RUNS, SPATIAL_NEIGHBOURS, _domains, agreement, cut, domain_graph, find_domains
+from histosge._statistics import (
+    MAX_RUNS,
+    SPATIAL_NEIGHBOURS,
+    agreement,
+    cut,
+    domain_graph,
+    find_domains,
+    leiden,
+    spatial_graph,
+)
 
 properties = settings(deadline=None, max_examples=25)
 DEFAULT = {"resolution": 1.0, "n_domains": None, "n_pcs": 30, "n_neighbours": 15, "spatial_weight": 0.2, "rng": 0}
@@ -47,7 +56,7 @@ def table(*, noise=0.3, seed=0):
 
 def alike(domain, xy):
     """Share of neighbours in space that are of the same domain."""
-    graph = _domains._spatial_graph(xy).tocoo()
+    graph = spatial_graph(xy).tocoo()
     return (domain[graph.row] == domain[graph.col]).mean()
 
 
@@ -126,7 +135,7 @@ def test_the_same_seed_gives_the_same_domains_whatever_the_global_one():
 @pytest.mark.parametrize("turn_deg", [0, 17])
 def test_a_place_inside_an_array_is_joined_to_all_around_it(xy, n_around, turn_deg):
     turn = np.deg2rad(turn_deg)
-    graph = _domains._spatial_graph(xy @ np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]))
+    graph = spatial_graph(xy @ np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]))
     inside = ((xy > 2.5) & (xy < xy.max(axis=0) - 2.5)).all(1)
     assert inside.sum() > 20
     assert set(graph.sum(1)[inside].ravel().tolist()[0]) == {n_around}
@@ -140,11 +149,11 @@ def test_the_graph_in_space_does_not_change_when_places_are_moved_turned_scaled_
     rng, turn = np.random.default_rng(seed), np.deg2rad(turn_deg)
     xy, order = rng.random((n, 2)), rng.permutation(n)
     matrix = scale * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    graph = _domains._spatial_graph(xy)
+    graph = spatial_graph(xy)
     assert (graph != graph.T).nnz == 0
     assert graph.diagonal().sum() == 0
     assert graph.sum(1).min() >= min(SPATIAL_NEIGHBOURS, n - 1)
-    assert (graph[order][:, order] != _domains._spatial_graph((xy @ matrix + [3, -7])[order])).nnz == 0
+    assert (graph[order][:, order] != spatial_graph((xy @ matrix + [3, -7])[order])).nnz == 0
 
 
 @pytest.mark.parametrize("weight", [0.1, 0.3, 0.9])
@@ -160,7 +169,7 @@ def test_weight_is_the_share_in_space(weight):
     rest = graph - (1 - weight) * alone
     assert rest.sum() == pytest.approx(weight * graph.sum(), rel=close / weight)
     assert abs(rest - in_space * (rest.sum() / in_space.sum())).max() < close / weight
-    assert (in_space != _domains._spatial_graph(xy)).nnz == 0
+    assert (in_space != spatial_graph(xy)).nnz == 0
 
 
 # -------------------------------------------------------------------------------------------------- so many domains
@@ -177,17 +186,16 @@ def test_as_many_domains_as_asked_for(n_domains, start, log):
     assert not log.records
 
 
-def test_a_number_that_cannot_be_met_is_told(log, monkeypatch):
+def test_a_number_that_cannot_be_met_is_told(log):
     """Four islands can be cut further, but never joined."""
-    runs, leiden = [], _domains._leiden
+    runs = []
 
     def counted(graph, *, resolution, rng):
         runs.append(resolution)
         return leiden(graph, resolution=resolution, rng=rng)
 
-    monkeypatch.setattr(_domains, "_leiden", counted)
     islands = sparse.csr_matrix(np.kron(np.eye(4), np.ones((10, 10)) - np.eye(10)))
-    domain, used = cut(islands, resolution=1.0, n_domains=2, rng=0)
+    domain, used = cut(islands, resolution=1.0, n_domains=2, rng=0, partition=counted)
     assert adjusted_rand_score(np.repeat(range(4), 10), domain) == 1
     assert len(runs) == MAX_RUNS
     assert used == 1
@@ -197,10 +205,10 @@ def test_a_number_that_cannot_be_met_is_told(log, monkeypatch):
 
 
 @pytest.mark.parametrize("numbers", [[3, 9, 5, 9], [9, 3, 7, 3]])
-def test_the_nearest_number_is_kept_where_the_search_goes_past_it(numbers, log, monkeypatch):
-    said = iter([*numbers, *[numbers[-1]] * MAX_RUNS])
-    monkeypatch.setattr(_domains, "_leiden", lambda *_, **__: np.arange(next(said)))
-    domain, _ = cut(sparse.csr_matrix((10, 10)), resolution=1.0, n_domains=6, rng=0)
+def test_the_nearest_number_is_kept_where_the_search_goes_past_it(numbers, log):
+    sizes = iter([*numbers, *[numbers[-1]] * MAX_RUNS])
+    given = {"resolution": 1.0, "n_domains": 6, "rng": 0}
+    domain, _ = cut(sparse.csr_matrix((10, 10)), **given, partition=lambda *_, **__: np.arange(next(sizes)))
     assert len(domain) == numbers[2]
     assert f"{numbers[2]} domains are the nearest" in log.text
 

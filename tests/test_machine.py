@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from histosge import _settings as _machine
-from histosge._settings import available_memory
+from histosge._settings import available_memory, free_and_limit
 
 
 def test_free_memory_is_plausible():
@@ -24,14 +23,14 @@ def test_free_memory_is_plausible():
         (None, None, None, None),
     ],
 )
-def test_the_limit_of_a_container_counts(monkeypatch, tmp_path, limit, used, stat, free):
+def test_the_limit_of_a_container_counts(tmp_path, limit, used, stat, free):
     for name, text in (("memory.max", limit), ("memory.current", used), ("memory.stat", stat)):
         if text is not None:
             (tmp_path / name).write_text(text)
-    monkeypatch.setattr(_machine, "_CGROUP", tmp_path)
+    found, _ = free_and_limit(tmp_path)
     if free is None:
         import psutil
 
-        assert available_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.5)
+        assert found == pytest.approx(psutil.virtual_memory().available, rel=0.5)
     else:
-        assert available_memory() == free
+        assert found == free

@@ -15,12 +15,13 @@ from histosge._statistics import (
     correlation,
     gene_agreement,
     morans_i,
+    neighbour_mean,
     noise_ceiling,
     rank_correlation,
+    similarity_map,
     structural_similarity,
     thin,
 )
-from histosge._statistics._metrics import _mean_of_neighbours, _similarity_map
 from histosge.datasets import _simulation as _phantom
 
 properties = settings(deadline=None, max_examples=25)
@@ -194,8 +195,8 @@ def test_structural_similarity_against_skimage_inside_a_square_grid():
     measured = np.stack([np.sin(x / 3) + 0.3 * rng.random((side, side)), 5 + rng.poisson(2, (side, side))], -1)
     predicted = 0.6 * measured + 0.2 * rng.random(measured.shape)
     xy = 100.0 * np.column_stack([x.ravel(), y.ravel()])
-    window = _mean_of_neighbours(xy, n_neighbours=8, itself=True)
-    found = _similarity_map(predicted.reshape(-1, 2), measured.reshape(-1, 2), mean=window).reshape(side, side, 2)
+    window = neighbour_mean(xy, n_neighbours=8, itself=True)
+    found = similarity_map(predicted.reshape(-1, 2), measured.reshape(-1, 2), mean=window).reshape(side, side, 2)
     for gene in range(2):
         _, expected = metrics.structural_similarity(
             predicted[..., gene],

@@ -163,12 +163,12 @@ def available_memory() -> int:
     return free_and_limit()[0] if settings.memory_gb is None else int(settings.memory_gb * 1e9)
 
 
-def free_and_limit() -> tuple[int, int | None]:
-    """Bytes that are free, and those that the container or the scheduler allows at most."""
+def free_and_limit(cgroup: Path = _CGROUP) -> tuple[int, int | None]:
+    """Bytes that are free, and the limit of the container or of the job, if there is one."""
     import psutil
 
     free, limit = int(psutil.virtual_memory().available), None
-    for group in control_groups():
+    for group in control_groups(cgroup):
         with suppress(OSError, ValueError):  # no limit, or "max"
             one, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -178,11 +178,11 @@ def free_and_limit() -> tuple[int, int | None]:
     return free, limit
 
 
-def control_groups() -> list[Path]:
-    """Control groups that this process is in, innermost first: each may have limits."""
-    inner = _CGROUP
+def control_groups(cgroup: Path = _CGROUP) -> list[Path]:
+    """Control groups of this process, innermost first: each may have limits."""
+    inner = cgroup
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             if line.startswith("0::"):
-                inner = _CGROUP / line.removeprefix("0::").strip("/")
-    return [group for group in (inner, *inner.parents) if group.is_relative_to(_CGROUP)]
+                inner = cgroup / line.removeprefix("0::").strip("/")
+    return [group for group in (inner, *inner.parents) if group.is_relative_to(cgroup)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from histosge._statistics._conservation import Conservation, conserve, fade, noise_variance, shrinkage
+from histosge._statistics._conservation import Conservation, conserve, fade, log_variance, noise_variance, shrinkage
 from histosge._statistics._counting_noise import noise_ceiling, thin
 from histosge._statistics._domains import (
     MAX_RUNS,
@@ -13,6 +13,8 @@ from histosge._statistics._domains import (
     cut,
     domain_graph,
     find_domains,
+    leiden,
+    spatial_graph,
 )
 from histosge._statistics._intervals import FLOOR, PredictionIntervals, calibrate, coverage, neighbour_average
 from histosge._statistics._metrics import (
@@ -21,7 +23,9 @@ from histosge._statistics._metrics import (
     correlation,
     gene_agreement,
     morans_i,
+    neighbour_mean,
     rank_correlation,
+    similarity_map,
     structural_similarity,
 )
 from histosge._statistics._splits import (
@@ -37,6 +41,11 @@ from histosge._statistics._splits import (
 )
 
 __all__ = [
+    "similarity_map",
+    "neighbour_mean",
+    "spatial_graph",
+    "leiden",
+    "log_variance",
     "BASELINES",
     "FLOOR",
     "MAX_RUNS",

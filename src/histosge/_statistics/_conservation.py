@@ -45,7 +45,7 @@ class Shrunken:
 
 
 def noise_variance(
-    counts: sparse.spmatrix, *, total: Floats | None = None, target_sum: float = 1e4
+    counts: sparse.spmatrix, *, total: Floats | None = None, target_sum: float = 1e4, cells_at_once: int = _CELLS
 ) -> NDArray[np.float64]:
     """Variance of log1p-normalised expression that comes from counting alone.
 
@@ -60,6 +60,8 @@ def noise_variance(
         (n,) counts of each spot over all genes, where ``counts`` has only some of them. Default: their sum.
     target_sum
         What the expression was normalised to before log1p.
+    cells_at_once
+        Spots times genes in memory at a time.
 
     Returns
     -------
@@ -69,15 +71,15 @@ def noise_variance(
     columns = rows.tocsc()
     found = np.zeros(columns.shape)
     seen = np.flatnonzero(np.asarray(columns.sum(0)).ravel() > 0)
-    for genes in np.array_split(seen, max(1, len(seen) * len(size) // _CELLS)):
+    for genes in np.array_split(seen, max(1, len(seen) * len(size) // cells_at_once)):
         k = np.asarray(columns[:, genes].todense(), np.float64)
         expected, cv2 = count_rates(k, size)
         rate = expected * (1 + cv2 * k) / (1 + cv2 * expected)
-        found[:, genes] = _log_variance(rate, scale=(target_sum / size)[:, None])
+        found[:, genes] = log_variance(rate, scale=(target_sum / size)[:, None])
     return found
 
 
-def _log_variance(rate: Floats, *, scale: Floats) -> Floats:
+def log_variance(rate: Floats, *, scale: Floats) -> Floats:
     """Variance of log1p(scale * k) of Poisson k, (n, g): the sum for few counts, the delta method for many."""
     few = np.minimum(rate, _FEW)
     chance, first, second = np.exp(-few), np.zeros_like(few), np.zeros_like(few)

@@ -12,6 +12,8 @@ from histosge._geometry import nearest_spots
 from histosge._settings import logger
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from anndata import AnnData
     from numpy.typing import NDArray
 
@@ -61,7 +63,7 @@ def domain_graph(
     """
     if xy is None or spatial_weight == 0:
         return _expression_graph(expression, n_pcs=n_pcs, n_neighbours=n_neighbours, rng=rng)
-    in_space = _spatial_graph(xy)
+    in_space = spatial_graph(xy)
     if spatial_weight == 1:
         return in_space
     similar = _expression_graph(expression, n_pcs=n_pcs, n_neighbours=n_neighbours, rng=rng).astype(np.float64)
@@ -85,7 +87,7 @@ def _expression_graph(
     return sparse.csr_matrix(held.obsp["connectivities"])
 
 
-def _spatial_graph(xy: Floats) -> sparse.csr_matrix:
+def spatial_graph(xy: Floats) -> sparse.csr_matrix:
     """Join every place to its nearest ones and to all others that are as near: eight on a square lattice, not six."""
     n = len(xy)
     place = np.asarray(xy, np.float64)
@@ -97,13 +99,21 @@ def _spatial_graph(xy: Floats) -> sparse.csr_matrix:
     return graph.maximum(graph.T)
 
 
-def cut(graph: sparse.csr_matrix, *, resolution: float, n_domains: int | None, rng: int) -> tuple[Ints, float]:
+def cut(
+    graph: sparse.csr_matrix,
+    *,
+    resolution: float,
+    n_domains: int | None,
+    rng: int,
+    partition: Callable[..., Ints] | None = None,
+) -> tuple[Ints, float]:
     """Cut a graph into domains: (n,) domains, 0 the largest, and the resolution that they were found at.
 
     With ``n_domains`` the resolution is halved or doubled until it lies between too few and too many domains, and
-    then bisected on its logarithm.
+    then bisected on its logarithm. ``partition`` is called instead of :func:`leiden`, with the same arguments.
     """
-    label = _leiden(graph, resolution=resolution, rng=rng)
+    partition = leiden if partition is None else partition
+    label = partition(graph, resolution=resolution, rng=rng)
     if n_domains is None:
         return label, resolution
     best, nearest = (label, resolution), int(label.max()) + 1
@@ -117,7 +127,7 @@ def cut(graph: sparse.csr_matrix, *, resolution: float, n_domains: int | None, r
             resolution = float(np.sqrt(low * high))
         else:
             resolution *= 2 if low > 0 else 0.5
-        label = _leiden(graph, resolution=resolution, rng=rng)
+        label = partition(graph, resolution=resolution, rng=rng)
         if abs(int(label.max()) + 1 - n_domains) < abs(nearest - n_domains):
             best, nearest = (label, resolution), int(label.max()) + 1
     if nearest != n_domains:
@@ -128,7 +138,7 @@ def cut(graph: sparse.csr_matrix, *, resolution: float, n_domains: int | None, r
     return best
 
 
-def _leiden(graph: sparse.csr_matrix, *, resolution: float, rng: int) -> Ints:
+def leiden(graph: sparse.csr_matrix, *, resolution: float, rng: int) -> Ints:
     """Run leiden (Traag et al., 2019) once; domains are numbered by size."""
     import scanpy as sc
 

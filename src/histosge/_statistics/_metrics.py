@@ -75,15 +75,15 @@ def structural_similarity(predicted: Floats, measured: Floats, *, xy: Floats, n_
     Mean over all spots. Both are compared in the unit of the measurement: a prediction that varies less than the
     measurement, or has another level, scores lower. The dynamic range is that of the measured gene; 0 where it is constant.
     """
-    mean = _mean_of_neighbours(xy, n_neighbours=n_neighbours, itself=True)
+    mean = neighbour_mean(xy, n_neighbours=n_neighbours, itself=True)
     found = np.zeros(predicted.shape[1])
     for start in range(0, len(found), _BLOCK):
         part = slice(start, start + _BLOCK)
-        found[part] = _similarity_map(predicted[:, part], measured[:, part], mean=mean).mean(0)
+        found[part] = similarity_map(predicted[:, part], measured[:, part], mean=mean).mean(0)
     return found
 
 
-def _similarity_map(predicted: Floats, measured: Floats, *, mean: sparse.csr_matrix) -> Floats:
+def similarity_map(predicted: Floats, measured: Floats, *, mean: sparse.csr_matrix) -> Floats:
     """Structural similarity in the window of every spot, (n, genes)."""
     p, m = np.asarray(predicted, np.float64), np.asarray(measured, np.float64)
     extent = np.ptp(m, axis=0)
@@ -95,7 +95,7 @@ def _similarity_map(predicted: Floats, measured: Floats, *, mean: sparse.csr_mat
     return np.where(extent > 0, top / np.where(extent > 0, (mean_p**2 + mean_m**2 + c1) * (variances + c2), 1.0), 0.0)
 
 
-def _mean_of_neighbours(xy: Floats, *, n_neighbours: int, itself: bool) -> sparse.csr_matrix:
+def neighbour_mean(xy: Floats, *, n_neighbours: int, itself: bool) -> sparse.csr_matrix:
     """Matrix that averages over the nearest neighbours of each spot, with or without the spot itself."""
     n = len(xy)
     place = np.asarray(xy, np.float64)
@@ -109,7 +109,7 @@ def _mean_of_neighbours(xy: Floats, *, n_neighbours: int, itself: bool) -> spars
 
 def morans_i(expression: Floats | sparse.spmatrix, xy: Floats, *, n_neighbours: int = 6) -> Floats:
     """Moran's I (Moran, 1950) of every column on the graph of nearest neighbours, with equal weights; 0 if constant."""
-    graph = _mean_of_neighbours(xy, n_neighbours=n_neighbours, itself=False).astype(np.float32)
+    graph = neighbour_mean(xy, n_neighbours=n_neighbours, itself=False).astype(np.float32)
     columns = sparse.csc_matrix(expression)
     found = np.zeros(columns.shape[1])
     for start in range(0, columns.shape[1], _BLOCK):
