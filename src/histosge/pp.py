@@ -27,7 +27,6 @@ def targets(
     layer: str | None = None,
     coordinate_system: str | None = None,
     mpp: float | None = None,
-    pitch_um: float | None = None,
     key_added: str = "histosge",
     inplace: bool = True,
 ) -> GeoDataFrame | None:
@@ -59,8 +58,6 @@ def targets(
         Coordinate system that aligns image and spots. ``None`` takes the one that holds both; several must agree.
     mpp
         µm per pixel of the image. ``None`` takes what the file states, or derives it from the pitch.
-    pitch_um
-        Distance of neighbouring spots in µm. ``None`` takes the technology's: Visium 100, ST 200.
     key_added
         The shapes are named ``"{key_added}_targets"``.
     inplace
@@ -100,7 +97,6 @@ def targets(
         layer=layer,
         coordinate_system=coordinate_system,
         mpp=mpp,
-        pitch_um=pitch_um,
     )
     name = _keys.targets(key_added)
     targets = lay_targets(section, key=name, upsample=upsample, bin_um=bin_um, tissue=tissue)

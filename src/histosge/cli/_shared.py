@@ -314,7 +314,6 @@ KEYS = (
     click.option("--layer", help="Layer with the counts, or raw. By default X."),
     click.option("--coordinate-system", help="Coordinate system that aligns image and spots."),
     click.option("--mpp", type=float, help="µm per pixel of the image. By default from the pitch of the spots."),
-    click.option("--pitch-um", type=float, help="Distance of neighbouring spots in µm. By default the technology's."),
 )
 ENCODER = (
     click.option("--encoder", default=DEFAULT_ENCODER, show_default=True, help="Encoder; see `histosge encoders`."),

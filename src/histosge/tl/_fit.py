@@ -37,7 +37,6 @@ def fit(
     layer: str | None = None,
     coordinate_system: str | None = None,
     mpp: float | None = None,
-    pitch_um: float | None = None,
     device: str | None = None,
     batch_size: int = 64,
     rng: int | np.random.Generator | None = 0,
@@ -90,8 +89,6 @@ def fit(
         Coordinate system that aligns image and spots. ``None`` takes the one that holds both; several must agree.
     mpp
         µm per pixel of the image. ``None`` takes what the file states, or derives it from the pitch.
-    pitch_um
-        Distance of neighbouring spots in µm. ``None`` takes the technology's: Visium 100, ST 200.
     device
         Where to compute. ``None`` takes ``settings.device``, else a GPU if there is one.
     batch_size
@@ -137,7 +134,6 @@ def fit(
             layer=layer,
             coordinate_system=coordinate_system,
             mpp=mpp,
-            pitch_um=pitch_um,
         )
         for one in several
     ]

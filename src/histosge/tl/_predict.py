@@ -60,7 +60,6 @@ def predict(
     layer: str | None = None,
     coordinate_system: str | None = None,
     mpp: float | None = None,
-    pitch_um: float | None = None,
     encoder: Any = DEFAULT_ENCODER,
     tile_um: float | None = None,
     stack: Sequence[str] = ("pilm",),
@@ -106,8 +105,6 @@ def predict(
         Coordinate system that aligns image and spots. ``None`` takes the one that holds both; several must agree.
     mpp
         µm per pixel of the image. ``None`` takes what the file states, or derives it from the pitch; without spots it is needed.
-    pitch_um
-        Distance of neighbouring spots in µm. ``None`` takes the technology's: Visium 100, ST 200.
     encoder
         Name of an encoder (see :func:`histosge.encoders`), or one that :func:`histosge.load_encoder` made. With
         ``model=``, the model's own.
@@ -243,7 +240,7 @@ def predict(
             image_key=image_key,
             coordinate_system=coordinate_system,
             mpp=mpp,
-            pitch_um=model.info["pitch_um"] if pitch_um is None else pitch_um,
+            pitch_um=model.info["pitch_um"],
             spot_um=model.info["spot_um"],
         )
         model = _for_image_only(model)
@@ -256,7 +253,6 @@ def predict(
             layer=layer,
             coordinate_system=coordinate_system,
             mpp=mpp,
-            pitch_um=pitch_um,
         )
         if model is not None:
             _check_unit(model, section)
