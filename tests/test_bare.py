@@ -177,9 +177,6 @@ def test_errors(model, image_alone, sdata):
         sge.tl.predict(image_alone, model=model)
     with pytest.raises(ValueError, match=r"mpp=-1 is not a length"):
         sge.tl.predict(image_alone, model=model, mpp=-1)
-    for pitch_um in (0, -100):
-        with pytest.raises(ValueError, match=rf"pitch_um={pitch_um} is not a length"):
-            sge.tl.predict(image_alone, model=model, mpp=1.6, pitch_um=pitch_um)
     with pytest.raises(ValueError, match=r"tissue='spots' keeps places within reach of a spot"):
         sge.tl.predict(image_alone, model=model, mpp=1.6, tissue="spots")
     with pytest.raises(ValueError, match=r"upsample=3: choose one of \(2, 4, 8, 16\)"):

@@ -332,7 +332,7 @@ ALL_OPTIONS = {  # each with another value than the default
     "--head nearest --n-folds 3 --level none": {"head": "nearest", "n_folds": 3, "level": None},
     '--head-options {"n_neighbours":6}': {"head_options": {"n_neighbours": 6}},
     "--key-added fine --rng 3 --mpp 2.0": {"key_added": "fine", "rng": 3, "mpp": 2.0},
-    "--pitch-um 90 --layer raw": {"pitch_um": 90.0, "layer": "raw"},
+    "--layer raw": {"layer": "raw"},
     "--image-key he --spots-key spots": {"image_key": "he", "spots_key": "spots"},
     "--table-key table --coordinate-system x": {"table_key": "table", "coordinate_system": "x"},
     "--device cpu --batch-size 8 --no-progress": {"device": "cpu", "batch_size": 8, "progress": False},

@@ -79,7 +79,9 @@ def test_square_spots_with_gaps_are_not_taken_for_st(n):
     """DBiT-seq has 10 to 50 µm squares at twice that pitch; so have bins with some left out."""
     xy, _, _ = square(n, n, pitch=10.0)
     sdata = section(xy, drawn_px=5.0)
-    with pytest.raises(ValueError, match=r"square lattice of 10\.0 px with gaps, and no name.*DBiT-seq.*Pass mpp="):
+    with pytest.raises(
+        ValueError, match=r"square lattice of 10\.0 px with gaps, and no name.*DBiT-seq.*Pass mpp=: .* divided by 10 px"
+    ):
         read_section(sdata)
     assert read_section(sdata, mpp=5.0).pitch_um == pytest.approx(50.0)  # mpp= is enough
 

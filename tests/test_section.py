@@ -930,14 +930,10 @@ def test_touching_bins_say_their_size_by_name():
 def test_touching_bins_without_a_name():
     sdata, _ = square_section()
     predict_refuses(sdata, r"scale of 'bins' cannot be known.* they touch each other on a square lattice.*Pass mpp=")
-    section = read_section(sdata, pitch_um=16)
-    assert section.mpp == pytest.approx(1.0)
-    assert section.pitch_um == 16
-    assert section.mpp_source == "pitch_um given"
-    assert section.spot_um == pytest.approx(16.0)
-    section = read_section(sdata, mpp=0.25)
-    assert (section.mpp, section.mpp_source) == (0.25, "given")
-    assert section.pitch_um == pytest.approx(4.0)
+    predict_refuses(sdata, r"Pass mpp=: the pitch of the spots in µm divided by 16 px\.")
+    section = read_section(sdata, mpp=16 / 16)
+    assert (section.mpp, section.mpp_source) == (1.0, "given")
+    assert (section.pitch_um, section.spot_um) == (pytest.approx(16.0), pytest.approx(16.0))
 
 
 def test_legacy_st():
@@ -952,7 +948,6 @@ def test_legacy_st():
 def test_irregular_spots():
     sdata, _ = square_section(kind="circles", jitter=1.5, image_px=300)
     predict_refuses(sdata, r"physical scale of 'bins' cannot be known from its spots: .*Pass mpp=, the µm per pixel")
-    predict_refuses(sdata, "Pass mpp=", pitch_um=100)
     section = read_section(sdata, mpp=0.5)
     assert (section.technology, section.lattice, section.mpp) == ("irregular", None, 0.5)
     assert section.spot_um == pytest.approx(4.0)  # drawn: 8 px
@@ -973,12 +968,10 @@ def test_places_around_irregular_spots():
     assert not places["is_spot"].any()
 
 
-def test_mpp_and_pitch_given(sdata, log):
-    assert read_section(sdata, mpp=2.0, pitch_um=100).mpp == 2.0
-    assert read_section(sdata, mpp=2.0).mpp_source == "given"
+def test_mpp_given(sdata, log):
+    section = read_section(sdata, mpp=2.0)
+    assert (section.mpp, section.mpp_source) == (2.0, "given")
     assert warnings_in(log) == []
-    match = r"mpp=2 and pitch_um=200 contradict each other: the spots lie 50\.0 px apart, which is 100\.0 µm.*one of the two"
-    predict_refuses(sdata, match, mpp=2.0, pitch_um=200)
 
 
 def test_unusual_pitch_is_told(sdata, log):
@@ -989,12 +982,9 @@ def test_unusual_pitch_is_told(sdata, log):
     assert warnings_in(log) == ["mpp=1 makes the pitch of these visium spots 50.0 µm, where 100 µm is usual"]
 
 
-@pytest.mark.parametrize("argument", ["mpp", "pitch_um"])
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), 1e6])
-def test_impossible_scale(sdata, argument, value):
-    predict_refuses(
-        sdata, rf"{argument}={value!r} is not a length in µm.*None to take it from the spots", **{argument: value}
-    )
+def test_impossible_scale(sdata, value):
+    predict_refuses(sdata, rf"mpp={value!r} is not a length in µm.*None to take it from the spots", mpp=value)
 
 
 # --------------------------------------------------------------------------------------------- on disk

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from histosge import _keys
+from histosge._options import Reading, expand
 from histosge._section import commit, lay_targets, read_section, shapes_element
 from histosge._settings import logger
 
@@ -15,21 +16,16 @@ if TYPE_CHECKING:
 __all__ = ["targets"]
 
 
+@expand(Reading)
 def targets(
     sdata: SpatialData,
     *,
     upsample: int | None = None,
     bin_um: float | None = None,
     tissue: Literal["auto", "spots"] = "auto",
-    image_key: str | None = None,
-    spots_key: str | None = None,
-    table_key: str | None = None,
-    layer: str | None = None,
-    coordinate_system: str | None = None,
-    mpp: float | None = None,
-    pitch_um: float | None = None,
     key_added: str = "histosge",
     inplace: bool = True,
+    **reading: Unpack[Reading],
 ) -> GeoDataFrame | None:
     """Lay the places to predict at: a lattice between the spots, or square bins.
 
@@ -47,20 +43,7 @@ def targets(
     tissue
         ``"auto"`` keeps places within reach of a spot where the image is about as dark as at the spots;
         ``"spots"`` keeps all places within reach of a spot.
-    image_key
-        H&E image in ``sdata.images``. ``None`` takes the only one.
-    spots_key
-        Measured spots in ``sdata.shapes``. ``None`` takes the only ones that a table annotates.
-    table_key
-        Table with the counts of the spots. ``None`` takes the only one.
-    layer
-        Layer of the table that holds the counts, or ``"raw"``: ``table.raw.X``. ``None`` takes ``X``.
-    coordinate_system
-        Coordinate system that aligns image and spots. ``None`` takes the one that holds both; several must agree.
-    mpp
-        µm per pixel of the image. ``None`` takes what the file states, or derives it from the pitch.
-    pitch_um
-        Distance of neighbouring spots in µm. ``None`` takes the technology's: Visium 100, ST 200.
+    image_key, spots_key, table_key, layer, coordinate_system, mpp
     key_added
         The shapes are named ``"{key_added}_targets"``.
     inplace
@@ -92,16 +75,7 @@ def targets(
     if upsample is not None and bin_um is not None:
         msg = f"upsample={upsample!r} and bin_um={bin_um!r} are two ways to lay places: pass one of them."
         raise ValueError(msg)
-    section = read_section(
-        sdata,
-        image_key=image_key,
-        spots_key=spots_key,
-        table_key=table_key,
-        layer=layer,
-        coordinate_system=coordinate_system,
-        mpp=mpp,
-        pitch_um=pitch_um,
-    )
+    section = read_section(sdata, **reading)
     name = _keys.targets(key_added)
     targets = lay_targets(section, key=name, upsample=upsample, bin_um=bin_um, tissue=tissue)
     element = shapes_element(section, targets)

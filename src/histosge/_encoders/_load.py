@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from histosge._encoders._hub import PAGES
 from histosge._encoders._spec import EncoderSpec
+from histosge._options import DEFAULT_ENCODER
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
 
-DEFAULT_ENCODER = "midnight"
-"""Large, and available without a login: the first call works on a fresh installation."""
 BUILT_IN = "stain-texture"
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from scipy import sparse
 
 from histosge._section._image import find_image, lazy_image
-from histosge._section._section import Section, _check_scale, _regions, ours, written_by_us
+from histosge._section._section import Section, _regions, check_mpp, ours, written_by_us
 from histosge._section._values import Values
 from histosge._settings import logger
 
@@ -36,8 +36,7 @@ def read_image_only(
     """Read the image of a section without spots; pitch and size of a spot are those that a model learnt from."""
     from spatialdata.transformations import Affine, get_transformation
 
-    _check_scale("mpp", mpp)
-    _check_scale("pitch_um", pitch_um)
+    check_mpp(mpp)
     image_key = find_image(sdata, image_key)
     if mpp is None:
         msg = (

@@ -60,7 +60,6 @@ def physical_scale(
     spots_key: str,
     drawn_px: float,
     mpp: float | None,
-    pitch_um: float | None,
 ) -> Scale:
     """Find µm per pixel, pitch and spot size, or say why they cannot be known.
 
@@ -74,8 +73,8 @@ def physical_scale(
         Name of the spots, for messages.
     drawn_px
         Drawn diameter of a spot, or edge of a bin.
-    mpp, pitch_um
-        What the user says.
+    mpp
+        µm per pixel, where the user gives it.
     """
     _check_no_indices(declared, xy_px, spots_key)
     lattice, why_not = _lattice(declared, xy_px)
@@ -94,7 +93,7 @@ def physical_scale(
         return _checked(Scale(mpp, near * mpp, spot_px * mpp, "irregular", source, None), spots_key)
     found, why_not = _recognised(lattice, declared, xy_px, drawn_px=drawn_px)
     source = "given"
-    if mpp is None and pitch_um is None and declared.mpp is not None:
+    if mpp is None and declared.mpp is not None:
         mpp, source = declared.mpp, "stated by the file"
         pitch = mpp * lattice.pitch_px
         if found is not None and abs(pitch / found.pitch_um - 1) > 0.1:
@@ -105,24 +104,19 @@ def physical_scale(
             )
             raise ValueError(msg)
     if mpp is None:
-        pitch_or_none = pitch_um or (found.pitch_um if found else None)
-        if pitch_or_none is None:
-            msg = f"the physical scale of {spots_key!r} cannot be known from its spots: {why_not} Pass mpp=, the µm per pixel of the image."
-            raise ValueError(msg)
-        pitch = pitch_or_none
-        mpp = pitch / lattice.pitch_px
-        source = "pitch_um given" if pitch_um else f"from the pitch, {lattice.pitch_px:.1f} px = {pitch:g} µm"
-        if pitch_um is None and found is not None:
-            _check_pixels(lattice, declared, found, spots_key)
-            _say_if_doubtful(declared, found, lattice, spots_key)
-    else:
-        pitch = lattice.pitch_px * mpp
-        if pitch_um is not None and abs(pitch / pitch_um - 1) > 0.02:
+        if found is None:
             msg = (
-                f"mpp={mpp:g} and pitch_um={pitch_um:g} contradict each other: the spots lie {lattice.pitch_px:.1f} px "
-                f"apart, which is {pitch:.1f} µm at that mpp. Pass one of the two."
+                f"the physical scale of {spots_key!r} cannot be known from its spots: {why_not} "
+                f"Pass mpp=: the pitch of the spots in µm divided by {lattice.pitch_px:.4g} px."
             )
             raise ValueError(msg)
+        pitch = found.pitch_um
+        mpp = pitch / lattice.pitch_px
+        source = f"from the pitch, {lattice.pitch_px:.1f} px = {pitch:g} µm"
+        _check_pixels(lattice, declared, found, spots_key)
+        _warn_if_doubtful(declared, found, lattice, spots_key)
+    else:
+        pitch = lattice.pitch_px * mpp
         if found and abs(pitch / found.pitch_um - 1) > 0.1:
             logger.warning(
                 "mpp=%g makes the pitch of these %s spots %.1f µm, where %g µm is usual",
@@ -232,7 +226,7 @@ def _check_pixels(lattice: Lattice, declared: Declared, found: Technology, spots
         raise ValueError(msg)
 
 
-def _say_if_doubtful(declared: Declared, found: Technology, lattice: Lattice, spots_key: str) -> None:
+def _warn_if_doubtful(declared: Declared, found: Technology, lattice: Lattice, spots_key: str) -> None:
     if declared.technology is None:
         logger.warning(
             "%r: taken as %s, %g µm apart, since the spots lie on a %s lattice with gaps; no barcode, array_row and array_col "

@@ -136,14 +136,12 @@ def read_section(
     layer: str | None = None,
     coordinate_system: str | None = None,
     mpp: float | None = None,
-    pitch_um: float | None = None,
     report: bool = True,
 ) -> Section:
     """Read image, spots and counts, and find the physical scale; ``report`` logs what was found."""
     from spatialdata.transformations import get_transformation
 
-    _check_scale("mpp", mpp)
-    _check_scale("pitch_um", pitch_um)
+    check_mpp(mpp)
     image_key = find_image(sdata, image_key)
     spots_key, table_key = _spots_and_table(sdata, spots_key, table_key)
     system, to_image = align(sdata, spots_key, image_key, wanted=coordinate_system)
@@ -206,7 +204,6 @@ def read_section(
         spots_key=spots_key,
         drawn_px=drawn_px,
         mpp=mpp,
-        pitch_um=pitch_um,
     )
     expression = values.expression(counts)
     section = Section(
@@ -256,9 +253,10 @@ def column(sdata: SpatialData, section: Section, name: str) -> NDArray[Any]:
     return table.obs[name].to_numpy()[section.rows]
 
 
-def _check_scale(argument: str, value: float | None) -> None:
-    if value is not None and not (np.isfinite(value) and 0.01 <= value <= 10_000):
-        msg = f"{argument}={value!r} is not a length in µm. Pass a positive number, or None to take it from the spots."
+def check_mpp(mpp: float | None) -> None:
+    """Refuse a scale that no image has."""
+    if mpp is not None and not (np.isfinite(mpp) and 0.01 <= mpp <= 10_000):
+        msg = f"mpp={mpp!r} is not a length in µm. Pass a positive number, or None to take it from the spots."
         raise ValueError(msg)
 
 

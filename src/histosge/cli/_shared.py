@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sys
 import traceback
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from histosge._encoders import DEFAULT_ENCODER
+from histosge._options import Argument, Embedding, Learning, Reading, Running, arguments
 from histosge._settings import settings
 
 if TYPE_CHECKING:
@@ -296,6 +297,36 @@ def heads_option(text: str) -> tuple[Callable[[Any], Any], ...]:
     return (click.option("--head-options", type=JsonObject(), metavar="JSON", help=text),)
 
 
+_OF_THE_SHELL: dict[str, dict[str, Any]] = {
+    "encoder": {"help": "Encoder; see `histosge encoders`."},
+    "genes": {"type": Genes(), "help": "Number of genes, 'all', or names with commas."},
+    "device": {"help": "Where to compute: cpu, cuda, cuda:1 or mps. By default a GPU if there is one."},
+    "progress": {"help": "Progress bars. By default where a terminal shows them."},
+    "rng": {"param_decls": ("--rng", "--seed"), "type": int, "help": "Seed."},
+}
+"""What differs from Python"""
+
+
+def from_python(group: type) -> tuple[Callable[[Any], Any], ...]:
+    """Options with the names, types, defaults and texts that the arguments of a group have in Python."""
+    return tuple(_option(name, hint, argument) for name, (hint, argument) in arguments(group).items())
+
+
+def _option(name: str, hint: Any, argument: Argument) -> Callable[[Any], Any]:
+    flag = f"--{name.replace('_', '-')}"
+    kinds = [kind for kind in (bool, float, int, str) if kind in (hint, *get_args(hint))]
+    text = argument.text.replace("``None`` takes", "By default")
+    given: dict[str, Any] = {
+        "param_decls": (f"{flag}/--no-{flag[2:]}" if bool in kinds else flag, name),
+        "type": kinds[0] if kinds else str,
+        "default": argument.default,
+        "show_default": argument.default is not None,
+        "help": re.sub(r":\w+:(?=`)|``", "", text),
+    }
+    given |= _OF_THE_SHELL.get(name, {})
+    return click.option(*given.pop("param_decls"), **given)
+
+
 RAW = (
     click.option(
         "--image",
@@ -307,30 +338,18 @@ RAW = (
     ),
     click.option("--bin-size", type=int, help="Bins of a Visium HD folder to learn from, in µm: 2, 8 or 16."),
 )
-KEYS = (
-    click.option("--image-key", help="H&E image. By default the only one."),
-    click.option("--spots-key", help="Measured spots. By default the only ones that a table annotates."),
-    click.option("--table-key", help="Table with the counts. By default the only one."),
-    click.option("--layer", help="Layer with the counts, or raw. By default X."),
-    click.option("--coordinate-system", help="Coordinate system that aligns image and spots."),
-    click.option("--mpp", type=float, help="µm per pixel of the image. By default from the pitch of the spots."),
-    click.option("--pitch-um", type=float, help="Distance of neighbouring spots in µm. By default the technology's."),
-)
+KEYS = from_python(Reading)
 ENCODER = (
-    click.option("--encoder", default=DEFAULT_ENCODER, show_default=True, help="Encoder; see `histosge encoders`."),
+    *from_python(Embedding),
     click.option(
         "--weights", type=click.Path(exists=True), metavar="FOLDER", help="Local weights, for machines without network."
     ),
-    click.option("--tile-um", type=float, help="Edge of a tile in µm. By default the encoder's own."),
     click.option(
         "--stack", type=Names(), default="pilm", show_default=True, help="Maps to stack: 'pilm', or 'pilm,rgb'."
     ),
 )
 LEARN = (
-    click.option(
-        "--genes", type=Genes(), default=1000, show_default=True, help="Number of genes, 'all', or names with commas."
-    ),
-    click.option("--n-folds", type=int, default=5, show_default=True, help="Folds of the spots, 2 to 20."),
+    *from_python(Learning),
     click.option(
         "--level",
         type=Level(),
@@ -340,12 +359,7 @@ LEARN = (
     ),
 )
 COMPUTE = (
-    click.option("--device", help="cpu, cuda, cuda:1, mps. By default a GPU if there is one."),
-    click.option("--batch-size", type=int, default=64, show_default=True, help="Tiles per forward pass."),
-    click.option("--rng", "--seed", "rng", type=int, default=0, show_default=True, help="Seed."),
-    click.option(
-        "--progress/--no-progress", default=None, help="Progress bars. By default where a terminal shows them."
-    ),
+    *from_python(Running),
     click.option("--no-cache", is_flag=True, help="Neither read nor keep embeddings; see `histosge cache`."),
 )
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace what an earlier run wrote there.")

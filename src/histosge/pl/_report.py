@@ -368,7 +368,6 @@ class _Run:
             "layer": made.get("layer"),
             "coordinate_system": made["coordinate_system"],
             "mpp": float(made["mpp"]) if made["mpp_source"] == "given" else None,
-            "pitch_um": float(made["pitch_um"]) if made["mpp_source"] == "pitch_um given" else None,
             "encoder": encoder["name"],
             "tile_um": None if abs(float(made["tile_um"]) - own_tile_um) < 1e-6 else float(made["tile_um"]),
             "stack": None if made["stack"] == "pilm" else made["stack"].split("+"),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from histosge import _keys
 from histosge._embedding import Embedder
-from histosge._encoders import DEFAULT_ENCODER
+from histosge._options import EmbedOptions, Reading, Running, expand, pick
 from histosge._section import commit, embedding_table, own_spots, read_section, read_targets
 from histosge._settings import logger
 
@@ -17,25 +17,15 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 
+@expand(EmbedOptions)
 def embed(
     sdata: SpatialData,
     *,
     target_key: str | None = None,
-    encoder: Any = DEFAULT_ENCODER,
-    tile_um: float | None = None,
     stack: Sequence[str] = ("pilm",),
     dense: bool = False,
-    image_key: str | None = None,
-    spots_key: str | None = None,
-    table_key: str | None = None,
-    layer: str | None = None,
-    coordinate_system: str | None = None,
-    mpp: float | None = None,
-    pitch_um: float | None = None,
-    device: str | None = None,
-    batch_size: int = 64,
-    progress: bool | None = None,
     inplace: bool = True,
+    **options: Unpack[EmbedOptions],
 ) -> AnnData | None:
     """Embed places of the H&E image with a pathology image large model.
 
@@ -49,35 +39,14 @@ def embed(
         Section with an H&E image and measured spots.
     target_key
         Shapes to embed. ``None`` takes the measured spots.
-    encoder
-        Name of an encoder (see :func:`histosge.encoders`), or one that :func:`histosge.load_encoder` made.
-    tile_um
-        Edge of a tile in µm. ``None`` takes the encoder's own, at which it was trained.
+    encoder, tile_um
     stack
         Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
     dense
         Embed the area of each place, from the encoder's tokens, beside the surroundings of its centre, instead of the tile
         around its centre.
-    image_key
-        H&E image in ``sdata.images``. ``None`` takes the only one.
-    spots_key
-        Measured spots in ``sdata.shapes``. ``None`` takes the only ones that a table annotates.
-    table_key
-        Table with the counts of the spots. ``None`` takes the only one.
-    layer
-        Layer of the table that holds the counts, or ``"raw"``: ``table.raw.X``. ``None`` takes ``X``.
-    coordinate_system
-        Coordinate system that aligns image and spots. ``None`` takes the one that holds both; several must agree.
-    mpp
-        µm per pixel of the image. ``None`` takes what the file states, or derives it from the pitch.
-    pitch_um
-        Distance of neighbouring spots in µm. ``None`` takes the technology's: Visium 100, ST 200.
-    device
-        Where to compute. ``None`` takes ``settings.device``, else a GPU if there is one.
-    batch_size
-        Tiles per forward pass.
-    progress
-        Show the progress bar. ``None`` follows ``settings.progress``.
+    image_key, spots_key, table_key, layer, coordinate_system, mpp
+    device, batch_size, progress
     inplace
         Write into ``sdata``, or return the table.
 
@@ -107,25 +76,14 @@ def embed(
     >>> sdata.tables["spots_stain-texture"].obsm["X_stain-texture"].shape[1]
     120
     """
-    section = read_section(
-        sdata,
-        image_key=image_key,
-        spots_key=spots_key,
-        table_key=table_key,
-        layer=layer,
-        coordinate_system=coordinate_system,
-        mpp=mpp,
-        pitch_um=pitch_um,
-    )
+    section = read_section(sdata, **pick(options, Reading))
     embedder = Embedder.open(
         section,
-        encoder,
-        tile_um=tile_um,
+        options["encoder"],
+        tile_um=options["tile_um"],
         stack=stack,
         dense=dense,
-        device=device,
-        batch_size=batch_size,
-        progress=progress,
+        **pick(options, Running),
     )
     if target_key is None:
         target_key = section.spots_key

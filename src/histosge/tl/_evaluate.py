@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
 
 from histosge._embedding import Embedder, Forecast, resolve_device
-from histosge._encoders import DEFAULT_ENCODER
 from histosge._heads import POSITION_ONLY, default_head, divides
 from histosge._model import PROTOCOLS, SPLITS, Measured, Plan, check_arguments, trials
 from histosge._model import evaluate as hold_out
+from histosge._options import FitOptions, Reading, Running, expand, pick
 from histosge._section import check_orientation, column, read_section
 from histosge._settings import logger
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _BASELINES = ("kriging", "ridge", "nearest", "mean")
 
 
+@expand(FitOptions)
 def evaluate(
     sdata: SpatialData | Sequence[SpatialData],
     *,
@@ -37,25 +38,11 @@ def evaluate(
     keep: int = 4,
     protocol: str = "held-out",
     labels: str | None = None,
-    encoder: Any = DEFAULT_ENCODER,
-    tile_um: float | None = None,
     stack: Sequence[str] = ("pilm",),
     dense: bool = False,
-    genes: int | Sequence[str] | str = 1000,
-    n_folds: int = 5,
     level: float | None = 0.9,
     head_options: dict[str, dict[str, Any]] | None = None,
-    image_key: str | None = None,
-    spots_key: str | None = None,
-    table_key: str | None = None,
-    layer: str | None = None,
-    coordinate_system: str | None = None,
-    mpp: float | None = None,
-    pitch_um: float | None = None,
-    device: str | None = None,
-    batch_size: int = 64,
-    rng: int | np.random.Generator | None = 0,
-    progress: bool | None = None,
+    **options: Unpack[FitOptions],
 ) -> pd.DataFrame:
     """Score heads on spots that they never saw.
 
@@ -94,45 +81,18 @@ def evaluate(
         Column of the measured table's ``obs`` that annotates domains; missing values are left out. Domains of
         predicted and of measured expression, found as by :func:`histosge.tl.domains` with its defaults, are compared with
         it; nothing learns from it. With ``split="blocks"`` only.
-    encoder
-        Name of an encoder (see :func:`histosge.encoders`), or one that :func:`histosge.load_encoder` made.
-    tile_um
-        Edge of a tile in µm. ``None`` takes the encoder's own, at which it was trained.
+    encoder, tile_um
     stack
         Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
     dense
         Embed the area of a spot, from the encoder's tokens, instead of the tile around its centre, as for bins and cells.
-    genes
-        Number of genes, chosen by spatial autocorrelation among the training spots of each split; a list of names; or
-        ``"all"`` that were seen.
-    n_folds
-        Folds inside the training spots, 2 to 20.
+    genes, n_folds
     level
         Share of measurements that the error bars shall hold. ``None`` makes none.
     head_options
         Arguments of heads by name, for example ``{"nearest": {"n_neighbours": 6}}``.
-    image_key
-        H&E image in ``sdata.images``. ``None`` takes the only one.
-    spots_key
-        Measured spots in ``sdata.shapes``. ``None`` takes the only ones that a table annotates.
-    table_key
-        Table with the counts of the spots. ``None`` takes the only one.
-    layer
-        Layer of the table that holds the counts, or ``"raw"``: ``table.raw.X``. ``None`` takes ``X``.
-    coordinate_system
-        Coordinate system that aligns image and spots. ``None`` takes the one that holds both; several must agree.
-    mpp
-        µm per pixel of the image. ``None`` takes what the file states, or derives it from the pitch.
-    pitch_um
-        Distance of neighbouring spots in µm. ``None`` takes the technology's: Visium 100, ST 200.
-    device
-        Where to compute. ``None`` takes ``settings.device``, else a GPU if there is one.
-    batch_size
-        Tiles per forward pass of the encoder.
-    rng
-        Seed or generator. The same seed gives the same scores on the same machine.
-    progress
-        Show the progress bar. ``None`` follows ``settings.progress``.
+    image_key, spots_key, table_key, layer, coordinate_system, mpp
+    device, batch_size, rng, progress
 
     Returns
     -------
@@ -183,23 +143,14 @@ def evaluate(
         n_repeats=n_repeats,
         head_options=head_options,
     )
-    where = resolve_device(device)
-    sections = [
-        read_section(
-            one,
-            image_key=image_key,
-            spots_key=spots_key,
-            table_key=table_key,
-            layer=layer,
-            coordinate_system=coordinate_system,
-            mpp=mpp,
-            pitch_um=pitch_um,
-        )
-        for one in several
-    ]
+    encoder, tile_um = options["encoder"], options["tile_um"]
+    genes, n_folds = options["genes"], options["n_folds"]
+    run = pick(options, Running)
+    where = resolve_device(run["device"])
+    sections = [read_section(one, **pick(options, Reading)) for one in several]
     for head in heads:
-        options = (head_options or {}).get(head)
-        check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, level=level, head_options=options)
+        of_head = (head_options or {}).get(head)
+        check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, level=level, head_options=of_head)
     names = [section.spots_key for section in sections]
     if len(set(names)) < len(names):
         names = [f"{i}: {name}" for i, name in enumerate(names)]
@@ -218,12 +169,11 @@ def evaluate(
         msg = f"labels={labels!r} holds no value at any spot of {empty}. Name a column that annotates them."
         raise ValueError(msg)
     plan = Plan(split, protocol, n_splits, n_repeats, buffer_um, block_um, keep)
-    rng = np.random.default_rng(rng)
+    rng = np.random.default_rng(options["rng"])
     for _ in trials(measured, plan, rng=copy.deepcopy(rng)):
         pass  # what cannot be held out is refused before an hour of embedding
     forecast = Forecast(sum(len(section.xy_px) for section in sections))
     how: dict[str, Any] = {"tile_um": tile_um, "stack": stack, "dense": dense}
-    run: dict[str, Any] = {"device": device, "batch_size": batch_size, "progress": progress}
     for i, section in enumerate(sections):
         check_orientation(section)
         embedder = Embedder.open(section, encoder, **how, **run)
@@ -247,7 +197,7 @@ def evaluate(
         rng=rng,
         device=where,
         head_options=head_options,
-        progress=progress,
+        progress=run["progress"],
     )
     mean = scores.groupby("head", sort=False)["pcc"].mean()
     logger.info(

@@ -6,13 +6,12 @@ from collections.abc import Collection
 from dataclasses import replace
 from importlib.metadata import version
 from time import time
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
 
 from histosge import _keys
 from histosge._embedding import Embedder, Forecast
-from histosge._encoders import DEFAULT_ENCODER
 from histosge._heads import default_head, divides
 from histosge._model import (
     Predictor,
@@ -25,6 +24,7 @@ from histosge._model import (
     save_fitted,
     write_parts,
 )
+from histosge._options import FitOptions, Reading, Running, expand, pick
 from histosge._section import (
     commit,
     is_measured,
@@ -51,22 +51,12 @@ if TYPE_CHECKING:
     from histosge._section import Section
 
 
+@expand(FitOptions)
 def predict(
     sdata: SpatialData,
     *,
-    image_key: str | None = None,
-    spots_key: str | None = None,
-    table_key: str | None = None,
-    layer: str | None = None,
-    coordinate_system: str | None = None,
-    mpp: float | None = None,
-    pitch_um: float | None = None,
-    encoder: Any = DEFAULT_ENCODER,
-    tile_um: float | None = None,
     stack: Sequence[str] = ("pilm",),
     head: str | None = None,
-    genes: int | Sequence[str] | str = 1000,
-    n_folds: int = 5,
     level: float | None = 0.9,
     head_options: dict[str, Any] | None = None,
     model: Model | None = None,
@@ -79,11 +69,8 @@ def predict(
     conserve: bool = False,
     key_added: str = "histosge",
     store: str | Path | None = None,
-    device: str | None = None,
-    batch_size: int = 64,
-    rng: int | np.random.Generator | None = 0,
-    progress: bool | None = None,
     inplace: bool = True,
+    **options: Unpack[FitOptions],
 ) -> AnnData | None:
     """Predict expression between the spots, or at any places, from the H&E image and the measured spots.
 
@@ -94,25 +81,13 @@ def predict(
     ----------
     sdata
         Section with an H&E image and measured spots; with ``model=``, an image is enough.
-    image_key
-        H&E image in ``sdata.images``. ``None`` takes the only one.
-    spots_key
-        Measured spots in ``sdata.shapes``. ``None`` takes the only ones that a table annotates.
-    table_key
-        Table with the counts of the spots. ``None`` takes the only one.
-    layer
-        Layer of the table that holds the counts, or ``"raw"``: ``table.raw.X``. ``None`` takes ``X``.
-    coordinate_system
-        Coordinate system that aligns image and spots. ``None`` takes the one that holds both; several must agree.
+    image_key, spots_key, table_key, layer, coordinate_system
     mpp
         µm per pixel of the image. ``None`` takes what the file states, or derives it from the pitch; without spots it is needed.
-    pitch_um
-        Distance of neighbouring spots in µm. ``None`` takes the technology's: Visium 100, ST 200.
     encoder
         Name of an encoder (see :func:`histosge.encoders`), or one that :func:`histosge.load_encoder` made. With
         ``model=``, the model's own.
     tile_um
-        Edge of a tile in µm. ``None`` takes the encoder's own, at which it was trained.
     stack
         Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
     head
@@ -120,9 +95,7 @@ def predict(
         ``"mean"``, or several joined by ``+`` for their mean; see :func:`histosge.tl.fit`. ``None`` takes
         ``"in-context+kriging"``, or ``"aggregate+kriging"`` where ``dense``.
     genes
-        Number of genes, chosen by spatial autocorrelation; a list of names; or ``"all"`` that were seen.
     n_folds
-        Folds of the spots for training and held-out scores, 2 to 20.
     level
         Share of measurements at spot scale that the error bars shall hold. ``None`` writes none.
     head_options
@@ -154,14 +127,7 @@ def predict(
         Folder to write to, ``"NAME.zarr"``, part by part: memory then does not grow with the number of places. A run
         that was interrupted goes on where it stopped when it is started again with the same arguments. ``None`` writes
         into ``sdata``.
-    device
-        Where to compute. ``None`` takes ``settings.device``, else a GPU if there is one.
-    batch_size
-        Tiles per forward pass of the encoder.
-    rng
-        Seed or generator. The same seed gives the same table on the same machine.
-    progress
-        Show progress bars. ``None`` follows ``settings.progress``.
+    device, batch_size, rng, progress
     inplace
         Write into ``sdata``, or return the table and write nothing.
 
@@ -232,32 +198,26 @@ def predict(
     if len(given) > 1:
         msg = f"{' and '.join(f'{k}={v!r}' for k, v in given.items())} are ways to say where to predict: pass one of them."
         raise ValueError(msg)
+    reading = pick(options, Reading)
+    encoder, tile_um = options["encoder"], options["tile_um"]
+    genes, n_folds, rng = options["genes"], options["n_folds"], options["rng"]
     seed = int(rng) if isinstance(rng, (int, np.integer)) else "generator"
     generator = np.random.default_rng(rng)
-    if model is not None and spots_key is None and table_key is None and not is_measured(sdata):
-        if layer is not None:
-            msg = f"layer={layer!r}, but no table of sdata annotates spots: nothing was measured. Leave layer= out."
+    if model is not None and reading["spots_key"] is None and reading["table_key"] is None and not is_measured(sdata):
+        if reading["layer"] is not None:
+            msg = f"layer={reading['layer']!r}, but no table of sdata annotates spots: nothing was measured. Leave layer= out."
             raise ValueError(msg)
         section = read_image_only(
             sdata,
-            image_key=image_key,
-            coordinate_system=coordinate_system,
-            mpp=mpp,
-            pitch_um=model.info["pitch_um"] if pitch_um is None else pitch_um,
+            image_key=reading["image_key"],
+            coordinate_system=reading["coordinate_system"],
+            mpp=reading["mpp"],
+            pitch_um=model.info["pitch_um"],
             spot_um=model.info["spot_um"],
         )
         model = _for_image_only(model)
     else:
-        section = read_section(
-            sdata,
-            image_key=image_key,
-            spots_key=spots_key,
-            table_key=table_key,
-            layer=layer,
-            coordinate_system=coordinate_system,
-            mpp=mpp,
-            pitch_um=pitch_um,
-        )
+        section = read_section(sdata, **reading)
         if model is not None:
             _check_unit(model, section)
             if model.bars is not None:
@@ -270,7 +230,7 @@ def predict(
         targets = lay_targets(section, key=name, upsample=upsample, bin_um=bin_um, tissue=tissue)
     else:
         targets = read_targets(sdata, section, target_key, on_invalid=on_invalid)
-    run: dict[str, Any] = {"device": device, "batch_size": batch_size, "progress": progress}
+    run = pick(options, Running)
     learn: dict[str, Any] = {}
     if model is not None:
         if dense not in (None, model.recipe.dense):
@@ -312,7 +272,7 @@ def predict(
             at_spots, model = save_fitted(parts, at_spots, model)
     predictor = Predictor.of(
         model, embedder, targets, at_spots, conserve=conserve,
-        provenance=_provenance(embedder, targets, model, seed=seed, layer=layer),
+        provenance=_provenance(embedder, targets, model, seed=seed, layer=reading["layer"]),
     )  # fmt: skip
     if parts is not None:
         own_shapes = None if targets.laid else sdata.shapes[targets.key].loc[targets.instances]
