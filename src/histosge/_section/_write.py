@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from histosge._geometry import Targets
     from histosge._section._section import Section
-    from histosge._statistics import PredictionIntervals
 
 
 def shapes_element(section: Section, targets: Targets) -> GeoDataFrame:
@@ -60,13 +59,11 @@ def predicted_table(
     section: Section,
     targets: Targets,
     *,
-    expression: NDArray[np.float32],
-    bars: PredictionIntervals | None,
+    matrices: dict[str, NDArray[np.float32]],
     var: pd.DataFrame,
     provenance: dict[str, Any],
-    layers: dict[str, NDArray[np.float32]] | None = None,
 ) -> AnnData:
-    """Make the table of predicted expression."""
+    """Make the table of predicted expression; ``matrices`` are ``X`` and layers by name, none where they follow later."""
     import anndata as ad
 
     _, dist, present = nearest_spots(targets.xy_px, section.xy_px, k=1)
@@ -80,11 +77,8 @@ def predicted_table(
     obs["is_spot"] = targets.spot_index >= 0
     obs["in_spot"] = distance_um <= radius_um
     obs["distance_to_spot_um"] = distance_um.astype(np.float32)
-    adata = ad.AnnData(X=expression, obs=obs, var=var)
-    if bars is not None:
-        adata.layers["sd"], adata.layers["lower"], adata.layers["upper"] = bars.around(expression)
-    for name, values in (layers or {}).items():
-        adata.layers[name] = values
+    layers = {name: values for name, values in matrices.items() if name != "X"}
+    adata = ad.AnnData(X=matrices.get("X"), layers=layers, obs=obs, var=var)
     adata.obsm["spatial"] = targets.xy_px
     adata.uns[_keys.UNS] = provenance
     # scanpy asks here whether, and to what base, values are logarithms; natural is written as no base at all
