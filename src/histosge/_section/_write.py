@@ -8,11 +8,9 @@ import numpy as np
 import pandas as pd
 
 from histosge import _keys
-from histosge._geometry import (
-    nearest_spots,
-)
+from histosge._geometry import nearest_spots
 from histosge._section._coordinates import apply, scale_of
-from histosge._section._section import _regions, ours
+from histosge._section._tables import ours, regions
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -152,7 +150,7 @@ def commit(
             msg = f"key_added={key!r} is a table that histosge did not write; choose another name, or remove it first."
             raise ValueError(msg)
     for key in shapes:
-        others = [n for n, t in sdata.tables.items() if key in _regions(t) and not ours(t)]
+        others = [n for n, t in sdata.tables.items() if key in regions(t) and not ours(t)]
         if key in sdata.shapes and (others or "array_row" not in sdata.shapes[key].columns):
             by = f" (annotated by {others})" if others else ""
             msg = f"shapes {key!r} were not laid by histosge{by}; choose another key_added=, or remove them first."
@@ -178,7 +176,7 @@ def commit(
                 logger.warning("replacing sdata.%s[%r] of an earlier run", name, key)
                 # tables of ours on the old places describe places that are no more
                 stale = [
-                    n for n, t in sdata.tables.items() if name == "shapes" and _regions(t) == [key] and n not in tables
+                    n for n, t in sdata.tables.items() if name == "shapes" and regions(t) == [key] and n not in tables
                 ]
                 for old in stale:
                     logger.warning("removing sdata.tables[%r], which describes the replaced places", old)
