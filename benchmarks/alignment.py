@@ -15,8 +15,7 @@ from PIL import Image
 from sections import DATA, load, require_data
 
 from histosge._image import LazyImage, thumbnail
-from histosge._section import ORIENTATIONS, UPRIGHT, compare, likelier_orientation, read_section
-from histosge._section._alignment import _EVIDENCE_PX
+from histosge._section import EVIDENCE_PX, ORIENTATIONS, UPRIGHT, compare, likelier_orientation, read_section
 
 # what turns an image back
 BACK = {name: name for name in ORIENTATIONS}
@@ -41,7 +40,7 @@ def main() -> None:
                 agreement = compare(LazyImage(np.moveaxis(turned, -1, 0)), small)
                 scores[how] = float("nan") if agreement is None else agreement.upright
         right, wrong = scores.pop(UPRIGHT), max(scores.values())
-        tiny, factor = thumbnail(section.image, max_px=_EVIDENCE_PX)
+        tiny, factor = thumbnail(section.image, max_px=EVIDENCE_PX)
         xy, spot = section.xy_px / factor, section.spot_um / section.mpp / factor
         false, named, tried, start = "no", 0, 0, perf_counter()
         for how, orient in ORIENTATIONS.items():

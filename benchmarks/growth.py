@@ -118,7 +118,7 @@ def predicted(known: Fitted, n: int, path: Path) -> float:
     start = perf_counter()
     parts = open_store(path, embedder, targets, name="predicted", params={})
     predictor = Predictor.of(known.model, embedder, targets, known.at_spots, provenance={"head": known.model.head})
-    write_parts(predictor, parts, name="predicted")
+    write_parts(predictor, parts)
     return perf_counter() - start
 
 

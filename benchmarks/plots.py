@@ -89,22 +89,18 @@ def build(n: int) -> Path:
         }
         made |= {"coordinate_system": "global", "technology": "visium", "level": 0.9}
         domain = pd.Categorical(np.digitize(wave[:, 0], [-1, -0.5, 0, 0.5, 1]).astype(str))
-        store = TableStore.open(path, recipe={"n": n}, n_rows=len(xy), part_rows=32_768)
+        table = ad.AnnData(
+            obs=pd.DataFrame({"domain": domain}, index=names),
+            var=pd.DataFrame({"held_out_pcc": np.full(20, 0.5, np.float32)}, index=[f"g{i}" for i in range(20)]),
+            obsm={"spatial": xy},
+            uns={"histosge": made},
+        )
+        table = make_table(table, region="places", instances=np.arange(len(xy)))
+        store = TableStore.open(path, name="histosge", params={"n": n}, n_rows=len(xy), part_rows=32_768)
+        store.begin(table, shapes={"places": ShapesModel.parse(squares)}, matrices=["X", "lower", "upper"])
         for part in range(store.n_parts):
-            rows = store.rows(part)
-            some = ad.AnnData(
-                values[rows],
-                obs=pd.DataFrame({"domain": domain[rows]}, index=names[rows]),
-                var=pd.DataFrame({"held_out_pcc": np.full(20, 0.5, np.float32)}, index=[f"g{i}" for i in range(20)]),
-                layers={"lower": values[rows] - 1, "upper": values[rows] + 1 + np.abs(values[rows])},
-                obsm={"spatial": xy[rows]},
-                uns={"histosge": made},
-            )
-            some = make_table(some, region="places", instances=pd.Index(np.arange(rows.start, rows.stop)))
-            shapes = ShapesModel.parse(squares.iloc[rows])
-            if part == 0:
-                store.begin(some, name="histosge", shapes_key="places", shapes=shapes)
-            store.write(part, some, shapes=shapes)
+            some = values[store.rows(part)]
+            store.write(part, {"X": some, "lower": some - 1, "upper": some + 1 + np.abs(some)})
         store.finish()
 
     folder = WORK / f"plots_{n}"

@@ -505,6 +505,32 @@ def test_whole_numbers_as_names(sdata):
     assert list(found.instances) == list(adata.obs["number"])
 
 
+@pytest.mark.parametrize("call", ["predict", "evaluate"])
+def test_counts_are_read_once(sdata, log, call):
+    """Each warning about them then comes once."""
+    table = sdata.tables["table"].copy()
+    counts = sparse.csr_matrix(table.X).astype(np.float32).tolil()
+    counts[3] = 0
+    counts, read = counts.tocsr(), []
+    table.X = da.from_array(counts.toarray(), chunks=-1).map_blocks(
+        lambda block: read.append(len(block)) or block, dtype=np.float32, meta=np.empty((0, 0), np.float32)
+    )
+    table.obs["domain"] = np.where(np.arange(table.n_obs) % 2, "a", "b")
+    table.var["feature_types"] = ["Antibody Capture"] + ["Gene Expression"] * 19
+    replace_table(sdata, table)
+    ask = {"encoder": "stain-texture", "genes": 5, "n_folds": 2}
+    if call == "predict":
+        sge.tl.predict(sdata, head="ridge", bin_um=27, conserve=True, inplace=False, **ask)
+    else:
+        sge.tl.evaluate(sdata, heads=["ridge"], labels="domain", **ask)
+    assert read == [138]
+    about = [r.getMessage() for r in log.records if r.getMessage().startswith("leaving out")]
+    assert sorted(about) == [
+        "leaving out 1 features that are no gene expression: 1 Antibody Capture",
+        "leaving out 1 of 138 spots that have no counts, or less than 2 % of the median",
+    ]
+
+
 def test_spots_without_rows(sdata, log):
     """Spots off the tissue have a circle and no row."""
     wanted = read_section(sdata)

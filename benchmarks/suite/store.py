@@ -33,9 +33,14 @@ class Write:
         self.shapes = ShapesModel.parse(gpd.GeoDataFrame(geometry=shapely.box(x, y, x + 8, y + 8)))
         obs = pd.DataFrame({"array_row": row, "array_col": col}, index=[f"b{i}" for i in range(n)])
         obs["region"], obs["instance_id"] = pd.Categorical(["bins"] * n), np.arange(n)
-        table = ad.AnnData(np.log1p(rng.gamma(1.0, size=(n, self.n_genes))).astype(np.float32), obs=obs)
-        table.layers["sd"] = rng.random((n, self.n_genes), np.float32)
-        self.table = TableModel.parse(table, region="bins", region_key="region", instance_key="instance_id")
+        var = pd.DataFrame(index=[f"g{i}" for i in range(self.n_genes)])
+        self.table = TableModel.parse(
+            ad.AnnData(obs=obs, var=var), region="bins", region_key="region", instance_key="instance_id"
+        )
+        self.matrices = {
+            "X": np.log1p(rng.gamma(1.0, size=(n, self.n_genes))).astype(np.float32),
+            "conserved": rng.random((n, self.n_genes), np.float32),
+        }
         self.folder = Path(tempfile.mkdtemp())
         self.written = 0
 
@@ -47,13 +52,10 @@ class Write:
 
         self.written += 1
         path = self.folder / f"{self.written}.zarr"
-        store = TableStore.open(path, recipe={"n": n}, n_rows=n, part_rows=self.part_rows)
+        store = TableStore.open(path, name="table", params={"n": n}, n_rows=n, part_rows=self.part_rows)
+        store.begin(self.table, shapes={"bins": self.shapes}, matrices=list(self.matrices))
         for part in range(store.n_parts):
-            rows = store.rows(part)
-            table, shapes = self.table[rows].copy(), self.shapes.iloc[rows]
-            if part == 0:
-                store.begin(table, name="table", shapes=shapes, shapes_key="bins")
-            store.write(part, table, shapes=shapes)
+            store.write(part, {key: values[store.rows(part)] for key, values in self.matrices.items()})
         store.finish()
 
 

@@ -63,14 +63,20 @@ class Predictor:
         conservation = _conservation(model, embedder, targets, context, at_spots) if conserve else None
         return cls(model, embedder, targets, context, provenance, conservation)
 
-    def table(
+    @property
+    def names(self) -> list[str]:
+        """Names of the matrices that :meth:`matrices` gives."""
+        intervals = [] if self.model.bars is None else ["sd", "lower", "upper"]
+        return ["X", *intervals, *([] if self.conservation is None else ["conserved"])]
+
+    def matrices(
         self,
         rows: NDArray[np.int64] | None = None,
         *,
         at_targets: NDArray[np.float32] | None = None,
         forecast: Forecast | None = None,
-    ) -> AnnData:
-        """Predict at some of the targets, by default all, in the given order.
+    ) -> dict[str, NDArray[np.float32]]:
+        """Predict ``X`` and layers (m, genes) at some of the targets, by default all, in the given order.
 
         Parameters
         ----------
@@ -97,18 +103,23 @@ class Predictor:
             spot_index=targets.spot_index,
             device=self.embedder.device,
         )
-        layers, var = {}, self.model.scores.copy()
+        found = {"X": expression[: len(rows)]}
+        if self.model.bars is not None:
+            found |= zip(("sd", "lower", "upper"), self.model.bars.around(found["X"]), strict=True)
         if self.conservation is not None:
-            layers["conserved"] = self.conservation.apply(together, expression)[: len(rows)]
+            found["conserved"] = self.conservation.apply(together, expression)[: len(rows)]
+        return found
+
+    def table(
+        self, rows: NDArray[np.int64] | None = None, *, matrices: dict[str, NDArray[np.float32]] | None = None
+    ) -> AnnData:
+        """Make the table of some of the targets, by default all, in the given order, with what was predicted at them."""
+        var = self.model.scores.copy()
+        if self.conservation is not None:
             var["shrinkage"] = self.conservation.weight
+        targets = self.targets if rows is None else self.targets.take(rows)
         return predicted_table(
-            self.embedder.section,
-            self.targets.take(rows),
-            expression=expression[: len(rows)],
-            bars=self.model.bars,
-            var=var,
-            layers=layers,
-            provenance=self.provenance,
+            self.embedder.section, targets, matrices=matrices or {}, var=var, provenance=self.provenance
         )
 
 
@@ -201,8 +212,8 @@ def open_store(
     """
     embedder.warn_below_token(targets)  # once: parts are quiet
     data = _fingerprint(embedder.section, targets)
-    recipe = {"table": name, **embedder.config.to_dict(), "data": data, **params}
-    return TableStore.open(path, recipe=recipe, n_rows=len(targets), part_rows=settings.part_rows)
+    params = {**embedder.config.to_dict(), "data": data, **params}
+    return TableStore.open(path, name=name, params=params, n_rows=len(targets), part_rows=settings.part_rows)
 
 
 def load_fitted(store: TableStore) -> tuple[NDArray[np.float32], Model] | None:
@@ -229,7 +240,6 @@ def write_parts(
     predictor: Predictor,
     store: TableStore,
     *,
-    name: str,
     forecast: Forecast | None = None,
     own_shapes: GeoDataFrame | None = None,
 ) -> Path:
@@ -241,12 +251,10 @@ def write_parts(
         What to predict with, and where.
     store
         The store.
-    name
-        Name of the table.
     forecast
         Forecast of the run.
     own_shapes
-        The user's own shapes that the targets are; shapes that histosge laid are made part by part.
+        The user's own shapes that the targets are; shapes that histosge laid are made here.
 
     Returns
     -------
@@ -256,28 +264,28 @@ def write_parts(
     order = order_of_parts(predictor.embedder, targets)
     finished = set(store.done)
     start = time()
-    with progress_bar(desc="predicting", total=len(targets), unit="place", show=predictor.embedder.progress) as bar:
+    if not store.begun:
+        shapes = shapes_element(section, targets.take(order)) if own_shapes is None else own_shapes
+        store.begin(predictor.table(order), shapes={targets.key: shapes}, matrices=predictor.names)
+        del shapes
+    with progress_bar(desc="predicting", total=len(targets), unit="target", show=predictor.embedder.progress) as bar:
 
-        def put(part: int, table: AnnData, shapes: GeoDataFrame | None) -> None:
-            store.write(part, table, shapes=shapes)
-            bar.update(table.n_obs)
+        def put(part: int, matrices: dict[str, NDArray[np.float32]]) -> None:
+            store.write(part, matrices)
+            bar.update(len(order[store.rows(part)]))
 
-        bar.update(sum(len(order[store.rows(part)]) for part in store.done))
-        # a part is written while the next is predicted; no more wait, since each is half a gigabyte
+        bar.update(store.n_rows - store.n_rows_left)
+        # a part is written while the next is predicted; no more wait, since a part may be half a gigabyte
         with ThreadPoolExecutor(1) as writer:
             written: Future[None] | None = None
             for part in range(store.n_parts):
                 if part in finished:
                     continue
-                rows = order[store.rows(part)]
-                table = predictor.table(rows, forecast=forecast)
-                shapes = shapes_element(section, targets.take(rows)) if own_shapes is None else None
-                if written is None:
-                    store.begin(table, name=name, shapes=shapes, shapes_key=targets.key, shapes_whole=own_shapes)
-                else:
+                matrices = predictor.matrices(order[store.rows(part)], forecast=forecast)
+                if written is not None:
                     written.result()
-                written = writer.submit(put, part, table, shapes)
-                del table, shapes  # the writer's alone: freed when it is written
+                written = writer.submit(put, part, matrices)
+                del matrices  # the writer's alone: freed when it is written
             if written is not None:
                 written.result()
     logger.info("    predicted %d of %d parts (%.0f s)", store.n_parts - len(finished), store.n_parts, time() - start)

@@ -6,18 +6,16 @@ from histosge._section._alignment import (
     ORIENTATIONS,
     UPRIGHT,
     check_image,
-    check_orientation,
     compare,
-    likelier_orientation,
 )
-from histosge._section._bare import is_measured, read_image_only
 from histosge._section._coordinates import affine, centroids
 from histosge._section._counts import feature_kinds, log_left_out, match_rows, named_layers, open_layer, select
 from histosge._section._declared import check_single_section, library_of, read_declared, scale_factors
 from histosge._section._image import lazy_image
-from histosge._section._rows import open_table
-from histosge._section._section import MIN_SPOTS, NEARLY_EMPTY, Section, column, read_section
-from histosge._section._store import TableStore
+from histosge._section._orientation import EVIDENCE_PX, check_orientation, likelier_orientation
+from histosge._section._section import MIN_SPOTS, NEARLY_EMPTY, Section, column, read_image_only, read_section
+from histosge._section._store import TableStore, open_table
+from histosge._section._tables import is_measured
 from histosge._section._targets import lay_targets, own_spots, read_targets, smaller_than_spot, to_image
 from histosge._section._values import UNIT, UNIT_AS_GIVEN, per_target_sum, sample
 from histosge._section._write import (
@@ -30,6 +28,7 @@ from histosge._section._write import (
 )
 
 __all__ = [
+    "EVIDENCE_PX",
     "MIN_SPOTS",
     "NEARLY_EMPTY",
     "ORIENTATIONS",

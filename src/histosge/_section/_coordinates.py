@@ -117,3 +117,10 @@ def centroids(element: GeoDataFrame) -> NDArray[np.float64]:
     """Centres of circles or polygons, in the element's own coordinates: (n, 2)."""
     points = element.geometry if (element.geom_type == "Point").all() else element.geometry.centroid
     return np.column_stack([points.x.to_numpy(), points.y.to_numpy()]).astype(float)
+
+
+def drawn_size(element: GeoDataFrame) -> float:
+    """Drawn diameter of a circle, or edge of a square of the same area, in the element's own coordinates."""
+    if "radius" in element.columns and (element.geom_type == "Point").all():
+        return float(2 * np.median(element["radius"]))
+    return float(np.sqrt(np.median(element.geometry.area)))

@@ -11,33 +11,33 @@ import pandas as pd
 import shapely
 from scipy import sparse
 
-from histosge import _keys
 from histosge._geometry import Footprints
 from histosge._section._alignment import check_image
-from histosge._section._coordinates import align, apply, centroids, scale_of
+from histosge._section._coordinates import align, apply, centroids, drawn_size, scale_of
 from histosge._section._counts import log_left_out, match_rows, named_layers, read_layer
 from histosge._section._declared import check_single_section, read_declared, scale_factors
 from histosge._section._image import find_image, lazy_image, thumbnail_of
 from histosge._section._scale import physical_scale
+from histosge._section._tables import find_spots, written_by_us
+from histosge._section._values import Values
 from histosge._settings import logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from anndata import AnnData
-    from geopandas import GeoDataFrame
     from numpy.typing import NDArray
     from spatialdata import SpatialData
 
     from histosge._geometry import Lattice
     from histosge._image import LazyImage
-    from histosge._section._values import Values
 
 MIN_SPOTS = 30
 _MOST_OUTSIDE = 0.05
 """Share of the spots that may lie beyond the image and are left out; with more, the image is another one."""
 NEARLY_EMPTY = 0.02
 """Scaled to 10,000, the one count of a spot would be the largest value of its gene."""
+_XY = ("x", "y")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def read_section(
 
     check_mpp(mpp)
     image_key = find_image(sdata, image_key)
-    spots_key, table_key = _spots_and_table(sdata, spots_key, table_key)
+    spots_key, table_key = find_spots(sdata, spots_key, table_key)
     system, to_image = align(sdata, spots_key, image_key, wanted=coordinate_system)
     image = lazy_image(sdata.images[image_key], image_key)
 
@@ -176,7 +176,7 @@ def read_section(
         left_out += int((~keep).sum())
         counts, rows, instances = counts[keep], rows[keep], instances[keep]
         xy_px, element = xy_px[keep], element[keep]
-    drawn_px = _drawn_size(element) * scale_of(to_image, spots_key, image_key)
+    drawn_px = drawn_size(element) * scale_of(to_image, spots_key, image_key)
     keep = _inside(image, xy_px, spots_key, image_key, system, drawn_px=drawn_px)
     if not keep.all():
         logger.warning("leaving out %d spots whose centre lies beyond the border of the image", (~keep).sum())
@@ -244,6 +244,58 @@ def read_section(
     return section
 
 
+def read_image_only(
+    sdata: SpatialData,
+    *,
+    image_key: str | None,
+    coordinate_system: str | None,
+    mpp: float | None,
+    pitch_um: float,
+    spot_um: float,
+) -> Section:
+    """Read the image of a section without spots; pitch and size of a spot are those that a model learnt from."""
+    from spatialdata.transformations import Affine, get_transformation
+
+    check_mpp(mpp)
+    image_key = find_image(sdata, image_key)
+    if mpp is None:
+        msg = (
+            f"nothing was measured on this section, so that the µm per pixel of its image {image_key!r} cannot be told "
+            "from the pitch of spots. Pass mpp=, as the scanner states it (about 0.25 at 40x, 0.5 at 20x)."
+        )
+        raise ValueError(msg)
+    of_image = get_transformation(sdata.images[image_key], get_all=True)
+    systems = sorted(of_image)
+    if coordinate_system is not None and coordinate_system not in systems:
+        msg = f"coordinate_system={coordinate_system!r} does not hold the image {image_key!r}. Choose one of {systems}."
+        raise ValueError(msg)
+    section = Section(
+        image=lazy_image(sdata.images[image_key], image_key),
+        image_key=image_key,
+        spots_key="",
+        table_key="",
+        coordinate_system=coordinate_system or systems[0],
+        system_given=coordinate_system is not None,
+        to_image=np.eye(3),
+        instances=pd.Index([], dtype=str),
+        xy_px=np.empty((0, 2)),
+        expression=sparse.csr_matrix((0, 0), dtype=np.float32),
+        genes=pd.Index([], dtype=str),
+        values=Values("the image alone"),
+        mpp=float(mpp),
+        pitch_um=pitch_um,
+        spot_um=spot_um,
+        lattice=None,
+        technology="not measured",
+        mpp_source="given",
+        # pixels of the image; shapes have no channels
+        transformations={k: Affine(t.to_affine_matrix(_XY, _XY), _XY, _XY) for k, t in of_image.items()},
+        written=written_by_us(sdata),
+    )
+    logger.info("image %r: no measured spots, %.4g µm per pixel (given)", image_key, mpp)
+    return section
+
+
 def column(sdata: SpatialData, section: Section, name: str) -> NDArray[Any]:
     """Column of ``obs`` of the measured table, one value for each spot of the section, (n,)."""
     table = sdata.tables[section.table_key]
@@ -270,85 +322,6 @@ def _whole_counts(counts: sparse.csr_matrix, expression: sparse.csr_matrix) -> s
     same = np.array_equal(counts.indptr, expression.indptr) and np.array_equal(counts.indices, expression.indices)
     parts = (expression.indices, expression.indptr) if same else (counts.indices, counts.indptr)
     return sparse.csr_matrix((counts.data, *parts), shape=counts.shape)
-
-
-def written_by_us(sdata: SpatialData) -> dict[str, AnnData]:
-    """Tables that histosge wrote, by name."""
-    return {name: table for name, table in sdata.tables.items() if ours(table)}
-
-
-def ours(table: AnnData) -> bool:
-    """Whether histosge wrote this table."""
-    return _keys.UNS in table.uns
-
-
-def _regions(table: AnnData) -> list[str]:
-    from spatialdata.models import get_table_keys
-
-    if "spatialdata_attrs" not in table.uns:
-        return []
-    region, _, _ = get_table_keys(table)
-    return [region] if isinstance(region, str) else list(region)
-
-
-def _spots_and_table(sdata: SpatialData, spots_key: str | None, table_key: str | None) -> tuple[str, str]:
-    if table_key is not None and table_key not in sdata.tables:
-        msg = f"table_key={table_key!r} is not among the tables of this SpatialData: {list(sdata.tables)}."
-        raise KeyError(msg)
-    if spots_key is not None and spots_key not in sdata.shapes:
-        msg = f"spots_key={spots_key!r} is not among the shapes of this SpatialData: {list(sdata.shapes)}."
-        raise KeyError(msg)
-    tables = {
-        name: [r for r in _regions(t) if r in sdata.shapes]
-        for name, t in sdata.tables.items()
-        if (table_key is None and not ours(t)) or name == table_key
-    }
-    pairs = [(r, name) for name, regions in tables.items() for r in regions if spots_key in (None, r)]
-    if not pairs and not sdata.tables:
-        msg = (
-            "no measured spots found: this SpatialData has no table. Read the section with its counts (`sge.io.read`), or "
-            "predict from the image alone with a model of other sections, model= and mpp=."
-        )
-        raise ValueError(msg)
-    if not pairs:
-        what = f"the shapes {spots_key!r}" if spots_key else "any shapes element"
-        by = f"table {table_key!r}" if table_key else f"tables {list(tables)}"
-        annotated = {name: _regions(sdata.tables[name]) for name in tables}
-        other = {
-            r: kind
-            for regions in annotated.values()
-            for r in regions
-            for kind in ("labels", "points")
-            if r in getattr(sdata, kind)
-        }
-        if other and spots_key is None:
-            (key, kind), *_ = other.items()
-            radius = ", radius=..." if kind == "points" else ""
-            msg = (
-                f"the spots {key!r} are {kind}, and measured spots are shapes here. Convert them: "
-                f"`sdata.shapes['spots'] = spatialdata.to_circles(sdata[{key!r}]{radius})`, then link the table: "
-                f"`table.obs[region_key] = 'spots'` and `sdata.set_table_annotates_spatialelement(table_name, region='spots')`."
-            )
-            raise ValueError(msg)
-        msg = (
-            f"no measured spots found: {by} annotate {annotated}, and not {what} of {list(sdata.shapes)}. "
-            "Link them with `TableModel.parse(adata, region=..., region_key=..., instance_key=...)`."
-        )
-        raise ValueError(msg)
-    if len(pairs) > 1:
-        spots, names = sorted({p[0] for p in pairs}), sorted({p[1] for p in pairs})
-        msg = (
-            f"several spots or tables to choose from; say which: spots_key= one of {spots}, table_key= one of {names}."
-        )
-        raise ValueError(msg)
-    return pairs[0]
-
-
-def _drawn_size(element: GeoDataFrame) -> float:
-    """Drawn diameter of a circle, or edge of a square of the same area, in the element's own coordinates."""
-    if "radius" in element.columns and (element.geom_type == "Point").all():
-        return float(2 * np.median(element["radius"]))
-    return float(np.sqrt(np.median(element.geometry.area)))
 
 
 def _inside(

@@ -1,7 +1,9 @@
-"""A table and its shapes written part by part into a ``SpatialData`` store, so that memory does not grow with the rows.
+"""A table and its shapes in a ``SpatialData`` store, whose matrices are written part by part.
 
-Work is done in ``<store>.partial``; chunks of arrays never straddle parts, and a part is marked only after all of it is
-on disk. A run that was killed, however, goes on where it stopped.
+Only the matrices (``X`` and layers) are large. All else is written first, whole, by spatialdata itself, so that the
+format is that of the installed version. The matrices are written by rows, so that memory does not grow with them: a
+chunk belongs to one part, and a part is marked when all of it is on disk. The work is done in ``<store>.partial``, and
+the store gets its name last. A run that was killed continues after the parts that are marked.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,77 +19,86 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
-from histosge._section import _rows
+from histosge._atomic import replacing
 from histosge._settings import logger
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anndata import AnnData
     from geopandas import GeoDataFrame
+    from numpy.typing import NDArray
 
 _MARKER = "histosge-store.json"
-"""Says that a folder is ours, and what it is for."""
-_SETUP = "setup.json"
-_STORE = "store.zarr"
-_PARTS = "parts"
-_WORK = "work"
-_SAMPLE = "sample.parquet"
-_FORMAT = 1
+"""Shows that a folder is ours, and holds what the run depends on."""
+_STORE, _PARTS, _WORK = "store.zarr", "parts", "work"
+_FORMAT = 2
 
 _CHUNK = (8192, 128)
 """Rows and genes of a chunk: 4 MB, so that reading one gene reads an eighth of a table of 1000 genes."""
-_CHUNK_VALUES = _CHUNK[0] * _CHUNK[1]
 
 
 @dataclass(frozen=True)
 class TableStore:
-    """A ``SpatialData`` store written part by part; it gets its name when it is whole."""
+    """A ``SpatialData`` store written part by part; it gets its name when it is complete."""
 
     path: Path
+    name: str
+    """Name of the table"""
     n_rows: int
     part_rows: int
     done: set[int] = field(default_factory=set)
     """Parts that are on disk"""
-    _matrices: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    """``X`` and layers, open: by ``begin``, since how zarr opens is a setting of all threads"""
+    _matrices: dict[str, zarr.Array[Any]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: str | Path, *, recipe: dict[str, Any], n_rows: int, part_rows: int) -> TableStore:
-        """Begin a store, or go on with one of the same recipe that was left unfinished.
+    def open(cls, path: str | Path, *, name: str, params: dict[str, Any], n_rows: int, part_rows: int) -> TableStore:
+        """Start a store, or continue one with the same arguments that is not finished.
 
         Parameters
         ----------
         path
-            Where the whole store will be. There must be nothing yet.
-        recipe
+            The store. There must be nothing yet.
+        name
+            Name of the table.
+        params
             All that the content depends on: numbers, strings, arrays, nested.
         n_rows
-            Rows of the whole table.
+            Rows of the table.
         part_rows
             Rows of a part; the last may have fewer.
         """
-        path = Path(path)
         for argument, value in (("n_rows", n_rows), ("part_rows", part_rows)):
             if value < 1:
                 msg = f"{argument}={value!r}: a store needs at least one row; choose a number from 1."
                 raise ValueError(msg)
-        _refuse_existing(path)
-        store = cls(path, int(n_rows), int(part_rows))
-        marker = store._partial / _MARKER
-        mine = {"format": _FORMAT, "n_rows": store.n_rows, "part_rows": store.part_rows, "recipe": _plain(recipe)}
-        resumed = _is_ours(store._partial, path)
+        store = cls(Path(path), name, n_rows, part_rows)
+        run = {"format": _FORMAT, "table": name, "n_rows": n_rows, "part_rows": part_rows, "params": params}
+        text = json.dumps(run, default=_for_json, indent=1)
+        store._refuse_existing()
+        resumed = (store._partial / _MARKER).is_file()
         if resumed:
-            _refuse_other(json.loads(marker.read_text(encoding="utf-8")), mine, path=path, partial=store._partial)
+            store._refuse_other_run(json.loads(text))
         else:
+            store._refuse_foreign()
             store._partial.mkdir(parents=True, exist_ok=True)
-            _write_json(marker, mine)
-        if not store._zarr.exists():  # set up to the end or not at all: what is left of a beginning is worth nothing
+            with replacing(store._partial / _MARKER) as draft:
+                draft.write_text(text, encoding="utf-8")
+        if store.begun:
+            store._open_matrices()
+        else:  # marks without arrays: the finished store was renamed, and is gone
             shutil.rmtree(store._partial / _PARTS, ignore_errors=True)
-        (store._partial / _PARTS).mkdir(exist_ok=True)
-        store.folder.mkdir(exist_ok=True)
+        for folder in (store._partial / _PARTS, store.folder):
+            folder.mkdir(exist_ok=True)
         store.done.update(int(mark.stem) for mark in (store._partial / _PARTS).glob("*.done"))
         if resumed:
-            logger.info("resuming %s: %d of %d parts are there", path.name, len(store.done), store.n_parts)
+            logger.info("resuming %s: %d of %d parts are there", store.path.name, len(store.done), store.n_parts)
         return store
+
+    @property
+    def begun(self) -> bool:
+        """Whether all but the matrices is on disk."""
+        return self._zarr.exists()
 
     @property
     def n_parts(self) -> int:
@@ -101,7 +113,7 @@ class TableStore:
 
     @property
     def folder(self) -> Path:
-        """A folder for what the run must find again; it goes when the store is finished."""
+        """A folder for what a resumed run needs; it is removed when the store is finished."""
         return self._partial / _WORK
 
     @property
@@ -113,121 +125,54 @@ class TableStore:
         return self._partial / _STORE
 
     def rows(self, part: int) -> slice:
-        """Rows of a part in the whole table."""
-        if not 0 <= part < self.n_parts:
-            msg = f"part={part!r}: this store has the parts 0 to {self.n_parts - 1}."
-            raise IndexError(msg)
+        """Rows of a part in the table."""
         return slice(part * self.part_rows, min((part + 1) * self.part_rows, self.n_rows))
 
-    def begin(
-        self,
-        table: AnnData,
-        *,
-        name: str,
-        shapes_key: str,
-        shapes: GeoDataFrame | None = None,
-        shapes_whole: GeoDataFrame | None = None,
-    ) -> None:
-        """Set the store up from one of its parts; where that was done before, only compare.
+    def begin(self, table: AnnData, *, shapes: dict[str, GeoDataFrame], matrices: Sequence[str]) -> None:
+        """Write all but the matrices.
 
         Parameters
         ----------
         table
-            Any part. Its ``var``, ``varm`` and ``uns`` are those of the whole, its columns, layers and types those of
-            every part.
-        name
-            Name of the table.
-        shapes_key
-            Name of the shapes that the table annotates.
+            The table of all rows, without ``X`` and layers.
         shapes
-            Shapes of the part, if they are written part by part.
-        shapes_whole
-            All shapes, if they are written now.
+            The shapes that it annotates, by name.
+        matrices
+            ``"X"`` and names of layers: (n_rows, genes) float32 each, to be written part by part.
         """
-        if (shapes is None) == (shapes_whole is None):
-            given = "neither" if shapes is None else "both"
-            msg = f"shapes=, shapes_whole=: pass one of them, not {given}; shapes= where each part brings its own."
-            raise ValueError(msg)
-        sample = _rows.first_row(table)
-        setup: dict[str, Any] = {
-            "name": name,
-            "shapes_key": shapes_key,
-            "shapes": "in parts" if shapes is not None else "whole",
-            "layout": _rows.layout(sample, _rows.held(sample)),
-        }
-        if self._zarr.exists():
-            before = self._setup()
-            _rows.refuse_other_layout(before.pop("layout"), setup.pop("layout"), of="this run's table")
-            other = [key for key, value in setup.items() if before[key] != value]
-            if other:
-                there = ", ".join(f"{key}={setup[key]!r} (there: {before[key]!r})" for key in other)
-                msg = f"{self._partial} was begun otherwise: {there}. Finish that run, or remove the folder."
-                raise ValueError(msg)
-            self._matrices.update(_rows.writable(self._zarr / "tables", name))
-            return
         from spatialdata import SpatialData
 
+        if table.n_obs != self.n_rows:
+            msg = f"table: it has {table.n_obs} rows, but the store has {self.n_rows}. Pass the table of all parts."
+            raise ValueError(msg)
         draft = self._partial / f"{_STORE}.tmp"
         shutil.rmtree(draft, ignore_errors=True)
-        # one row tells the installed version's format; every array of rows is replaced by one of full length
-        element = shapes.iloc[:1] if shapes is not None else shapes_whole
-        with _rows.quiet():
-            SpatialData(shapes={shapes_key: element}, tables={name: sample}).write(
+        with warnings.catch_warnings(action="ignore"):  # of spatialdata, anndata and zarr, about their own formats
+            SpatialData(shapes=shapes, tables={self.name: table}).write(
                 draft, consolidate_metadata=False, update_sdata_path=False
             )
-            group = zarr.open_group(draft / "tables" / name, mode="r+", use_consolidated=False)
-            for key in _rows.row_arrays(group):
-                self._lengthen(group, key)
-        if shapes is not None:
-            geo = _rows.geo(draft / "shapes" / shapes_key / "shapes.parquet")
-            encoding = geo["columns"][geo["primary_column"]]["encoding"]
-            setup["geometry_encoding"] = "WKB" if encoding == "WKB" else "geoarrow"
-            _rows.write_shapes(self._partial / _SAMPLE, shapes.iloc[:1], encoding=setup["geometry_encoding"])
-        _write_json(self._partial / _SETUP, setup)
+            group = zarr.open_group(draft / "tables" / self.name, mode="r+", use_consolidated=False)
+            for key in matrices:
+                self._create(group if key == "X" else group.require_group("layers"), key, n_genes=table.n_vars)
         draft.rename(self._zarr)
-        self._matrices.update(_rows.writable(self._zarr / "tables", name))
+        self._open_matrices()
 
-    def write(self, part: int, table: AnnData, *, shapes: GeoDataFrame | None = None) -> None:
-        """Write the rows of a part, and its shapes if they are written part by part.
-
-        Parameters
-        ----------
-        part
-            Which part.
-        table
-            Its rows. ``uns``, ``var`` and ``varm`` are not read: those of the part that began the store hold.
-        shapes
-            Its shapes.
-        """
+    def write(self, part: int, matrices: dict[str, NDArray[np.float32]]) -> None:
+        """Write the rows of a part: all matrices that the store was begun with, by name."""
         rows = self.rows(part)
-        if part in self.done:
-            msg = f"part={part} is written already; write only those that are not in `done`."
+        n = rows.stop - rows.start
+        found = {key: f"{values.dtype} {values.shape}" for key, values in matrices.items()}
+        wanted = {key: f"{array.dtype} {(n, *array.shape[1:])}" for key, array in self._matrices.items()}
+        if found != wanted:
+            msg = f"part {part}: the matrices are {found}, but this part of the store needs {wanted}."
             raise ValueError(msg)
-        setup = self._setup()
-        wanted = rows.stop - rows.start
-        for what, n in (("table", table.n_obs), ("shapes", wanted if shapes is None else len(shapes))):
-            if n != wanted:
-                msg = f"part {part}: its {what} has {n} rows, but the part has {wanted} ({rows.start} to {rows.stop - 1})."
-                raise ValueError(msg)
-        if (shapes is not None) != (setup["shapes"] == "in parts"):
-            told = "are written in parts: pass" if shapes is None else "were written whole: leave out"
-            msg = f"part {part}: the shapes {setup['shapes_key']!r} of this store {told} shapes=."
-            raise ValueError(msg)
-        held, matrices = _rows.held(table), _rows.matrices(table)
-        layout = _rows.layout(table, held)
-        _rows.refuse_other_layout(setup["layout"], layout, of=f"part {part}")
-        group = zarr.open_group(self._zarr / "tables" / setup["name"], mode="r+", use_consolidated=False)
-        for key in [key for key in layout if key not in {"obs", "var"}]:
-            values: Any = matrices[key] if _rows.is_matrix(key) else held[key]
-            target: Any = self._matrices.get(key, group[key])
-            target[rows] = values[:]
-        if shapes is not None:
-            self._write_part_of_shapes(part, shapes, encoding=setup["geometry_encoding"])
-        self._part(part, "done").touch()
+        for key, values in matrices.items():
+            self._matrices[key][rows] = values
+        (self._partial / _PARTS / f"{part:06d}.done").touch()
         self.done.add(part)
 
     def finish(self) -> Path:
-        """Give the whole store its name and remove what was only needed on the way."""
+        """Give the complete store its name, and remove what only the run needed."""
         missing = [part for part in range(self.n_parts) if part not in self.done]
         if missing:
             msg = (
@@ -235,154 +180,129 @@ class TableStore:
                 "write them before finish()."
             )
             raise RuntimeError(msg)
-        _refuse_existing(self.path)
-        setup = self._setup()
-        if setup["shapes"] == "in parts":
-            parts = [self._part(part, "parquet") for part in range(self.n_parts)]
-            joined = self._partial / "shapes.parquet"
-            _rows.join(parts, sample=self._partial / _SAMPLE, target=joined)
-            joined.replace(self._zarr / "shapes" / setup["shapes_key"] / "shapes.parquet")
-        for torn in self._zarr.rglob("*.partial"):  # zarr's own: chunks in the making when a run was killed
-            if torn.is_file():
-                torn.unlink()
-        with _rows.quiet():
+        self._refuse_existing()
+        for torn in self._zarr.rglob("*.partial"):  # zarr's own drafts of chunks, where a run was killed
+            torn.unlink()
+        with warnings.catch_warnings(action="ignore"):
             zarr.consolidate_metadata(zarr.storage.LocalStore(self._zarr))
         self._zarr.rename(self.path)
-        # the marker goes last, lest a run that is killed here leaves a folder that seems not ours
-        for inside in self._partial.iterdir():
-            if inside.is_dir():
-                shutil.rmtree(inside)
-            elif inside.name != _MARKER:
-                inside.unlink()
-        shutil.rmtree(self._partial)
+        # the marker goes last, so that an interrupted clean-up leaves a folder that is known as ours
+        for folder in (self._partial / _PARTS, self.folder, self._partial):
+            shutil.rmtree(folder)
         return self.path
 
-    def _setup(self) -> dict[str, Any]:
-        """What was fixed by ``begin``."""
-        if not self._zarr.exists():
-            msg = f"{self.path.name} is not set up; call begin() with a part first."
-            raise RuntimeError(msg)
-        return dict(json.loads((self._partial / _SETUP).read_text(encoding="utf-8")))
+    def _create(self, parent: zarr.Group, key: str, *, n_genes: int) -> None:
+        """Create an empty matrix, whose chunks belong to one part each."""
+        import anndata as ad
+        from zarr.codecs import BloscCodec
 
-    def _part(self, part: int, suffix: str) -> Path:
-        return self._partial / _PARTS / f"{part:06d}.{suffix}"
-
-    def _lengthen(self, group: zarr.Group, key: str) -> None:
-        """Replace an array of one row by one of all rows, whose chunks belong to one part each."""
-        from zarr.codecs import BloscCodec, ZstdCodec
-
-        old: Any = group[key]
-        rows, width = min(self.part_rows, self.n_rows), max(math.prod(old.shape[1:]), 1)
-        wanted = _CHUNK[0] if _rows.is_matrix(key) else _CHUNK_VALUES // width
-        n_rows = _rows.chunk_rows(rows, wanted=max(wanted, 1), whole=self.n_parts == 1)
-        rest = (min(width, _CHUNK[1], max(_CHUNK_VALUES // n_rows, 1)),) if _rows.is_matrix(key) else old.shape[1:]
-        numeric = old.dtype.kind in "fiu" and old.dtype.itemsize > 1
-        dtype, fill, attributes = old.metadata.data_type, old.fill_value, old.attrs.asdict()
-        del group[key]
-        group.create_array(
+        # one row, for the attributes that the installed anndata writes
+        ad.io.write_elem(parent, key, np.zeros((1, n_genes), np.float32))
+        attributes = parent[key].attrs.asdict()
+        del parent[key]
+        # a whole number of chunks makes a part
+        divisors = [n for n in range(1, self.part_rows + 1) if self.part_rows % n == 0]
+        n_rows = min(min(divisors, key=lambda n: abs(math.log(n / _CHUNK[0]))), self.n_rows)
+        parent.create_array(
             key,
-            shape=(self.n_rows, *old.shape[1:]),
-            chunks=(n_rows, *rest),
-            dtype=dtype,
-            fill_value=fill,
+            shape=(self.n_rows, n_genes),
+            chunks=(n_rows, min(n_genes, _CHUNK[1], max(math.prod(_CHUNK) // n_rows, 1))),
+            dtype=np.float32,
+            fill_value=0,
             # measured on random float32: as small as zstd and half as fast again
-            compressors=BloscCodec(cname="lz4", clevel=5, shuffle="shuffle") if numeric else ZstdCodec(level=1),
+            compressors=BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"),
             attributes=attributes,
         )
 
-    def _write_part_of_shapes(self, part: int, shapes: GeoDataFrame, *, encoding: str) -> None:
-        """Write a part's shapes to a file of their own; all files are joined at the end."""
-        import pyarrow.parquet as pq
+    def _open_matrices(self) -> None:
+        """Open the matrices for writing; not in :meth:`write`, since how zarr opens is a setting of all threads.
 
-        target = self._part(part, "parquet")
-        draft = target.with_suffix(".tmp")
-        _rows.write_shapes(draft, shapes, encoding=encoding)
-        wanted, found = pq.read_schema(self._partial / _SAMPLE), pq.read_schema(draft)
-        if not found.equals(wanted):
-            columns = [dict(zip(schema.names, map(str, schema.types), strict=True)) for schema in (found, wanted)]
-            msg = f"part {part}: its shapes have the columns {columns[0]}, but those that began the store {columns[1]}."
+        They are encoded by ``zarrs`` and without a search for empty chunks: half of the time (docs/benchmarks.md).
+        """
+        with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+            group = zarr.open_group(self._zarr / "tables" / self.name, mode="r+", use_consolidated=False)
+            found = _matrices_of(group)
+        self._matrices.update({key: array.with_config({"write_empty_chunks": True}) for key, array in found.items()})
+
+    def _refuse_existing(self) -> None:
+        if self.path.exists() or self.path.is_symlink():
+            msg = f"store={str(self.path)!r} exists already; choose another store=, or remove it first."
+            raise FileExistsError(msg)
+
+    def _refuse_foreign(self) -> None:
+        """Raise where the partial folder is not ours; a run that was killed at its start leaves no marker."""
+        partial = self._partial
+        if partial.exists() and not (partial.is_dir() and {p.name for p in partial.iterdir()} <= {f"{_MARKER}.tmp"}):
+            msg = (
+                f"store={str(self.path)!r}: the work would be done in {str(partial)!r}, which exists and is not "
+                f"histosge's (there is no {_MARKER} in it). Move it away, or choose another store=."
+            )
+            raise FileExistsError(msg)
+
+    def _refuse_other_run(self, run: dict[str, Any]) -> None:
+        """Raise where the run that is not finished has other arguments or data."""
+        old, new = _leaves(json.loads((self._partial / _MARKER).read_text(encoding="utf-8"))), _leaves(run)
+        differs = [
+            f"{key.removeprefix('params.')} is {_text(new, key)}, was {_text(old, key)}"
+            for key in sorted(old | new)
+            if key not in old or key not in new or old[key] != new[key]
+        ]
+        if differs:
+            msg = (
+                f"store={str(self.path)!r}: {str(self._partial)!r} holds an unfinished run with other arguments or data "
+                f"({'; '.join(differs)}). Finish that run with its own arguments, or remove the folder to start anew."
+            )
             raise ValueError(msg)
-        draft.replace(target)
 
 
-# -- the partial folder
+def _leaves(nested: Any, at: str = "") -> dict[str, Any]:
+    """Leaves of nested dictionaries by their dotted path."""
+    if not isinstance(nested, dict) or not nested:
+        return {at: nested}
+    inner = [_leaves(value, f"{at}.{key}" if at else key) for key, value in nested.items()]
+    return {path: leaf for leaves in inner for path, leaf in leaves.items()}
 
 
-def _refuse_existing(path: Path) -> None:
-    if path.exists() or path.is_symlink():
-        msg = f"store={str(path)!r} exists already; choose another store=, or remove it first."
-        raise FileExistsError(msg)
-
-
-def _is_ours(partial: Path, path: Path) -> bool:
-    """Whether there is a run to go on with; a folder that is not ours is an error."""
-    if (partial / _MARKER).is_file():
-        return True
-    if not partial.exists():
-        return False
-    if not partial.is_dir() or any(inside.name != f"{_MARKER}.tmp" for inside in partial.iterdir()):
-        msg = (
-            f"store={str(path)!r}: work would be done in {str(partial)!r}, which exists and is not histosge's "
-            f"(there is no {_MARKER} in it). Move it away, or choose another store=."
-        )
-        raise FileExistsError(msg)
-    return False
-
-
-def _refuse_other(there: dict[str, Any], mine: dict[str, Any], *, path: Path, partial: Path) -> None:
-    """Raise where an unfinished run was begun with another recipe."""
-    before, now = _flat(there), _flat(mine)
-    absent = "absent"
-    other = [key for key in sorted(before | now) if before.get(key, absent) != now.get(key, absent)]
-    if other:
-        told = "; ".join(
-            f"{key.removeprefix('recipe.')} is {_brief(now.get(key, absent))}, was {_brief(before.get(key, absent))}"
-            for key in other
-        )
-        msg = (
-            f"store={str(path)!r}: {str(partial)!r} holds an unfinished run of another recipe ({told}). "
-            "Finish that run with its own arguments, or remove the folder to begin anew."
-        )
-        raise ValueError(msg)
-
-
-def _brief(text: str) -> str:
+def _text(leaves: dict[str, Any], key: str) -> str:
+    text = json.dumps(leaves[key]) if key in leaves else "absent"
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _flat(nested: Any, at: str = "") -> dict[str, str]:
-    """Leaves of nested dictionaries as JSON, by their dotted path."""
-    if not isinstance(nested, dict) or (at and not nested):
-        return {at: json.dumps(nested)}
-    leaves: dict[str, str] = {}
-    for key, value in nested.items():
-        leaves |= _flat(value, f"{at}.{key}" if at else key)
-    return leaves
-
-
-def _plain(value: Any) -> Any:
-    """Reduce a recipe to what JSON knows, so that equal ones are equal text: 8.0 is 8, a tuple or an array is a list."""
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+def _for_json(value: Any) -> Any:
+    """What JSON does not know: arrays become lists, paths text."""
     if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
+        return value.tolist()
     if isinstance(value, Path):
         return str(value)
-    if value is None or isinstance(value, str | int | float):
-        return value
-    msg = (
-        f"recipe: {value!r} is a {type(value).__name__}; a recipe is made of numbers, strings, arrays, lists and "
-        "dictionaries."
-    )
+    msg = f"params: {value!r} is a {type(value).__name__}; params are numbers, strings, arrays, lists and dictionaries."
     raise TypeError(msg)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is there wholly or not at all."""
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    draft.replace(path)
+def open_table(path: str | Path, name: str) -> AnnData:
+    """Open a table of a store with ``X`` and layers left on disk (dask), and all else in memory.
+
+    Parameters
+    ----------
+    path
+        The ``SpatialData`` store.
+    name
+        Name of the table.
+    """
+    import anndata as ad
+    import dask.array as da
+
+    tables = Path(path) / "tables"
+    if not (tables / name / "zarr.json").is_file():
+        there = sorted(p.name for p in tables.iterdir() if p.is_dir()) if tables.is_dir() else []
+        msg = f"name={name!r} is not among the tables of {str(path)!r}: {there}."
+        raise KeyError(msg)
+    group = zarr.open_group(tables / name, mode="r")
+    lazy = {key: da.from_zarr(array) for key, array in _matrices_of(group).items()}
+    rest = {key: ad.io.read_elem(group[key]) for key in ("obs", "var", "obsm", "varm", "uns")}
+    return ad.AnnData(X=lazy.pop("X", None), layers=lazy, **rest)
+
+
+def _matrices_of(table: zarr.Group) -> dict[str, Any]:
+    """``X`` and layers by name."""
+    found = {"X": table["X"]} if "X" in table else {}
+    return found | dict(table["layers"].arrays() if "layers" in table else ())  # type: ignore[union-attr]

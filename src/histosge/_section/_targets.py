@@ -20,9 +20,8 @@ from histosge._geometry import (
     tissue_mask,
 )
 from histosge._image import thumbnail
-from histosge._section._alignment import warn_of_orientation
-from histosge._section._coordinates import align, apply, centroids, scale_of
-from histosge._section._section import _drawn_size
+from histosge._section._coordinates import align, apply, centroids, drawn_size, scale_of
+from histosge._section._orientation import warn_of_orientation
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -198,5 +197,5 @@ def _footprints(
         return Footprints.discs(xy_px, diameter_px=size_px)
     # readers draw spots larger than they are: what is drawn as they are is a spot
     spots = sdata.shapes[section.spots_key]
-    drawn_px = _drawn_size(spots) * scale_of(section.to_image, section.spots_key, section.image_key)
+    drawn_px = drawn_size(spots) * scale_of(section.to_image, section.spots_key, section.image_key)
     return Footprints.discs(xy_px, diameter_px=np.where(np.abs(size_px / drawn_px - 1) < 0.01, spot_px, size_px))

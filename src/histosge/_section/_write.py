@@ -8,11 +8,9 @@ import numpy as np
 import pandas as pd
 
 from histosge import _keys
-from histosge._geometry import (
-    nearest_spots,
-)
+from histosge._geometry import nearest_spots
 from histosge._section._coordinates import apply, scale_of
-from histosge._section._section import _regions, ours
+from histosge._section._tables import ours, regions
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 
     from histosge._geometry import Targets
     from histosge._section._section import Section
-    from histosge._statistics import PredictionIntervals
 
 
 def shapes_element(section: Section, targets: Targets) -> GeoDataFrame:
@@ -60,13 +57,11 @@ def predicted_table(
     section: Section,
     targets: Targets,
     *,
-    expression: NDArray[np.float32],
-    bars: PredictionIntervals | None,
+    matrices: dict[str, NDArray[np.float32]],
     var: pd.DataFrame,
     provenance: dict[str, Any],
-    layers: dict[str, NDArray[np.float32]] | None = None,
 ) -> AnnData:
-    """Make the table of predicted expression."""
+    """Make the table of predicted expression; ``matrices`` are ``X`` and layers by name, none where they follow later."""
     import anndata as ad
 
     _, dist, present = nearest_spots(targets.xy_px, section.xy_px, k=1)
@@ -80,11 +75,8 @@ def predicted_table(
     obs["is_spot"] = targets.spot_index >= 0
     obs["in_spot"] = distance_um <= radius_um
     obs["distance_to_spot_um"] = distance_um.astype(np.float32)
-    adata = ad.AnnData(X=expression, obs=obs, var=var)
-    if bars is not None:
-        adata.layers["sd"], adata.layers["lower"], adata.layers["upper"] = bars.around(expression)
-    for name, values in (layers or {}).items():
-        adata.layers[name] = values
+    layers = {name: values for name, values in matrices.items() if name != "X"}
+    adata = ad.AnnData(X=matrices.get("X"), layers=layers, obs=obs, var=var)
     adata.obsm["spatial"] = targets.xy_px
     adata.uns[_keys.UNS] = provenance
     # scanpy asks here whether, and to what base, values are logarithms; natural is written as no base at all
@@ -158,7 +150,7 @@ def commit(
             msg = f"key_added={key!r} is a table that histosge did not write; choose another name, or remove it first."
             raise ValueError(msg)
     for key in shapes:
-        others = [n for n, t in sdata.tables.items() if key in _regions(t) and not ours(t)]
+        others = [n for n, t in sdata.tables.items() if key in regions(t) and not ours(t)]
         if key in sdata.shapes and (others or "array_row" not in sdata.shapes[key].columns):
             by = f" (annotated by {others})" if others else ""
             msg = f"shapes {key!r} were not laid by histosge{by}; choose another key_added=, or remove them first."
@@ -184,7 +176,7 @@ def commit(
                 logger.warning("replacing sdata.%s[%r] of an earlier run", name, key)
                 # tables of ours on the old places describe places that are no more
                 stale = [
-                    n for n, t in sdata.tables.items() if name == "shapes" and _regions(t) == [key] and n not in tables
+                    n for n, t in sdata.tables.items() if name == "shapes" and regions(t) == [key] and n not in tables
                 ]
                 for old in stale:
                     logger.warning("removing sdata.tables[%r], which describes the replaced places", old)

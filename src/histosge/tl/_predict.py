@@ -276,10 +276,10 @@ def predict(
     )  # fmt: skip
     if parts is not None:
         own_shapes = None if targets.laid else sdata.shapes[targets.key].loc[targets.instances]
-        path = write_parts(predictor, parts, name=key_added, forecast=forecast, own_shapes=own_shapes)
+        path = write_parts(predictor, parts, forecast=forecast, own_shapes=own_shapes)
         logger.info("wrote %d places to %s, table %r, %.0f s", len(targets), path, key_added, time() - start)
         return None if inplace else open_table(path, key_added)
-    table = predictor.table(at_targets=at_targets)
+    table = predictor.table(matrices=predictor.matrices(at_targets=at_targets))
     if not inplace:
         return table
     commit(sdata, shapes=shapes, tables={key_added: table})
