@@ -48,7 +48,7 @@ def datasets_list(*, as_json_: bool) -> str:
 @OVERWRITE
 @JSON
 def datasets_fetch(*, name: str, target: Path | None, overwrite: bool, as_json_: bool) -> str:
-    """Download a published section, go on where a download stopped, and print its folder.
+    """Download what is missing of a published section, and print its folder.
 
     With OUT.zarr the section is read as well and written there, as SpatialData.
 

@@ -1,8 +1,9 @@
-"""Sections to try things on: made offline with known truth, or published by others and downloaded."""
+"""Sections to try things on: simulated offline with known truth, or published by others and downloaded."""
 
 from __future__ import annotations
 
-from histosge.datasets._download import DownloadError
+# what is not in __all__ is for the shell and tests
+from histosge.datasets._download import DownloadError, data_folder, fetch_files  # noqa: F401
 from histosge.datasets._published import (
     breast_cancer_1,
     breast_cancer_2,
@@ -14,6 +15,8 @@ from histosge.datasets._published import (
     mouse_brain,
     published,
 )
+from histosge.datasets._registry import NOT_STATED, SECTIONS, RemoteFile  # noqa: F401
+from histosge.datasets._simulation import expected_rates, glands, hidden_fields, sample  # noqa: F401
 from histosge.datasets._synthetic import synthetic, synthetic_truth
 
 __all__ = [
@@ -30,3 +33,7 @@ __all__ = [
     "synthetic",
     "synthetic_truth",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

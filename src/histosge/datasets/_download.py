@@ -1,8 +1,7 @@
-"""Files over the network into a folder: once, resumed where they broke off, and the same ever after.
+"""Download the files of a section into a folder, once, and compare them with their hashes at every call.
 
-Beside each file lies ``NAME.sha256``, as ``sha256sum -c`` reads it. Files of which nobody has published a hash are
-trusted at first sight and compared from then on. A file that somebody has put there by other means is as good as a
-downloaded one.
+Each file has a ``NAME.sha256`` next to it, which ``sha256sum -c`` reads. Where no hash is published, the hash of the
+first download is recorded and compared from then on. Files that the user puts into the folder are accepted.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import tarfile
-import time
 import zlib
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -21,25 +19,20 @@ from histosge._settings import logger, progress_bar
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import requests
-
     from histosge.datasets._registry import RemoteFile
 
-# the servers of 10x Genomics and of spatialLIBD turn programs away that do not say so
+# the servers of 10x Genomics and of spatialLIBD refuse programs without a user agent
 _HEADERS = {"User-Agent": "Mozilla/5.0 (compatible; histosge)", "Accept-Encoding": "identity"}
 _TIMEOUT_S = (15, 60)
-_ATTEMPTS = 3
-"""In a row without a single new byte"""
-_PAUSE_S = 1.0
 _CHUNK_BYTES = 1 << 20
 
 
 class DownloadError(OSError):
-    """A file of a published section cannot be had, or is not what it was; the message says what to do."""
+    """A file of a published section cannot be downloaded, or has changed; the message says what to do."""
 
 
 def data_folder() -> Path:
-    """Where published sections lie: ``HISTOSGE_DATA``, else in the system's cache folder."""
+    """Folder of published sections: ``HISTOSGE_DATA``, else in the system's cache folder."""
     if chosen := os.environ.get("HISTOSGE_DATA"):
         return Path(chosen).expanduser().absolute()
     from platformdirs import user_cache_path
@@ -48,27 +41,36 @@ def data_folder() -> Path:
 
 
 def missing(folder: Path, files: Sequence[RemoteFile]) -> list[RemoteFile]:
-    """Files that are not in the folder yet, neither as such nor unpacked."""
+    """Files that are not in the folder yet, neither packed nor unpacked."""
     return [file for file in files if not (_unpacked(folder, file) or (folder / file.path).is_file())]
 
 
-def fetch_files(folder: Path, files: Sequence[RemoteFile]) -> None:
-    """Bring all files into the folder; what is there already is compared with its hash and kept.
+def fetch_files(folder: Path, files: Sequence[RemoteFile], *, retries: int = 2) -> None:
+    """Download the files that the folder lacks; compare the others with their hashes.
+
+    Parameters
+    ----------
+    folder
+        Where to put them.
+    files
+        All files of the section.
+    retries
+        How often a failed download is tried again.
 
     Raises
     ------
     DownloadError
-        A file could not be downloaded, or is not what was recorded, or the folder cannot be written to.
+        A file cannot be downloaded, or differs from its hash, or the folder cannot be written to.
     """
     try:
         left = [file for file in files if file.unpack and not _unpacked(folder, file)] or missing(folder, files)
-        with _alone(folder) if left else nullcontext():  # a folder that is whole may be read-only
+        with _locked(folder) if left else nullcontext():  # a complete folder may be read-only
             for file in files:
                 if _unpacked(folder, file):
                     continue
                 target = folder / file.path
                 if not target.is_file():
-                    _download(folder, file, missing(folder, files))
+                    _download(folder, file, missing(folder, files), retries=retries)
                 _compare(target, file)
                 if file.unpack:
                     _unpack(folder, file)
@@ -76,15 +78,15 @@ def fetch_files(folder: Path, files: Sequence[RemoteFile]) -> None:
         if isinstance(err, DownloadError):
             raise
         msg = (
-            f"the folder {folder} cannot be used: {err.strerror or err}. Mend that, or set the environment variable "
-            "HISTOSGE_DATA to another one."
+            f"the folder {folder} cannot be used: {err.strerror or err}. Correct that, or set the environment "
+            "variable HISTOSGE_DATA to another one."
         )
         raise DownloadError(msg) from err
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let one process at a time download to a folder: two that append to one part make a file that is neither's."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time download to a folder: the jobs of an array start together and need the same files."""
     from filelock import FileLock, Timeout
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -100,108 +102,63 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _download(folder: Path, file: RemoteFile, left: Sequence[RemoteFile]) -> None:
-    """Download one file; ``left`` are all that have still to come, for the message."""
+def _download(folder: Path, file: RemoteFile, left: Sequence[RemoteFile], *, retries: int) -> None:
+    """Download one file; the message of an error lists all files that are still missing, ``left``."""
     import pooch
     import requests
 
     target = folder / file.path
-    target.parent.mkdir(parents=True, exist_ok=True)
     known = file.sha256 or _recorded(target)
     logger.info("downloading %s to %s", file.url, target)
     try:
         with _quiet_pooch():
-            pooch.retrieve(
-                file.url,
-                known_hash=f"sha256:{known}" if known else None,
-                fname=target.name,
+            pooch.create(
                 path=target.parent,
-                downloader=_Resuming(_beside(target, ".part")),
-            )
+                base_url="",
+                registry={target.name: f"sha256:{known}" if known else None},
+                urls={target.name: file.url},
+                retry_if_failed=retries,
+            ).fetch(target.name, downloader=_download_once)
     except requests.RequestException as err:
         places = "\n".join(f"  {other.url}\n    → {folder / other.path}" for other in left)
         msg = (
-            f"could not download {file.url}: {_reason(err)}. What has come is kept: the same call goes on from there.\n"
+            f"could not download {file.url}: {_reason(err)}. Files that are complete are kept: the same call downloads "
+            "the others.\n"
             f"Without a network, download these {len(left)} files by other means, put each at the place after its arrow, "
             f"and make the same call again:\n{places}\n"
             "For another folder, set the environment variable HISTOSGE_DATA."
         )
         raise DownloadError(msg) from err
-    except ValueError as err:  # of pooch, which has removed the file
+    except ValueError as err:  # from pooch, which has removed the file
         msg = (
             f"{file.url} has sent something else than it should: sha256 {known} was {_origin(file)}. The file was "
-            "damaged on the way, or changed by its owner. Try again; if it stays so, get the right file by other means, "
-            f"put it at {target} and make the same call again{_or_accept(target, file)}."
+            "damaged on the way, or changed by its owner. Try again; if the error stays, get the right file by other "
+            f"means, put it at {target} and make the same call again{_or_accept(target, file)}."
         )
         raise DownloadError(msg) from err
 
 
-class _Resuming:
-    """What pooch calls to download: goes on with what an earlier call has left, where the server can."""
+def _download_once(url: str, output_file: str, _: Any) -> None:
+    """Download a file with a progress bar; pooch calls it, and calls it again after an error."""
+    import requests
 
-    def __init__(self, part: Path) -> None:
-        self.part = part
-        self.version = _beside(part, ".version")
-        """Holds what the server calls this version of the file: half of one and half of another is neither"""
-
-    def __call__(self, url: str, output_file: str, pooch: Any) -> None:
-        import requests
-
-        idle = 0
-        while True:
-            before = _size(self.part)
-            try:
-                self._append(url)
-                break
-            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError):
-                idle = 0 if _size(self.part) > before else idle + 1
-                if idle >= _ATTEMPTS:
-                    raise
-                time.sleep(_PAUSE_S * 2**idle)
-        self.part.replace(output_file)
-        self.version.unlink(missing_ok=True)
-
-    def _append(self, url: str) -> None:
-        import requests
-
-        start, version = _size(self.part), self.version.read_text() if self.version.exists() else ""
-        headers = dict(_HEADERS)
-        if start and version:
-            headers |= {"Range": f"bytes={start}-", "If-Range": version}
-        with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as answer:
-            if answer.status_code == requests.codes.requested_range_not_satisfiable:
-                if answer.headers.get("Content-Range") == f"bytes */{start}":
-                    return  # all of it was here already
-                self.part.unlink()
-                msg = "the server has no such part of the file"
-                raise requests.ConnectionError(msg)
-            answer.raise_for_status()
-            if "text/html" in answer.headers.get("Content-Type", ""):
-                msg = "the server answers with a web page instead of the file"
-                raise requests.RequestException(msg)
-            resumed = answer.status_code == requests.codes.partial_content
-            start = start if resumed else 0
-            length = answer.headers.get("Content-Length")
-            total = start + int(length) if length else None
-            with (
-                self.part.open("ab" if resumed else "wb") as out,
-                progress_bar(desc=url.rpartition("/")[2], total=total, unit="B") as bar,
-            ):
-                self.version.write_text(_version(answer))
-                bar.unit_scale = True
-                bar.update(start)
-                bar.refresh()
-                for chunk in answer.iter_content(_CHUNK_BYTES):
-                    bar.update(out.write(chunk))
-        if total is not None and _size(self.part) != total:
-            msg = f"the connection broke off after {_size(self.part)} of {total} bytes"
-            raise requests.ConnectionError(msg)
-
-
-def _version(answer: requests.Response) -> str:
-    """Name of the file's version that a server promises to be exact; empty where it does not."""
-    etag = answer.headers.get("ETag", "")
-    return etag if etag and not etag.startswith("W/") else answer.headers.get("Last-Modified", "")
+    path = Path(output_file)
+    path.unlink()  # pooch's empty file, which only its owner may read; the new one has the usual permissions
+    with requests.get(url, headers=_HEADERS, stream=True, timeout=_TIMEOUT_S) as answer:
+        answer.raise_for_status()
+        if "text/html" in answer.headers.get("Content-Type", ""):
+            msg = "the server answers with a web page instead of the file"
+            raise requests.RequestException(msg)
+        length = int(answer.headers.get("Content-Length", 0)) or None
+        with path.open("wb") as out, progress_bar(desc=url.rpartition("/")[2], total=length, unit="B") as bar:
+            bar.unit_scale = True
+            bar.refresh()
+            for chunk in answer.iter_content(_CHUNK_BYTES):
+                bar.update(out.write(chunk))
+            n_bytes = out.tell()
+    if length and n_bytes != length:  # urllib3 1 does not notice it
+        msg = f"the connection broke off after {n_bytes} of {length} bytes"
+        raise requests.ConnectionError(msg)
 
 
 def _compare(target: Path, file: RemoteFile) -> None:
@@ -223,16 +180,16 @@ def _compare(target: Path, file: RemoteFile) -> None:
 
 
 def _unpack(folder: Path, file: RemoteFile) -> None:
-    """Lay what is in an archive into the folder, and remove the archive: it may be large."""
+    """Unpack an archive into the folder, and remove the archive, which may be large."""
     archive, room = folder / file.path, _beside(folder / file.path, ".unpacking")
     shutil.rmtree(room, ignore_errors=True)
     try:
         with tarfile.open(archive) as tar:
-            tar.extractall(room, filter="data")  # nothing outside the room, no links out of it, no devices
+            tar.extractall(room, filter="data")  # nothing outside the folder, no links out of it, no devices
     except (tarfile.TarError, zlib.error, EOFError, OSError) as err:
         shutil.rmtree(room, ignore_errors=True)
         if isinstance(err, OSError) and not isinstance(err, tarfile.TarError) and err.errno is not None:
-            raise  # of the disk, not of the archive
+            raise  # an error of the disk, not of the archive
         reason = " ".join(str(err).split()).rstrip(".")
         msg = (
             f"{archive} cannot be unpacked: {reason}. Remove it and {_beside(archive, '.sha256').name}, and the same "
@@ -240,7 +197,7 @@ def _unpack(folder: Path, file: RemoteFile) -> None:
         )
         raise DownloadError(msg) from err
     inside = room / str(file.unpack)
-    (inside if inside.is_dir() else room).replace(folder / str(file.unpack))  # in one step: it is whole, or not there
+    (inside if inside.is_dir() else room).replace(folder / str(file.unpack))  # in one step: it is complete, or missing
     shutil.rmtree(room, ignore_errors=True)
     archive.unlink()
 
@@ -250,18 +207,18 @@ def _unpacked(folder: Path, file: RemoteFile) -> bool:
 
 
 def _recorded(target: Path) -> str | None:
-    """Hash that was recorded when the file was first there."""
+    """Hash that was recorded after the first download."""
     with suppress(FileNotFoundError):
         return _beside(target, ".sha256").read_text(encoding="utf-8").split()[0]
     return None
 
 
 def _origin(file: RemoteFile) -> str:
-    return "published for it" if file.sha256 else "recorded when it was first here"
+    return "published for it" if file.sha256 else "recorded after the first download"
 
 
 def _or_accept(target: Path, file: RemoteFile) -> str:
-    return "" if file.sha256 else f"; to accept it as it is, remove {_beside(target, '.sha256').name} beside it"
+    return "" if file.sha256 else f"; to accept it as it is, remove {_beside(target, '.sha256').name} next to it"
 
 
 def _reason(err: Exception) -> str:
@@ -269,7 +226,7 @@ def _reason(err: Exception) -> str:
 
     if isinstance(err, requests.HTTPError) and err.response is not None:
         return f"the server answers {err.response.status_code} {err.response.reason}"
-    inner = getattr(err.args[0], "reason", err) if err.args else err  # what urllib3 says of the last of its attempts
+    inner = getattr(err.args[0], "reason", err) if err.args else err  # urllib3's error of the last attempt
     return str(inner).rpartition("): ")[2].rstrip(".") or type(err).__name__
 
 
@@ -277,13 +234,9 @@ def _beside(path: Path, ending: str) -> Path:
     return path.with_name(path.name + ending)
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
 @contextmanager
 def _quiet_pooch() -> Iterator[None]:
-    """We say ourselves what is downloaded, and in our own words."""
+    """Silence pooch's log: histosge logs downloads itself."""
     import pooch
 
     log = pooch.get_logger()

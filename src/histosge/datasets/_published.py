@@ -77,9 +77,9 @@ def published() -> pd.DataFrame:
 def fetch(name: str) -> Path:
     """Download a published section, or what is missing of it, and read nothing.
 
-    What was interrupted goes on where it stopped, if the server allows it. Files whose hash is published are compared
-    with it; for the others the hash of the first download is recorded beside the file, and the log says so. All are
-    compared at every later call, but for archives, which are unpacked and removed.
+    Complete files are kept; an interrupted file is downloaded anew. Files whose hash is published are compared with it;
+    for the others the hash of the first download is recorded next to the file, and the log says so. All files are
+    compared at every later call, except archives, which are unpacked and removed.
 
     Parameters
     ----------
@@ -95,8 +95,8 @@ def fetch(name: str) -> Path:
     ValueError
         No section has this name.
     DownloadError
-        A file cannot be had: the message names its address, and where to put it if it comes by other means. Or a file
-        is not what it was.
+        A file cannot be downloaded: the message names its address, and where to put it if it comes by other means. Or
+        a file has changed.
 
     Examples
     --------
@@ -130,7 +130,7 @@ def load(name: str) -> SpatialData:
     ValueError
         No section has this name, or a file of it, put there by other means, is of another section.
     DownloadError
-        A file cannot be had, or is not what it was.
+        A file cannot be downloaded, or has changed.
 
     Examples
     --------
@@ -172,7 +172,7 @@ def dlpfc(section: str = "151673") -> SpatialData:
     ValueError
         There is no such section.
     DownloadError
-        A file cannot be had, or is not what it was.
+        A file cannot be downloaded, or has changed.
 
     Examples
     --------
@@ -293,7 +293,7 @@ def her2st(section: str = "C2") -> SpatialData:
     ValueError
         There is no such section.
     DownloadError
-        A file cannot be had, or is not what it was.
+        A file cannot be downloaded, or has changed.
 
     Examples
     --------
