@@ -11,13 +11,43 @@ from histosge._settings import settings
 from histosge.cli._cache import cache
 from histosge.cli._datasets import datasets
 from histosge.cli._demo import demo
-from histosge.cli._doctor import doctor
+from histosge.cli._doctor import collect, doctor, machine_report, text_report
+from histosge.cli._doctor_checks import (
+    Check,
+    check_cores,
+    check_folder,
+    check_gpus,
+    check_imports,
+    check_memory,
+    check_packages,
+    check_python,
+    dependency_versions,
+)
+from histosge.cli._doctor_hub import check_hub
 from histosge.cli._encoders import encoders
 from histosge.cli._evaluate import evaluate
 from histosge.cli._fit import fit
 from histosge.cli._predict import predict
+from histosge.cli._shared import as_table, readable_size
 
-__all__ = ["main"]
+__all__ = [
+    "Check",
+    "as_table",
+    "check_cores",
+    "check_folder",
+    "check_gpus",
+    "check_hub",
+    "check_imports",
+    "check_memory",
+    "check_packages",
+    "check_python",
+    "collect",
+    "dependency_versions",
+    "machine_report",
+    "main",
+    "readable_size",
+    "text_report",
+]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import click
 
-from histosge.cli._checks import readable_size
-from histosge.cli._shared import JSON, Command, as_json, as_table
+from histosge.cli._shared import JSON, Command, as_json, as_table, readable_size
 
 
 @click.group()

@@ -100,6 +100,15 @@ def as_table(names: Iterable[Any], rows: Sequence[Sequence[Any]], *, decimals: i
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
+def readable_size(n_bytes: float) -> str:
+    """Write a number of bytes with three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 999.5:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} TB"
+
+
 def _cell(value: Any, decimals: int | None) -> str:
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return "-"
