@@ -26,8 +26,7 @@ from tests.spaceranger import full_image, write_visium
 import histosge as sge
 from histosge._embedding import open_cache
 from histosge._settings import logger
-from histosge.cli import main
-from histosge.cli._shared import as_table
+from histosge.cli import as_table, main
 
 FAST = ["--encoder", "stain-texture", "--head", "nearest", "--genes", "5", "--upsample", "2"]
 PREDICT = sge.tl.predict

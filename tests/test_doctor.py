@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import shutil
 import sys
 import threading
-from collections import namedtuple
-from importlib import metadata
-from pathlib import Path
 from types import SimpleNamespace
 
-import huggingface_hub
-import psutil
 import pytest
 import torch
 from click.testing import CliRunner
@@ -22,10 +15,24 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import get_session
 
 import histosge as sge
-from histosge import _settings as _machine
-from histosge.cli import _checks as _doctor
-from histosge.cli import main
-from histosge.cli._checks import Check, examine, readable_size
+from histosge._encoders import weights_kept
+from histosge.cli import (
+    Check,
+    check_cores,
+    check_folder,
+    check_gpus,
+    check_hub,
+    check_imports,
+    check_memory,
+    check_packages,
+    check_python,
+    collect,
+    dependency_versions,
+    machine_report,
+    main,
+    readable_size,
+    text_report,
+)
 
 TOKEN = f"hf_{'x' * 24}"
 
@@ -35,207 +42,139 @@ def one(checks, name):
     return found
 
 
-def remedied(checks):
-    """Whatever is to be mended says how."""
-    return all(check.remedy for check in checks if check.status == "problem")
-
-
 # ------------------------------------------------------------------------------------------------------ software
 
 
-def test_this_machine_can_run_it():
-    checks = examine()
-    assert not any(check.fatal for check in checks)
-    assert [check.status for check in checks if check.name in ("python", "imports")] == ["ok", "ok"]
-    names = [check.name for check in checks]
-    wanted = ["python", "packages", "imports", "cores", "memory", "hub", "encoders", "disk embeddings", "disk weights"]
-    assert [name for name in names if name in wanted] == wanted
-    assert remedied(checks)
+@pytest.mark.parametrize(("version", "fits"), [("3.10.4", False), ("3.11.0", True), ("3.14.0rc1", True)])
+def test_python(version, fits):
+    check = check_python(version, wanted=">=3.11")
+    assert (check.status, check.fatal) == (("ok", False) if fits else ("problem", True))
+    assert version in check.message
+    if not fits:
+        assert "histosge needs Python >=3.11" in check.message
+        assert check.remedy == "Make an environment with Python >=3.11, and install histosge there."
 
 
-def test_python_that_is_too_old(monkeypatch):
-    monkeypatch.setattr(_doctor.platform, "python_version", lambda: "3.10.4")
-    [check] = _doctor._python()
-    assert (check.status, check.fatal) == ("problem", True)
-    assert "3.10.4" in check.told
-    assert "histosge needs Python >=3.11" in check.told
-    assert check.remedy == "Make an environment with Python >=3.11, and install histosge there."
-
-
-def test_histosge_that_is_not_installed(monkeypatch):
-    def nothing(name):
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(_doctor.metadata, "metadata", nothing)
-    [check] = _doctor._python()
+def test_histosge_that_is_not_installed():
+    check = check_python("3.12.1", wanted=None)
     assert check.fatal
+    assert "histosge is not installed in it" in check.message
     assert "pip install" in check.remedy
 
 
-def test_packages(monkeypatch):
-    asked = [
-        "torch>=2.5",
-        "anndata>=0.12",
-        "zarr>=3.1.4",
-        "old<0.7; python_version<'3'",
-        "numpy>=2",
-        "numpy<3; python_version>='3'",
-        "extra>=1; extra == 'plot'",
-    ]
-    there = {"torch": "2.14.1", "anndata": "0.10.9", "numpy": "3.1", "histosge": "0.1.0"}
-
-    def version(name):
-        if name not in there:
-            raise metadata.PackageNotFoundError(name)
-        return there[name]
-
-    monkeypatch.setattr(_doctor.metadata, "requires", lambda _: asked)
-    monkeypatch.setattr(_doctor.metadata, "version", version)
-    first, *rest = _doctor._packages()
-    assert first.told == "1 of 4 as histosge 0.1.0 asks"
-    assert first.status == "problem"
-    assert first.details == {"versions": {"anndata": "0.10.9", "numpy": "3.1", "torch": "2.14.1", "zarr": None}}
-    anndata, numpy, zarr = rest
-    assert anndata.told == "0.10.9, but histosge asks for >=0.12"
-    assert anndata.remedy == 'Run `pip install "anndata>=0.12"`.'
-    assert not anndata.fatal
-    assert numpy.told == "3.1, but histosge asks for <3,>=2"
-    assert (zarr.name, zarr.told, zarr.fatal) == ("package zarr", "is not installed", True)
-    there |= {"anndata": "0.13.0rc1", "numpy": "2.4", "zarr": "3.1.5"}
-    [check] = _doctor._packages()
-    assert (check.status, check.told) == ("ok", "4 of 4 as histosge 0.1.0 asks")
+def test_packages():
+    requirements = ["torch>=2.5", "numpy>=99; python_version>='3'", "old<0.7; python_version<'3'", "x; extra == 'plot'"]
+    versions = dependency_versions(requirements)
+    assert versions == {"numpy": importlib.metadata.version("numpy"), "torch": importlib.metadata.version("torch")}
+    check = check_packages({"numpy": "2.4", "torch": "2.14.1"})  # whether they fit is for pip
+    assert (check.status, check.message) == ("ok", "numpy 2.4, torch 2.14.1")
+    assert check.details == {"versions": {"numpy": "2.4", "torch": "2.14.1"}}
+    check = check_packages(dependency_versions(["numpy", "no-such-package>=1", "nor-this"]))
+    assert (check.status, check.fatal, check.message) == ("problem", True, "not installed: no-such-package, nor-this")
+    assert check.remedy == "Run `pip install no-such-package nor-this`."
 
 
-def test_torchvision_of_another_source(monkeypatch):
-    really = importlib.import_module
-
-    def import_module(name):
+def test_torchvision_of_another_source():
+    def load(name):
         if name == "torchvision":
             msg = "operator torchvision::nms does not exist\nmore"
             raise RuntimeError(msg)
         if name == "scanpy":
             msg = "No module named 'scanpy'"
             raise ModuleNotFoundError(msg, name="scanpy")
-        return really(name)
+        return SimpleNamespace(__version__="1.2")
 
-    monkeypatch.setattr(_doctor.importlib, "import_module", import_module)
-    checks = list(_doctor._imports())
+    checks = list(check_imports(load))
     vision, scanpy = one(checks, "import torchvision"), one(checks, "import scanpy")
     assert vision.fatal
-    assert vision.told == "cannot be imported (RuntimeError: operator torchvision::nms does not exist)"
+    assert vision.message == "cannot be imported (RuntimeError: operator torchvision::nms does not exist)"
     assert "install both from the same one, in a fresh environment" in vision.remedy
     assert scanpy.remedy == "Run `pip install scanpy`."
-    assert one(checks, "imports").told.startswith(f"torch {torch.__version__}, timm ")
+    assert one(checks, "imports").message == "torch 1.2, timm 1.2, spatialdata 1.2"
 
 
 # ------------------------------------------------------------------------------------------------------- machine
 
 
-@pytest.fixture
-def machine(monkeypatch):
-    """A machine without GPU, of which parts can be put in."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr(_doctor.shutil, "which", lambda _: None)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return monkeypatch
+def made_up_torch(*, cuda=None, mps=False, gpus=(), init=lambda: None):
+    """What the doctor asks of torch, on a machine with these GPUs."""
+
+    def ones(n, *, device):
+        if "K80" in gpus[int(device[-1])]:
+            msg = "CUDA error: no kernel image is available for execution on the device\nmore"
+            raise RuntimeError(msg)
+        return torch.full((n,), 1.0)
+
+    return SimpleNamespace(
+        __version__="2.14",
+        version=SimpleNamespace(cuda=cuda),
+        backends=SimpleNamespace(mps=SimpleNamespace(is_available=lambda: mps)),
+        cuda=SimpleNamespace(
+            is_available=lambda: bool(gpus),
+            device_count=lambda: len(gpus),
+            get_device_name=lambda i: gpus[i],
+            mem_get_info=lambda _: (70e9, 80e9),
+            init=init,
+        ),
+        ones=ones,
+    )
 
 
-def test_no_gpu(machine):
-    [check] = _doctor._gpu()
-    assert (check.status, check.told) == ("note", "none that torch can use; the processor computes")
+def test_no_gpu():
+    [check] = check_gpus(made_up_torch(), environ={}, has_driver=False)
+    assert (check.status, check.message) == ("note", "none that torch can use; the processor computes")
     assert "stain-texture" in check.remedy
-    machine.setattr(torch.backends.mps, "is_available", lambda: True)
-    [check] = _doctor._gpu()
+    [check] = check_gpus(made_up_torch(mps=True), environ={}, has_driver=False)
     assert (check.status, check.details) == ("ok", {"device": "mps"})
 
 
-def test_driver_that_torch_cannot_use(machine):
-    machine.setattr(_doctor.shutil, "which", lambda _: "nvidia-smi")
-    machine.setattr(torch.version, "cuda", None)
-    [check] = _doctor._gpu()
+def test_driver_that_torch_cannot_use():
+    [check] = check_gpus(made_up_torch(), environ={}, has_driver=True)
     assert check.status == "problem"
-    assert "is built without CUDA" in check.told
+    assert "torch 2.14 is built without CUDA" in check.message
     assert "pytorch.org" in check.remedy
-    machine.setattr(torch.version, "cuda", "13.0")
 
     def init():
         msg = "The NVIDIA driver on your system is too old (found version 11040).\nUpdate it"
         raise RuntimeError(msg)
 
-    machine.setattr(torch.cuda, "init", init)
-    [check] = _doctor._gpu()
-    assert "cannot use it: The NVIDIA driver on your system is too old (found version 11040).;" in check.told
+    old = made_up_torch(cuda="13.0", init=init)
+    [check] = check_gpus(old, environ={}, has_driver=True)
+    assert "cannot use it: The NVIDIA driver on your system is too old (found version 11040).;" in check.message
     assert "Update the driver" in check.remedy
-    machine.setenv("CUDA_VISIBLE_DEVICES", "")
-    [check] = _doctor._gpu()
-    assert (check.status, check.told) == ("note", "hidden by CUDA_VISIBLE_DEVICES; the processor computes")
+    [check] = check_gpus(old, environ={"CUDA_VISIBLE_DEVICES": ""}, has_driver=True)
+    assert (check.status, check.message) == ("note", "hidden by CUDA_VISIBLE_DEVICES; the processor computes")
 
 
-def test_gpus(machine):
-    machine.setattr(torch.cuda, "is_available", lambda: True)
-    machine.setattr(torch.cuda, "device_count", lambda: 2)
-    machine.setattr(torch.cuda, "get_device_name", lambda i: ["H100", "K80"][i])
-    machine.setattr(torch.cuda, "mem_get_info", lambda _: (70e9, 80e9))
-    machine.setattr(torch.version, "cuda", "13.0")
-
-    def ones(n, *, device):
-        if device == "cuda:1":
-            msg = "CUDA error: no kernel image is available for execution on the device\nmore"
-            raise RuntimeError(msg)
-        return torch.full((n,), 1.0)
-
-    machine.setattr(torch, "ones", ones)
-    first, second = _doctor._gpu()
-    assert (first.name, first.status, first.told) == ("gpu 0", "ok", "H100, 70 GB free of 80 GB, CUDA 13.0")
-    assert second.told == "K80 does not compute: CUDA error: no kernel image is available for execution on the device"
+def test_gpus():
+    first, second = check_gpus(made_up_torch(cuda="13.0", gpus=("H100", "K80")))
+    assert (first.name, first.status, first.message) == ("gpu 0", "ok", "H100, 70 GB free of 80 GB, CUDA 13.0")
+    assert (
+        second.message == "K80 does not compute: CUDA error: no kernel image is available for execution on the device"
+    )
     assert "--device cpu" in second.remedy
 
 
-@pytest.fixture
-def container(monkeypatch, tmp_path):
-    """Control groups of a job inside a container."""
-    root = tmp_path / "cgroup"
-    (root / "slurm" / "job").mkdir(parents=True)
-    monkeypatch.setattr(_machine, "_CGROUP", root)
-    read_text = Path.read_text
-
-    def fake(path, *args, **kwargs):
-        return "1:cpu:/x\n0::/slurm/job\n" if str(path) == "/proc/self/cgroup" else read_text(path, *args, **kwargs)
-
-    monkeypatch.setattr(Path, "read_text", fake)
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    return root
-
-
-def test_cores(container, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    [check] = _doctor._cores()
-    assert check.told == "8 of 64, as the container or the scheduler allows"
-    (container / "cpu.max").write_text("max 100000\n")
-    (container / "slurm" / "cpu.max").write_text("250000 100000\n")
-    [check] = _doctor._cores()
-    assert check.details == {"total": 64, "usable": 2}
-    assert check.status == "ok"
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 32)
-    [check] = _doctor._cores()
+def test_cores(tmp_path):
+    inner, outer = tmp_path / "slurm" / "job", tmp_path / "slurm"
+    inner.mkdir(parents=True)
+    check = check_cores(64, 8, groups=[inner, outer], threads=2)
+    assert check.message == "8 of 64, as the container or the scheduler allows"
+    (inner / "cpu.max").write_text("max 100000\n")
+    (outer / "cpu.max").write_text("250000 100000\n")
+    check = check_cores(64, 8, groups=[inner, outer], threads=2)
+    assert (check.status, check.details) == ("ok", {"total": 64, "usable": 2})
+    check = check_cores(64, 8, groups=[inner, outer], threads=32)
     assert (check.status, check.remedy[:22]) == ("note", "Set OMP_NUM_THREADS=2:")
+    assert check_cores(4, 4, groups=[], threads=None).message == "4"
 
 
-def test_memory(container, monkeypatch):
-    whole = SimpleNamespace(total=128_000_000_000, available=100_000_000_000)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: whole)
-    [check] = _doctor._memory()
-    assert (check.status, check.told) == ("ok", "100 GB free of 128 GB")
-    job = container / "slurm" / "job"
-    (job / "memory.max").write_text("16000000000\n")
-    (job / "memory.current").write_text("14000000000\n")
-    (job / "memory.stat").write_text("anon 1\ninactive_file 1000000000\n")
-    (container / "memory.max").write_text("max\n")
-    [check] = _doctor._memory()
+def test_memory():
+    check = check_memory(128_000_000_000, free=100_000_000_000, limit=None)
+    assert (check.status, check.message) == ("ok", "100 GB free of 128 GB")
+    check = check_memory(128_000_000_000, free=3_000_000_000, limit=16_000_000_000)
     assert check.details == {"total_bytes": 128_000_000_000, "free_bytes": 3_000_000_000, "limit_bytes": 16_000_000_000}
-    assert check.told.startswith("3 GB free of 128 GB, 16 GB at most")
+    assert check.message.startswith("3 GB free of 128 GB, 16 GB at most")
     assert check.status == "note"
     assert "--store" in check.remedy
 
@@ -253,78 +192,84 @@ def hub_error(kind, status=None):
     return getattr(errors, kind)(f"{status} Client Error. token={TOKEN}", response=response)
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub that answers what is put in: by repository, and ``who``; an error is raised."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
-    answers = {"who": {"name": "ada", "auth": {"accessToken": TOKEN}}, "else": None}
-    asked = []
+class Hub:
+    """A hub with an answer for ``who``, for each repository, and for all others; an error is raised."""
 
-    def answer(name):
-        asked.append(name)
-        said = answers.get(name, answers["else"])
-        if isinstance(said, Exception):
-            raise said
-        return said() if callable(said) else said
+    def __init__(self, *, who=None, others=None, **answers):
+        self.who = {"name": "ada", "auth": {"accessToken": TOKEN}} if who is None else who
+        self.others, self.answers = others, answers
+        self.asked = []
 
-    class HfApi:
-        def whoami(self):
-            return answer("who")
+    def answer(self, name, found):
+        self.asked.append(name)
+        if isinstance(found, Exception):
+            raise found
+        return found() if callable(found) else found
 
-        def auth_check(self, repo_id, *, token=None):
-            return answer(repo_id if token is None else f"{repo_id} anonymously")
+    def whoami(self):
+        return self.answer("who", self.who)
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", HfApi)
-    return SimpleNamespace(answers=answers, asked=asked)
+    def auth_check(self, repo_id, *, token=None):
+        name = repo_id if token is None else f"{repo_id} anonymously"
+        return self.answer(name, self.answers.get(repo_id, self.others))
+
+
+def asked_of(hub, *, has_token=True, kept=(), **options):
+    return list(check_hub(hub, has_token=has_token, kept=lambda repo: repo in kept, **options))
 
 
 GATED = [str(name) for name in sge.encoders().query("gated").index]
 
 
-def test_access_to_each_gated_encoder(hub):
-    refused = hub_error("GatedRepoError", 403)
-    hub.answers |= {"MahmoodLab/uni": refused, "paige-ai/Virchow": hub_error("RepositoryNotFoundError", 404)}
-    hub.answers |= {"histai/hibou-b": hub_error("HfHubHTTPError", 503)}
-    checks = list(_doctor._hub())
-    assert one(checks, "hub").told == "logged in as ada"
+def test_access_to_each_gated_encoder():
+    answers = {"MahmoodLab/uni": hub_error("GatedRepoError", 403)}
+    answers |= {"paige-ai/Virchow": hub_error("RepositoryNotFoundError", 404)}
+    answers |= {"histai/hibou-b": hub_error("HfHubHTTPError", 503)}
+    hub = Hub(**answers)
+    checks = asked_of(hub)
+    assert one(checks, "hub").message == "logged in as ada"
     assert [check.name for check in checks if check.name.startswith("encoder ")] == [f"encoder {n}" for n in GATED]
     access = {name: one(checks, f"encoder {name}").details["access"] for name in GATED}
     assert {name for name, can in access.items() if can is False} == {"uni", "virchow"}
     assert {name for name, can in access.items() if can is None} == {"hibou-b"}
     uni = one(checks, "encoder uni")
-    assert (uni.status, uni.told) == ("note", "gated, no access")
+    assert (uni.status, uni.message) == ("note", "gated, no access")
     assert uni.remedy.startswith("Ask for access at https://huggingface.co/MahmoodLab/uni with the account")
-    assert one(checks, "encoder uni2").told == "gated, access granted"
+    assert one(checks, "encoder uni2").message == "gated, access granted"
     assert len([name for name in hub.asked if name == "MahmoodLab/conch"]) == 1  # two encoders, one page
     assert not any(check.status == "problem" or check.fatal for check in checks)
     assert TOKEN not in repr(checks)
 
 
-def test_weights_that_are_here(hub, tmp_path):
-    hub.answers["else"] = hub_error("GatedRepoError", 403)
-    kept = tmp_path / "hub" / "models--MahmoodLab--uni" / "snapshots" / ("a" * 40)
-    kept.mkdir(parents=True)
-    (kept / "config.json").touch()
-    assert one(_doctor._hub(), "encoders").details == {"weights_here": []}
-    (kept / "model.safetensors").symlink_to(tmp_path / "gone")
-    assert one(_doctor._hub(), "encoders").details == {"weights_here": []}
-    (kept / "pytorch_model.bin").touch()
-    checks = list(_doctor._hub())
-    assert one(checks, "encoders").told == (
+def test_weights_that_are_here():
+    refused = Hub(others=hub_error("GatedRepoError", 403))
+    assert one(asked_of(refused), "encoders").details == {"weights_here": []}
+    checks = asked_of(refused, kept=["MahmoodLab/uni"])
+    assert one(checks, "encoders").message == (
         "weights in the hub's cache: uni; stain-texture needs none; those of midnight, the default, come at the first call "
         "(4.5 GB, no login)"
     )
     assert one(checks, "encoder uni").status == "ok"
-    assert one(checks, "encoder uni").told == "gated, no access, weights are here"
+    assert one(checks, "encoder uni").message == "gated, no access, weights are here"
 
 
-def test_not_logged_in(hub, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    checks = list(_doctor._hub())
+def test_weights_are_looked_for_in_the_cache_of_the_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--MahmoodLab--uni" / "snapshots" / ("a" * 40)
+    folder.mkdir(parents=True)
+    (folder / "config.json").touch()
+    assert not weights_kept("MahmoodLab/uni")
+    (folder / "model.safetensors").symlink_to(tmp_path / "gone")
+    assert not weights_kept("MahmoodLab/uni")
+    (folder / "pytorch_model.bin").touch()
+    assert weights_kept("MahmoodLab/uni")
+
+
+def test_not_logged_in():
+    hub = Hub()
+    checks = asked_of(hub, has_token=False)
     login = one(checks, "hub")
-    assert (login.status, login.told) == ("note", "reached, not logged in")
+    assert (login.status, login.message) == ("note", "reached, not logged in")
     assert "`hf auth login`" in login.remedy
     assert hub.asked == ["1aurent/vit_small_patch16_224.lunit_dino anonymously"]
     uni = one(checks, "encoder uni")
@@ -333,41 +278,34 @@ def test_not_logged_in(hub, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("who", "told"),
+    ("who", "message"),
     [
         (("HfHubHTTPError", 401), "the token of this machine is refused: expired, or withdrawn"),
         (("HfHubHTTPError", 503), "reached, but does not say who is logged in (HfHubHTTPError)"),
     ],
 )
-def test_login_that_does_not_work(hub, who, told):
-    hub.answers["who"] = hub_error(*who)
-    check = one(_doctor._hub(), "hub")
-    assert (check.status, check.told) == ("note", told)
+def test_login_that_does_not_work(who, message):
+    check = one(asked_of(Hub(who=hub_error(*who))), "hub")
+    assert (check.status, check.message) == ("note", message)
     assert "hf auth login" in check.remedy
 
 
-def test_no_network(hub, monkeypatch):
-    hub.answers |= {"else": ConnectionError(TOKEN), "who": ConnectionError(TOKEN)}
-    checks = list(_doctor._hub())
+def test_no_network():
+    checks = asked_of(Hub(who=ConnectionError(TOKEN), others=ConnectionError(TOKEN)))
     check = one(checks, "hub")
-    assert (check.status, check.told) == ("note", "cannot be reached (ConnectionError)")
+    assert (check.status, check.message) == ("note", "cannot be reached (ConnectionError)")
     assert "Check the network" in check.remedy
     assert TOKEN not in repr(checks)
-    del hub.asked[:]
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    check = one(_doctor._hub(), "hub")
-    assert check.told == "offline: HF_HUB_OFFLINE is set, nothing was asked"
-    assert hub.asked == []
+    assert one(asked_of(None), "hub").message == "offline: HF_HUB_OFFLINE is set, nothing was asked"
 
 
-def test_hub_that_never_answers(hub, monkeypatch):
-    """Nobody waits for it, neither here nor at the end of the process."""
-    monkeypatch.setattr(_doctor, "_HUB_SECONDS", 0.05)
+def test_hub_that_never_answers():
+    """Nothing waits for it, neither the check nor the end of the process."""
     never, before = threading.Event(), set(threading.enumerate())
-    hub.answers |= {"else": never.wait, "who": never.wait}
+    hub = Hub(who=never.wait, others=never.wait)
     try:
-        check = one(_doctor._hub(), "hub")
-        assert check.told == "cannot be reached (TimeoutError)"
+        check = one(asked_of(hub, seconds=0.05), "hub")
+        assert check.message == "cannot be reached (TimeoutError)"
         asking = set(threading.enumerate()) - before
         assert len(asking) == len(hub.asked) > 20
         assert all(thread.daemon for thread in asking)
@@ -378,53 +316,72 @@ def test_hub_that_never_answers(hub, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- disk
 
 
-def test_disk(tmp_path, monkeypatch, cache_folder):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100e9, 50e9, 50e9))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    kept, weights, data = _doctor._disk({"data sets": (tmp_path / "data", "HISTOSGE_DATA")})
-    assert (kept.status, kept.told) == ("ok", f"{cache_folder}: holds 0 B of at most 20 GB, 50 GB free")
-    assert (weights.status, weights.told) == ("ok", f"{tmp_path / 'hub'}: 50 GB free")
-    assert data.details == {"folder": str(tmp_path / "data"), "free_bytes": 50e9}
-    assert not (tmp_path / "data").exists()
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100e9, 99e9, 1e9))
-    _, weights, data = _doctor._disk({"data sets": (tmp_path / "data", "HISTOSGE_DATA")})
-    assert (weights.status, data.status) == ("note", "note")
-    assert "set HF_HOME to a folder on a larger disk" in weights.remedy
-    assert "set HISTOSGE_DATA" in data.remedy
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    kept, *_ = _doctor._disk({})
-    assert (kept.status, kept.told) == ("problem", f"{cache_folder} cannot be written to")
-    assert kept.remedy == "Set HISTOSGE_CACHE to a folder that you may write to."
-
-
-def test_cache_of_somebody_else(cache_folder):
-    cache_folder.mkdir(parents=True)
-    (cache_folder / "precious.txt").touch()
-    check, _ = _doctor._disk({})
-    assert check.status == "problem"
-    assert "holds something that is not histosge's" in check.told
-    assert "HISTOSGE_CACHE" in check.remedy
+def test_folders(tmp_path):
+    folder = tmp_path / "data"
+    check = check_folder("disk data sets", folder, variable="HISTOSGE_DATA", used="holds 1 GB, ", free=50_000_000_000)
+    assert (check.status, check.message) == ("ok", f"{folder}: holds 1 GB, 50 GB free")
+    assert check.details == {"folder": str(folder), "free_bytes": 50_000_000_000}
+    assert not folder.exists()
+    check = check_folder("disk weights", folder, variable="HF_HOME", free=1_000_000_000)
+    assert check.status == "note"
+    assert "set HF_HOME to a folder on a larger disk" in check.remedy
+    check = check_folder("disk embeddings", folder, variable="HISTOSGE_CACHE", writable=False)
+    assert (check.status, check.message) == ("problem", f"{folder} cannot be written to")
+    assert check.remedy == "Set HISTOSGE_CACHE to a folder that you may write to."
+    (tmp_path / "file").touch()
+    assert check_folder("disk", tmp_path / "file" / "in", variable="X").status == "problem"
 
 
 # --------------------------------------------------------------------------------------------------- the command
 
 
-def test_a_check_that_fails_is_told(monkeypatch):
-    def ill():
+def doctor(*options):
+    done = CliRunner().invoke(main, ["doctor", *options])
+    sge.settings.verbosity = 2
+    return done
+
+
+def test_this_machine_can_run_it(tmp_path, cache_folder, monkeypatch):
+    monkeypatch.setenv("HISTOSGE_DATA", str(tmp_path / "data"))
+    done = doctor("--json")
+    assert (done.exit_code, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["can_run"] is True
+    checks = {check["name"]: check for check in found["checks"]}
+    wanted = ["python", "packages", "imports", "cores", "memory", "hub", "encoders"]
+    disks = ["disk embeddings", "disk weights", "disk data sets"]
+    assert [name for name in checks if name in {*wanted, *disks}] == wanted + disks
+    assert [checks[name]["status"] for name in ("python", "packages", "imports")] == ["ok"] * 3
+    assert checks["packages"]["details"]["versions"]["anndata"] == importlib.metadata.version("anndata")
+    assert checks["hub"]["message"].startswith("offline")
+    assert checks["disk embeddings"]["message"].startswith(f"{cache_folder}: holds 0 B of at most 20 GB, ")
+    assert checks["disk data sets"]["details"]["folder"] == str(tmp_path / "data")
+    assert all(check["remedy"] for check in checks.values() if check["status"] == "problem")
+
+
+def test_cache_of_somebody_else(cache_folder):
+    cache_folder.mkdir(parents=True)
+    (cache_folder / "precious.txt").touch()
+    [check] = [one for one in json.loads(doctor("--json").stdout)["checks"] if one["name"] == "disk embeddings"]
+    assert check["status"] == "problem"
+    assert "holds something that is not histosge's" in check["message"]
+    assert "HISTOSGE_CACHE" in check["remedy"]
+
+
+def test_a_check_that_fails_does_not_stop_the_others():
+    def fails():
         raise ZeroDivisionError
 
-    for name in ("_python", "_packages", "_imports", "_gpu", "_cores", "_hub"):
-        monkeypatch.setattr(_doctor, name, list)
-    monkeypatch.setattr(_doctor, "_memory", ill)
-    check = examine()[0]
-    assert (check.name, check.status) == ("memory", "problem")
-    assert check.told == "could not be checked (ZeroDivisionError: ZeroDivisionError)"
-    assert check.remedy
+    first, second = collect({"memory": fails, "disk": lambda: [Check("disk", "ok", "fine")]})
+    assert (first.name, first.status) == ("memory", "problem")
+    assert first.message == "could not be checked (ZeroDivisionError: ZeroDivisionError)"
+    assert first.remedy
+    assert second.message == "fine"
 
 
 FOUND = [
     Check("python", "ok", "3.13.1"),
+    Check("packages", "ok", "numpy 2.4, torch 2.14", details={"versions": {"numpy": "2.4", "torch": "2.14"}}),
     Check("gpu", "problem", "a driver, but no torch for it", "Install the other torch."),
     Check("encoder uni", "note", "gated, no access", "Ask for access at PAGE.", details={"access": False}),
     Check("encoder uni2", "ok", "gated, access granted", details={"access": True}),
@@ -434,23 +391,10 @@ FOUND = [
 ]
 
 
-@pytest.fixture
-def found(monkeypatch):
-    checks = list(FOUND)
-    monkeypatch.setattr(_doctor, "examine", lambda **_: checks)
-    yield checks
-    sge.settings.verbosity = 2
-
-
-def doctor(*options):
-    return CliRunner().invoke(main, ["doctor", *options])
-
-
-def test_doctor(found):
-    done = doctor()
-    assert (done.exit_code, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == [
+def test_report():
+    assert text_report(FOUND, in_full=False).splitlines() == [
         "ok       python          3.13.1",
+        "ok       packages        2 installed; `histosge doctor -v` lists their versions",
         "problem  gpu             a driver, but no torch for it",
         "                         → Install the other torch.",
         "ok       gated encoders  access granted: uni2",
@@ -463,45 +407,33 @@ def test_doctor(found):
     ]
 
 
-def test_doctor_in_detail(found):
-    told = doctor("-v").stdout
-    assert "note     encoder uni      gated, no access\n" in told
-    assert "→ Ask for access at PAGE." in told
-    assert "gated encoders" not in told
+def test_report_in_full():
+    text = text_report(FOUND, in_full=True)
+    assert "ok       packages         numpy 2.4, torch 2.14\n" in text
+    assert "note     encoder uni      gated, no access\n" in text
+    assert "→ Ask for access at PAGE." in text
+    assert "gated encoders" not in text
 
 
-def test_doctor_where_histosge_cannot_run(found):
-    found.append(Check("import torch", "problem", "cannot be imported", "Make a fresh environment.", fatal=True))
-    done = doctor()
-    assert done.exit_code == 1
-    assert done.stdout.splitlines()[-1] == "histosge cannot run here: see the problems above."
-    done = doctor("--json")
-    assert done.exit_code == 1
-    assert json.loads(done.stdout)["can_run"] is False
+def test_report_where_histosge_cannot_run():
+    broken = Check("import torch", "problem", "cannot be imported", "Make a fresh environment.", fatal=True)
+    checks = [*FOUND, broken]
+    assert text_report(checks, in_full=False).splitlines()[-1] == "histosge cannot run here: see the problems above."
+    assert json.loads(machine_report(checks))["can_run"] is False
 
 
-def test_doctor_as_json(found):
-    done = doctor("--json")
-    assert (done.exit_code, done.stderr) == (0, "")
-    told = json.loads(done.stdout)
-    assert told["can_run"] is True
-    assert [check["name"] for check in told["checks"]] == [check.name for check in FOUND]
-    assert told["checks"][2] == {
+def test_report_as_json():
+    found = json.loads(machine_report(FOUND))
+    assert found["can_run"] is True
+    assert [check["name"] for check in found["checks"]] == [check.name for check in FOUND]
+    assert found["checks"][3] == {
         "name": "encoder uni",
         "status": "note",
-        "told": "gated, no access",
+        "message": "gated, no access",
         "remedy": "Ask for access at PAGE.",
         "fatal": False,
         "details": {"access": False},
     }
-
-
-def test_doctor_looks_at_all_folders(monkeypatch, tmp_path):
-    asked = {}
-    monkeypatch.setattr(_doctor, "examine", lambda **options: asked.update(options) or [])
-    monkeypatch.setenv("HISTOSGE_DATA", str(tmp_path / "data"))
-    assert doctor("--json").exit_code == 0
-    assert asked == {"folders": {"data sets": (tmp_path / "data", "HISTOSGE_DATA")}}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``histosge`` from a shell: the same names and defaults as in Python. One file a command, or a small group of them."""
+"""``histosge`` from a shell, with the names and defaults of Python. One file for each command or small group of commands."""
 
 from __future__ import annotations
 
@@ -11,19 +11,49 @@ from histosge._settings import settings
 from histosge.cli._cache import cache
 from histosge.cli._datasets import datasets
 from histosge.cli._demo import demo
-from histosge.cli._doctor import doctor
+from histosge.cli._doctor import collect, doctor, machine_report, text_report
+from histosge.cli._doctor_checks import (
+    Check,
+    check_cores,
+    check_folder,
+    check_gpus,
+    check_imports,
+    check_memory,
+    check_packages,
+    check_python,
+    dependency_versions,
+)
+from histosge.cli._doctor_hub import check_hub
 from histosge.cli._encoders import encoders
 from histosge.cli._evaluate import evaluate
 from histosge.cli._fit import fit
 from histosge.cli._predict import predict
+from histosge.cli._shared import as_table, readable_size
 
-__all__ = ["main"]
+__all__ = [
+    "Check",
+    "as_table",
+    "check_cores",
+    "check_folder",
+    "check_gpus",
+    "check_hub",
+    "check_imports",
+    "check_memory",
+    "check_packages",
+    "check_python",
+    "collect",
+    "dependency_versions",
+    "machine_report",
+    "main",
+    "readable_size",
+    "text_report",
+]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="histosge")
-@click.option("-q", "--quiet", is_flag=True, help="Say warnings and errors only.")
-@click.option("-v", "--verbose", is_flag=True, help="Say details, and where an error comes from.")
+@click.option("-q", "--quiet", is_flag=True, help="Show warnings and errors only.")
+@click.option("-v", "--verbose", is_flag=True, help="Show details, and where an error comes from.")
 def main(*, quiet: bool, verbose: bool) -> None:
     """Super-resolved spatial transcriptomics from H&E images and Visium-like spots.
 
@@ -44,7 +74,7 @@ def main(*, quiet: bool, verbose: bool) -> None:
       2  wrong usage
     """  # noqa: D301  click's own mark for a paragraph that is not to be wrapped
     settings.verbosity = 1 if quiet else 3 if verbose else 2
-    # about a default of zarr's to come, once for every array: nothing that whoever types this could do
+    # a future default of zarr, once for every array: users of the shell can do nothing about it
     warnings.filterwarnings("ignore", message="zarr v3 autosharding")
 
 

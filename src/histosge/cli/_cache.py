@@ -1,11 +1,10 @@
-"""``histosge cache``: what is kept of embeddings."""
+"""``histosge cache``: embeddings that are kept on disk."""
 
 from __future__ import annotations
 
 import click
 
-from histosge.cli._checks import readable_size
-from histosge.cli._shared import JSON, Command, as_json, as_table
+from histosge.cli._shared import JSON, Command, as_json, as_table, readable_size
 
 
 @click.group()
@@ -23,7 +22,7 @@ def cache() -> None:
 @cache.command("list", cls=Command)
 @JSON
 def cache_list(*, as_json_: bool) -> str:
-    """Say where embeddings are kept, of which encoders, and how large they are.
+    """List the embeddings that are kept: folder, encoders and sizes.
 
     \b
     Examples:
@@ -47,9 +46,9 @@ def cache_list(*, as_json_: bool) -> str:
             for shelf in shelves
         ]
         return as_json({"folder": kept.root, "limit_bytes": kept.limit_bytes, "n_bytes": n_bytes, "shelves": rows})
-    told = f"{readable_size(n_bytes)} of at most {readable_size(kept.limit_bytes)} in {kept.root}"
+    summary = f"{readable_size(n_bytes)} of at most {readable_size(kept.limit_bytes)} in {kept.root}"
     if not shelves:
-        return told
+        return summary
     names = ("encoder", "mpp", "tile_um", "dense", "blocks", "size", "last used")
     lines = [
         (
@@ -61,14 +60,14 @@ def cache_list(*, as_json_: bool) -> str:
         )
         for shelf in shelves
     ]
-    return f"{as_table(names, lines)}\n{told}"
+    return f"{as_table(names, lines)}\n{summary}"
 
 
 @cache.command("clear", cls=Command)
 @click.option("--encoder", help="Only embeddings by this encoder; see `histosge cache list`.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def cache_clear(*, encoder: str | None, yes: bool) -> str:
-    """Remove embeddings that are kept; nothing else in the folder is touched.
+    """Remove embeddings that are kept; other files in the folder stay.
 
     \b
     Examples:

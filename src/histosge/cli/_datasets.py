@@ -1,4 +1,4 @@
-"""``histosge datasets``: sections to try things on."""
+"""``histosge datasets``: published and synthetic sections."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from histosge.cli._shared import JSON, OUT_PATH, OVERWRITE, Command, as_json, as
 
 @click.group()
 def datasets() -> None:
-    """List and fetch published sections, or make one of which the truth is known.
+    """List and fetch published sections, or make a synthetic one with known truth.
 
     \b
     Examples:
@@ -79,7 +79,7 @@ def datasets_fetch(*, name: str, target: Path | None, overwrite: bool, as_json_:
 @click.option("--genes-rng", type=int, help="Seed of which gene follows what. By default --rng.")
 @OVERWRITE
 def datasets_synthetic(*, target: Path, overwrite: bool, **options: Any) -> None:
-    """Make a section of which the truth is known everywhere: image, spots, counts.
+    """Make a section whose truth is known everywhere: image, spots, counts.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""``histosge demo``: all of it, on a section of which the truth is known."""
+"""``histosge demo``: the whole method, on a synthetic section with known truth."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def demo(*, out: Path, rng: int, as_json_: bool) -> str:
     against_truth = float(correlation(np.asarray(table.X)[between], truth[between]).mean())
     n_domains = table.obs["leiden"].nunique()
     if as_json_:
-        told = {
+        summary = {
             "out": out,
             "n_places": table.n_obs,
             "n_between_spots": int(between.sum()),
@@ -69,7 +69,7 @@ def demo(*, out: Path, rng: int, as_json_: bool) -> str:
             "pcc_with_truth_between_spots": against_truth,
             "seconds": round(time() - start, 1),
         }
-        return as_json(told)
+        return as_json(summary)
     return "\n".join(
         [
             f"{table.n_obs} places ({int(between.sum())} between spots) x {table.n_vars} genes, "

@@ -50,7 +50,7 @@ _STDOUT = Path("-")
         help="Scores, a row a gene, head and split: .csv or .parquet, or '-' for CSV on standard output.",
     ),
     click.option("--plot", type=OUT_PATH, metavar="FILE", help="Draw the scores: .png, .pdf or .svg."),
-    click.option("--heads", type=Names(), help="Heads, with commas. By default ours and its rivals."),
+    click.option("--heads", type=Names(), help="Heads, with commas. By default the default head and its baselines."),
     click.option(
         "--split",
         default="blocks",
@@ -58,7 +58,7 @@ _STDOUT = Path("-")
         help="What is held out: blocks, random, lattice, sections or pseudo-spots.",
     ),
     click.option("--n-splits", type=int, default=5, show_default=True, help="Number of splits."),
-    click.option("--n-repeats", type=int, default=1, show_default=True, help="How often everything is done anew."),
+    click.option("--n-repeats", type=int, default=1, show_default=True, help="How often everything is repeated."),
     click.option("--buffer-um", type=float, help="Width of the buffer around blocks in µm. By default 2.5 pitches."),
     click.option("--block-um", type=float, help="Edge of the blocks in µm. By default four buffers."),
     click.option(
@@ -128,7 +128,7 @@ def evaluate(
     means = scores.groupby("head", sort=False)[[name for name in _MEANS if name in scores]].mean()
     means = means.sort_values("pcc", ascending=False)
     if as_json_:
-        told = {
+        summary = {
             "sources": list(sources),
             "split": options["split"],
             "protocol": options["protocol"],
@@ -139,7 +139,7 @@ def evaluate(
             "plot": plot,
             "seconds": round(time() - start, 1),
         }
-        return as_json(told)
+        return as_json(summary)
     shown = means.reset_index()
     return as_table(shown, shown.astype(object).to_numpy().tolist(), decimals=3)
 

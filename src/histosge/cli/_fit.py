@@ -86,7 +86,7 @@ def fit(
         model.save(fresh)
     logger.info("wrote %s, %.0f s", target, time() - start)
     if as_json_:
-        told = {
+        summary = {
             "model": target,
             "head": model.head,
             "encoder": model.recipe.encoder["name"],
@@ -95,5 +95,5 @@ def fit(
             "held_out": model.held_out,
             "seconds": round(time() - start, 1),
         }
-        return as_json(told)
+        return as_json(summary)
     return "\n".join(["Correlation on held-out spots, mean over genes:", *held_out_lines(model.held_out)])

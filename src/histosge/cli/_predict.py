@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 _OF_THE_MODEL = ("head", "genes", "n_folds", "level", "head_options", "tile_um", "stack")
-"""Options that a fitted model brings with it."""
+"""Options that a fitted model fixes"""
 _BARS = ("sd", "lower", "upper")
 _FIGURE = (".png", ".pdf", ".svg")
 _MOST_DRAWN = 4
@@ -67,9 +67,7 @@ _PROVENANCE = ("head", "mpp", "tile_um", "dense", "seed")
     ),
     click.option("--conserve", is_flag=True, help="Bins that average to their spot, freed of noise, too."),
     click.option("--store", is_flag=True, help="Write OUT.zarr part by part, places and table only; resumes."),
-    click.option(
-        "--layers", type=Names(), default="", help="With OUT.h5ad: layers to keep beside X, as in sd,lower,upper."
-    ),
+    click.option("--layers", type=Names(), default="", help="With OUT.h5ad: layers to keep, such as sd,lower,upper."),
     click.option("--domains", is_flag=True, help="Find spatial domains in the prediction (leiden)."),
     click.option(
         "--resolution", type=_POSITIVE, default=1.0, show_default=True, help="With --domains: larger gives more."
@@ -109,7 +107,7 @@ def predict(
     IN is a SpatialData store (.zarr), a folder of Space Ranger, or a table (.h5ad); --image adds the microscope's image. With
     --model and --mpp it may be an image alone.
     OUT.zarr gets everything, as SpatialData, with --store the places and the table alone; OUT.h5ad gets the table alone.
-    Outputs get their names when they are whole.
+    Outputs get their names when they are complete.
 
     --plot draws the genes that --genes names (four at most), else the two that are predicted best, and with --domains
     the domains. --domains, --plot and --report need the table in memory, and so no --store.
@@ -146,7 +144,7 @@ def predict(
                 why = "--level none" if options["level"] is None else "a section without measured spots"
                 msg = f"--layers {','.join(sorted(lost))}: no error bars are written with {why}. Leave them out."
                 raise click.UsageError(msg)
-            if weights is not None or not found:  # the model alone does not find it
+            if weights is not None or not found:  # the model cannot load it by name
                 options["encoder"] = sge.load_encoder(options["encoder"], weights=weights)
             with sge.settings.override(**cache_setting(no_cache=no_cache)):
                 made = sge.tl.predict(sdata, store=target if store else None, inplace=not store, **options)
@@ -154,25 +152,25 @@ def predict(
             if domains:
                 sge.tl.domains(sdata, key=key, resolution=resolution, n_domains=n_domains, rng=options["rng"])
             if target.suffix == ".h5ad":
-                with _less_told():
+                with _quiet():
                     sge.io.write_h5ad(sdata, fresh, key=key, layers=layers)
             elif not store:
                 sdata.write(fresh)
-        logger.info("wrote %s", target)  # and it stays, whatever becomes of the pictures
+        logger.info("wrote %s", target)  # it stays even if a picture fails
         genes = options["genes"] if isinstance(options["genes"], list) else []
         genes = [gene for gene in genes if gene in table.var_names][:_MOST_DRAWN]
         if plot is not None:
             best = genes or list(table.var["held_out_pcc"].sort_values(ascending=False).index[:2])
             _draw(sdata, fresh_plot, key=key, genes=best, obs="domain" if domains else None)
         if report is not None:
-            with _less_told():
+            with _quiet():
                 sge.pl.report(sdata, fresh_report, key=key, genes=genes or None)
     for path in filter(None, (plot, report)):
         logger.info("wrote %s", path)
     if not as_json_:
         return None
     provenance = table.uns["histosge"]
-    told = {
+    summary = {
         "source": source,
         "out": target,
         "plot": plot,
@@ -187,7 +185,7 @@ def predict(
         "held_out": provenance["held_out"],
         "seconds": round(time() - start, 1),
     }
-    return as_json(told)
+    return as_json(summary)
 
 
 def _check_usage(
@@ -236,8 +234,8 @@ def _given(*names: str) -> list[str]:
 
 
 @contextmanager
-def _less_told() -> Iterator[None]:
-    """Say no "wrote", which would tell the name that a file has before it is whole."""
+def _quiet() -> Iterator[None]:
+    """Do not log "wrote" with the temporary name of a file."""
     import histosge as sge
 
     with sge.settings.override(verbosity=min(sge.settings.verbosity, 1)):

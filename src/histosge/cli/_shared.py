@@ -1,4 +1,4 @@
-"""What commands share: how they end, what they read and write, and the options that several of them have."""
+"""What commands share: output and exit codes, reading and writing of files, and common options."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     from spatialdata import SpatialData
 
-_TOLD = (ValueError, KeyError, RuntimeError, OSError, ImportError, MemoryError)
-"""Errors whose message says what to do; any other is a fault of histosge's, and its traceback is what to report."""
+_EXPECTED = (ValueError, KeyError, RuntimeError, OSError, ImportError, MemoryError)
+"""Errors whose message says what to do; any other error is a bug of histosge, and its traceback is needed to report it"""
 ZARR_MARKS = ("zarr.json", ".zgroup", ".zattrs")
-"""One of them is in every store that may be overwritten."""
+"""A folder that may be overwritten contains one of them"""
 
 
 def _set_verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
@@ -37,7 +37,7 @@ def _set_verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool
 
 
 class Command(click.Command):
-    """A command that prints what its function returns, and nothing else, on standard output; an error ends it with one line.
+    """A command whose standard output is what its function returns; an error ends it with one line on standard error.
 
     The function returns text, text and an exit code, or nothing.
     """
@@ -45,8 +45,8 @@ class Command(click.Command):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         for flags, level, text in (
-            (["-q", "--quiet"], 1, "Say warnings and errors only."),
-            (["-v", "--verbose"], 3, "Say details, and where an error comes from."),
+            (["-q", "--quiet"], 1, "Show warnings and errors only."),
+            (["-v", "--verbose"], 3, "Show details, and where an error comes from."),
         ):
             self.params.append(
                 click.Option(flags, is_flag=True, expose_value=False, callback=_set_verbosity(level), help=text)
@@ -56,25 +56,25 @@ class Command(click.Command):
         """Run the command."""
         try:
             with redirect_stdout(sys.stderr):  # libraries print, spatialdata's log among them
-                told = super().invoke(ctx)
+                message = super().invoke(ctx)
         except (click.Abort, click.exceptions.Exit):  # which are RuntimeErrors
             raise
-        except _TOLD as err:
+        except _EXPECTED as err:
             if settings.verbosity > 2:
                 traceback.print_exception(err)
-            # a KeyError would print its message in quotes; an error of the system has its number first
+            # str() puts the message of a KeyError in quotes
             text = err.args[0] if isinstance(err, KeyError) and err.args else err
             click.echo(f"histosge: {' '.join(str(text).split()) or type(err).__name__}", err=True)
             sys.exit(1)
-        told, code = told if isinstance(told, tuple) else (told, 0)
-        if told is not None:
-            click.echo(told)
+        message, code = message if isinstance(message, tuple) else (message, 0)
+        if message is not None:
+            click.echo(message)
         ctx.exit(code)
 
 
-def as_json(told: Any) -> str:
-    """Write as JSON that any reader takes: numbers of numpy as numbers, what is no number as null."""
-    return json.dumps(_plain(told), indent=1, ensure_ascii=False, allow_nan=False)
+def as_json(value: Any) -> str:
+    """Write valid JSON: numbers of numpy as numbers, NaN and infinity as null."""
+    return json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
@@ -90,7 +90,7 @@ def _plain(value: Any) -> Any:
 
 
 def as_table(names: Iterable[Any], rows: Sequence[Sequence[Any]], *, decimals: int | None = None) -> str:
-    """Write a table with a line of names; numbers are right-aligned, a dash is nothing."""
+    """Write a table with a line of names; numbers are right-aligned, missing values are dashes."""
     cells = [list(map(str, names)), *([_cell(value, decimals) for value in row] for row in rows)]
     columns = []
     for i, column in enumerate(zip(*cells, strict=True)):
@@ -98,6 +98,15 @@ def as_table(names: Iterable[Any], rows: Sequence[Sequence[Any]], *, decimals: i
         numbers = any(isinstance(row[i], int | float) for row in rows)
         columns.append([cell.rjust(width) if numbers else cell.ljust(width) for cell in column])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+def readable_size(n_bytes: float) -> str:
+    """Write a number of bytes with three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 999.5:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} TB"
 
 
 def _cell(value: Any, decimals: int | None) -> str:
@@ -131,16 +140,16 @@ def read_sections(
 
 @contextmanager
 def written(*targets: Path | None, overwrite: bool, marks: Sequence[str] = ZARR_MARKS) -> Iterator[list[Path]]:
-    """Give names to write to, beside the targets; they become the targets when all is written, and go after an error.
+    """Yield temporary names next to the targets; they become the targets at the end, and are removed after an error.
 
     Parameters
     ----------
     targets
-        Files and folders; ``None`` is one that is not asked for, whose name is of no use.
+        Files and folders; ``None`` for an output that is not wanted.
     overwrite
-        Replace what is there: a file, or a folder with one of ``marks`` in it, if such was to be written.
+        Replace an existing file, or an existing folder that contains one of ``marks``.
     marks
-        Names in a folder that make it one of ours.
+        Names that only folders written by histosge contain.
     """
     wanted = [target for target in targets if target is not None]
     if len({target.resolve() for target in wanted}) < len(wanted):
@@ -152,9 +161,9 @@ def written(*targets: Path | None, overwrite: bool, marks: Sequence[str] = ZARR_
     pairs = [(new, target) for new, target in zip(fresh, targets, strict=True) if target is not None]
     try:
         for new, target in pairs:
-            try:  # before the work, and not after it
+            try:  # an error before the work, not after it
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _remove(new)  # of a run that was killed
+                _remove(new)  # left by a run that was killed
                 new.touch()
                 _remove(new)
             except OSError as err:
@@ -162,7 +171,7 @@ def written(*targets: Path | None, overwrite: bool, marks: Sequence[str] = ZARR_
                 raise OSError(msg) from err
         yield fresh
         for new, target in pairs:
-            # what was there stays until there is something better
+            # the old output stays until the new one has its name
             old = target.with_name(f".old.{target.name}")
             _remove(old)
             if target.exists():
@@ -176,7 +185,7 @@ def written(*targets: Path | None, overwrite: bool, marks: Sequence[str] = ZARR_
             _remove(old)
     finally:
         for new, _ in pairs:
-            with suppress(OSError):  # what went wrong before is what to tell
+            with suppress(OSError):  # do not hide an earlier error
                 _remove(new)
 
 
@@ -188,7 +197,7 @@ def _remove(path: Path) -> None:
 
 
 def _refuse_foreign(path: Path, *, overwrite: bool, marks: Sequence[str]) -> None:
-    """Refuse to write where something is; with ``overwrite``, where that does not look like results of ours."""
+    """Refuse to replace anything; with ``overwrite``, anything that does not look like results of histosge."""
     if not path.exists():
         return
     of_ours = any((path / mark).exists() for mark in marks) if path.is_dir() else path.suffix not in ("", ".zarr")
@@ -199,7 +208,7 @@ def _refuse_foreign(path: Path, *, overwrite: bool, marks: Sequence[str]) -> Non
 
 
 def refuse_input_as_output(sources: Sequence[Path], target: Path, *, name: str) -> None:
-    """Refuse to write over, or around, what is read."""
+    """Refuse an output that is the input, or contains it."""
     for source in sources:
         if source.resolve().is_relative_to(target.resolve()):
             msg = f"{name} is or holds IN ({target}): choose another name, nothing of the input is overwritten."
@@ -207,7 +216,7 @@ def refuse_input_as_output(sources: Sequence[Path], target: Path, *, name: str) 
 
 
 def held_out_lines(held_out: dict[str, Any]) -> list[str]:
-    """Scores of heads, best first, a line each."""
+    """One line for each head, best first."""
     ranked = sorted(held_out.items(), key=lambda item: -item[1]["pcc"])
     width = max(len(name) for name in held_out)
     return [
@@ -363,7 +372,7 @@ COMPUTE = (
     click.option("--no-cache", is_flag=True, help="Neither read nor keep embeddings; see `histosge cache`."),
 )
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace what an earlier run wrote there.")
-JSON = click.option("--json", "as_json_", is_flag=True, help="Tell the result on standard output, as JSON.")
+JSON = click.option("--json", "as_json_", is_flag=True, help="Print the result on standard output, as JSON.")
 
 
 def cache_setting(*, no_cache: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from histosge.datasets._published import (
     published,
 )
 from histosge.datasets._registry import NOT_STATED, SECTIONS, RemoteFile  # noqa: F401
-from histosge.datasets._simulation import expected_rates, glands, hidden_fields, sample  # noqa: F401
+from histosge.datasets._simulation import expected_rates, glands, hidden_fields, parts, sample  # noqa: F401
 from histosge.datasets._synthetic import synthetic, synthetic_truth
 
 __all__ = [

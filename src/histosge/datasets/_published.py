@@ -1,4 +1,4 @@
-"""Sections that others have published: downloaded once, parsed at every call."""
+"""Sections that others have published: downloaded once, read at every call."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def published() -> pd.DataFrame:
-    """List the published sections that can be downloaded, and those that are here already.
+    """List the published sections that can be downloaded, and which of them are on disk.
 
-    Nothing is downloaded for it. Addresses and hashes were taken from public code in November 2026 and are checked at
+    This downloads nothing. Addresses and hashes were taken from public code in November 2026 and are checked at
     use.
 
     Returns
@@ -30,18 +30,18 @@ def published() -> pd.DataFrame:
     DataFrame, one row a section, indexed by the name that :func:`fetch` takes, with the columns
 
     ``technology``, ``tissue``
-        What was measured on what.
+        Technology of the measurement, and the tissue.
     ``size_gb``
-        About, of the download, in gigabytes (10⁹ bytes); NaN where no public source states it.
+        Approximate size of the download in gigabytes (10⁹ bytes); NaN where no public source states it.
     ``licence``
         Of the data, or "not stated".
     ``citation``, ``url``
         What to cite, and the page of the source.
     ``on_disk``
-        All files are here.
+        All files are on disk.
     ``folder``
-        Where they lie, or would: below the environment variable ``HISTOSGE_DATA`` or, without it, ``histosge/datasets``
-        in the system's cache folder.
+        Folder of the files, which need not exist yet: in the folder that the environment variable ``HISTOSGE_DATA``
+        names or, without it, in ``histosge/datasets`` in the system's cache folder.
 
     See Also
     --------
@@ -114,7 +114,7 @@ def fetch(name: str) -> Path:
 
 
 def load(name: str) -> SpatialData:
-    """Read a published section by its name, after downloading what is missing of it.
+    """Read a published section by its name, and download its missing files first.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def load(name: str) -> SpatialData:
 
     Returns
     -------
-    A ``SpatialData`` with image, spots or bins, and table of raw counts; more of some, as their own functions say.
+    A ``SpatialData`` with image, spots or bins, and table of raw counts; some have more, as their functions document.
 
     Raises
     ------
@@ -304,7 +304,7 @@ def her2st(section: str = "C2") -> SpatialData:
 
 
 def _add_layers(sdata: SpatialData, path: Path, *, section: str) -> None:
-    """Write the authors' layers, which one file has for all sections, to the table of one."""
+    """Write the authors' layers to the table; one file holds those of all sections."""
     import pandas as pd
 
     (table,) = sdata.tables.values()

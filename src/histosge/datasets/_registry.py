@@ -1,8 +1,8 @@
-"""What there is to download: addresses, hashes and terms of published sections, as public sources state them.
+"""Published sections that can be downloaded: addresses, hashes and licences, as public sources state them.
 
-Nothing was downloaded to write this file. Every address was read in public code in November 2026; where, the comments
-say. Those of her2st are put together from the repository's name, commits and paths. A ``sha256`` stands here only where
-somebody has published it. The others are recorded at the first download and compared ever after.
+Nothing was downloaded to write this file. Every address was read in public code in November 2026; the comments say
+where. The addresses of her2st are composed of the repository's name, commits and paths. A ``sha256`` is given only where
+somebody has published it; for other files it is recorded at the first download and compared from then on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RemoteFile:
     sha256: str | None = None
     """``None`` where no public source states it"""
     unpack: str | None = None
-    """Of a tar archive: the folder that is in it, or that what is in it belongs into. The archive goes away"""
+    """For a tar archive, which is removed: the folder that it holds, or the folder for its contents"""
 
 
 @dataclass(frozen=True)

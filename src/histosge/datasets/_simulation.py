@@ -1,6 +1,6 @@
-"""A tissue of which everything is known: hidden fields, what they express, and how they look under the microscope.
+"""A simulated tissue with known truth: hidden fields, the expression that follows from them, and their H&E image.
 
-Positions are (x, y) in µm. Rasters hold the middle of their cells.
+Positions are (x, y) in µm. A value of a raster belongs to the centre of its cell.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 PITCH_UM, MARGIN_UM = 100.0, 250.0
 RASTER_UM = 8.0
 COARSE_UM, DETAIL_UM = 250.0, 70.0
-"""Sigma of the hidden fields."""
+"""Sigma of the hidden fields"""
 _GLAND_RASTER_UM = 4.0
 _CROSSINGS = 4.44
-"""Mean distance of the zeros of Gaussian noise along a line, in sigmas of its filter (Rice, 1945)."""
+"""Mean distance of the zeros of Gaussian noise along a line, in sigmas of its filter (Rice, 1945)"""
 _GLAND_FACTOR, _GLAND_STAIN = 0.8, 0.15
 _PART = 2**24
-"""Values that are worked on at once, 128 MiB of float64."""
+"""Values that are computed at once, 128 MiB of float64"""
 # optical density of a full stain in red, green and blue
 _HAEMATOXYLIN, _EOSIN = np.array([0.65, 0.70, 0.29]), np.array([0.07, 0.99, 0.11])
 
 
-def parts(n: int, values: int) -> Iterator[slice]:
-    """Rows to work on at once, where each makes so many values."""
-    step = max(1, _PART // max(1, values))
+def parts(n: int, values: int, *, most: int | None = None) -> Iterator[slice]:
+    """Split ``n`` rows of so many values each into slices of at most ``most`` values."""
+    step = max(1, (_PART if most is None else most) // max(1, values))
     for start in range(0, n, step):
         yield slice(start, start + step)
 
@@ -64,7 +64,7 @@ def hidden_fields(params: dict[str, Any]) -> tuple[NDArray[np.float64], NDArray[
 def sample(
     rasters: NDArray[np.float64], xy_um: NDArray[np.float64], *, raster_um: float = RASTER_UM
 ) -> NDArray[np.float64]:
-    """Read rasters (k, h, w) at places (n, 2): (n, k)."""
+    """Interpolate rasters (k, h, w) at places (n, 2): (n, k)."""
     from scipy.ndimage import map_coordinates
 
     at = xy_um.T[::-1] / raster_um - 0.5
@@ -74,7 +74,7 @@ def sample(
 def expected_rates(
     fields: NDArray[np.float64], params: dict[str, Any], xy_um: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Expected counts, up to library size, at places (n, 2): (n, genes)."""
+    """Expected counts at places (n, 2), up to a factor for each place: (n, genes)."""
     random = np.random.default_rng([params["genes_seed"], 2])
     n_genes = params["n_genes"]
     loading = np.zeros((len(fields), n_genes))
@@ -107,7 +107,7 @@ def glands(params: Mapping[str, Any]) -> NDArray[np.float64] | None:
 
 
 def _gland_factors(params: Mapping[str, Any]) -> NDArray[np.float64]:
-    """Logarithm of how much more of each gene there is in glands, (genes,); more than half of the genes care."""
+    """Log fold change of each gene from stroma to glands, (genes,); more than half of the genes change."""
     random, n_genes = np.random.default_rng([params["genes_seed"], 4]), params["n_genes"]
     factor = random.choice([-1.0, 1.0], n_genes) * random.uniform(0.5, 1.0, n_genes) * (random.random(n_genes) < 0.6)
     factor[n_genes - n_genes // 5 :] = 0
@@ -115,6 +115,7 @@ def _gland_factors(params: Mapping[str, Any]) -> NDArray[np.float64]:
 
 
 def disc_points(radius_um: float) -> NDArray[np.float64]:
+    """Points of a 7 x 7 grid inside a disc around the origin, (k, 2)."""
     x, y = (a.ravel() for a in np.meshgrid(*[np.linspace(-radius_um, radius_um, 7)] * 2))
     return np.column_stack([x, y])[np.hypot(x, y) <= radius_um]
 
@@ -127,9 +128,9 @@ def draw(
     random: np.random.Generator,
     inside: NDArray[np.float64] | None = None,
 ) -> NDArray[np.uint8]:
-    """Draw the H&E image: nuclei, stroma and lumen by the fields, light absorbed by Beer and Lambert's law.
+    """Draw the H&E image (h, w, 3): nuclei, stroma and lumen follow the fields, absorption follows Beer and Lambert's law.
 
-    ``inside`` says where there are glands, which are bluer than the stroma around them.
+    ``inside`` is 1 in glands, which are bluer than the stroma around them, and 0 elsewhere.
     """
     from scipy.ndimage import affine_transform, gaussian_filter, zoom
 
@@ -148,7 +149,7 @@ def draw(
         noise *= np.float32(gain / mpp)
         return noise
 
-    # nuclei: seeds thinned by the field, small ones and large ones in shares that follow another field
+    # nuclei: one field sets their density, another the shares of small and large ones
     per_um2 = 0.0035 * np.exp(0.6 * crowding) * tissue
     n_small = random.poisson(per_um2 * RASTER_UM**2 / (1 + np.exp(1.5 * size)))
     n_large = random.poisson(per_um2 * RASTER_UM**2 / (1 + np.exp(-1.5 * size)))
@@ -165,7 +166,7 @@ def draw(
         dots *= np.float32(2 * np.pi * (sigma_um / mpp) ** 2)
         haematoxylin += np.minimum(dots, 1.3, out=dots)
     del dots
-    # whole images are held in float32, and few at once: all that needs more is done in strips
+    # memory: few whole images at once, in float32; everything else in strips
     eosin, rosy = mottled(2.0, 4.0), fine(pink)
     for rows in parts(h, w):
         eosin[rows] = 0.32 + 0.10 * np.tanh(rosy[rows]) + 0.05 * eosin[rows]

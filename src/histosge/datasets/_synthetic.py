@@ -1,4 +1,4 @@
-"""Sections with known truth, made offline."""
+"""Synthetic sections with known truth, made offline."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["synthetic", "synthetic_truth"]
 
-_SPOT_UM, _DRAWN_SPOT_UM = 55.0, 65.0  # readers store a spot that is drawn too large
+_SPOT_UM, _DRAWN_SPOT_UM = 55.0, 65.0  # readers store larger circles than the physical spots
 _FINEST_UM = 2 * RASTER_UM
 _GLANDS_UM = (16.0, 200.0)
 _BIN_POINT_UM = 5.0
@@ -45,7 +45,7 @@ _UNS = "synthetic"
 
 @dataclass(frozen=True)
 class _Places:
-    """What is measured: n spots or bins, and how readers name them."""
+    """The n spots or bins that are measured, with the names that readers give them."""
 
     shapes_key: str
     table_key: str
@@ -55,15 +55,15 @@ class _Places:
     array_row: NDArray[np.int64]
     array_col: NDArray[np.int64]
     instances: NDArray[Any]
-    """(n,) what the shapes are indexed by"""
+    """(n,), index of the shapes"""
     names: NDArray[Any]
-    """(n,) what the rows of the table are called"""
+    """(n,), names of the rows of the table"""
     offsets_um: NDArray[np.float64]
-    """(k, 2), points around a centre: what is caught is their mean"""
+    """(k, 2), points around a centre: a place measures their mean"""
     counts: float
     """Median library size"""
     corners_um: NDArray[np.float64] | None = None
-    """(4, 2) around a centre; ``None`` where places are round"""
+    """(4, 2) around a centre; ``None`` for round places"""
 
 
 def synthetic(
@@ -78,17 +78,17 @@ def synthetic(
     bin_um: float | None = None,
     genes_rng: int | None = None,
 ) -> SpatialData:
-    """Make a section, Visium-like or as Visium HD, of which the truth is known everywhere.
+    """Make a section like Visium or Visium HD whose truth is known everywhere.
 
-    Four hidden fields cause both the image and the expression: how many nuclei there are, how large they are, how
-    pink the stroma is, and where it opens into lumen. The first and third change over a quarter of a millimetre, the
-    second and fourth over ``detail_um``. A fifth, coarse one is not visible in the image. A fifth of the genes follow
-    none. Counts are Poisson, with a random library size for each spot or bin; either catches the mean of what it
-    covers. What trips readers of real sections is here too: the drawn radius of a spot is not the physical one, rows
-    of the table are in another order than the shapes, the shapes' own coordinates are turned against the image, and no
-    coordinate system is called "global".
+    Four hidden fields cause both the image and the expression: the number of nuclei, their size, the pinkness of the
+    stroma, and its openings (lumen). The first and third vary over a quarter of a millimetre, the second and fourth over
+    ``detail_um``. A fifth, coarse field is not visible in the image. A fifth of the genes follow no field. Counts are
+    Poisson, with a random library size for each spot or bin, and each measures the mean of the area that it covers. The
+    section has the traps of real sections: the stored radius of a spot is not the physical one, rows of the table are
+    in another order than the shapes, the shapes' own coordinates are rotated against the image, and no coordinate system
+    is called "global".
 
-    The seed fixes the fields and which gene follows which: sections that differ in ``bin_um`` or ``mpp`` only have the
+    The seed fixes the fields and which gene follows which: sections that differ only in ``bin_um`` or ``mpp`` have the
     same truth, but other nuclei and counts.
 
     Parameters
@@ -107,14 +107,14 @@ def synthetic(
         Sigma of the Gaussian that smooths the two finely varying fields, 16 to 250 µm. Two places are correlated by
         ``exp(-(distance / (2 * detail_um)) ** 2)``: 70 is wider than a spot, 20 is structure that a spot averages over.
     gland_um
-        Width of glands, 16 to 200 µm: bluer bands with sharp edges, which more than half of the genes tell from the stroma
-        around them; structure below a spot. ``None`` grows none.
+        Width of glands, 16 to 200 µm: bluer bands with sharp edges, structure smaller than a spot. More than half of the
+        genes differ between glands and stroma. ``None`` makes none.
     bin_um
-        Edge of contiguous square bins, as Visium HD has, that cover the array's extent instead of its spots: a whole
-        number from 2 to 100. Bins hold counts by their area, as many in a µm² as spots. ``None`` measures spots.
+        Edge of contiguous square bins, as of Visium HD, that replace the spots: a whole number from 2 to 100. Bins hold
+        as many counts in a µm² as spots. ``None`` measures spots.
     genes_rng
-        Seed of which gene follows which field: sections of one ``genes_rng`` and several ``rng`` are several sections of
-        one tissue. ``None`` takes ``rng``.
+        Seed of which gene follows which field: sections with the same ``genes_rng`` and different ``rng`` are sections of
+        one kind of tissue. ``None`` takes ``rng``.
 
     Returns
     -------
@@ -134,7 +134,8 @@ def synthetic(
     ``obsm["spatial"]``
         (x, y) in pixels of the image.
     ``uns["synthetic"]``
-        ``n_rows``, ``n_cols``, ``n_genes``, ``seed``, ``genes_seed``, ``detail_um`` and ``gland_um`` (0 for none): all that :func:`synthetic_truth` needs.
+        ``n_rows``, ``n_cols``, ``n_genes``, ``seed``, ``genes_seed``, ``detail_um`` and ``gland_um`` (0 for none), which
+        :func:`synthetic_truth` needs.
 
     Raises
     ------
@@ -203,14 +204,14 @@ def synthetic(
 
 
 def synthetic_truth(sdata: SpatialData, *, target_key: str = "spots") -> pd.DataFrame:
-    """Give the expected expression of a synthetic section at any of its shapes.
+    """Compute the expected expression of a synthetic section at any of its shapes.
 
     Parameters
     ----------
     sdata
         What :func:`synthetic` returned, also after writing and reading it.
     target_key
-        Shapes to give it for: their centres.
+        Shapes at whose centres to compute it.
 
     Returns
     -------
@@ -276,14 +277,14 @@ def _check(*, detail_um: float, gland_um: float | None, bin_um: float | None) ->
 
 
 def _params(uns: Mapping[str, Any]) -> dict[str, Any]:
-    """What a table remembers, as Python's own numbers; sections of earlier versions have what was usual then."""
+    """Parameters that a table stores, as Python numbers; sections of earlier versions lack some, which get defaults."""
     usual = {"detail_um": DETAIL_UM, "gland_um": 0.0}
     read = {name: int(value) for name, value in uns.items() if name not in usual}
     return {"genes_seed": read["seed"]} | read | {name: float(uns.get(name, value)) for name, value in usual.items()}
 
 
 def _spots(n_rows: int, n_cols: int, tissue: NDArray[np.bool_]) -> _Places:
-    """Spots of a hexagonal array, with the disc that each catches."""
+    """Spots of a hexagonal array."""
     row, col = (a.ravel() for a in np.meshgrid(np.arange(n_rows), np.arange(n_cols), indexing="ij"))
     xy_um = np.column_stack([PITCH_UM * (col + 0.5 * (row % 2)), PITCH_UM * np.sqrt(0.75) * row]) + MARGIN_UM
     on_tissue = _on_tissue(tissue, xy_um)
@@ -304,7 +305,7 @@ def _spots(n_rows: int, n_cols: int, tissue: NDArray[np.bool_]) -> _Places:
 
 
 def _bins(n_rows: int, n_cols: int, tissue: NDArray[np.bool_], *, bin_um: int) -> _Places:
-    """Square bins side by side over the extent of the array."""
+    """Contiguous square bins over the extent of the array."""
     shape = (int(n_rows * PITCH_UM * np.sqrt(0.75) // bin_um), int(n_cols * PITCH_UM // bin_um))
     row, col = (a.ravel() for a in np.indices(shape))
     xy_um = MARGIN_UM + bin_um * (np.column_stack([col, row]).astype(float) + 0.5)
@@ -337,7 +338,7 @@ def _on_tissue(tissue: NDArray[np.bool_], xy_um: NDArray[np.float64]) -> NDArray
 def _counts(
     places: _Places, fields: NDArray[np.float64], params: dict[str, Any], random: np.random.Generator
 ) -> sparse.csr_matrix:
-    """Draw what is measured, part by part and in the order of one draw: (n, genes) float32."""
+    """Draw the counts in parts, with the random numbers of one draw: (n, genes) float32."""
     from scipy import sparse
 
     n, n_points, n_genes = len(places.xy_um), len(places.offsets_um), params["n_genes"]
@@ -352,7 +353,7 @@ def _counts(
 
 
 def _own_shapes(places: _Places) -> tuple[GeoDataFrame, NDArray[np.float64]]:
-    """Shapes in their own coordinates, half-µm units, turned and shifted; the matrix (3, 3) that turns them back."""
+    """Shapes in their own coordinates (half µm, rotated, shifted), and the matrix (3, 3) back to µm of the image."""
     import geopandas as gpd
     import shapely
 
