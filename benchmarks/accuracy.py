@@ -89,9 +89,9 @@ def parts(model: Model) -> list[Model]:
 
 def run(name: str, *, seeds: range, heads: list[str], permute: bool = False) -> None:
     names, split, plan, choices = RUNS[name]
-    several, recipe = [], None
+    several, config = [], None
     for one in names:
-        measured, recipe = measure(one, permute=permute)
+        measured, config = measure(one, permute=permute)
         several.append(measured)
     ceilings = {m.name: pd.Series(noise_ceiling(m.counts), m.section.genes) for m in several}
     device = torch.device("cpu")
@@ -113,7 +113,7 @@ def run(name: str, *, seeds: range, heads: list[str], permute: bool = False) -> 
                         continue
                     start = time()
                     model = fit_model(
-                        trial.sections, trial.embeddings, recipe=recipe, parts=trial.parts, head=head, genes=wanted, n_folds=5,
+                        trial.sections, trial.embeddings, config=config, parts=trial.parts, head=head, genes=wanted, n_folds=5,
                         rng=np.random.default_rng(seed), device=device, baselines=(), progress=False,
                     )  # fmt: skip
                     for each in parts(model):

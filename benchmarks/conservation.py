@@ -38,9 +38,9 @@ CPU = torch.device("cpu")
 N_FOLDS = 5
 
 
-def fit(sections, embeddings, recipe, genes, seed: int):
+def fit(sections, embeddings, config, genes, seed: int):
     return fit_model(
-        sections, embeddings, recipe=recipe, head=HEAD, genes=genes, n_folds=N_FOLDS, rng=np.random.default_rng(seed),
+        sections, embeddings, config=config, head=HEAD, genes=genes, n_folds=N_FOLDS, rng=np.random.default_rng(seed),
         device=CPU, level=None, baselines=(), progress=False,
     )  # fmt: skip
 
@@ -68,8 +68,8 @@ def at_spots(model, spots, seed: int) -> dict[str, np.ndarray]:
 
 
 def colon(seeds: range) -> None:
-    one, recipe = measure("mouse_colon_visium")
-    members_of_big_spots(one, recipe, seeds, seurat_genes)
+    one, config = measure("mouse_colon_visium")
+    members_of_big_spots(one, config, seeds, seurat_genes)
 
 
 def poisson(seeds: range) -> None:
@@ -80,7 +80,7 @@ def poisson(seeds: range) -> None:
     members_of_big_spots(one, None, seeds, lambda _: "all")
 
 
-def members_of_big_spots(one: Measured, recipe, seeds: range, choose) -> None:
+def members_of_big_spots(one: Measured, config, seeds: range, choose) -> None:
     tables = []
     for seed in seeds:
         (trial,) = trials([one], Plan("pseudo-spots", "held-out", 1, 1), rng=np.random.default_rng(seed))
@@ -95,7 +95,7 @@ def members_of_big_spots(one: Measured, recipe, seeds: range, choose) -> None:
             msg = "these are not the counts of the trial's big spots: the draws of histosge._holdout have changed."
             raise RuntimeError(msg)
 
-        model = fit(trial.sections, trial.embeddings, recipe, choose(trial.sections), seed)
+        model = fit(trial.sections, trial.embeddings, config, choose(trial.sections), seed)
         members, truth = ask(model, trial, device=CPU)
         spots = stack_sections(trial.sections, trial.embeddings, model.context_genes)
         said = at_spots(model, spots, seed)

@@ -74,7 +74,7 @@ def fitted(options) -> Fitted:
     at_spots = embedder.embed_spots()
     parts = [embedder.embed_parts()] if dense else None
     model = fit_model(
-        [section], [at_spots], recipe=embedder.config, head=options.head, genes=N_GENES, n_folds=5,
+        [section], [at_spots], config=embedder.config, head=options.head, genes=N_GENES, n_folds=5,
         rng=np.random.default_rng(0), device=embedder.device, parts=parts, progress=False,
     )  # fmt: skip
     if kept is not None:

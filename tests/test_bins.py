@@ -485,24 +485,24 @@ def test_bins_from_tiles_where_that_is_asked(small):
 def test_a_model_keeps_its_way(small, model):
     """Dense or not is the model's; to contradict it is an error."""
     tiles = sge.tl.fit(small, **FAST)
-    assert tiles.recipe.dense is False
-    assert model.recipe.dense is True
+    assert tiles.config.dense is False
+    assert model.config.dense is True
     for one in (tiles, model):
         ask = {"model": one, "encoder": Colours(), "inplace": False}
         for what in ({"bin_um": 16}, {"upsample": 2}):
-            assert sge.tl.predict(small, **ask, **what).uns["histosge"]["dense"] is one.recipe.dense
-        same = sge.tl.predict(small, bin_um=16, dense=one.recipe.dense, **ask)
-        assert same.uns["histosge"]["dense"] is one.recipe.dense
-        other = not one.recipe.dense
+            assert sge.tl.predict(small, **ask, **what).uns["histosge"]["dense"] is one.config.dense
+        same = sge.tl.predict(small, bin_um=16, dense=one.config.dense, **ask)
+        assert same.uns["histosge"]["dense"] is one.config.dense
+        other = not one.config.dense
         said = refuses(small, f"dense={other}, but the model", bin_um=16, dense=other, **ask)
-        assert f"trained with dense={one.recipe.dense}" in said
+        assert f"trained with dense={one.config.dense}" in said
 
 
 def test_dense_survives_saving(model, tmp_path):
     model.save(tmp_path)
     loaded = sge.Model.load(tmp_path)
-    assert loaded.recipe == dataclasses.replace(model.recipe, encoder=loaded.recipe.encoder)
-    assert loaded.recipe.token_um == 6.0
+    assert loaded.config == dataclasses.replace(model.config, encoder=loaded.config.encoder)
+    assert loaded.config.token_um == 6.0
     assert loaded.fingerprint() == model.fingerprint()
 
 

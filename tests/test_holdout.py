@@ -105,10 +105,10 @@ def plan(split, **changes):
     return Plan(**given | changes)
 
 
-def fit(trial, recipe, **changes):
+def fit(trial, config, **changes):
     given = {"head": "ridge", "genes": 20, "n_folds": 2, "level": None, "baselines": (), "progress": False}
     rng = np.random.default_rng(changes.pop("seed", 0))
-    return fit_model(trial.sections, trial.embeddings, recipe=recipe, rng=rng, device=CPU, **given | changes)
+    return fit_model(trial.sections, trial.embeddings, config=config, rng=rng, device=CPU, **given | changes)
 
 
 # --------------------------------------------------------------------------------------------------- the table
@@ -137,7 +137,7 @@ def test_every_split_gives_the_documented_table(ready, split):
 
 def test_scores_are_those_of_a_hand(ready, room):
     """Random split, ridge: the split, the fit and every score done again without the room."""
-    one, recipe = room
+    one, config = room
     scores = score(ready, split="random", n_splits=1, heads=["ridge"], rng=3, n_folds=3)
     rng = np.random.default_rng(3)
     order = rng.permutation(len(one.section.xy_px))
@@ -145,7 +145,7 @@ def test_scores_are_those_of_a_hand(ready, room):
     seed = rng.integers(2**63 - 1, size=1)[0]
     known = one.section.take(train)
     model = fit_model(
-        [known], [one.embedding[train]], recipe=recipe, head="ridge", genes=20, n_folds=3, level=0.9, baselines=(),
+        [known], [one.embedding[train]], config=config, head="ridge", genes=20, n_folds=3, level=0.9, baselines=(),
         rng=np.random.default_rng(seed), device=CPU, progress=False,
     )  # fmt: skip
     predicted = model.predict(
@@ -296,11 +296,11 @@ def two_worlds(room, other_room, split, monkeypatch) -> tuple[Trial, Trial]:
 @pytest.mark.parametrize("split", SPLITS)
 def test_held_out_measurements_reach_no_prediction(room, other_room, split, monkeypatch):
     """Neither values nor the choice of genes, with and without spots as context."""
-    room, recipe = room
+    room, config = room
     first, second = two_worlds(room, other_room, split, monkeypatch)
     np.testing.assert_array_equal(first.rows, second.rows)
     for head in ("ridge", "mean") if split == "sections" else CHEAP:
-        one, other = (fit(trial, recipe, head=head, genes=8) for trial in (first, second))
+        one, other = (fit(trial, config, head=head, genes=8) for trial in (first, second))
         assert list(one.genes) == list(other.genes)
         assert list(one.context_genes) == list(other.context_genes)
         (predicted, measured), (same, changed) = (ask(m, t, device=CPU) for m, t in ((one, first), (other, second)))
@@ -310,26 +310,26 @@ def test_held_out_measurements_reach_no_prediction(room, other_room, split, monk
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_held_out_measurements_do_not_reach_the_default_head(room, other_room, split, monkeypatch):
-    room, recipe = room
+    room, config = room
     first, second = two_worlds(room, other_room, split, monkeypatch)
     train = in_context.train
     monkeypatch.setattr(
         in_context, "train", lambda *a, schedule, **k: train(*a, schedule=replace(schedule, n_steps=10), **k)
     )
     quick = {"genes": 8, "head": "in-context+kriging", "head_options": {"kriging": {"n_steps": 2}}}
-    predicted, same = (ask(fit(t, recipe, **quick), t, device=CPU)[0] for t in (first, second))
+    predicted, same = (ask(fit(t, config, **quick), t, device=CPU)[0] for t in (first, second))
     assert predicted.std(0).min() > 0
     np.testing.assert_array_equal(predicted, same)
 
 
 def test_spots_learnt_from_do_reach_predictions(room):
     """The other side of the tests above: had they compared nothing, this one would fail."""
-    room, recipe = room
+    room, config = room
     first = next(trials([room], plan("random"), rng=np.random.default_rng(1)))
     learnt = np.setdiff1d(np.arange(len(room.section.xy_px)), first.rows)
     second = next(trials([tampered(room, learnt)], plan("random"), rng=np.random.default_rng(1)))
     for head in CHEAP:
-        one, other = (ask(fit(t, recipe, head=head), t, device=CPU)[0] for t in (first, second))
+        one, other = (ask(fit(t, config, head=head), t, device=CPU)[0] for t in (first, second))
         assert (one != other).all(axis=0).any()
 
 
@@ -483,11 +483,11 @@ def reordered(one: Measured, genes) -> Measured:
 
 
 def test_genes_in_another_order_are_matched_by_name(room, other_room):
-    one, recipe = room
+    one, config = room
     mixed = reordered(other_room, list(np.random.default_rng(0).permutation(other_room.section.genes)))
     for several in ([one, mixed], [mixed, one]):
         for trial in trials(several, plan("sections"), rng=np.random.default_rng(0)):
-            model = fit(trial, recipe)
+            model = fit(trial, config)
             _, measured = ask(model, trial, device=CPU)
             scored = one if trial.name == one.name else mixed
             np.testing.assert_array_equal(measured, scored.section.dense(model.genes))
@@ -496,11 +496,11 @@ def test_genes_in_another_order_are_matched_by_name(room, other_room):
 
 def test_a_gene_that_a_section_lacks_is_not_scored(room, other_room):
     """It is no zero: as one, it would score 0 whatever is predicted."""
-    one, recipe = room
+    one, config = room
     lacking = reordered(other_room, list(other_room.section.genes[3:]))
     for several in ([one, lacking], [lacking, one]):
         scores = _holdout.evaluate(
-            several, plan("sections"), heads=["ridge"], recipe=recipe, genes=20, n_folds=2, level=None,
+            several, plan("sections"), heads=["ridge"], config=config, genes=20, n_folds=2, level=None,
             rng=np.random.default_rng(0), device=CPU, progress=False,
         )  # fmt: skip
         for _, part in scores.groupby("section"):

@@ -27,7 +27,7 @@ from histosge._statistics import block_folds, calibrate, random_folds
 
 CPU = torch.device("cpu")
 SPEC = EncoderSpec(name="by-hand", mpp=0.5, tile_px=224, embed_dim=10)
-RECIPE = EmbeddingConfig(SPEC.to_dict(), 112.0, ("pilm", "rgb"))
+CONFIG = EmbeddingConfig(SPEC.to_dict(), 112.0, ("pilm", "rgb"))
 OPTIONS = {"published": {"n_steps": 3}}
 every_head = pytest.mark.parametrize("head", sorted(HEADS))
 
@@ -61,7 +61,7 @@ def fit(section, embedding, *, head="ridge", genes=8, n_folds=3, seed=0, **kwarg
     return fit_model(
         sections,
         embeddings,
-        recipe=RECIPE,
+        config=CONFIG,
         head=head,
         genes=genes,
         n_folds=n_folds,
@@ -643,8 +643,8 @@ def test_round_trip(section, embedding, head, tmp_path):
     assert list(loaded.genes) == list(model.genes)
     assert list(loaded.context_genes) == list(model.context_genes)
     assert len(loaded.heads) == len(model.heads)
-    assert loaded.recipe.to_dict() == model.recipe.to_dict()
-    assert loaded.recipe.stack == ("pilm", "rgb")
+    assert loaded.config.to_dict() == model.config.to_dict()
+    assert loaded.config.stack == ("pilm", "rgb")
     pd.testing.assert_frame_equal(loaded.scores, model.scores, check_dtype=False, check_names=False)
     assert repr(loaded) == repr(model)
     pd.testing.assert_frame_equal(loaded.training, model.training)
@@ -737,9 +737,9 @@ def test_loading_another_format(ridge, tmp_path, version):
         Model.load(tmp_path)
 
 
-def test_recipe_is_plain():
+def test_config_is_plain():
     """For JSON and ``uns``: no tuples, no None."""
-    plain = RECIPE.to_dict()
+    plain = CONFIG.to_dict()
     assert json.loads(json.dumps(plain)) == plain
     assert (plain["tile_um"], plain["stack"], plain["encoder"]["name"]) == (112.0, "pilm+rgb", "by-hand")
     assert None not in plain["encoder"].values()

@@ -265,7 +265,7 @@ def evaluate(
     plan: Plan,
     *,
     heads: Sequence[str],
-    recipe: EmbeddingConfig,
+    config: EmbeddingConfig,
     genes: int | Sequence[str] | str,
     n_folds: int,
     level: float | None,
@@ -287,7 +287,7 @@ def evaluate(
                     model = fit_model(
                         trial.sections,
                         trial.embeddings,
-                        recipe=recipe,
+                        config=config,
                         parts=trial.parts,
                         head=head,
                         genes=genes,

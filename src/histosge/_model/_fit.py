@@ -37,7 +37,7 @@ def fit_model(
     sections: Sequence[Section],
     embeddings: Sequence[NDArray[np.float32]],
     *,
-    recipe: EmbeddingConfig,
+    config: EmbeddingConfig,
     head: str,
     genes: int | Sequence[str] | str,
     n_folds: int,
@@ -104,7 +104,7 @@ def fit_model(
     scores.index.name = None
     found = pd.Index(scores.index), pd.Index(names[union]), fitted.heads
     kept = replace(spots, parts=None).to("cpu")
-    return Model(head, *found, scores, held_out, recipe, kept, bars, info, training_table(fitted.losses))
+    return Model(head, *found, scores, held_out, config, kept, bars, info, training_table(fitted.losses))
 
 
 def check_arguments(

@@ -1,4 +1,4 @@
-"""A fitted model: heads of all folds, genes, recipe of the embedding, held-out scores; JSON and safetensors on disk."""
+"""A fitted model: heads of all folds, genes, config of the embedding, held-out scores; JSON and safetensors on disk."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class Model:
         Mean PCC and MSE on held-out spots, of this head, of its parts and of the simple rivals on the same folds.
     bars
         Error bars, calibrated on the held-out spots; ``None`` if they were not asked for.
-    recipe
-        How places must be embedded: encoder, tile in µm, stacked maps.
+    config
+        How places are embedded: encoders, the scale that each is fed, dense or not.
     info
         Provenance: the split, numbers of folds, spots and sections, pitch and width of the spots in µm.
     spots
@@ -86,7 +86,7 @@ class Model:
     heads: list[tuple[float, Head]]
     scores: pd.DataFrame
     held_out: dict[str, dict[str, float]]
-    recipe: EmbeddingConfig
+    config: EmbeddingConfig
     spots: Spots
     bars: PredictionIntervals | None = None
     info: dict[str, Any] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class Model:
     def __repr__(self) -> str:
         pcc = self.held_out[self.head]["pcc"]
         return (
-            f"Model: {self.head} on {self.recipe.encoder['name']}, {len(self.genes)} genes, "
+            f"Model: {self.head} on {self.config.encoder['name']}, {len(self.genes)} genes, "
             f"held-out PCC {pcc:.3f} (mean over genes)"
         )
 
@@ -216,7 +216,7 @@ class Model:
                 digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         for tensor in (self.spots.embedding, self.spots.expression, self.spots.xy_um):
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        digest.update(json.dumps([*self.genes, *self.context_genes, self.recipe.to_dict()], sort_keys=True).encode())
+        digest.update(json.dumps([*self.genes, *self.context_genes, self.config.to_dict()], sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -259,7 +259,7 @@ class Model:
                 for (weight, head), (c, _) in zip(self.heads, states, strict=True)
             ],
             "held_out": self.held_out,
-            "recipe": self.recipe.to_dict(),
+            "embedding": self.config.to_dict(),
             "context_genes": list(self.context_genes),
             "pitch_um": self.spots.pitch_um,
             "info": self.info,
@@ -315,7 +315,7 @@ class Model:
             heads,
             scores,
             config["held_out"],
-            EmbeddingConfig.from_dict(config["recipe"]),
+            EmbeddingConfig.from_dict(config["embedding"]),
             Spots(tensors["spots.embedding"], tensors["spots.expression"], tensors["spots.xy_um"], config["pitch_um"]),
             PredictionIntervals.from_arrays(bars) if bars else None,
             config["info"],

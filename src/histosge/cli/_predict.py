@@ -134,7 +134,7 @@ def predict(
             found = True
             if model is not None:
                 options["model"] = sge.Model.load(model)
-                trained_with = options["model"].recipe.encoder
+                trained_with = options["model"].config.encoder
                 found = trained_with["source"] in ("built-in", "lazyslide-models")
                 if not _given("encoder"):
                     options["encoder"] = trained_with["name"]

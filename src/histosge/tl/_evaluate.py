@@ -190,7 +190,7 @@ def evaluate(
         measured,
         plan,
         heads=heads,
-        recipe=embedder.config,
+        config=embedder.config,
         genes=genes,
         n_folds=n_folds,
         level=level,

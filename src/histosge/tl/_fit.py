@@ -109,7 +109,7 @@ def fit(
     return fit_model(
         sections,
         values,
-        recipe=embedder.config,
+        config=embedder.config,
         parts=parts or None,
         head=head,
         genes=genes,

@@ -233,10 +233,10 @@ def predict(
     run = pick(options, Running)
     learn: dict[str, Any] = {}
     if model is not None:
-        if dense not in (None, model.recipe.dense):
-            msg = f"dense={dense!r}, but the model was trained with dense={model.recipe.dense!r}. Leave dense= out."
+        if dense not in (None, model.config.dense):
+            msg = f"dense={dense!r}, but the model was trained with dense={model.config.dense!r}. Leave dense= out."
             raise ValueError(msg)
-        embedder = Embedder.of_model(section, model.recipe, encoder, **run)
+        embedder = Embedder.of_model(section, model.config, encoder, **run)
         n_genes = len(model.genes)
     else:
         if dense is None:
@@ -310,7 +310,7 @@ def _fit(embedder: Embedder, at_spots: NDArray[np.float32], *, head: str, **lear
     return fit_model(
         [embedder.section],
         [at_spots],
-        recipe=embedder.config,
+        config=embedder.config,
         head=head,
         parts=parts,
         device=embedder.device,
