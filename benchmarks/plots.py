@@ -3,7 +3,7 @@
     python benchmarks/plots.py [--places 10000 660000 1000000] [--cases expression lazy hd domains] [--genes 1]
 
 A square section of 8 µm bins at 0.5 µm per pixel is built once under benchmarks/out/work: image in chunks of 2048 px without a pyramid,
-Visium spots over it, a table of 20 predicted genes with error bars as ``predict(store=)`` writes it, and for "hd" a measured
+Visium spots over it, a table of 20 predicted genes with numbers of prediction intervals as ``predict(store=)`` writes it, and for "hd" a measured
 table of the same bins, 1000 genes. Timed are the call and the drawing of a PNG at 100 dpi; peak memory is that of the whole process,
 libraries and reading included. The case "rival" draws one panel by spatialdata-plot, if it is installed, for comparison.
 """
@@ -87,7 +87,9 @@ def build(n: int) -> Path:
             "spots": "spots",
             "table": "table",
         }
-        made |= {"coordinate_system": "global", "technology": "visium", "level": 0.9}
+        made |= {"coordinate_system": "global", "technology": "visium", "n_spots": 4992}
+        numbers = np.zeros((20, 5), np.float32) + np.array([0.1, 0.1, 0.05, 9, 1.6], np.float32)
+        made["intervals"] = {"levels": np.array([0.9])}
         domain = pd.Categorical(np.digitize(wave[:, 0], [-1, -0.5, 0, 0.5, 1]).astype(str))
         store = TableStore.open(path, recipe={"n": n}, n_rows=len(xy), part_rows=32_768)
         for part in range(store.n_parts):
@@ -96,7 +98,7 @@ def build(n: int) -> Path:
                 values[rows],
                 obs=pd.DataFrame({"domain": domain[rows]}, index=names[rows]),
                 var=pd.DataFrame({"held_out_pcc": np.full(20, 0.5, np.float32)}, index=[f"g{i}" for i in range(20)]),
-                layers={"lower": values[rows] - 1, "upper": values[rows] + 1 + np.abs(values[rows])},
+                varm={"histosge_intervals": numbers},
                 obsm={"spatial": xy[rows]},
                 uns={"histosge": made},
             )

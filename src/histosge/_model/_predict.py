@@ -105,7 +105,7 @@ class Predictor:
             self.embedder.section,
             self.targets.take(rows),
             expression=expression[: len(rows)],
-            bars=self.model.bars,
+            intervals=self.model.intervals if self.embedder.section.measured else None,
             var=var,
             layers=layers,
             provenance=self.provenance,
@@ -164,11 +164,10 @@ def check_memory(n_targets: int, n_genes: int, *, n_layers: int, available: int 
     n_bytes = n_targets * n_genes * 4 * (1 + n_layers)
     available = available_memory() if available is None else available
     if n_bytes * _SPARE > available:
-        less = ", level=None (no error bars)" if n_layers >= 3 else ""
         msg = (
             f"the table of {n_targets:,} places x {n_genes:,} genes takes {n_bytes / 2**30:.1f} GiB, and to predict it "
             f"{n_bytes * _SPARE / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of memory are free. Write it part by part "
-            f"with store='NAME.zarr', or ask for less: fewer genes=, larger bins{less}."
+            f"with store='NAME.zarr', or ask for less: fewer genes=, larger bins."
         )
         raise MemoryError(msg)
 

@@ -12,6 +12,7 @@ from histosge._geometry import (
     nearest_spots,
 )
 from histosge._section._coordinates import apply, scale_of
+from histosge._section._intervals import write_intervals
 from histosge._section._section import _regions, ours
 from histosge._settings import logger
 
@@ -61,7 +62,7 @@ def predicted_table(
     targets: Targets,
     *,
     expression: NDArray[np.float32],
-    bars: PredictionIntervals | None,
+    intervals: PredictionIntervals | None,
     var: pd.DataFrame,
     provenance: dict[str, Any],
     layers: dict[str, NDArray[np.float32]] | None = None,
@@ -81,12 +82,12 @@ def predicted_table(
     obs["in_spot"] = distance_um <= radius_um
     obs["distance_to_spot_um"] = distance_um.astype(np.float32)
     adata = ad.AnnData(X=expression, obs=obs, var=var)
-    if bars is not None:
-        adata.layers["sd"], adata.layers["lower"], adata.layers["upper"] = bars.around(expression)
     for name, values in (layers or {}).items():
         adata.layers[name] = values
     adata.obsm["spatial"] = targets.xy_px
     adata.uns[_keys.UNS] = provenance
+    if intervals is not None:
+        write_intervals(adata, intervals)
     # scanpy asks here whether, and to what base, values are logarithms; natural is written as no base at all
     adata.uns["log1p"] = {}
     return make_table(adata, region=targets.key, instances=targets.instances)

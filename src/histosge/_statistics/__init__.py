@@ -14,7 +14,16 @@ from histosge._statistics._domains import (
     domain_graph,
     find_domains,
 )
-from histosge._statistics._intervals import FLOOR, PredictionIntervals, calibrate, coverage, neighbour_average
+from histosge._statistics._intervals import (
+    FLOOR,
+    LEVEL,
+    LEVELS,
+    PredictionIntervals,
+    calibrate,
+    empirical_coverage,
+    interval_around,
+    neighbour_average,
+)
 from histosge._statistics._metrics import (
     BASELINES,
     better_baselines,
@@ -39,6 +48,8 @@ from histosge._statistics._splits import (
 __all__ = [
     "BASELINES",
     "FLOOR",
+    "LEVEL",
+    "LEVELS",
     "MAX_RUNS",
     "MIN_TRAIN",
     "N_ITERATIONS",
@@ -48,15 +59,16 @@ __all__ = [
     "PredictionIntervals",
     "Split",
     "agreement",
+    "interval_around",
     "better_baselines",
     "block_folds",
     "block_splits",
     "calibrate",
     "conserve",
     "correlation",
-    "coverage",
     "cut",
     "domain_graph",
+    "empirical_coverage",
     "fade",
     "find_domains",
     "gene_agreement",

@@ -217,23 +217,6 @@ def held_out_lines(held_out: dict[str, Any]) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- options
 
 
-class Level(click.ParamType):
-    """A share, or ``none``."""
-
-    name = "share"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
-        """Read it."""
-        if isinstance(value, float) or value is None:
-            return value
-        if str(value).lower() == "none":
-            return None
-        try:
-            return float(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a number between 0 and 1, such as 0.9, nor 'none'.", param, ctx)
-
-
 class Genes(click.ParamType):
     """A number, ``all``, or names with commas."""
 
@@ -331,13 +314,6 @@ LEARN = (
         "--genes", type=Genes(), default=1000, show_default=True, help="Number of genes, 'all', or names with commas."
     ),
     click.option("--n-folds", type=int, default=5, show_default=True, help="Folds of the spots, 2 to 20."),
-    click.option(
-        "--level",
-        type=Level(),
-        default=0.9,
-        show_default=True,
-        help="Share of measurements that the error bars hold, or 'none' for no error bars.",
-    ),
 )
 COMPUTE = (
     click.option("--device", help="cpu, cuda, cuda:1, mps. By default a GPU if there is one."),
