@@ -127,7 +127,7 @@ def run(name: str, *, seeds: range, heads: list[str], permute: bool = False) -> 
                         if each is model:  # intervals of one width for all places, same spots
                             width = constant_width(predicted, truth, table["coverage"].to_numpy())
                         else:  # the intervals are those of the whole model
-                            table[[c for c in table if c.startswith(("coverage", "width"))]] = np.nan
+                            table = table.drop(columns=[c for c in table if c.startswith(("coverage", "width"))])
                         tables.append(table.assign(genes=choice, seed=seed, constant_width=width))
     report(name, pd.concat(tables, ignore_index=True))
 
