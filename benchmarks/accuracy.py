@@ -3,7 +3,7 @@
     python benchmarks/accuracy.py [--only colon-random colon-blocks her2st ...] [--seeds 5] [--first-seed 0] [--heads published] [--permute]
 
 Reads ../shared/data. Every number is of spots that nothing of the model has seen: genes, scalings, components, stopping
-and error bars are chosen on the training spots of each split. Genes: "dispersion" are those of scanpy's
+and prediction intervals are chosen on the training spots of each split. Genes: "dispersion" are those of scanpy's
 highly_variable_genes(flavor="seurat") among genes seen in a tenth of the training spots; "default" are ours; "all-spots"
 are as "dispersion", but chosen on all spots of the section, the scored ones too, as in the first trials (../shared/METHOD.md):
 the same for every head, for comparison with those figures only.
@@ -83,7 +83,7 @@ def parts(model: Model) -> list[Model]:
             heads = [(w, h) for w, h in model.heads if h.name == name]
             total = sum(w for w, _ in heads)
             heads = [(w / total, h) for w, h in heads]
-            models.append(replace(model, head=name, heads=heads, bars=None))
+            models.append(replace(model, head=name, heads=heads))
     return models
 
 
@@ -124,14 +124,16 @@ def run(name: str, *, seeds: range, heads: list[str], permute: bool = False) -> 
                         ceiling = ceilings[trial.name] if trial.ceiling is None else trial.ceiling
                         table["ceiling"] = ceiling.reindex(table["gene"]).to_numpy()
                         width = np.nan
-                        if model.bars is not None and each is model:  # bars of one width for all places, same spots
+                        if each is model:  # intervals of one width for all places, same spots
                             width = constant_width(predicted, truth, table["coverage"].to_numpy())
+                        else:  # the intervals are those of the whole model
+                            table = table.drop(columns=[c for c in table if c.startswith(("coverage", "width"))])
                         tables.append(table.assign(genes=choice, seed=seed, constant_width=width))
     report(name, pd.concat(tables, ignore_index=True))
 
 
 def constant_width(predicted, truth, coverage) -> float:
-    """Mean width of bars of one width per gene that would hold the same share of these spots; cut off at 0 as ours."""
+    """Mean width of intervals of one width per gene that would hold the same share of these spots; cut off at 0 as ours."""
     error = np.abs(predicted - truth)
     reach = np.array([np.quantile(e, c) for e, c in zip(error.T, coverage, strict=True)])
     return float((predicted + reach - np.maximum(predicted - reach, 0)).mean())

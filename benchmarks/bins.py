@@ -86,7 +86,7 @@ def one_section(seed: int, gland_um: float | None) -> pd.DataFrame:
     def ask(layer=None, **how):
         table = sge.tl.predict(
             sdata, target_key="histosge_targets" if "bin_um" not in how else None, encoder="stain-texture",
-            genes="all", level=None, key_added="bins", inplace=False, **how,
+            genes="all", key_added="bins", inplace=False, **how,
         )  # fmt: skip
         return table[:, genes]
 
@@ -128,7 +128,7 @@ def colon(options) -> None:
     sge.settings.progress = False
     sdata = load("mouse_colon_visium")
     start = time()
-    sge.tl.predict(sdata, encoder="stain-texture", bin_um=8, level=None)
+    sge.tl.predict(sdata, encoder="stain-texture", bin_um=8)
     print(f"predict: {time() - start:.0f} s, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
     table = sdata.tables["histosge"]
     wanted = {

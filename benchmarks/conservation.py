@@ -41,7 +41,7 @@ N_FOLDS = 5
 def fit(sections, embeddings, config, genes, seed: int):
     return fit_model(
         sections, embeddings, config=config, head=HEAD, genes=genes, n_folds=N_FOLDS, rng=np.random.default_rng(seed),
-        device=CPU, level=None, baselines=(), progress=False,
+        device=CPU, baselines=(), progress=False,
     )  # fmt: skip
 
 

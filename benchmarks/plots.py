@@ -3,7 +3,7 @@
     python benchmarks/plots.py [--places 10000 660000 1000000] [--cases expression lazy hd domains] [--genes 1]
 
 A square section of 8 µm bins at 0.5 µm per pixel is built once under benchmarks/out/work: image in chunks of 2048 px without a pyramid,
-Visium spots over it, a table of 20 predicted genes with error bars as ``predict(store=)`` writes it, and for "hd" a measured
+Visium spots over it, a table of 20 predicted genes with numbers of prediction intervals as ``predict(store=)`` writes it, and for "hd" a measured
 table of the same bins, 1000 genes. Timed are the call and the drawing of a PNG at 100 dpi; peak memory is that of the whole process,
 libraries and reading included. The case "rival" draws one panel by spatialdata-plot, if it is installed, for comparison.
 """
@@ -87,20 +87,22 @@ def build(n: int) -> Path:
             "spots": "spots",
             "table": "table",
         }
-        made |= {"coordinate_system": "global", "technology": "visium", "level": 0.9}
+        made |= {"coordinate_system": "global", "technology": "visium", "n_spots": 4992}
+        numbers = np.zeros((20, 5), np.float32) + np.array([0.1, 0.1, 0.05, 9, 1.6], np.float32)
+        made["intervals"] = {"levels": np.array([0.9])}
         domain = pd.Categorical(np.digitize(wave[:, 0], [-1, -0.5, 0, 0.5, 1]).astype(str))
         table = ad.AnnData(
             obs=pd.DataFrame({"domain": domain}, index=names),
             var=pd.DataFrame({"held_out_pcc": np.full(20, 0.5, np.float32)}, index=[f"g{i}" for i in range(20)]),
+            varm={"histosge_intervals": numbers},
             obsm={"spatial": xy},
             uns={"histosge": made},
         )
         table = make_table(table, region="places", instances=np.arange(len(xy)))
         store = TableStore.open(path, name="histosge", params={"n": n}, n_rows=len(xy), part_rows=32_768)
-        store.begin(table, shapes={"places": ShapesModel.parse(squares)}, matrices=["X", "lower", "upper"])
+        store.begin(table, shapes={"places": ShapesModel.parse(squares)}, matrices=["X"])
         for part in range(store.n_parts):
-            some = values[store.rows(part)]
-            store.write(part, {"X": some, "lower": some - 1, "upper": some + 1 + np.abs(some)})
+            store.write(part, {"X": values[store.rows(part)]})
         store.finish()
 
     folder = WORK / f"plots_{n}"

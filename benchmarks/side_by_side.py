@@ -227,7 +227,6 @@ def heads(options: argparse.Namespace) -> None:
             encoder="stain-texture",
             genes=options.genes,
             n_folds=options.folds,
-            level=None,
             progress=False,
             inplace=False,
             **chosen,

@@ -125,41 +125,35 @@ def test_measured_sections_are_read_as_before(model, other, log):
     table = sge.tl.predict(other, model=model, upsample=2, inplace=False)
     assert table.obs["is_spot"].any()
     assert "image alone" not in log.text
-    assert set(table.layers) - {None} == {"sd", "lower", "upper"}
-    assert "error bars are those of the model, calibrated on the 138 spots that it learnt from" in log.text
+    np.testing.assert_array_equal(table.varm["histosge_intervals"], model.intervals.numbers)
+    assert "prediction intervals are those of the model, calibrated on the 138 spots that it learnt from" in log.text
 
 
-def test_no_error_bars_where_nothing_was_measured(model, image_alone, log, monkeypatch, tmp_path):
+def test_no_intervals_where_nothing_was_measured(model, image_alone, log, monkeypatch, tmp_path):
     """Those of other sections would be too narrow, and nothing could tell."""
     asked = []
     monkeypatch.setattr("histosge.tl._predict.check_memory", lambda *_, n_layers, **__: asked.append(n_layers))
     sge.tl.predict(image_alone, model=model, mpp=1.6, upsample=2)
     table = image_alone["histosge"]
     assert not table.layers
-    assert "level" not in table.uns["histosge"]
+    assert not table.varm
+    assert "intervals" not in table.uns["histosge"]
     assert "held_out_pcc" in table.var  # which are said to be of the sections it learnt from
     assert asked == [0]  # memory is asked for X alone
-    assert "no error bars: nothing was measured on this section to calibrate them on" in log.text
-    assert model.bars is not None
-    with pytest.raises(
-        ValueError, match=r"has no error bars\. None are written where nothing was measured: leave out 'width'"
-    ):
+    assert "no prediction intervals: nothing was measured on this section to calibrate them on" in log.text
+    refusal = r"table 'histosge' has no prediction intervals: nothing was measured on this section.*split='sections'"
+    with pytest.raises(ValueError, match=refusal):
+        sge.tl.intervals(image_alone)
+    with pytest.raises(ValueError, match=refusal):
         sge.pl.expression(image_alone, table.var_names[0], panels=["predicted", "width"])
     page = sge.pl.report(image_alone, tmp_path / "report.html").read_text()
-    assert "no error bars are given: those of other sections would be too narrow" in page
+    assert "no prediction intervals are given: those of other sections would be too narrow" in page
     assert "This table has none: nothing was measured on this section to calibrate them on" in page
     with pytest.raises(KeyError, match=r"layers=\['sd'\] are not among the layers of the table: \[\]"):
         sge.io.write_h5ad(image_alone, tmp_path / "out.h5ad", layers=["sd"])
 
 
-def test_a_model_without_error_bars_says_nothing_of_them(image_alone, measured, log):
-    model = sge.tl.fit(measured, head="ridge", level=None, **FIT)
-    sge.tl.predict(image_alone, model=model, mpp=1.6, upsample=2)
-    assert "predicting from the image alone" in log.text
-    assert "error bars" not in log.text
-
-
-def test_error_bars_of_other_sections_are_measured_by_evaluate(measured, other):
+def test_intervals_of_other_sections_are_measured_by_evaluate(measured, other):
     """The honest measurement stays: what they hold on a section left out."""
     scores = sge.tl.evaluate([measured, other], split="sections", heads=["ridge"], **FIT)
     assert scores["coverage"].between(0, 1).all()

@@ -34,7 +34,6 @@ from histosge._section import TableStore, read_section, read_targets, smaller_th
 from histosge.tl import _predict
 
 KEY, NAME = "histosge", "histosge_targets"
-BARS = {"sd", "lower", "upper"}
 CELL = 4
 MPP = 1.5
 AXES = ("x", "y")
@@ -220,7 +219,7 @@ def test_dense_bins_are_nearer_to_the_truth():
     truth = sge.datasets.synthetic_truth(sdata, target_key=NAME)
     pcc = {}
     for dense in (True, False):
-        ask = {"encoder": "stain-texture", "head": "kriging", "genes": "all", "n_folds": 2, "level": None}
+        ask = {"encoder": "stain-texture", "head": "kriging", "genes": "all", "n_folds": 2}
         table = sge.tl.predict(sdata, bin_um=8, dense=dense, inplace=False, **ask)
         wanted = truth.loc[table.obs["instance_id"], table.var_names].to_numpy()
         pcc[dense] = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(table.X.T, wanted.T, strict=True)])
@@ -561,10 +560,7 @@ def test_memory_is_checked_by_its_size():
     assert "the table of 4,194,304 places x 1,024 genes takes 64.0 GiB" in said
     assert "to predict it 96.0 GiB, but 32.0 GiB of memory are free" in said
     assert "store='NAME.zarr'" in said
-    assert "fewer genes=, larger bins, level=None (no error bars)" in said
-    with pytest.raises(MemoryError) as found:
-        check_memory(10**8, 1000, n_layers=0, available=2**35)
-    assert "level=None" not in str(found.value)
+    assert "fewer genes=, larger bins." in said
 
 
 def test_memory_is_checked_before_the_work(small, model, monkeypatch, tmp_path):
@@ -579,7 +575,7 @@ def test_memory_is_checked_before_the_work(small, model, monkeypatch, tmp_path):
             # a store needs none
             refuses(small, "GiB of memory are free", error=MemoryError, bin_um=16, model=model)
         assert sge.tl.predict(small, store=tmp_path / "s.zarr", **ask) is None
-    # as many layers as are made: with error bars and conserved bins four times as much as without
+    # as many layers as are made: conserved bins take twice as much
     sizes = []
     real = _predict.check_memory
     monkeypatch.setattr(
@@ -587,10 +583,10 @@ def test_memory_is_checked_before_the_work(small, model, monkeypatch, tmp_path):
     )
     n = len(sge.pp.targets(small, bin_um=16, inplace=False))
     for genes, n_genes in (("all", 20), (np.int64(5), 5), (1000, 20), (["GENE000", "GENE001"], 2)):
-        sge.tl.predict(small, bin_um=16, inplace=False, **FAST | {"genes": genes, "level": None})
+        sge.tl.predict(small, bin_um=16, inplace=False, **FAST | {"genes": genes})
         assert sizes.pop() == (n, n_genes, 0)
     sge.tl.predict(small, inplace=False, conserve=True, **ask)
-    assert sizes.pop() == (n, 10, 4)
+    assert sizes.pop() == (n, 10, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ stores
@@ -659,7 +655,7 @@ def test_a_store_of_a_model_gives_a_lazy_table(small, model, tmp_path):
     ask = {"model": model, "encoder": Colours(), "bin_um": 16, "inplace": False}
     table = sge.tl.predict(small, store=tmp_path / "out.zarr", key_added="mine", **ask)
     assert isinstance(table.X, da.Array)
-    assert all(isinstance(table.layers[name], da.Array) for name in BARS)
+    assert set(table.layers) - {None} == set()
     assert set(sd.read_zarr(tmp_path / "out.zarr").shapes) == {"mine_targets"}
     wanted = sge.tl.predict(small, key_added="mine", **ask)
     same_table(table.to_memory(), wanted, atol=ALIKE)
@@ -754,7 +750,6 @@ def test_another_run_does_not_continue_its_parts(small, model, tmp_path, interru
         (small, {"head": "nearest"}),
         (small, {"genes": 9}),
         (small, {"n_folds": 3}),
-        (small, {"level": 0.8}),
         (small, {"conserve": True}),
         (small, {"bin_um": 16.5}),
         (small, {"dense": False}),
@@ -887,7 +882,7 @@ def test_conserved_bins(predicted):
     np.testing.assert_allclose(conserved[far], table.X[far], atol=1e-6)
     near = table.obs["in_spot"].to_numpy()
     assert np.abs(conserved[near] - table.X[near]).max() > 0.01
-    assert set(table.layers) - {None} == BARS | {"conserved"}
+    assert set(table.layers) - {None} == {"conserved"}
     assert table.var["shrinkage"].between(0, 1).all()
 
 

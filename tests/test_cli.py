@@ -304,7 +304,7 @@ def test_predict(source, predicted, back):
     sdata = sd.read_zarr(source)
     sge.tl.predict(sdata, encoder="stain-texture", head="nearest", genes=5, upsample=2)
     np.testing.assert_array_equal(table.X, sdata.tables["histosge"].X)
-    np.testing.assert_array_equal(table.layers["upper"], sdata.tables["histosge"].layers["upper"])
+    np.testing.assert_array_equal(table.varm["histosge_intervals"], sdata["histosge"].varm["histosge_intervals"])
     assert "added" in done.stderr
     assert f"wrote {out}" in done.stderr
 
@@ -328,7 +328,7 @@ ALL_OPTIONS = {  # each with another value than the default
     "--upsample 2 --target-key cells --tissue spots": {"upsample": 2, "target_key": "cells", "tissue": "spots"},
     "--encoder stain-texture --tile-um 100": {"encoder": "stain-texture", "tile_um": 100.0},
     "--stack pilm,rgb --no-dense": {"stack": ("pilm", "rgb"), "dense": False},
-    "--head nearest --n-folds 3 --level none": {"head": "nearest", "n_folds": 3, "level": None},
+    "--head nearest --n-folds 3": {"head": "nearest", "n_folds": 3},
     '--head-options {"n_neighbours":6}': {"head_options": {"n_neighbours": 6}},
     "--key-added fine --rng 3 --mpp 2.0": {"key_added": "fine", "rng": 3, "mpp": 2.0},
     "--layer raw": {"layer": "raw"},
@@ -354,8 +354,6 @@ def test_options_arrive(source, tmp_path, asked, monkeypatch):
         (["--genes", "all"], {"genes": "all"}),
         (["--genes", "12"], {"genes": 12}),
         (["--genes", "EPCAM, VIM,"], {"genes": ["EPCAM", "VIM"]}),
-        (["--level", "0.5"], {"level": 0.5}),
-        (["--level", "NONE"], {"level": None}),
         (["--rng", "7"], {"rng": 7}),
         (["--dense", "--progress"], {"dense": True, "progress": True}),
     ],
@@ -369,21 +367,20 @@ def test_values_are_read(tmp_path, asked, source, monkeypatch, options, wanted):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (["--level", "high"], "'high' is neither a number between 0 and 1, such as 0.9, nor 'none'"),
         (["--head-options", "[1]"], "'[1]' is no object in JSON, such as"),
         (["--head-options", "{k: 1}"], "is no object in JSON"),
         (["--plot", "map.gif"], "--plot map.gif: the name must end in .png or .pdf or .svg."),
         (["--report", "page"], "--report page: the name must end in .html."),
         (["--n-domains", "4"], "--n-domains: for --domains. Pass that as well"),
         (["--resolution", "1.0"], "--resolution: for --domains."),
-        (["--layers", "sd"], "--layers: OUT.zarr holds all layers."),
+        (["--layers", "conserved"], "--layers: OUT.zarr holds all layers."),
         (["--domains", "--n-domains", "1"], "'--n-domains': 1 is not in the range x>=2"),
         (["--store", "--overwrite"], "--store goes on where an earlier run stopped and replaces nothing"),
         (["--store", "--domains"], "need the whole table in memory: leave --store out"),
         (["--store", "--plot", "map.png"], "need the whole table in memory"),
         (
-            ["--model", "tests", "--n-folds", "5", "--level", "none"],
-            "--n-folds, --level: the model in tests has its own.",
+            ["--model", "tests", "--n-folds", "5", "--head", "ridge"],
+            "--head, --n-folds: the model in tests has its own.",
         ),
         (["--image", "nowhere.tif"], "'nowhere.tif' does not exist"),
         (["--image", "README.md", "--image", "LICENSE"], "--image is given 2 times for 1 sections"),
@@ -405,11 +402,11 @@ def test_wrong_usage_of_names(source, tmp_path):
 
 
 def test_table_alone(source, tmp_path, asked):
-    done = works("predict", source, tmp_path / "out.h5ad", *FAST, "--layers", "lower,upper")
+    done = works("predict", source, tmp_path / "out.h5ad", *FAST)
     assert ".part." not in done.stderr
     table = ad.read_h5ad(tmp_path / "out.h5ad")
     assert table.n_vars == 5
-    assert set(table.layers) - {None} == {"lower", "upper"}  # anndata 0.13 has X there, too
+    assert table.varm["histosge_intervals"].shape == (5, 105)
     assert table.uns["histosge"]["head"] == "nearest"
     assert "exists already: pass --overwrite" in fails("predict", source, tmp_path / "out.h5ad", *FAST)
     works("predict", source, tmp_path / "out.h5ad", *FAST, "--overwrite")
@@ -568,7 +565,6 @@ def test_two_outputs_of_one_name(source, tmp_path):
         (["--head", "typo"], "head='typo' is unknown."),
         (["--upsample", "4", "--bin-um", "8"], "pass one of them"),
         (["--device", "gpu"], "device='gpu' is not a device torch knows"),
-        (["--level", "nan"], "level=nan: choose a share between 0 and 1"),
         (["--encoder", "test_vit", "--weights", "tests"], "is not a folder in the hub's layout"),
         (["--model", "tests"], "tests holds no model: there is no config.json"),
     ],
@@ -641,21 +637,6 @@ def test_model_and_store(source, model, tmp_path):
     assert told["head"] == back.tables["histosge"].uns["histosge"]["head"] == "ridge"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.zarr"]
     assert "exists already" in fails("predict", source, out, "--model", model[0], "--upsample", "2", "--store")
-
-
-def test_error_bars_that_will_not_be_there_are_refused_before_the_work(source, model, tmp_path, asked):
-    sdata = sd.read_zarr(source)
-    alone = sd.SpatialData(images=dict(sdata.images))
-    alone.write(tmp_path / "alone.zarr")
-    out = tmp_path / "out.h5ad"
-    told = fails(
-        "predict", tmp_path / "alone.zarr", out, "--model", model[0], "--mpp", "2", "--layers", "sd,upper", code=2
-    )
-    assert "--layers sd,upper: no error bars are written with a section without measured spots. Leave them out." in told
-    told = fails("predict", source, out, *FAST, "--level", "none", "--layers", "lower", code=2)
-    assert "--layers lower: no error bars are written with --level none." in told
-    assert asked == []
-    assert not out.exists()
 
 
 def test_fit_of_what_cannot_be(source, tmp_path, model):

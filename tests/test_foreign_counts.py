@@ -14,7 +14,7 @@ from spatialdata.models import TableModel
 import histosge as sge
 from histosge._section import UNIT, UNIT_AS_GIVEN, read_section
 
-LEARN = {"encoder": "stain-texture", "head": "ridge", "n_folds": 2, "level": None}
+LEARN = {"encoder": "stain-texture", "head": "ridge", "n_folds": 2}
 FAST = LEARN | {"target_key": "spots"}
 
 

@@ -106,7 +106,7 @@ def plan(split, **changes):
 
 
 def fit(trial, config, **changes):
-    given = {"head": "ridge", "genes": 20, "n_folds": 2, "level": None, "baselines": (), "progress": False}
+    given = {"head": "ridge", "genes": 20, "n_folds": 2, "baselines": (), "progress": False}
     rng = np.random.default_rng(changes.pop("seed", 0))
     return fit_model(trial.sections, trial.embeddings, config=config, rng=rng, device=CPU, **given | changes)
 
@@ -145,7 +145,7 @@ def test_scores_are_those_of_a_hand(ready, room):
     seed = rng.integers(2**63 - 1, size=1)[0]
     known = one.section.take(train)
     model = fit_model(
-        [known], [one.embedding[train]], config=config, head="ridge", genes=20, n_folds=3, level=0.9, baselines=(),
+        [known], [one.embedding[train]], config=config, head="ridge", genes=20, n_folds=3, baselines=(),
         rng=np.random.default_rng(seed), device=CPU, progress=False,
     )  # fmt: skip
     predicted = model.predict(
@@ -165,7 +165,7 @@ def test_scores_are_those_of_a_hand(ready, room):
     assert scores["mae"].tolist() == pytest.approx(np.abs(predicted - measured).mean(0), **close)
     assert scores["mse_mean"].tolist() == pytest.approx(mse_mean, **close)
     assert scores["skill"].tolist() == pytest.approx(1 - mse / mse_mean, **close)
-    lower, upper = model.bars.interval(predicted)
+    lower, upper = model.intervals.interval(predicted, level=0.9)
     assert scores["coverage"].tolist() == pytest.approx(((lower <= measured) & (measured <= upper)).mean(0))
     assert scores["width"].tolist() == pytest.approx((upper - lower).mean(0), **close)
     xy = one.section.xy_um[test]
@@ -174,20 +174,12 @@ def test_scores_are_those_of_a_hand(ready, room):
     assert scores["ceiling"].tolist() == pytest.approx(ceiling[scores["gene"]].tolist())
 
 
-def test_level_none_makes_no_bars(ready):
-    scores = score(ready, split="random", heads="mean", level=None)
-    assert list(scores.columns) == [c for c in COLUMNS if not c.startswith(("coverage", "width"))]
-
-
-def test_bars_hold_about_their_level_at_random_spots(ready):
-    """Random halves are exchangeable: no gene's bars can be far off, and narrower bars hold less."""
-    wide, narrow = (
-        score(ready, split="random", heads=["ridge"], n_splits=3, n_folds=5, level=level)[["coverage", "width"]].mean()
-        for level in (0.9, 0.5)
-    )
-    assert wide["coverage"] == pytest.approx(0.9, abs=0.05)
-    assert narrow["coverage"] == pytest.approx(0.5, abs=0.1)
-    assert narrow["width"] < wide["width"]
+def test_intervals_hold_about_their_level_at_random_spots(ready):
+    """Random halves are exchangeable: no gene's intervals can be far off. The level is always 0.9."""
+    scores = score(ready, split="random", heads=["ridge"], n_splits=3, n_folds=5)
+    assert scores["coverage"].mean() == pytest.approx(0.9, abs=0.05)
+    assert (scores["width"] > 0).all()
+    assert "at level 0.9" in sge.tl.evaluate.__doc__
 
 
 def test_the_same_seed_gives_the_same_scores(ready):
@@ -363,9 +355,7 @@ def test_of_permuted_counts_nothing_is_predicted(ready):
     table.X = table.X[np.random.default_rng(0).permutation(table.n_obs)]
     heads = [*CHEAP, "coordinates", "kriging"]
     for split in ("random", "lattice"):
-        scores = score(
-            ready, split=split, n_splits=4, heads=heads, level=None, head_options={"kriging": {"n_steps": 5}}
-        )
+        scores = score(ready, split=split, n_splits=4, heads=heads, head_options={"kriging": {"n_steps": 5}})
         mean = scores.groupby("head")["pcc"].mean()
         assert len(mean) == len(heads)
         assert mean.abs().max() < 0.12, mean
@@ -467,7 +457,7 @@ def test_ceiling_of_pseudo_spots_is_that_of_half_the_counts(ready):
     counts.data = np.random.default_rng(0).binomial(counts.data, 0.02)
     table.X = counts.astype(np.float32)
     whole, half = (
-        score(ready, split=split, heads=["mean"], level=None).groupby("gene")["ceiling"].mean().mean()
+        score(ready, split=split, heads=["mean"]).groupby("gene")["ceiling"].mean().mean()
         for split in ("random", "pseudo-spots")
     )
     assert 0.3 < half < whole - 0.03
@@ -500,7 +490,7 @@ def test_a_gene_that_a_section_lacks_is_not_scored(room, other_room):
     lacking = reordered(other_room, list(other_room.section.genes[3:]))
     for several in ([one, lacking], [lacking, one]):
         scores = _holdout.evaluate(
-            several, plan("sections"), heads=["ridge"], config=config, genes=20, n_folds=2, level=None,
+            several, plan("sections"), heads=["ridge"], config=config, genes=20, n_folds=2,
             rng=np.random.default_rng(0), device=CPU, progress=False,
         )  # fmt: skip
         for _, part in scores.groupby("section"):
@@ -520,7 +510,7 @@ def test_a_section_left_out_lies_far_from_all_others(room, other_room):
 
 
 def test_sections_of_the_same_name_are_told_apart(ready, second):
-    scores = score([ready, second], split="sections", heads=["ridge"], level=None)
+    scores = score([ready, second], split="sections", heads=["ridge"])
     assert scores.groupby("section")["n_test"].first().to_dict() == {
         "0: spots": ready["table"].n_obs,
         "1: spots": second["table"].n_obs,
@@ -538,7 +528,7 @@ def test_published_protocol_measures_memory_and_says_so(ready, log):
     """Counts are permuted: there is nothing to predict, but something to remember."""
     table = ready.tables["table"]
     table.X = table.X[np.random.default_rng(0).permutation(table.n_obs)]
-    run = {"split": "random", "heads": ["ridge"], "n_splits": 2, "level": None}
+    run = {"split": "random", "heads": ["ridge"], "n_splits": 2}
     held_out = score(ready, **run)
     assert not [r for r in log.records if "measures memory" in r.getMessage()]
     published = score(ready, protocol="published", **run)
@@ -597,7 +587,7 @@ def test_spots_without_a_label_are_left_out(ready, monkeypatch):
         return domains
 
     monkeypatch.setattr(_holdout, "find_domains", found)
-    told = score(ready, labels="domain", heads=["ridge"], level=None)
+    told = score(ready, labels="domain", heads=["ridge"])
     assert (told[["ari", "nmi", "ari_measured", "nmi_measured"]] == 1).all(axis=None)
     predicted, measured = given
     # every spot was predicted once, by a model that had not seen it, and in the rows that it was measured in
@@ -611,7 +601,7 @@ def test_no_gene_that_all_folds_chose(ready, monkeypatch, log):
     fit_one = _holdout.fit_model
     lists = iter([["GENE000"], ["GENE001"]])
     monkeypatch.setattr(_holdout, "fit_model", lambda *a, **k: fit_one(*a, **k | {"genes": next(lists)}))
-    told = score(ready, labels="domain", heads=["mean"], level=None)
+    told = score(ready, labels="domain", heads=["mean"])
     assert told[["ari", "nmi", "ari_measured", "nmi_measured"]].isna().all(axis=None)
     assert "no gene was chosen in every fold of section 'spots': ari and nmi are NaN" in log.text
 
@@ -622,7 +612,7 @@ def test_no_gene_that_all_folds_chose(ready, monkeypatch, log):
 def test_no_ceiling_without_counts(ready, log):
     table = ready["table"]
     table.layers["log"] = per_target_sum(table.X.tocsr())
-    run = {"split": "random", "heads": ["ridge"], "level": None}
+    run = {"split": "random", "heads": ["ridge"]}
     raw, logged = score(ready, **run), score(ready, layer="log", **run)
     assert raw["ceiling"].notna().all()
     assert logged["ceiling"].isna().all()
@@ -636,7 +626,7 @@ def test_no_head_is_better_than_the_ceiling(ready):
     counts = table.X.tocsr().astype(int)
     counts.data = np.random.default_rng(0).binomial(counts.data, 0.03)
     table.X = counts.astype(np.float32)
-    scores = score(ready, split="random", level=None)
+    scores = score(ready, split="random")
     mean = scores.groupby("head")[["pcc", "ceiling"]].mean()
     assert (mean["pcc"] < mean["ceiling"] + 0.03).all()
     assert mean.loc["ridge", "pcc"] > 0.3 * mean.loc["ridge", "ceiling"]
@@ -681,7 +671,6 @@ def nothing_embedded(monkeypatch):
             {"head_options": {"nearst": {}}},
             r"head_options name \['nearst'\], which are not among the heads \['ridge', 'nearest', 'mean'\]\. Use the names",
         ),
-        ({"level": 1.5}, r"level=1\.5: choose a share between 0 and 1"),
         ({"n_folds": 1}, r"n_folds=1: choose a whole number from 2 to 20"),
         ({"genes": ["GENE999"]}, r"genes: 1 of 1 names are not in the table \(\['GENE999'\]\)"),
         ({"buffer_um": -1.0}, r"buffer_um=-1\.0: give a distance in µm, 0 for no buffer"),

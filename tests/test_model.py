@@ -292,7 +292,7 @@ def test_permuted_expression_is_not_predictable(section, embedding, head):
     for seed in range(20):
         order = np.random.default_rng(seed).permutation(len(embedding))
         torn = dataclasses.replace(section, expression=section.expression[order])
-        model = fit(torn, embedding, head=head, genes="all", n_folds=5, seed=seed, level=None, baselines=())
+        model = fit(torn, embedding, head=head, genes="all", n_folds=5, seed=seed, baselines=())
         found.append(int(model.scores["predictable"].sum()))
         pcc.append(model.scores["held_out_pcc"].mean())
     assert np.count_nonzero(found) <= 3  # of 20 tables at 5 %, 4 or more come in 1.6 % of such tests
@@ -300,15 +300,13 @@ def test_permuted_expression_is_not_predictable(section, embedding, head):
     assert np.abs(pcc).max() < 0.2  # all genes follow the same few fields, and are wrong together
 
 
-# ----------------------------------------------------------------------------------------------------- error bars
+# ------------------------------------------------------------------------------------------- prediction intervals
 
 
-def test_bars_by_hand(section, embedding, ridge):
-    """Calibrated on what no head saw, at the level asked for, gene by gene of the model."""
-    assert ridge.bars.level == 0.9
-    assert ridge.bars.quantile.shape == (8,)
-    assert fit(section, embedding, level=0.5).bars.level == 0.5
-    assert fit(section, embedding, level=None).bars is None
+def test_intervals_by_hand(section, embedding, ridge):
+    """Calibrated on what no head saw, gene by gene of the model."""
+    assert ridge.intervals.n_spots == 138
+    assert len(ridge.intervals.numbers) == 8
     measured = section.dense(ridge.genes)
     fold = block_folds(section.xy_um, n_folds=3, rng=np.random.default_rng(0))
     said = np.zeros_like(measured)
@@ -317,25 +315,24 @@ def test_bars_by_hand(section, embedding, ridge):
         known, unknown = (everything.take(torch.as_tensor(np.flatnonzero(m))) for m in (fold != one, fold == one))
         fitted = get_head("ridge")().fit(known, rng=np.random.default_rng(0))
         said[fold == one] = fitted.predict(Queries.of(unknown, hidden=False), context=known).clamp_min(0).numpy()
-    wanted = calibrate(said, measured, fold=fold, level=0.9)
-    for name, values in wanted.to_arrays().items():
-        np.testing.assert_allclose(getattr(ridge.bars, name), values, rtol=1e-3, atol=1e-4, err_msg=name)
+    wanted = calibrate(said, measured, fold=fold)
+    np.testing.assert_allclose(ridge.intervals.numbers, wanted.numbers, rtol=1e-3, atol=1e-4)
 
 
-def test_bars_hold_their_level_on_spots_left_out(section, embedding):
-    """Blocks taken away before anything is fitted; a lower level has narrower bars."""
+def test_intervals_hold_their_level_on_spots_left_out(section, embedding):
+    """Blocks taken away before anything is fitted; a lower level has narrower intervals."""
     fold = block_folds(section.xy_um, n_folds=4, rng=np.random.default_rng(9))
     held = {0.9: [], 0.6: []}
     for one in range(4):
         rows, left = np.flatnonzero(fold != one), np.flatnonzero(fold == one)
+        known = section.take(rows)
+        model = fit(known, embedding[rows], genes="all", n_folds=5)
+        out = model.predict(
+            known, spots=embedding[rows], places=embedding[left], xy_px=section.xy_px[left],
+            spot_index=np.full(len(left), -1), device=CPU,
+        )  # fmt: skip
         for level, within in held.items():
-            known = section.take(rows)
-            model = fit(known, embedding[rows], genes="all", n_folds=5, level=level)
-            out = model.predict(
-                known, spots=embedding[rows], places=embedding[left], xy_px=section.xy_px[left],
-                spot_index=np.full(len(left), -1), device=CPU,
-            )  # fmt: skip
-            lower, upper = model.bars.interval(out)
+            lower, upper = model.intervals.interval(out, level=level)
             measured = section.dense(model.genes)[left]
             within.append((lower <= measured) & (measured <= upper))
     share = {level: np.concatenate(within).mean() for level, within in held.items()}
@@ -432,12 +429,6 @@ def test_genes_of_another_type(section, embedding, genes):
 def test_an_empty_list_of_genes(section, embedding):
     with pytest.raises(ValueError, match=r"genes=\[\]|genes is empty"):
         fit(section, embedding, genes=[])
-
-
-@pytest.mark.parametrize("level", [0, 1, -0.1, 1.5, 90, float("nan"), "0.9", True])
-def test_wrong_level_is_said_first(level):
-    with pytest.raises(ValueError, match=r"level=.*: choose a share between 0 and 1, such as 0\.9, or None"):
-        fit([None], [None], level=level)
 
 
 @pytest.mark.parametrize("n_folds", [1, 0, 21, -3, 2.0, "5", None, True])
@@ -661,33 +652,24 @@ def test_round_trip_keeps_dtypes_and_names(ridge, tmp_path):
 
 
 @pytest.mark.parametrize("head", ["ridge", "in-context+kriging", "nearest+mean"])
-def test_error_bars_survive(section, embedding, head, tmp_path):
-    model = fit(section, embedding, head=head, n_folds=2, level=0.8)
+def test_intervals_survive(section, embedding, head, tmp_path):
+    model = fit(section, embedding, head=head, n_folds=2)
     model.save(tmp_path)
     loaded = Model.load(tmp_path)
     assert [(w, h.name) for w, h in loaded.heads] == [(w, h.name) for w, h in model.heads]
     assert loaded.held_out.keys() >= set(head.split("+"))
-    for name, values in model.bars.to_arrays().items():
-        np.testing.assert_array_equal(getattr(loaded.bars, name), values)
+    for name, values in model.intervals.to_arrays().items():
+        np.testing.assert_array_equal(getattr(loaded.intervals, name), values)
     out = at_spots(model, section, embedding)
-    for a, b in zip(model.bars.interval(out), loaded.bars.interval(out), strict=True):
+    for a, b in zip(model.intervals.interval(out), loaded.intervals.interval(out), strict=True):
         assert a.dtype == b.dtype == np.float32
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("head", ["ridge", "nearest"])  # the second has no tensors of its own either
-def test_a_model_without_error_bars_stays_so(section, embedding, head, tmp_path):
-    model = fit(section, embedding, head=head, n_folds=2, level=None)
+def test_a_head_without_tensors_survives(section, embedding, tmp_path):
+    model = fit(section, embedding, head="nearest", n_folds=2)
     model.save(tmp_path)
-    loaded = Model.load(tmp_path)
-    assert loaded.bars is None
-    assert (at_spots(loaded, section, embedding) == at_spots(model, section, embedding)).all()
-
-
-def test_a_model_without_bars_does_not_keep_those_it_replaces(section, embedding, ridge, tmp_path):
-    ridge.save(tmp_path)
-    fit(section, embedding, level=None).save(tmp_path, overwrite=True)
-    assert Model.load(tmp_path).bars is None
+    assert (at_spots(Model.load(tmp_path), section, embedding) == at_spots(model, section, embedding)).all()
 
 
 def test_odd_names_of_genes_survive(section, embedding, tmp_path):
@@ -703,7 +685,7 @@ def test_odd_names_of_genes_survive(section, embedding, tmp_path):
 
 def test_a_saved_model_holds_no_pickles(ridge, tmp_path):
     ridge.save(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["format"] == 4
+    assert json.loads((tmp_path / "config.json").read_text())["format"] == 5
     assert (tmp_path / "model.safetensors").read_bytes()[8:9] == b"{"
     assert (tmp_path / "scores.csv").read_text().startswith("gene,highly_variable,held_out_pcc")
 
@@ -726,13 +708,13 @@ def test_loading_what_is_no_model(tmp_path):
             Model.load(folder)
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 5, None, "4"])
+@pytest.mark.parametrize("version", [1, 2, 3, 4, None, "5"])
 def test_loading_another_format(ridge, tmp_path, version):
     ridge.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"format": version}))
     with pytest.raises(
-        ValueError, match=rf"has model format {version!r}; this version of histosge reads 4\. Fit it again"
+        ValueError, match=rf"has model format {version!r}; this version of histosge reads 5\. Fit it again"
     ):
         Model.load(tmp_path)
 

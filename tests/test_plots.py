@@ -103,7 +103,9 @@ def binned(predicted, _bins_once):
     table = predicted["bins"]
     x, y = table.obsm["spatial"].T / 800
     table.X = np.column_stack([np.sin(9 * x) + 3 * x + i * y for i in range(20)]).astype(np.float32)
-    table.layers["lower"], table.layers["upper"] = table.X - 1, table.X + 1 + y[:, None].astype(np.float32)
+    # a variance that falls with the prediction, from 1 to its floor
+    numbers = np.zeros((20, 105), np.float32) + np.array([1, -0.2, 0.04, 2, *np.full(101, 0.5)], np.float32)
+    table.varm["histosge_intervals"] = numbers
     table.obs["domain"] = pd.Categorical(np.where(x + y > 1, "far", "near"), categories=["near", "far", "nowhere"])
     return predicted
 
@@ -120,11 +122,15 @@ def test_panels(predicted):
 
 def test_panels_of_ones_own(predicted):
     axes = sge.pl.expression(predicted, ["GENE001", "GENE004"], panels=["width", "image"])
-    assert [ax.get_title() for ax in axes[1]] == ["GENE004\nwidth of the error bars", "H&E"]
-    table = predicted["histosge"]
-    wanted = (table.layers["upper"] - table.layers["lower"])[:, table.var_names.get_loc("GENE004")]
-    np.testing.assert_allclose(discs(axes[1, 0]).get_array(), wanted, rtol=1e-6)
+    assert [ax.get_title() for ax in axes[1]] == ["GENE004\nwidth of the prediction interval", "H&E"]
     assert colour_bars(axes[1, 0]) == ["width of the 90% interval"]
+    one = sge.pl.expression(predicted, "GENE004", panels=["width"], level=0.995)
+    assert colour_bars(one[0, 0]) == ["width of the 99.5% interval"]
+    for level, drawn in ((0.9, axes[1, 0]), (0.995, one[0, 0])):
+        table = sge.tl.intervals(predicted, level=level, genes="GENE004", inplace=False)
+        wanted = (table.layers["upper"] - table.layers["lower"])[:, 0]
+        np.testing.assert_allclose(discs(drawn).get_array(), wanted, rtol=1e-6)
+    assert not set(predicted["histosge"].layers) - {None}  # nothing is written
 
 
 def test_twenty_genes_stand_in_columns(predicted):
@@ -328,9 +334,11 @@ def test_panels_refused(predicted, panels):
         sge.pl.expression(predicted, "GENE000", panels=panels)
 
 
-def test_no_width_without_error_bars(predicted):
-    del predicted["histosge"].layers["upper"]
-    with pytest.raises(ValueError, match=r"sdata\.tables\['histosge'\] has no error bars\. Predict with level=0\.9"):
+def test_no_width_without_intervals(predicted):
+    with pytest.raises(ValueError, match=r"level=1\.5 is not a share"):
+        sge.pl.expression(predicted, "GENE000", panels=["width"], level=1.5)
+    del predicted["histosge"].varm["histosge_intervals"]
+    with pytest.raises(ValueError, match=r"table 'histosge' holds no numbers of prediction intervals"):
         sge.pl.expression(predicted, "GENE000", panels=["width"])
 
 
@@ -817,9 +825,10 @@ def test_the_first_head_meets_the_best_of_the_others(scores):
         plt.close("all")
 
 
-def test_error_bars_by_width_and_scale(scores):
-    ax = sge.pl.evaluation(scores, level=0.9)[2]
-    assert [line.get_linestyle() for line in ax.get_lines()].count("--") == 1
+def test_intervals_by_width_and_scale(scores):
+    ax = sge.pl.evaluation(scores)[2]
+    (line,) = (line for line in ax.get_lines() if line.get_linestyle() == "--")
+    assert list(line.get_ydata()) == [0.9, 0.9]
     mean = scores.groupby(["head", "gene"]).mean(numeric_only=True).groupby("head").mean()
     drawn = {tuple(np.round(c.get_offsets().data.ravel(), 6)) for c in ax.collections}
     names = ["coverage", "coverage_2", "coverage_4", "coverage_8"]
@@ -827,7 +836,6 @@ def test_error_bars_by_width_and_scale(scores):
     assert drawn == wanted
     sizes = ax.collections[0].get_sizes()
     assert (np.diff(sizes) > 0).all()
-    assert [line.get_linestyle() for line in sge.pl.evaluation(scores)[2].get_lines()].count("--") == 0
 
 
 def test_smoothness_of_every_head(scores):
@@ -840,11 +848,11 @@ def test_smoothness_of_every_head(scores):
 
 
 def test_no_panel_for_scores_that_are_missing(scores):
-    bars = [c for c in scores if c.startswith(("coverage", "width"))]
-    none = sge.pl.evaluation(scores.drop(columns=bars))
+    intervals = [c for c in scores if c.startswith(("coverage", "width"))]
+    none = sge.pl.evaluation(scores.drop(columns=intervals))
     assert len(none) == 3
-    assert not [t for t in titles(none) if "error bars" in t]
-    scores[bars] = np.nan
+    assert not [t for t in titles(none) if "intervals" in t]
+    scores[intervals] = np.nan
     scores["ceiling"] = np.nan
     assert len(sge.pl.evaluation(scores)) == 3
     assert len(rows(sge.pl.evaluation(scores)[0])) == 3
@@ -872,7 +880,7 @@ def test_six_heads_fit_without_overlap(scores):
     names = ["in-context+kriging", "kriging", "published", "ridge", "coordinates", "nearest"]
     one = scores[scores["head"] == "ridge"]
     many = pd.concat([one.assign(head=n, pcc=one["pcc"] - 0.05 * i) for i, n in enumerate(names)], ignore_index=True)
-    axes = sge.pl.evaluation(many, level=0.9)
+    axes = sge.pl.evaluation(many)
     figure = axes[0].figure
     assert tuple(figure.get_size_inches()) == (10, 4)
     figure.canvas.draw()

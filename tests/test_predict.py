@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 
+import dask.array as da
 import geopandas as gpd
 import numpy as np
 import pandas as pd
@@ -20,11 +21,11 @@ from tests import rounding
 from torch import nn
 
 import histosge as sge
-from histosge._statistics import block_folds, correlation
+from histosge._statistics import LEVELS, block_folds, correlation
 
 KEY, NAME = "histosge", "histosge_targets"
 DEFAULT = "in-context+kriging"
-BARS = ("sd", "lower", "upper")
+LAYERS = ("sd", "lower", "upper")
 FAST = {"encoder": "stain-texture", "head": "nearest", "genes": 20, "n_folds": 2, "upsample": 2}
 """For all that does not depend on how good the prediction is."""
 
@@ -228,7 +229,6 @@ def test_provenance(predicted):
         "seed": 0,
         "n_folds": 3,
         "n_spots": 138,
-        "level": 0.9,
     }
     wanted |= {"image": "he", "spots": "spots", "table": "table", "coordinate_system": "synthetic"}
     assert {k: told[k] for k in wanted} == wanted
@@ -259,11 +259,8 @@ def test_round_trip(predicted, tmp_path, assert_identical):
     a, b = predicted.tables[KEY], back.tables[KEY]
     np.testing.assert_array_equal(a.X, b.X)
     assert b.X.dtype == np.float32
-    assert layers_of(b) == set(BARS)
-    for bar in BARS:
-        np.testing.assert_array_equal(a.layers[bar], b.layers[bar])
-        assert b.layers[bar].dtype == np.float32
-    assert b.uns["histosge"]["level"] == 0.9
+    np.testing.assert_array_equal(a.varm["histosge_intervals"], b.varm["histosge_intervals"])
+    assert b.varm["histosge_intervals"].dtype == np.float32
     assert b.uns["histosge"]["held_out"] == a.uns["histosge"]["held_out"]
     sge.pl.expression(back, "GENE000")
 
@@ -275,8 +272,7 @@ def test_h5ad(predicted, tmp_path):
     table.write_h5ad(tmp_path / "t.h5ad")
     back = ad.read_h5ad(tmp_path / "t.h5ad")
     np.testing.assert_array_equal(back.X, table.X)
-    for bar in BARS:
-        np.testing.assert_array_equal(back.layers[bar], table.layers[bar])
+    np.testing.assert_array_equal(back.varm["histosge_intervals"], table.varm["histosge_intervals"])
     pd.testing.assert_frame_equal(back.obs, table.obs)
     pd.testing.assert_frame_equal(back.var, table.var)
     assert back.uns["histosge"]["encoder"]["name"] == "stain-texture"
@@ -371,7 +367,7 @@ def left_out(_section_once):
         predicted = sge.tl.predict(without_rows(_section_once, rows), **run)
         at = pd.Index(predicted.obs["instance_id"].astype(str)).get_indexer(measured.index[rows])
         assert not predicted.obs["is_spot"].to_numpy()[at].any()
-        found.append((measured.iloc[rows].to_numpy(), predicted[at].copy()))
+        found.append((measured.iloc[rows].to_numpy(), sge.tl.intervals(predicted[at], inplace=False)))
     return found
 
 
@@ -412,7 +408,7 @@ def test_permuted_counts_are_not_predictable(sdata, head, n_tables):
     found, pcc, leak = [], [], []
     for seed in range(n_tables):
         torn = permuted(sdata, seed)
-        run = {"encoder": "stain-texture", "genes": "all", "n_folds": 4, "target_key": "spots", "level": None}
+        run = {"encoder": "stain-texture", "genes": "all", "n_folds": 4, "target_key": "spots"}
         table = sge.tl.predict(torn, head=head, rng=seed, inplace=False, **run)
         found.append(int(table.var["predictable"].sum()))
         pcc.append(table.uns["histosge"]["held_out"][head]["pcc"])
@@ -428,7 +424,7 @@ def test_permuted_counts_are_not_predictable(sdata, head, n_tables):
     assert np.mean(leak) < 0.35
 
 
-# ------------------------------------------------------------------------------------------ error bars
+# ------------------------------------------------------------------------------------------ prediction intervals
 
 
 def layers_of(table):
@@ -436,44 +432,186 @@ def layers_of(table):
     return {name for name in table.layers if name is not None}
 
 
+def test_the_table_keeps_what_intervals_are_computed_from(sdata):
+    table = sge.tl.predict(sdata, inplace=False, **FAST)
+    assert layers_of(table) == set()
+    numbers, kept = table.varm["histosge_intervals"], table.uns["histosge"]["intervals"]
+    assert type(numbers) is np.ndarray
+    assert numbers.dtype == np.float32
+    assert numbers.shape == (20, len(kept["columns"])) == (20, 105)
+    assert list(kept["columns"][:5]) == ["intercept", "slope", "floor", "largest", "quantile_0.01"]
+    assert list(kept["columns"][-3:]) == ["quantile_0.99", "quantile_0.995", "quantile_0.999"]
+    assert list(kept["levels"]) == list(LEVELS)
+    assert "level" not in kept
+    assert (np.diff(numbers[:, 4:], axis=1) >= 0).all()
+    model = sge.tl.fit(sdata, **{k: v for k, v in FAST.items() if k != "upsample"})
+    np.testing.assert_array_equal(model.intervals.numbers, numbers)
+
+
 @pytest.mark.parametrize("which", ["default", "nearest"])
-def test_error_bars(sdata, predicted, which):
-    table = predicted.tables[KEY] if which == "default" else sge.tl.predict(sdata, inplace=False, **FAST)
-    assert layers_of(table) == set(BARS)
-    sd_, lower, upper = (table.layers[bar] for bar in BARS)
-    for bar in (sd_, lower, upper):
-        assert type(bar) is np.ndarray
-        assert bar.dtype == np.float32
-        assert bar.shape == table.shape
-        assert np.isfinite(bar).all()
-    assert (lower >= 0).all()
-    assert (lower <= table.X).all()
-    assert (upper >= table.X).all()
-    assert (sd_ > 0).all()
+def test_intervals(sdata, predicted, which):
+    """Of the kept numbers by hand."""
+    section = predicted if which == "default" else sdata
+    if which == "nearest":
+        sge.tl.predict(sdata, **FAST)
+    assert sge.tl.intervals(section) is None
+    table = section.tables[KEY]
+    assert layers_of(table) == set(LAYERS)
+    sd_, lower, upper = (table.layers[layer] for layer in LAYERS)
+    for layer in (sd_, lower, upper):
+        assert type(layer) is np.ndarray
+        assert layer.dtype == np.float32
+        assert layer.shape == table.shape
     assert (upper - lower).mean() > 2 * sd_.mean()  # 90 % of a normal distribution: 3.3
-    assert table.uns["histosge"]["level"] == 0.9
+    assert table.uns["histosge"]["intervals"]["level"] == 0.9
+    kept = dict(zip(table.uns["histosge"]["intervals"]["columns"], table.varm["histosge_intervals"].T, strict=True))
+    for level in (0.5, 0.8, 0.95):
+        other = sge.tl.intervals(table, level=level, inplace=False)
+        np.testing.assert_array_equal(other.layers["sd"], sd_)
+        sd = np.sqrt(np.maximum(kept["intercept"] + kept["slope"] * table.X, kept["floor"]))
+        half = np.minimum(sd * kept[f"quantile_{level:g}"], kept["largest"])
+        np.testing.assert_allclose(other.layers["sd"], sd, rtol=1e-6)
+        np.testing.assert_allclose(other.layers["upper"], table.X + half, rtol=1e-6)
+        np.testing.assert_allclose(other.layers["lower"], np.maximum(table.X - half, 0), atol=1e-6)
+    assert table.uns["histosge"]["intervals"]["level"] == 0.9
 
 
-def test_bars_are_as_wide_as_asked(sdata):
-    narrow, wide = (sge.tl.predict(sdata, inplace=False, level=level, **FAST) for level in (0.5, 0.95))
-    np.testing.assert_array_equal(narrow.X, wide.X)
-    np.testing.assert_array_equal(narrow.layers["sd"], wide.layers["sd"])
-    assert (narrow.layers["upper"] < wide.layers["upper"]).all()
-    assert (narrow.layers["lower"] >= wide.layers["lower"]).all()
-    assert (narrow.uns["histosge"]["level"], wide.uns["histosge"]["level"]) == (0.5, 0.95)
+def test_intervals_of_some_genes(predicted):
+    table = predicted.tables[KEY]
+    whole = sge.tl.intervals(table, level=0.8, inplace=False)
+    assert layers_of(table) == set()
+    some = sge.tl.intervals(predicted, level=0.8, genes=["GENE004", "GENE001"], inplace=False)
+    assert list(some.var_names) == ["GENE004", "GENE001"]
+    for layer in LAYERS:
+        np.testing.assert_array_equal(some.layers[layer], whole[:, some.var_names].layers[layer])
+    np.testing.assert_array_equal(some.X, table[:, some.var_names].X)
+    assert (some.obs_names == table.obs_names).all()
+    sge.tl.intervals(predicted, level=0.8, genes="GENE001")
+    asked = table.var_names == "GENE001"
+    for layer in LAYERS:
+        np.testing.assert_array_equal(table.layers[layer][:, asked], whole.layers[layer][:, asked])
+        assert np.isnan(table.layers[layer][:, ~asked]).all()
 
 
-def test_bars_do_not_change_the_prediction(sdata):
-    """Without a level there are none, and nothing else is different."""
-    without, bars = (sge.tl.predict(sdata, inplace=False, **FAST | extra) for extra in ({"level": None}, {}))
-    assert layers_of(without) == set()
-    assert "level" not in without.uns["histosge"]
-    np.testing.assert_array_equal(without.X, bars.X)
-    pd.testing.assert_frame_equal(without.var, bars.var)
+def test_intervals_of_a_lazy_table(predicted, sdata, tmp_path):
+    """Layers are dask arrays of the chunks of ``X``, and nothing is read before it is asked for."""
+    import anndata as ad
+
+    table = predicted.tables[KEY]
+    whole = sge.tl.intervals(table, level=0.8, inplace=False)
+    dask = table.copy()
+    dask.X = da.from_array(table.X, chunks=(97, 7))
+    reads = []
+    watched = table.copy()
+    watched.X = dask.X.map_blocks(lambda block: reads.append(block.shape) or block, meta=np.empty((0, 0), np.float32))
+    table.write_zarr(tmp_path / "t.zarr")
+    read = ad.experimental.read_lazy(tmp_path / "t.zarr")
+    for lazy in (dask, watched, read):
+        some = sge.tl.intervals(lazy, level=0.8, genes="GENE003", inplace=False)
+        assert sge.tl.intervals(lazy, level=0.8) is None
+        assert reads == []
+        for layer in LAYERS:
+            assert isinstance(lazy.layers[layer], da.Array)
+            assert lazy.layers[layer].chunks == lazy.X.chunks
+            np.testing.assert_array_equal(lazy.layers[layer].compute(), whole.layers[layer])
+            assert lazy.layers[layer].dtype == np.float32
+            np.testing.assert_array_equal(some.layers[layer].compute(), whole[:, "GENE003"].layers[layer])
+        reads.clear()
+    stored = sge.tl.predict(sdata, store=tmp_path / "s.zarr", inplace=False, **FAST)
+    sge.tl.intervals(stored, level=0.5)
+    assert isinstance(stored.layers["upper"], da.Array)
+    assert (np.asarray(stored.layers["upper"]) >= np.asarray(stored.X)).all()
+
+
+def test_intervals_survive_files(predicted, tmp_path):
+    """Before they are computed, and after."""
+    import anndata as ad
+
+    table = predicted.tables[KEY]
+    whole = sge.tl.intervals(table, level=0.95, inplace=False)
+    for made in (table, whole):
+        made.write_h5ad(tmp_path / "t.h5ad")
+        made.write_zarr(tmp_path / "t.zarr")
+        for back in (ad.read_h5ad(tmp_path / "t.h5ad"), ad.read_zarr(tmp_path / "t.zarr")):
+            sge.tl.intervals(back, level=0.95)
+            np.testing.assert_array_equal(back.layers["upper"], whole.layers["upper"])
+            assert back.uns["histosge"]["intervals"]["level"] == 0.95
+
+
+def test_intervals_of_sparse_values(predicted):
+    """A user may have stored them so."""
+    table = predicted.tables[KEY].copy()
+    whole = sge.tl.intervals(table, inplace=False)
+    table.X = sparse.csr_matrix(table.X)
+    sge.tl.intervals(table)
+    np.testing.assert_array_equal(table.layers["upper"], whole.layers["upper"])
+
+
+def test_intervals_say_what_they_did(predicted, log):
+    sge.tl.intervals(predicted, level=0.994, genes=["GENE001"])
+    assert [r.getMessage() for r in log.records] == [
+        "level 0.994: using 0.995, the next level that is kept",
+        "138 spots are too few for prediction intervals at level 0.995, which needs 199: the intervals reach to the largest "
+        "error seen",
+        "added layers 'sd', 'lower', 'upper' to table 'histosge': intervals at level 0.995 of 1 genes",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "match"),
+    [
+        ({"level": 90}, ValueError, r"level=90 is not a share of the measurements\. Choose one between 0 and 1"),
+        ({"level": None}, ValueError, "level=None is not a share"),
+        ({"genes": ["GENE001", "TYPO"]}, KeyError, r"genes \['TYPO'\] are not in table 'histosge': it has \['GENE000'"),
+        ({"genes": []}, KeyError, r"genes \[\] are not in table"),
+        (
+            {"key": "typo"},
+            KeyError,
+            r"key='typo' is not among the tables of this SpatialData: .*Run `sge\.tl\.predict` first",
+        ),
+        (
+            {"key": "table"},
+            ValueError,
+            r"table 'table' holds no numbers of prediction intervals .*`sge\.tl\.predict` wrote",
+        ),
+    ],
+)
+def test_intervals_refused(predicted, wrong, error, match):
+    refuses(predicted, match, error=error, call=sge.tl.intervals, **wrong)
+
+
+def test_intervals_of_what_is_no_table():
+    with pytest.raises(TypeError, match=r"data is a str: pass a SpatialData, or one of its tables \(AnnData\)"):
+        sge.tl.intervals("histosge")
+
+
+def test_intervals_do_not_replace_layers_of_the_user(predicted, log):
+    table = predicted.tables[KEY]
+    table.layers["lower"] = table.X - 1
+    refuses(
+        predicted,
+        r"has the layers \['lower'\] already, which `sge\.tl\.intervals` did not write",
+        call=sge.tl.intervals,
+    )
+    del table.layers["lower"]
+    for level in (0.5, 0.8):  # its own it does
+        sge.tl.intervals(predicted, level=level)
+    assert table.uns["histosge"]["intervals"]["level"] == 0.8
+
+
+def test_intervals_that_do_not_fit_in_memory(predicted):
+    with sge.settings.override(memory_gb=1e-5):
+        refuses(
+            predicted, r"the intervals of table 'histosge' take .* GiB of memory are free\. Ask for some genes",
+            error=MemoryError, call=sge.tl.intervals,
+        )  # fmt: skip
+        lazy = predicted.tables[KEY].copy()
+        lazy.X = da.from_array(lazy.X)
+        sge.tl.intervals(lazy)
 
 
 @pytest.mark.slow
-def test_bars_hold_their_level(left_out):
+def test_intervals_hold_their_level(left_out):
     """On blocks that were taken away before anything was done."""
     within = [(p.layers["lower"] <= measured) & (measured <= p.layers["upper"]) for measured, p in left_out]
     within = np.concatenate(within)
@@ -490,25 +628,15 @@ def test_sd_is_the_size_of_the_errors(left_out):
 
 
 @pytest.mark.parametrize("head", ["ridge", DEFAULT])
-def test_bars_of_a_saved_model(sdata, tmp_path, head):
-    fitted = sge.tl.fit(sdata, encoder="stain-texture", head=head, genes=8, n_folds=2, level=0.8)
+def test_intervals_of_a_saved_model(sdata, tmp_path, head):
+    fitted = sge.tl.fit(sdata, encoder="stain-texture", head=head, genes=8, n_folds=2)
     fitted.save(tmp_path)
     a, b = (sge.tl.predict(sdata, model=m, upsample=2, inplace=False) for m in (fitted, sge.Model.load(tmp_path)))
-    assert layers_of(b) == set(BARS)
     np.testing.assert_allclose(a.X, b.X, atol=1e-5)
-    for bar in BARS:
-        np.testing.assert_allclose(a.layers[bar], b.layers[bar], atol=1e-5)
-    assert b.uns["histosge"]["level"] == 0.8
-
-
-def test_a_model_without_bars(sdata, tmp_path):
-    """``level`` is the model's own: it was calibrated, or not, when it was fitted."""
-    fitted = sge.tl.fit(sdata, encoder="stain-texture", head="nearest", genes=8, n_folds=2, level=None)
-    fitted.save(tmp_path)
-    for model in (fitted, sge.Model.load(tmp_path)):
-        table = sge.tl.predict(sdata, model=model, upsample=2, level=0.5, inplace=False)
-        assert layers_of(table) == set()
-        assert "level" not in table.uns["histosge"]
+    np.testing.assert_array_equal(a.varm["histosge_intervals"], b.varm["histosge_intervals"])
+    a, b = (sge.tl.intervals(table, level=0.8, inplace=False) for table in (a, b))
+    for layer in LAYERS:
+        np.testing.assert_allclose(a.layers[layer], b.layers[layer], atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------ what it depends on
@@ -1098,9 +1226,6 @@ def test_impossible_genes(sdata, genes, match):
         ({"head": "ridge+ridge"}, r"head='ridge\+ridge' names a head twice"),
         ({"head": "ridge+"}, "head='' is unknown"),
         ({"n_folds": 2.0}, r"n_folds=2\.0: choose a whole number"),
-        ({"level": 0}, r"level=0: choose a share between 0 and 1, such as 0\.9, or None for no error bars"),
-        ({"level": 90}, "level=90: choose a share between 0 and 1"),
-        ({"level": "0.9"}, r"level='0\.9': choose a share"),
         ({"head_options": {"k": 3}}, r"head 'nearest' has no option 'k'\. Choose from \['n_neighbours'\]"),
         ({"head": "mean", "head_options": {"mean": 3}}, r"head 'mean' has no option 'mean'\. It has none\."),
     ],
@@ -1136,17 +1261,16 @@ def test_key_of_the_targets_taken_by_a_table(sdata):
         {"genes": 0},
         {"key_added": "table"},
         {"batch_size": 0},
-        {"level": 2},
         {"head_options": {"typo": 2}},
     ],
 )
 def test_mistakes_are_told_before_the_work(sdata, wrong, count_embeddings):
     """Embedding may take an hour: a typo is not told after it."""
-    with pytest.raises(ValueError, match="TYPO|typo|n_folds|genes|table|batch_size|level"):
+    with pytest.raises(ValueError, match="TYPO|typo|n_folds|genes|table|batch_size"):
         sge.tl.predict(sdata, **FAST | wrong)
     if "key_added" not in wrong:
         run = {k: v for k, v in FAST.items() if k != "upsample"} | wrong
-        with pytest.raises(ValueError, match="TYPO|typo|n_folds|genes|batch_size|level"):
+        with pytest.raises(ValueError, match="TYPO|typo|n_folds|genes|batch_size"):
             sge.tl.fit(sdata, **run)
         assert count_embeddings == []
 

@@ -146,7 +146,7 @@ def full(once, scores, tmp_path_factory):
 
 def test_every_section_is_there(full):
     assert full.sections == [
-        "run", "scores", "error-bars", "genes", "maps", "domains", "training", "evaluation", "warnings", "cite", "provenance",
+        "run", "scores", "intervals", "genes", "maps", "domains", "training", "evaluation", "warnings", "cite", "provenance",
     ]  # fmt: skip
     targets = {a["id"] for _, a in full.tags if "id" in a}
     links = {a["href"].removeprefix("#") for a in full.find("a") if a["href"].startswith("#")}
@@ -178,7 +178,7 @@ def test_pictures_are_inside_and_described(full):
         assert np.asarray(image).std() > 5
         assert image.width <= 2000
     assert [p["alt"].split(",")[0] for p in pictures[:2]] == ["GENE003", "GENE001"]
-    assert all("H&E" in p["alt"] and "width of the error bars" in p["alt"] for p in pictures[:2])
+    assert all("H&E" in p["alt"] and "width of the prediction interval" in p["alt"] for p in pictures[:2])
 
 
 def test_nothing_is_loaded_from_elsewhere(full):
@@ -221,7 +221,7 @@ def test_numbers_are_those_of_the_table(full, once):
     assert told == {n: [f"{s['pcc']:.3f}", f"{s['mse']:.3f}"] for n, s in held_out.items()} | {"mean": ["0.000", ""]}
     n = int(table.var["predictable"].sum())
     assert full.text("predictable").startswith(f"{n} of 20 genes ({n / 20:.0%}".replace("%", " %"))
-    assert f"holds about {100 * table.uns['histosge']['level']:g} %" in full.text("error-bars")
+    assert "holds about 90 %" in full.text("intervals")
 
 
 def test_run_says_what_was_predicted_from_what(full, once):
@@ -258,7 +258,7 @@ def test_the_call_makes_the_same_table(full, sdata, once):
     exec(full.texts["call"], {"sdata": sdata})
     one, other = sdata["histosge"], once["histosge"]
     np.testing.assert_array_equal(one.X, other.X)
-    np.testing.assert_array_equal(one.layers["upper"], other.layers["upper"])
+    np.testing.assert_array_equal(one.varm["histosge_intervals"], other.varm["histosge_intervals"])
     assert list(one.var_names) == list(other.var_names)
 
 
@@ -272,10 +272,9 @@ def test_the_call_names_what_is_not_the_default(predicted, tmp_path):
         "stack": "pilm+rgb",
     }
     table.var["highly_variable"] = np.arange(20) < 10
-    del table.uns["histosge"]["level"]
     page = read(report(predicted, tmp_path / "r.html", genes=[]))
     told = called(page)
-    assert (told["mpp"], told["layer"], told["level"]) == (0.97, "counts", None)
+    assert (told["mpp"], told["layer"]) == (0.97, "counts")
     assert {"rng", "target_key", "bin_um", "dense"} & told.keys() == set()
     assert 'stack=["pilm", "rgb"]' in page.texts["call"]
     assert "genes=list(pd.read_csv('histosge_genes.csv')['gene'])" in page.texts["call"]
@@ -301,7 +300,7 @@ def test_bins_and_tokens(predicted, tmp_path):
     old, n = predicted["histosge"], len(places)
     obs = places[["array_row", "array_col"]].assign(is_spot=False, in_spot=True, distance_to_spot_um=10.0)
     obs = obs.assign(region=pd.Categorical(["histosge_targets"] * n), instance_id=places.index).rename(index=str)
-    uns = {"histosge": {k: v for k, v in old.uns["histosge"].items() if k != "level"} | {"dense": True}}
+    uns = {"histosge": old.uns["histosge"] | {"dense": True}}
     table = ad.AnnData(np.zeros((n, 20), np.float32), obs=obs, var=old.var.copy(), uns=uns)
     middle = places.geometry.centroid
     table.obsm["spatial"] = np.column_stack([middle.x, middle.y])
@@ -313,12 +312,12 @@ def test_bins_and_tokens(predicted, tmp_path):
     table.obsm["spatial"] = 20 * (places[["array_col", "array_row"]].to_numpy() + 0.5)  # pixels of 2 µm
     page = read(report(predicted, tmp_path / "r.html", genes="GENE000"))
     assert ", bins of 40 µm;" in dict(rows(page, "run"))["Places"]
-    assert (called(page)["bin_um"], called(page)["level"]) == (40.0, None)
+    assert called(page)["bin_um"] == 40.0
     assert {"upsample", "dense", "target_key"} & called(page).keys() == set()
     assert "in tokens of 8 µm" in dict(rows(page, "run"))["Tile"]
-    assert page.text("error-bars") == "What the error bars say This table has none."
+    assert page.text("intervals") == "What the prediction intervals say This table has none."
     (picture,) = page.find("img")
-    assert "error bars" not in picture["alt"]
+    assert "interval" not in picture["alt"]
     assert "finer than a token" not in page.text("warnings")
     predicted["histosge"].uns["histosge"]["encoder"] = dict(uns["histosge"]["encoder"], token_px=32)
     assert "Bins are finer than a token." in read(report(predicted, tmp_path / "r.html", genes=[])).text("warnings")
@@ -417,7 +416,7 @@ def test_best_predictable_genes_are_mapped(predicted, tmp_path):
 
 def test_sections_of_what_is_not_there_are_left_out(predicted, tmp_path):
     page = read(report(predicted, tmp_path / "r.html", genes=[]))
-    assert page.sections == ["run", "scores", "error-bars", "genes", "warnings", "cite", "provenance"]
+    assert page.sections == ["run", "scores", "intervals", "genes", "warnings", "cite", "provenance"]
     links = [a["href"] for a in page.find("a") if a["href"].startswith("#")]
     assert not {"#maps", "#domains", "#training", "#evaluation"} & set(links)
 
@@ -522,8 +521,6 @@ def test_reads_no_gene_that_is_not_drawn(predicted, tmp_path):
         )
 
     table.X = guarded(table.X)
-    for name in ("sd", "lower", "upper"):
-        table.layers[name] = guarded(table.layers[name])
     page = read(report(predicted, tmp_path / "r.html", genes="GENE003"))
     assert len(page.find("img")) == 1
     with pytest.raises(RuntimeError, match="gene 4 was read"):

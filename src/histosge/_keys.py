@@ -7,6 +7,12 @@ import re
 UNS = "histosge"
 """Provenance of a written table: ``table.uns["histosge"]``."""
 
+INTERVALS = "histosge_intervals"
+"""Numbers that prediction intervals are computed from: ``table.varm["histosge_intervals"]``, one row a gene."""
+
+INTERVAL_LAYERS = ("sd", "lower", "upper")
+"""Layers that :func:`histosge.tl.intervals` writes."""
+
 REGION = "region"
 INSTANCE = "instance_id"
 """Columns of ``obs`` that link a table of ours to its shapes element."""

@@ -1,7 +1,7 @@
 """Hold spots out, fit, predict, score: every split, with the very model that a user would get.
 
 A trial is a section that knows only its training spots, and places where something was measured that it does not know.
-A model is fitted on it from scratch, so that genes, scalings, components, stopping and error bars are chosen inside.
+A model is fitted on it from scratch, so that genes, scalings, components, stopping and prediction intervals are chosen inside.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from histosge._statistics import (
     _metrics,
     agreement,
     block_splits,
-    coverage,
+    empirical_coverage,
     find_domains,
     group_splits,
     lattice_splits,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 SPLITS = ("blocks", "random", "lattice", "sections", "pseudo-spots")
 PROTOCOLS = ("held-out", "published")
 SCALES = (2, 4, 8)
-"""Numbers of neighbours that measurements and error bars are averaged over, to see what holds at coarser scales."""
+"""Numbers of neighbours that measurements and prediction intervals are averaged over, to see what holds at coarser scales."""
 _BUFFER_PITCH = 2.5
 """Reach of the context of the default head: 18 neighbours on a hexagonal array."""
 _KEEP = 4
@@ -268,7 +268,6 @@ def evaluate(
     config: EmbeddingConfig,
     genes: int | Sequence[str] | str,
     n_folds: int,
-    level: float | None,
     rng: np.random.Generator,
     device: torch.device,
     head_options: dict[str, dict[str, Any]] | None = None,
@@ -295,7 +294,6 @@ def evaluate(
                         # every head of a trial deals the same folds
                         rng=np.random.default_rng(seed),
                         device=device,
-                        level=level,
                         baselines=(),
                         head_options=(head_options or {}).get(head),
                         progress=False,
@@ -354,13 +352,12 @@ def score_genes(predicted: Floats, measured: Floats, model: Model, trial: Trial,
             "ssim": _metrics.structural_similarity(predicted, measured, xy=xy),
         }
     )
-    if model.bars is not None:
-        lower, upper = model.bars.interval(predicted)
-        table["coverage"] = coverage(measured, lower, upper)
-        table["width"] = (upper - lower).mean(0)
-        for k in SCALES:
-            each = (neighbour_average(v, xy=xy, k=k) for v in (measured, lower, upper))
-            table[f"coverage_{k}"] = coverage(*each)
+    lower, upper = model.intervals.interval(predicted)
+    table["coverage"] = empirical_coverage(measured, lower, upper)
+    table["width"] = (upper - lower).mean(0)
+    for k in SCALES:
+        each = (neighbour_average(v, xy=xy, k=k) for v in (measured, lower, upper))
+        table[f"coverage_{k}"] = empirical_coverage(*each)
     return table
 
 

@@ -44,7 +44,6 @@ def fit_model(
     rng: np.random.Generator,
     device: torch.device,
     parts: Sequence[SpotParts] | None = None,
-    level: float | None = 0.9,
     baselines: Sequence[str] = BASELINES,
     head_options: dict[str, Any] | None = None,
     progress: bool | None = None,
@@ -53,9 +52,7 @@ def fit_model(
 
     ``parts`` say what lies below the spots of each section, for heads that learn from it.
     """
-    names = check_arguments(
-        head=head, genes=genes, n_folds=n_folds, sections=sections, level=level, head_options=head_options
-    )
+    names = check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, head_options=head_options)
     everything = sparse.vstack([s.expression[:, s.genes.get_indexer(names)] for s in sections]).tocsr()
     spread_out = np.vstack([s.xy_um + [FAR_UM * i, 0] for i, s in enumerate(sections)])
     fold = block_folds(spread_out, n_folds=n_folds, rng=rng)
@@ -89,9 +86,7 @@ def fit_model(
         },
         index=pd.Index(names[union][keep], name="gene"),
     )
-    bars = None
-    if level is not None:
-        bars = calibrate(fitted.held_out[:, keep], measured[:, keep], fold=fold, level=level)
+    intervals = calibrate(fitted.held_out[:, keep], measured[:, keep], fold=fold)
     info = {
         "split": f"blocks, {n_folds} folds, each spot predicted by heads that never saw it",
         "n_folds": n_folds,
@@ -104,7 +99,7 @@ def fit_model(
     scores.index.name = None
     found = pd.Index(scores.index), pd.Index(names[union]), fitted.heads
     kept = replace(spots, parts=None).to("cpu")
-    return Model(head, *found, scores, held_out, config, kept, bars, info, training_table(fitted.losses))
+    return Model(head, *found, scores, held_out, config, kept, intervals, info, training_table(fitted.losses))
 
 
 def check_arguments(
@@ -113,14 +108,10 @@ def check_arguments(
     genes: int | Sequence[str] | str,
     n_folds: int,
     sections: Sequence[Section],
-    level: float | None = None,
     head_options: dict[str, Any] | None = None,
 ) -> pd.Index:
     """Say what is wrong with the arguments of :func:`fit_model` before an hour of embedding; give the common genes."""
     _check_options(head, head_options)
-    if level is not None and not (isinstance(level, (int, float)) and 0 < level < 1):
-        msg = f"level={level!r}: choose a share between 0 and 1, such as 0.9, or None for no error bars."
-        raise ValueError(msg)
     if isinstance(n_folds, bool) or not isinstance(n_folds, (int, np.integer)) or not 2 <= n_folds <= 20:
         msg = f"n_folds={n_folds!r}: choose a whole number from 2 to 20."
         raise ValueError(msg)

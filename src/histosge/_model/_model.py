@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from histosge._heads._protocol import Expansion, Run
     from histosge._section import Section
 
-_FORMAT = 4
+_FORMAT = 5
 _PLACES_AT_ONCE = 16384
 """Places that all heads are asked at together"""
 _VALUES_AT_ONCE = 2**17
@@ -56,8 +56,8 @@ class Model:
         Fitted heads and their weights.
     held_out
         Mean PCC and MSE on held-out spots, of this head, of its parts and of the simple rivals on the same folds.
-    bars
-        Error bars, calibrated on the held-out spots; ``None`` if they were not asked for.
+    intervals
+        Prediction intervals, calibrated on the held-out spots.
     config
         How places are embedded: encoders, the scale that each is fed, dense or not.
     info
@@ -88,7 +88,7 @@ class Model:
     held_out: dict[str, dict[str, float]]
     config: EmbeddingConfig
     spots: Spots
-    bars: PredictionIntervals | None = None
+    intervals: PredictionIntervals
     info: dict[str, Any] = field(default_factory=dict)
     training: pd.DataFrame = field(default_factory=lambda: training_table({}))
 
@@ -249,8 +249,7 @@ class Model:
         }
         spots = {"embedding": self.spots.embedding, "expression": self.spots.expression, "xy_um": self.spots.xy_um}
         tensors |= {f"spots.{name}": t.detach().cpu().contiguous() for name, t in spots.items()}
-        if self.bars is not None:
-            tensors |= {f"bars.{name}": torch.as_tensor(a) for name, a in self.bars.to_arrays().items()}
+        tensors |= {f"intervals.{name}": torch.as_tensor(a) for name, a in self.intervals.to_arrays().items()}
         config = {
             "format": _FORMAT,
             "head": self.head,
@@ -304,7 +303,8 @@ class Model:
         for i, c in enumerate(config["heads"]):
             mine = {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
             heads.append((c["weight"], get_head(c["name"]).from_state(c["config"], mine)))
-        bars = {n.removeprefix("bars."): t.numpy() for n, t in tensors.items() if n.startswith("bars.")}
+        prefix = "intervals."
+        intervals = {n.removeprefix(prefix): t.numpy() for n, t in tensors.items() if n.startswith(prefix)}
         scores = pd.read_csv(path / "scores.csv", index_col="gene", dtype={"gene": str}, keep_default_na=False)
         scores.index.name = None
         scores = scores.astype({"held_out_pcc": np.float32, "held_out_mse": np.float32})
@@ -317,7 +317,7 @@ class Model:
             config["held_out"],
             EmbeddingConfig.from_dict(config["embedding"]),
             Spots(tensors["spots.embedding"], tensors["spots.expression"], tensors["spots.xy_um"], config["pitch_um"]),
-            PredictionIntervals.from_arrays(bars) if bars else None,
+            PredictionIntervals.from_arrays(intervals),
             config["info"],
             pd.read_csv(path / "training.csv").astype(_TRAINING),
         )

@@ -66,8 +66,7 @@ class Predictor:
     @property
     def names(self) -> list[str]:
         """Names of the matrices that :meth:`matrices` gives."""
-        intervals = [] if self.model.bars is None else ["sd", "lower", "upper"]
-        return ["X", *intervals, *([] if self.conservation is None else ["conserved"])]
+        return ["X"] if self.conservation is None else ["X", "conserved"]
 
     def matrices(
         self,
@@ -104,8 +103,6 @@ class Predictor:
             device=self.embedder.device,
         )
         found = {"X": expression[: len(rows)]}
-        if self.model.bars is not None:
-            found |= zip(("sd", "lower", "upper"), self.model.bars.around(found["X"]), strict=True)
         if self.conservation is not None:
             found["conserved"] = self.conservation.apply(together, expression)[: len(rows)]
         return found
@@ -119,7 +116,13 @@ class Predictor:
             var["shrinkage"] = self.conservation.weight
         targets = self.targets if rows is None else self.targets.take(rows)
         return predicted_table(
-            self.embedder.section, targets, matrices=matrices or {}, var=var, provenance=self.provenance
+            self.embedder.section,
+            targets,
+            matrices=matrices or {},
+            # those of other sections are too narrow where nothing was measured
+            intervals=self.model.intervals if self.embedder.section.measured else None,
+            var=var,
+            provenance=self.provenance,
         )
 
 
@@ -175,11 +178,10 @@ def check_memory(n_targets: int, n_genes: int, *, n_layers: int, available: int 
     n_bytes = n_targets * n_genes * 4 * (1 + n_layers)
     available = available_memory() if available is None else available
     if n_bytes * _SPARE > available:
-        less = ", level=None (no error bars)" if n_layers >= 3 else ""
         msg = (
             f"the table of {n_targets:,} places x {n_genes:,} genes takes {n_bytes / 2**30:.1f} GiB, and to predict it "
             f"{n_bytes * _SPARE / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of memory are free. Write it part by part "
-            f"with store='NAME.zarr', or ask for less: fewer genes=, larger bins{less}."
+            f"with store='NAME.zarr', or ask for less: fewer genes=, larger bins."
         )
         raise MemoryError(msg)
 

@@ -12,6 +12,7 @@ from histosge._section._coordinates import affine, centroids
 from histosge._section._counts import feature_kinds, log_left_out, match_rows, named_layers, open_layer, select
 from histosge._section._declared import check_single_section, library_of, read_declared, scale_factors
 from histosge._section._image import lazy_image
+from histosge._section._intervals import find_table, interval_layers, intervals_of
 from histosge._section._orientation import EVIDENCE_PX, check_orientation, likelier_orientation
 from histosge._section._section import MIN_SPOTS, NEARLY_EMPTY, Section, column, read_image_only, read_section
 from histosge._section._store import TableStore, open_table
@@ -48,6 +49,9 @@ __all__ = [
     "embedding_table",
     "feature_kinds",
     "find_embedding",
+    "find_table",
+    "interval_layers",
+    "intervals_of",
     "is_measured",
     "lay_targets",
     "lazy_image",

@@ -10,6 +10,7 @@ import pandas as pd
 from histosge import _keys
 from histosge._geometry import nearest_spots
 from histosge._section._coordinates import apply, scale_of
+from histosge._section._intervals import write_intervals
 from histosge._section._tables import ours, regions
 from histosge._settings import logger
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from histosge._geometry import Targets
     from histosge._section._section import Section
+    from histosge._statistics import PredictionIntervals
 
 
 def shapes_element(section: Section, targets: Targets) -> GeoDataFrame:
@@ -58,6 +60,7 @@ def predicted_table(
     targets: Targets,
     *,
     matrices: dict[str, NDArray[np.float32]],
+    intervals: PredictionIntervals | None,
     var: pd.DataFrame,
     provenance: dict[str, Any],
 ) -> AnnData:
@@ -79,6 +82,8 @@ def predicted_table(
     adata = ad.AnnData(X=matrices.get("X"), layers=layers, obs=obs, var=var)
     adata.obsm["spatial"] = targets.xy_px
     adata.uns[_keys.UNS] = provenance
+    if intervals is not None:
+        write_intervals(adata, intervals)
     # scanpy asks here whether, and to what base, values are logarithms; natural is written as no base at all
     adata.uns["log1p"] = {}
     return make_table(adata, region=targets.key, instances=targets.instances)

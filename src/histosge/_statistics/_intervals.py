@@ -1,10 +1,10 @@
-"""How far a measurement may lie from its prediction: error bars from cross-fitted errors. Never torch."""
+"""How far a measurement may lie from its prediction: prediction intervals from cross-fitted errors. Never torch."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Self
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from scipy import sparse
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     Ints = NDArray[np.integer]
     Bools = NDArray[np.bool_]
 
+LEVEL = 0.9
+"""Target coverage, unless the caller chooses another."""
+
+LEVELS = (*(i / 100 for i in range(1, 100)), 0.995, 0.999)
+"""Target coverages that can be asked for later: the quantiles of the scores are kept at these."""
+
 FLOOR = 0.25
 """The variance is never below this share of the gene's mean squared error, wherever the fitted line leads."""
 
@@ -31,75 +37,127 @@ PART = 512
 """Genes at a time: all at once in float64 need not fit in memory."""
 
 PASS = 2**16
-"""Values that bars are laid around at a time: a quarter of a megabyte, four times."""
+"""Values that intervals are computed for at a time: a quarter of a megabyte, four times."""
+
+_OF_A_GENE = ("intercept", "slope", "floor", "largest")
+"""Columns that hold at every level: the line of the variance, its least value, and the largest error seen."""
 
 
 @dataclass(frozen=True)
 class PredictionIntervals:
-    """Spread and reach of the errors of a prediction, gene by gene.
+    """Spread and reach of the errors of a prediction, gene by gene, for any level of a grid.
 
-    The variance of a gene's errors is a line in its predicted value. Bars are that standard deviation times a quantile
-    of the errors in such units (normalised scores: Lei et al., 2018), made by :func:`calibrate`.
+    The variance of a gene's errors is a line in its predicted value. An interval reaches to either side by that standard
+    deviation times a quantile of the errors in such units (normalised scores: Lei et al., 2018), but never beyond the
+    largest error seen. Made by :func:`calibrate`.
     """
 
-    intercept: NDArray[np.float32]
-    """(g,) variance where nothing is predicted"""
-    slope: NDArray[np.float32]
-    """(g,) change of the variance with the predicted value; negative where the logarithm flattens a strong gene"""
-    floor: NDArray[np.float32]
-    """(g,) least variance"""
-    quantile: NDArray[np.float32]
-    """(g,) standard deviations that a bar reaches to either side"""
-    largest: NDArray[np.float32]
-    """(g,) largest error seen, which no bar reaches beyond"""
-    level: float
-    """Share of the measurements that lie within the bars"""
+    numbers: NDArray[np.float32]
+    """(g, 4 + n_levels) named by ``columns``: intercept and slope of the variance (the slope is negative where the logarithm
+    flattens a strong gene), the least variance, the largest error, and a quantile of the scores for each level"""
+    levels: NDArray[np.float64]
+    """(n_levels,) target coverages, increasing"""
+    n_spots: int
+    """Number of spots that the errors were measured at"""
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns of ``numbers``."""
+        return [*_OF_A_GENE, *(f"quantile_{level:g}" for level in self.levels)]
+
+    def take(self, genes: Ints) -> Self:
+        """Return the intervals of some genes, by number."""
+        return replace(self, numbers=self.numbers[genes])
+
+    def choose_level(self, level: float) -> float:
+        """Return the level of the grid that is used for ``level``, and report where it is not the same or needs more spots."""
+        number = isinstance(level, int | float | np.number) and not isinstance(level, bool)
+        if not (number and 0 < level < 1):
+            msg = f"level={level!r} is not a share of the measurements. Choose one between 0 and 1, such as 0.9."
+            raise ValueError(msg)
+        chosen = float(self.levels[self._column(level)])
+        if abs(chosen - level) > 1e-6:
+            logger.info("level %g: using %g, the next level that is kept", level, chosen)
+        if _rank(self.n_spots, chosen) > self.n_spots:
+            logger.warning(
+                "%d spots are too few for prediction intervals at level %g, which needs %d: the intervals reach to the largest "
+                "error seen",
+                self.n_spots, chosen, _least_spots(chosen),
+            )  # fmt: skip
+        return chosen
+
+    def at(self, level: float) -> NDArray[np.float32]:
+        """Return the numbers of one level: intercept, slope, floor, largest error and quantile, (5, g)."""
+        columns = [*range(len(_OF_A_GENE)), len(_OF_A_GENE) + self._column(level)]
+        return np.ascontiguousarray(self.numbers[:, columns].T)
 
     def sd(self, predicted: Floats) -> NDArray[np.float32]:
         """Standard deviation (m, g) of a measurement at spot scale around ``predicted``, (m, g)."""
-        value = np.asarray(predicted, np.float32)
-        return _sd(value, self.intercept, self.slope, self.floor)
+        intercept, slope, floor = self.numbers[:, :3].T
+        return _sd(np.asarray(predicted, np.float32), intercept, slope, floor)
 
-    def interval(self, predicted: Floats) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Lower and upper end (m, g) of the bars around ``predicted``, (m, g); expression is never below 0."""
-        return self.around(predicted)[1:]
+    def interval(self, predicted: Floats, *, level: float = LEVEL) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Lower and upper end (m, g) of the intervals around ``predicted``, (m, g); expression is never below 0."""
+        return interval_around(predicted, self.at(level))[1:]
 
-    def around(self, predicted: Floats) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-        """:meth:`sd`, and both ends of :meth:`interval`, in one pass over a few rows at a time, which caches hold."""
-        value = np.asarray(predicted, np.float32)
-        sd, lower, upper = (np.empty(value.shape, np.float32) for _ in range(3))
-        n = max(1, PASS // max(value.shape[-1], 1))
-        centre = np.empty((n, value.shape[-1]), np.float32)
-        for start in range(0, len(value), n):
-            rows = slice(start, start + n)
-            width, reach, end = sd[rows], lower[rows], upper[rows]
-            middle = np.maximum(value[rows], 0, out=centre[: len(width)])
-            np.multiply(middle, self.slope, out=width)
-            width += self.intercept
-            np.sqrt(np.maximum(width, self.floor, out=width), out=width)
-            np.multiply(width, self.quantile, out=reach)
-            np.minimum(reach, self.largest, out=reach)
-            np.add(middle, reach, out=end)
-            np.maximum(np.subtract(middle, reach, out=reach), 0, out=reach)
-        return sd, lower, upper
-
-    def to_arrays(self) -> dict[str, NDArray[np.floating]]:
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Give all fields as arrays, for safetensors."""
-        return {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)}
+        return {"numbers": self.numbers, "levels": self.levels, "n_spots": np.asarray(self.n_spots)}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[np.floating]]) -> Self:
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Self:
         """Restore from what :meth:`to_arrays` gave."""
-        return cls(**{f.name: arrays[f.name] for f in fields(cls) if f.name != "level"}, level=float(arrays["level"]))
+        return cls(arrays["numbers"], arrays["levels"], int(arrays["n_spots"]))
+
+    def _column(self, level: float) -> int:
+        """Which level of the grid: the same, or the next higher one."""
+        found = int(np.searchsorted(self.levels, level - 1e-6))  # 1e-6: 0.9 in float32 is 0.9
+        if found == len(self.levels):
+            msg = (
+                f"level={level!r}: the highest level that is kept is {self.levels[-1]:g}. Choose that, or a lower one."
+            )
+            raise ValueError(msg)
+        return found
 
 
-def calibrate(held_out: Floats, measured: Floats, *, fold: Ints, level: float = 0.9) -> PredictionIntervals:
-    """Find error bars from cross-fitted predictions.
+def interval_around(
+    predicted: Floats, numbers: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """Standard deviation, lower and upper end (m, g) around ``predicted``, (m, g), in one pass.
 
-    The score of a spot is its absolute error in standard deviations, as fitted on the *other* folds; the bar reaches
-    to the ``ceil((n + 1) * level)``-th smallest score of the gene. Scores have no sign on purpose: expression starts
-    at 0 and is often 0, so a bar cut off at 0 loses nothing. At new places the standard deviation fitted on *all*
-    folds is used: no new place had a part in it, just as no spot had a part in its own.
+    Parameters
+    ----------
+    predicted
+        (m, g) log1p expression.
+    numbers
+        (5, g) of :meth:`PredictionIntervals.at`. A gene whose numbers are NaN gets NaN.
+    """
+    intercept, slope, floor, largest, quantile = numbers
+    value = np.asarray(predicted, np.float32)
+    sd, lower, upper = (np.empty(value.shape, np.float32) for _ in range(3))
+    n = max(1, PASS // max(value.shape[-1], 1))  # a few rows at a time, which caches hold
+    centre = np.empty((n, value.shape[-1]), np.float32)
+    for start in range(0, len(value), n):
+        rows = slice(start, start + n)
+        width, reach, end = sd[rows], lower[rows], upper[rows]
+        middle = np.maximum(value[rows], 0, out=centre[: len(width)])
+        np.multiply(middle, slope, out=width)
+        width += intercept
+        np.sqrt(np.maximum(width, floor, out=width), out=width)
+        np.multiply(width, quantile, out=reach)
+        np.minimum(reach, largest, out=reach)
+        np.add(middle, reach, out=end)
+        np.maximum(np.subtract(middle, reach, out=reach), 0, out=reach)
+    return sd, lower, upper
+
+
+def calibrate(held_out: Floats, measured: Floats, *, fold: Ints) -> PredictionIntervals:
+    """Find prediction intervals from cross-fitted predictions, for every level of :data:`LEVELS`.
+
+    The score of a spot is its absolute error in standard deviations, as fitted on the *other* folds; the interval of a
+    level reaches to the ``ceil((n + 1) * level)``-th smallest score of the gene. Scores have no sign on purpose:
+    expression starts at 0 and is often 0, so an interval cut off at 0 loses nothing. At new places the standard deviation
+    fitted on *all* folds is used: no new place had a part in it, just as no spot had a part in its own.
 
     Parameters
     ----------
@@ -109,51 +167,40 @@ def calibrate(held_out: Floats, measured: Floats, *, fold: Ints, level: float = 
         (n, g) log1p expression.
     fold
         (n,) fold that each spot was held out with.
-    level
-        Share of the measurements that the bars shall hold, between 0 and 1.
 
     Notes
     -----
-    New places must be like the held-out spots for the share to hold: folds and places exchangeable, measurements at
+    New places must be like the held-out spots for the level to hold: folds and places exchangeable, measurements at
     spot scale. Random folds say nothing about the errors far from all spots. CV+ (Barber, Candes, Ramdas and
     Tibshirani, 2021) then holds at least about ``1 - 2 * (1 - level)`` in the worst case and about ``level`` in
-    practice. It centres each error on the head of its own fold; these bars are centred on the mean of all heads, which
-    takes a small fraction of the memory, has no such worst case, and holds about ``level`` as well for heads that
+    practice. It centres each error on the head of its own fold; these intervals are centred on the mean of all heads,
+    which takes a small fraction of the memory, has no such worst case, and holds about ``level`` as well for heads that
     a fifth of the spots does not upset.
     """
-    _check(held_out, measured, fold=fold, level=level)
+    _check(held_out, measured, fold=fold)
     n, n_genes = held_out.shape
-    rank = _rank(n, level)
-    if rank > n:
-        logger.warning(
-            "%d spots are too few for error bars at level %g, which needs %d: the bars reach to the largest error seen",
-            n,
-            level,
-            _least_spots(level),
-        )
-    found = {f.name: np.empty(n_genes, np.float32) for f in fields(PredictionIntervals) if f.name != "level"}
+    places = np.array([min(_rank(n, level), n) - 1 for level in LEVELS])
+    numbers = np.empty((n_genes, len(_OF_A_GENE) + len(LEVELS)), np.float32)
     for start in range(0, n_genes, PART):
         part = slice(start, start + PART)
         predicted = np.maximum(np.asarray(held_out[:, part], np.float64), 0)
         error = np.abs(measured[:, part] - predicted)
-        found["intercept"][part], found["slope"][part], found["floor"][part] = _fit(predicted, error)
-        place = min(rank, n) - 1
-        found["quantile"][part] = np.partition(_scores(predicted, error, fold), place, axis=0)[place]
-        found["largest"][part] = error.max(0)
-    return PredictionIntervals(**found, level=float(level))
+        scores = np.sort(_scores(predicted, error, fold), axis=0)
+        numbers[part] = np.vstack([*_fit(predicted, error), error.max(0), scores[places]]).T
+    return PredictionIntervals(numbers, np.array(LEVELS), n)
 
 
-def coverage(measured: Floats, lower: Floats, upper: Floats) -> Floats:
-    """Share of the measurements within the bars, (g,); their ends belong to them."""
+def empirical_coverage(measured: Floats, lower: Floats, upper: Floats) -> Floats:
+    """Share of the measurements within the intervals, (g,); their ends belong to them."""
     return ((lower <= measured) & (measured <= upper)).mean(0)
 
 
 def neighbour_average(values: Floats, *, xy: Floats, k: int) -> NDArray[np.float32]:
     """Average (n, g) held-out values over a spot and its ``k - 1`` nearest.
 
-    Measurements and both ends of the bars averaged alike show what :func:`coverage` becomes at coarser scales. Bars
-    hold their level at spot scale only, with exchangeable folds: averages of independent errors are smaller than the
-    averaged bars say, so these over-cover; errors that neighbours share do not average out.
+    Measurements and both ends of the intervals, all averaged, show what :func:`empirical_coverage` becomes at coarser
+    scales. Intervals hold their level at spot scale only, with exchangeable folds: averages of independent errors are
+    smaller than the averaged intervals say, so these over-cover; errors that neighbours share do not average out.
     """
     if k < 1:
         msg = f"k={k} spots cannot be averaged. Give k=1 for the spots as they are, or more."
@@ -205,11 +252,8 @@ def _least_spots(level: float) -> int:
     return math.ceil(level / (1 - level) - 1e-9)
 
 
-def _check(held_out: Floats, measured: Floats, *, fold: Ints, level: float) -> None:
-    """Refuse what no bars can be made of."""
-    if not 0 < level < 1:
-        msg = f"level={level} is not a share of the measurements. Give one between 0 and 1, such as 0.9."
-        raise ValueError(msg)
+def _check(held_out: Floats, measured: Floats, *, fold: Ints) -> None:
+    """Refuse what no intervals can be made of."""
     if held_out.ndim != 2 or held_out.shape != measured.shape or np.shape(fold) != held_out.shape[:1]:
         msg = (
             f"held_out {held_out.shape}, measured {measured.shape} and fold {np.shape(fold)} do not belong together. "

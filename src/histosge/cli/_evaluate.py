@@ -120,7 +120,7 @@ def evaluate(
         if file is not None:
             _write(scores, fresh_file)
         if plot is not None:
-            _draw(scores, fresh_plot, level=options["level"])
+            _draw(scores, fresh_plot)
     for path in filter(None, (file, plot)):
         logger.info("wrote %s", path)
     if out == _STDOUT:
@@ -151,7 +151,7 @@ def _write(scores: pd.DataFrame, path: Path) -> None:
         scores.to_parquet(path, index=False)
 
 
-def _draw(scores: pd.DataFrame, path: Path, *, level: float | None) -> None:
+def _draw(scores: pd.DataFrame, path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -159,6 +159,6 @@ def _draw(scores: pd.DataFrame, path: Path, *, level: float | None) -> None:
 
     import histosge as sge
 
-    figure = sge.pl.evaluation(scores, level=level)[0].figure
+    figure = sge.pl.evaluation(scores)[0].figure
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -37,9 +37,8 @@ if TYPE_CHECKING:
 
     from spatialdata import SpatialData
 
-_OF_THE_MODEL = ("head", "genes", "n_folds", "level", "head_options", "tile_um", "stack")
+_OF_THE_MODEL = ("head", "genes", "n_folds", "head_options", "tile_um", "stack")
 """Options that a fitted model fixes"""
-_BARS = ("sd", "lower", "upper")
 _FIGURE = (".png", ".pdf", ".svg")
 _MOST_DRAWN = 4
 _POSITIVE = click.FloatRange(min=0, min_open=True)
@@ -67,7 +66,7 @@ _PROVENANCE = ("head", "mpp", "tile_um", "dense", "seed")
     ),
     click.option("--conserve", is_flag=True, help="Bins that average to their spot, freed of noise, too."),
     click.option("--store", is_flag=True, help="Write OUT.zarr part by part, places and table only; resumes."),
-    click.option("--layers", type=Names(), default="", help="With OUT.h5ad: layers to keep, such as sd,lower,upper."),
+    click.option("--layers", type=Names(), default="", help="With OUT.h5ad: layers to keep as well as X: conserved."),
     click.option("--domains", is_flag=True, help="Find spatial domains in the prediction (leiden)."),
     click.option(
         "--resolution", type=_POSITIVE, default=1.0, show_default=True, help="With --domains: larger gives more."
@@ -121,7 +120,6 @@ def predict(
       histosge predict section.zarr predicted.zarr --model model --report report.html
     """  # noqa: D301
     import histosge as sge
-    from histosge._section import is_measured
 
     start = time()
     _check_usage(target, store=store, overwrite=overwrite, model=model, plot=plot, report=report, domains=domains)
@@ -139,11 +137,6 @@ def predict(
                 if not _given("encoder"):
                     options["encoder"] = trained_with["name"]
             [sdata] = read_sections([source], images=images, bin_size=bin_size, dataset_id=dataset_id)
-            lost = set(layers) & set(_BARS)
-            if lost and (options["level"] is None or (model is not None and not is_measured(sdata))):
-                why = "--level none" if options["level"] is None else "a section without measured spots"
-                msg = f"--layers {','.join(sorted(lost))}: no error bars are written with {why}. Leave them out."
-                raise click.UsageError(msg)
             if weights is not None or not found:  # the model cannot load it by name
                 options["encoder"] = sge.load_encoder(options["encoder"], weights=weights)
             with sge.settings.override(**cache_setting(no_cache=no_cache)):

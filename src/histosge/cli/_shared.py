@@ -227,23 +227,6 @@ def held_out_lines(held_out: dict[str, Any]) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- options
 
 
-class Level(click.ParamType):
-    """A share, or ``none``."""
-
-    name = "share"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
-        """Read it."""
-        if isinstance(value, float) or value is None:
-            return value
-        if str(value).lower() == "none":
-            return None
-        try:
-            return float(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a number between 0 and 1, such as 0.9, nor 'none'.", param, ctx)
-
-
 class Genes(click.ParamType):
     """A number, ``all``, or names with commas."""
 
@@ -357,16 +340,7 @@ ENCODER = (
         "--stack", type=Names(), default="pilm", show_default=True, help="Maps to stack: 'pilm', or 'pilm,rgb'."
     ),
 )
-LEARN = (
-    *from_python(Learning),
-    click.option(
-        "--level",
-        type=Level(),
-        default=0.9,
-        show_default=True,
-        help="Share of measurements that the error bars hold, or 'none' for no error bars.",
-    ),
-)
+LEARN = (*from_python(Learning),)
 COMPUTE = (
     *from_python(Running),
     click.option("--no-cache", is_flag=True, help="Neither read nor keep embeddings; see `histosge cache`."),

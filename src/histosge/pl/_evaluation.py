@@ -1,4 +1,4 @@
-"""Draw the scores of heads: correlations, gene by gene, error bars, smoothness."""
+"""Draw the scores of heads: correlations, gene by gene, prediction intervals, smoothness."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+
+from histosge._statistics import LEVEL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +23,6 @@ def evaluation(
     *,
     head: str | None = None,
     rival: str | None = None,
-    level: float | None = None,
     figsize: tuple[float, float] = (10.0, 4.0),
 ) -> NDArray[Any]:
     """Draw what heads were worth on spots that they never saw.
@@ -36,18 +37,16 @@ def evaluation(
         Head to compare with a rival, gene by gene. ``None`` takes the first of ``scores``.
     rival
         Head to compare it with. ``None`` takes the best of the others.
-    level
-        Share of measurements that the error bars were made to hold: a line beside the share that they do hold.
     figsize
         Width and height of the figure in inches.
 
     Returns
     -------
     Axes, (panels,): correlation of predicted and measured by head, best first, with the noise ceiling and the mean's
-    share of it; ``head`` against ``rival``; the share of measurements in the error bars against the width of these, also
-    after averaging over 2, 4 and 8 spots; Moran's I of predicted against that of measured expression, where points above
+    share of it; ``head`` against ``rival``; the share of measurements within the prediction intervals against the
+    width of these, also after averaging over 2, 4 and 8 spots, and the target of 0.9 as a line; Moran's I of predicted against that of measured expression, where points above
     the diagonal are smoother than the measurement. Panels are left out whose scores are missing: the second with a
-    single head, the third with ``level=None`` in the evaluation.
+    single head.
 
     Raises
     ------
@@ -63,7 +62,7 @@ def evaluation(
     >>> scores = sge.tl.evaluate(
     ...     sdata, encoder="stain-texture", heads=["ridge", "mean"], genes=20, n_splits=2, n_folds=2
     ... )
-    >>> axes = sge.pl.evaluation(scores, level=0.9)
+    >>> axes = sge.pl.evaluation(scores)
     >>> axes.shape
     (4,)
     """
@@ -90,7 +89,7 @@ def evaluation(
     if other is not None:
         _draw_pair(next(rest), genes["pcc"].unstack("head")[[one, other]].dropna(), colours=colours)
     if has["coverage"]:
-        _draw_coverage(next(rest), genes.groupby("head").mean(), colours=colours, level=level)
+        _draw_coverage(next(rest), genes.groupby("head").mean(), colours=colours)
     if has["morans_i"]:
         _draw_smoothness(next(rest), genes, colours=colours)
     for ax in axes[0]:
@@ -201,8 +200,8 @@ def _draw_pair(ax: Axes, pcc: pd.DataFrame, *, colours: dict[str, Any]) -> None:
     ax.set_title(f"{one} is ahead\nfor {ahead.mean():.0%} of genes", fontsize=9)
 
 
-def _draw_coverage(ax: Axes, heads: pd.DataFrame, *, colours: dict[str, Any], level: float | None) -> None:
-    """Share in the bars against their width: a stem a head, its points larger for averages over more spots."""
+def _draw_coverage(ax: Axes, heads: pd.DataFrame, *, colours: dict[str, Any]) -> None:
+    """Share in the intervals against their width: a stem a head, its points larger for averages over more spots."""
     for name, row in heads.iterrows():
         found = [(k, row[c]) for k, c in _COVERAGES.items() if c in heads and pd.notna(row[c])]
         if not found:
@@ -211,12 +210,11 @@ def _draw_coverage(ax: Axes, heads: pd.DataFrame, *, colours: dict[str, Any], le
         x = np.full(len(k), row["width"])
         ax.plot(x, share, color=colours[str(name)], lw=1)
         ax.scatter(x, share, s=8 * np.sqrt(8 * k), color=[colours[str(name)]], edgecolors="white", lw=0.5, zorder=3)
-    if level is not None:
-        ax.axhline(level, color="black", ls="--", lw=0.8)
+    ax.axhline(LEVEL, color="black", ls="--", lw=0.8)
     ax.margins(x=0.2, y=0.1)
     ax.set_xlabel("mean width (log1p)", fontsize=9)
-    ax.set_ylabel("share of measurements in the bars", fontsize=9)
-    ax.set_title("error bars: dots grow with\nspots averaged (1, 2, 4, 8)", fontsize=9)
+    ax.set_ylabel("share of measurements within", fontsize=9)
+    ax.set_title("intervals: dots grow with\nspots averaged (1, 2, 4, 8)", fontsize=9)
 
 
 def _draw_smoothness(ax: Axes, genes: pd.DataFrame, *, colours: dict[str, Any]) -> None:

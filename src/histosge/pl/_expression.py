@@ -1,4 +1,4 @@
-"""Draw the image, what was measured, what was predicted and how sure that is, side by side."""
+"""Draw the image, measured and predicted expression, and the width of prediction intervals, side by side."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pandas as pd
 from scipy import sparse
 
 from histosge import _keys
-from histosge._section import NEARLY_EMPTY, open_layer, sample, select
+from histosge._section import NEARLY_EMPTY, interval_layers, intervals_of, open_layer, sample, select
 from histosge._settings import settings
+from histosge._statistics import LEVEL
 from histosge.pl._canvas import (
     BAR,
     PLAIN,
@@ -51,6 +52,7 @@ def expression(
     obs: str | None = None,
     layer: str | None = None,
     panels: Sequence[str] | None = None,
+    level: float = LEVEL,
     cmap: str = "magma",
     panel_size: float | None = None,
 ) -> NDArray[Any]:
@@ -71,8 +73,11 @@ def expression(
     layer
         Layer of the measured table that holds the counts. ``None`` takes the one that was predicted from.
     panels
-        What to draw of each gene, in this order: ``"image"``, ``"measured"``, ``"predicted"``, and ``"width"``, upper less lower
-        end of the error bars. ``None`` draws the first three, of a section without spots the image and the prediction.
+        What to draw of each gene, in this order: ``"image"``, ``"measured"``, ``"predicted"``, and ``"width"``, the width of
+        the prediction interval, which is computed here. ``None`` draws the first three, of a section without spots the image
+        and the prediction.
+    level
+        Target coverage of the intervals whose width is drawn; see :func:`histosge.tl.intervals`.
     cmap
         Colour map of the expression.
     panel_size
@@ -111,7 +116,10 @@ def expression(
         msg = f"obs={obs!r} is not a column of sdata.tables[{key!r}].obs: {list(table.obs.columns)}."
         raise KeyError(msg)
     made = table.uns[_keys.UNS]
-    kinds = _kinds(panels, sdata, table, key)
+    kinds = _kinds(panels, table)
+    columns = table.var_names.get_indexer(pd.Index(genes))
+    kept = intervals_of(table, f"table {key!r}").take(columns) if "width" in kinds else None
+    level = level if kept is None else kept.choose_level(level)
     canvas = open_canvas(sdata, table, key)
     places = canvas.outlines(region(table), table.obs[_keys.INSTANCE].to_numpy())
     drawn: dict[str, tuple[Outlines, Values]] = {}
@@ -120,10 +128,11 @@ def expression(
         layer = made.get("layer") if layer is None else layer
         measured, spots, values = _measured(canvas, made, genes, layer)
         drawn["measured"] = spots, values
-    if "predicted" in kinds:
-        drawn["predicted"] = places, _columns(table, None, genes)
-    if "width" in kinds:
-        drawn["width"] = places, _columns(table, "upper", genes) - _columns(table, "lower", genes)
+    if kept is not None or "predicted" in kinds:
+        drawn["predicted"] = places, _predicted(table, columns)
+    if kept is not None:
+        layers = interval_layers(drawn["predicted"][1], kept, level=level)
+        drawn["width"] = places, layers["upper"] - layers["lower"]
 
     n_panels = len(kinds) + (obs is not None)
     blocks = max(1, round(np.sqrt(len(genes) / max(n_panels, 1))))
@@ -152,7 +161,7 @@ def expression(
             if kind == "measured" and gene not in measured:
                 ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", va="center", fontsize=9)
                 continue
-            label = _label(made) if kind != "width" else f"width of the {float(made['level']):.0%} interval"
+            label = _label(made) if kind != "width" else f"width of the {100 * level:g}% interval"
             draw_numbers(ax, outlines, values[:, i], cmap=cmap if kind != "width" else "cividis", label=label)
         if column is not None:
             row[-1].set_title(obs, fontsize=9)
@@ -164,7 +173,7 @@ def expression(
     return axes
 
 
-def _kinds(panels: Sequence[str] | None, sdata: SpatialData, table: AnnData, key: str) -> list[str]:
+def _kinds(panels: Sequence[str] | None, table: AnnData) -> list[str]:
     """Panels of a gene."""
     made = table.uns[_keys.UNS]
     if panels is None:
@@ -173,12 +182,6 @@ def _kinds(panels: Sequence[str] | None, sdata: SpatialData, table: AnnData, key
     unknown = [kind for kind in kinds if kind not in PANELS]
     if unknown or not kinds or len(set(kinds)) < len(kinds):
         msg = f"panels={panels!r}: choose any of {PANELS}, each once."
-        raise ValueError(msg)
-    if "width" in kinds and not {"lower", "upper"} <= set(table.layers):
-        why = "Predict with level=0.9, or leave out 'width'."
-        if "table" not in made:
-            why = "None are written where nothing was measured: leave out 'width'."
-        msg = f"panels={panels!r}: sdata.tables[{key!r}] has no error bars. {why}"
         raise ValueError(msg)
     if "measured" in kinds and "table" not in made:
         msg = f"panels={panels!r}: nothing was measured on this section. Leave out 'measured'."
@@ -193,18 +196,13 @@ def _label(made: dict[str, Any]) -> str:
 
 def _title(kind: str, gene: str, table: AnnData) -> str:
     if kind != "predicted":
-        return f"{gene}\n{'measured' if kind == 'measured' else 'width of the error bars'}"
+        return f"{gene}\n{'measured' if kind == 'measured' else 'width of the prediction interval'}"
     return f"{gene}\npredicted, held-out PCC {table.var.loc[gene, 'held_out_pcc']:.2f}"
 
 
-def _columns(table: AnnData, layer: str | None, genes: Sequence[str]) -> Values:
+def _predicted(table: AnnData, columns: NDArray[np.int64]) -> Values:
     """Values of some genes, (n, genes); of a lazy table nothing else is read."""
-    columns = table.var_names.get_indexer(pd.Index(genes))
-    matrix = table.X if layer is None else table.layers[layer]
-    return _dense(matrix[:, columns])
-
-
-def _dense(part: Any) -> Values:
+    part = table.X[:, columns]
     part = part.compute() if hasattr(part, "compute") else part
     return np.asarray(part.toarray() if sparse.issparse(part) else part, dtype=np.float32)
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from histosge import _keys
 from histosge._settings import logger
-from histosge._statistics import better_baselines
+from histosge._statistics import LEVEL, better_baselines
 from histosge.pl._canvas import predicted_table
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ _PANELS = {
     "image": "the H&E image",
     "measured": "expression measured at the spots",
     "predicted": "expression predicted at all places",
-    "width": "width of the error bars",
+    "width": "width of the prediction interval",
 }
 _COLUMNS = ("held_out_pcc", "held_out_mse", "predictable", "highly_variable", "shrinkage")
 _MOST_PX = 1800
@@ -102,7 +102,7 @@ def report(
     Returns
     -------
     The path. On the page, as far as they are there: the run; held-out scores beside those of the simple rivals; what the
-    error bars say; the 50 genes predicted best and ``genes``, and a CSV file of all; maps; the domains of
+    prediction intervals say; the 50 genes predicted best and ``genes``, and a CSV file of all; maps; the domains of
     ``obs["domain"]`` and ``obs["leiden"]``; curves of the training; ``scores``; warnings; how to cite; the call and all of
     ``uns["histosge"]``. Nothing is written into ``sdata``.
 
@@ -249,6 +249,11 @@ class _Run:
         return bool(self.made.get("spots"))
 
     @property
+    def has_intervals(self) -> bool:
+        """Whether prediction intervals can be computed."""
+        return _keys.INTERVALS in self.table.varm
+
+    @property
     def missing(self) -> list[str]:
         """Elements that the table was predicted from, or describes, and that are not here."""
         named = {"images": self.made["image"], "shapes": self.made.get("spots"), "tables": self.made.get("table")}
@@ -327,12 +332,12 @@ class _Run:
             found.append((f"only {self.n_predictable:,} of {n:,} genes are predictable", text))
         if not self.measured:
             text = "The scores are those of the sections that the model was fitted on; nothing vouches for them here, and no "
-            text += "error bars are given: those of other sections would be too narrow."
+            text += "prediction intervals are given: those of other sections would be too narrow."
             found.append(("nothing was measured on this section", text))
         elif self.far > _FAR:
             text = (
                 f"They lie more than one pitch ({float(made['pitch_um']):.4g} µm) from every measured spot. Nothing vouches "
-                "for predictions and error bars far from what was measured."
+                "for predictions and their intervals far from what was measured."
             )
             found.append((f"{self.far:.1%} of the places are far from all spots", text))
         if self.missing:
@@ -359,7 +364,6 @@ class _Run:
             "head": made["head"],
             "genes": self.table.n_vars if counted else f"list(pd.read_csv('{self.key}_genes.csv')['gene'])",
             "n_folds": int(made["n_folds"]),
-            "level": float(made["level"]) if "level" in made else None,
         }
         where = {
             "image_key": made["image"],
@@ -383,7 +387,6 @@ class _Run:
             "rng": None if made["seed"] == "generator" else int(made["seed"]),
         }
         plain = {name: _python(value) for name, value in (where | learnt | asked).items() if value is not None}
-        plain |= {} if "level" in plain else {"level": "None"}
         if not counted:
             plain["genes"] = str(learnt["genes"])
         if not self.measured:
@@ -406,8 +409,8 @@ def _draw(run: _Run, *, wanted: list[str], scores: pd.DataFrame | None) -> dict[
     table, made, key = run.table, run.made, run.key
     drawn: dict[str, list[_Picture]] = {"maps": [], "domains": [], "training": [], "evaluation": []}
     if scores is not None:  # first: it may be refused
-        axes = pl.evaluation(scores, level=made.get("level"))
-        alt = "Scores of every head: a box of all genes' correlations and, as far as scored, gene by gene, error bars, smoothness."
+        axes = pl.evaluation(scores)
+        alt = "Scores of every head: a box of all genes' correlations and, as far as scored, gene by gene, prediction intervals, smoothness."
         caption = f"What sge.tl.evaluate found, split {scores['split'].iloc[0]!r}."
         drawn["evaluation"] = _pictures(axes, [(alt, caption)])
     if "training" in made:
@@ -415,8 +418,8 @@ def _draw(run: _Run, *, wanted: list[str], scores: pd.DataFrame | None) -> dict[
         drawn["training"] = _pictures(pl.training(run.sdata, key=key), [(alt, "A line for each fold.")])
     if run.missing:
         return drawn
-    panels = [name for name in _PANELS if run.measured or name != "measured"]
-    panels = [name for name in panels if name != "width" or "lower" in table.layers]
+    there = {"image": True, "measured": run.measured, "predicted": True, "width": run.has_intervals}
+    panels = [name for name in _PANELS if there[name]]
     texts: list[tuple[str, str]] = []
     for gene, row in table.var.loc[wanted].iterrows():
         sure = "." if row["predictable"] else ". NOT predictable: this map shows nothing that was confirmed."
@@ -456,6 +459,7 @@ def _page(run: _Run, pictures: dict[str, list[_Picture]], *, wanted: list[str], 
         generator=f"histosge {version('histosge')}",
         date=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         rivals=_BASELINES,
+        level=LEVEL,
         ranked=ranked,
         listed=listed,
         csv=_data_uri(csv, "text/csv;charset=utf-8"),

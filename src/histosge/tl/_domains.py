@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from histosge import _keys
-from histosge._section import feature_kinds, log_left_out
+from histosge._section import feature_kinds, find_table, log_left_out
 from histosge._settings import logger
 from histosge._statistics import N_ITERATIONS, SPATIAL_NEIGHBOURS, SPATIAL_WEIGHT, cut, domain_graph
 
@@ -103,7 +103,7 @@ def domains(
     >>> list(sdata.tables["histosge"].obs["domain"].cat.categories)
     ['0', '1', '2', '3']
     """
-    table, name = _table(data, key)
+    table, name = find_table(data, key)
     _check_arguments(
         n=table.n_obs,
         resolution=resolution,
@@ -150,24 +150,6 @@ def domains(
         "added obs[%r] to %s: %d domains of %d places (resolution %.4g)", key_added, name, n_found, table.n_obs, used
     )
     return None
-
-
-def _table(data: AnnData | SpatialData, key: str) -> tuple[AnnData, str]:
-    """Find the table, and what to call it in messages."""
-    from anndata import AnnData
-
-    if isinstance(data, AnnData):
-        return data, "the AnnData"
-    if not hasattr(data, "tables"):
-        msg = f"data is a {type(data).__name__}: pass a SpatialData, or one of its tables (AnnData)."
-        raise TypeError(msg)
-    if key not in data.tables:
-        msg = (
-            f"key={key!r} is not among the tables of this SpatialData: {list(data.tables)}. "
-            "Run `sge.tl.predict` first, or name a table of log-normalised expression."
-        )
-        raise KeyError(msg)
-    return data.tables[key], f"table {key!r}"
 
 
 def _check_arguments(

@@ -40,14 +40,13 @@ def evaluate(
     labels: str | None = None,
     stack: Sequence[str] = ("pilm",),
     dense: bool = False,
-    level: float | None = 0.9,
     head_options: dict[str, dict[str, Any]] | None = None,
     **options: Unpack[FitOptions],
 ) -> pd.DataFrame:
     """Score heads on spots that they never saw.
 
     In every split each head is fitted from scratch as :func:`histosge.tl.predict` would fit it, on the training spots
-    alone: genes, scalings, components, early stopping and error bars know nothing of the spots that are scored. All
+    alone: genes, scalings, components, early stopping and prediction intervals know nothing of the spots that are scored. All
     heads of a split get the same spots, genes and folds.
 
     Parameters
@@ -87,8 +86,6 @@ def evaluate(
     dense
         Embed the area of a spot, from the encoder's tokens, instead of the tile around its centre, as for bins and cells.
     genes, n_folds
-    level
-        Share of measurements that the error bars shall hold. ``None`` makes none.
     head_options
         Arguments of heads by name, for example ``{"nearest": {"n_neighbours": 6}}``.
     image_key, spots_key, table_key, layer, coordinate_system, mpp
@@ -102,8 +99,8 @@ def evaluate(
     training spots' mean), ``skill`` (``1 - mse / mse_mean``), ``morans_i`` and ``morans_i_measured`` (a larger one of
     the prediction means over-smoothing, or noise in the measurement), ``gene_agreement`` (how well correlations with
     other genes are kept), ``ssim`` (structural similarity on the lattice), ``ceiling`` (the correlation that counting
-    noise lets a perfect model reach; NaN without raw counts); with ``level``: ``coverage`` and mean ``width`` of the
-    error bars, and ``coverage_2``, ``coverage_4``, ``coverage_8`` after averaging over as many neighbours; with
+    noise lets a perfect model reach; NaN without raw counts); ``coverage`` and mean ``width`` of the prediction intervals
+    at level 0.9, and ``coverage_2``, ``coverage_4``, ``coverage_8`` after averaging over as many neighbours; with
     ``labels``, the same for all genes of a head: ``ari``, ``nmi`` and ``ari_measured``, ``nmi_measured``. All scores are
     float.
 
@@ -118,7 +115,7 @@ def evaluate(
 
     Notes
     -----
-    Blocks with a buffer follow Roberts et al. (2017), conformal error bars Barber et al. (2021), the comparison with
+    Blocks with a buffer follow Roberts et al. (2017), conformal prediction intervals Barber et al. (2021), the comparison with
     ridge regression the protocol of HEST-Bench (Jaume et al., 2024).
 
     Examples
@@ -150,7 +147,7 @@ def evaluate(
     sections = [read_section(one, **pick(options, Reading)) for one in several]
     for head in heads:
         of_head = (head_options or {}).get(head)
-        check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, level=level, head_options=of_head)
+        check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, head_options=of_head)
     names = [section.spots_key for section in sections]
     if len(set(names)) < len(names):
         names = [f"{i}: {name}" for i, name in enumerate(names)]
@@ -193,7 +190,6 @@ def evaluate(
         config=embedder.config,
         genes=genes,
         n_folds=n_folds,
-        level=level,
         rng=rng,
         device=where,
         head_options=head_options,

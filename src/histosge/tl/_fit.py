@@ -26,7 +26,6 @@ def fit(
     head: str | None = None,
     stack: Sequence[str] = ("pilm",),
     dense: bool = False,
-    level: float | None = 0.9,
     head_options: dict[str, Any] | None = None,
     **options: Unpack[FitOptions],
 ) -> Model:
@@ -34,7 +33,7 @@ def fit(
 
     The spots are dealt into folds of contiguous blocks; for each fold a head is trained on all others, with early
     stopping on spots of its own, and predicts the fold it never saw. The scores are the held-out ones, beside those of
-    ridge regression and inverse-distance interpolation on the same folds; the error bars are calibrated on the same
+    ridge regression and inverse-distance interpolation on the same folds; prediction intervals are calibrated on the same
     predictions. The model is the mean of the networks of all folds; heads that are no networks are fitted once more, on
     all spots. Genes are chosen, and everything is scaled, inside the training spots of each fold.
 
@@ -55,8 +54,6 @@ def fit(
         Embed the area of a spot, from the encoder's tokens, instead of the tile around its centre: for models that predict
         bins and cells.
     n_folds
-    level
-        Share of measurements at spot scale that the error bars shall hold. ``None`` makes none.
     head_options
         Arguments of the head, for example ``{"n_neighbours": 30}``; of several heads, by name, for example
         ``{"in-context": {"n_neighbours": 30}}``.
@@ -95,7 +92,7 @@ def fit(
     where = resolve_device(run["device"])
     sections = [read_section(one, **pick(options, Reading)) for one in several]
     head = default_head(dense=dense) if head is None else head
-    check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, level=level, head_options=head_options)
+    check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, head_options=head_options)
     values, parts = [], []
     forecast = Forecast(sum(len(section.xy_px) for section in sections))
     how: dict[str, Any] = {"tile_um": tile_um, "stack": stack, "dense": dense}
@@ -114,7 +111,6 @@ def fit(
         head=head,
         genes=genes,
         n_folds=n_folds,
-        level=level,
         rng=np.random.default_rng(options["rng"]),
         device=where,
         head_options=head_options,

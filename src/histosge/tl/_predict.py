@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from importlib.metadata import version
 from time import time
 from typing import TYPE_CHECKING, Any, Unpack, cast
@@ -57,7 +56,6 @@ def predict(
     *,
     stack: Sequence[str] = ("pilm",),
     head: str | None = None,
-    level: float | None = 0.9,
     head_options: dict[str, Any] | None = None,
     model: Model | None = None,
     upsample: int | None = None,
@@ -96,13 +94,11 @@ def predict(
         ``"in-context+kriging"``, or ``"aggregate+kriging"`` where ``dense``.
     genes
     n_folds
-    level
-        Share of measurements at spot scale that the error bars shall hold. ``None`` writes none.
     head_options
         Arguments of the head; see :func:`histosge.tl.fit`.
     model
-        A model fitted before, on this or other sections; ``head``, ``genes``, ``n_folds`` and ``level`` are then its own.
-        Where no table of ``sdata`` annotates any shapes, it predicts from the image alone, without error bars.
+        A model fitted before, on this or other sections; ``head``, ``genes`` and ``n_folds`` are then its own.
+        Where no table of ``sdata`` annotates any shapes, it predicts from the image alone, without prediction intervals.
     upsample
         Places per measured spot: 2, 4, 8 or 16. With neither this, ``bin_um`` nor ``target_key``, 4 as in the paper.
     bin_um
@@ -141,16 +137,16 @@ def predict(
     ``sdata.tables["{key_added}"]``
         Annotates these shapes by ``obs["region"]`` and ``obs["instance_id"]``. ``X`` (n, genes) float32: expected
         log1p expression at 10,000 counts (of logarithms without all of their genes: at the scale given, as
-        ``uns["histosge"]["unit"]`` says). ``layers["sd"]``, ``["lower"]``, ``["upper"]`` (n, genes) float32: standard
-        deviation of a measurement at spot scale around it, and the ends of the interval that holds a share ``level`` of
-        such measurements; none without measured spots. With ``conserve``, ``layers["conserved"]`` (n, genes) float32, and ``var["shrinkage"]``, the mean
-        share of a spot's difference from its prediction that is believed. ``obs``: ``array_row``, ``array_col`` (int64, where the places form a
+        ``uns["histosge"]["unit"]`` says). With ``conserve``, ``layers["conserved"]`` (n, genes) float32, and
+        ``var["shrinkage"]``, the mean share of a spot's difference from its prediction that is believed. ``obs``: ``array_row``, ``array_col`` (int64, where the places form a
         grid), ``in_tissue``, ``is_spot`` (the place is a measured spot; its own measurement is hidden from the
         context, but heads have learnt from it: no held-out prediction), ``in_spot`` (its centre lies inside a physical
         spot; bool), ``distance_to_spot_um`` (float32, to the nearest spot's centre). ``obsm["spatial"]`` (n, 2) float64, (x, y) in pixels of the image.
         Without spots, ``distance_to_spot_um`` is NaN, and places cover the tissue of the whole image.
         ``var``: ``highly_variable`` (bool), ``held_out_pcc``, ``held_out_mse`` (float32, on spots the head never
-        saw), ``predictable`` (bool, at a false discovery rate of 5 %). ``uns["histosge"]``: encoder, head, scale,
+        saw), ``predictable`` (bool, at a false discovery rate of 5 %). ``varm["histosge_intervals"]`` (genes, 105)
+        float32: what :func:`histosge.tl.intervals` computes prediction intervals from, its columns named in
+        ``uns["histosge"]["intervals"]``; not without measured spots. ``uns["histosge"]``: encoder, head, scale,
         seed, split, versions, held-out scores of the head and its rivals, and ``training``: the losses of heads that are
         trained in epochs, as of ``histosge.Model.training``.
 
@@ -170,10 +166,8 @@ def predict(
 
     Notes
     -----
-    Error bars are conformal: calibrated on measured spots in blocks that no head saw. Their level is met at the scale of
-    a spot, for places that are like the held-out spots; for averages over several places they are too wide, and for
-    bins smaller than a spot they say what a spot centred there would measure. With ``model=`` they are calibrated on the
-    sections that it learnt from; where nothing was measured, none are written, since they would be too narrow.
+    Prediction intervals, at any level, are computed afterwards: :func:`histosge.tl.intervals`. With ``model=`` they are
+    calibrated on the sections that it learnt from; where nothing was measured there are none, since they would be too narrow.
 
     What a table holds is found out and logged: counts, corrected counts, or their logarithms (of any base) and square roots,
     which are converted. Only features of type "Gene Expression" are used where ``var`` says so. ``sge.tl.fit`` and
@@ -215,16 +209,15 @@ def predict(
             pitch_um=model.info["pitch_um"],
             spot_um=model.info["spot_um"],
         )
-        model = _for_image_only(model)
+        _warn_of_image_only()
     else:
         section = read_section(sdata, **reading)
         if model is not None:
             _check_unit(model, section)
-            if model.bars is not None:
-                logger.info(
-                    "error bars are those of the model, calibrated on the %d spots that it learnt from",
-                    model.info["n_spots"],
-                )
+            logger.info(
+                "prediction intervals are those of the model, calibrated on the %d spots that it learnt from",
+                model.info["n_spots"],
+            )
     if target_key is None:
         name = _keys.targets(key_added)
         targets = lay_targets(section, key=name, upsample=upsample, bin_um=bin_um, tissue=tissue)
@@ -242,7 +235,7 @@ def predict(
         if dense is None:
             dense = bin_um is not None or smaller_than_spot(section, targets)
         head = default_head(dense=dense) if head is None else head
-        learn = {"head": head, "genes": genes, "n_folds": n_folds, "level": level, "head_options": head_options}
+        learn = {"head": head, "genes": genes, "n_folds": n_folds, "head_options": head_options}
         names = check_arguments(sections=[section], **learn)
         embedder = Embedder.open(section, encoder, tile_um=tile_um, stack=stack, dense=dense, **run)
         n_genes = len(names) if isinstance(genes, str) else len(genes) if isinstance(genes, Collection) else int(genes)
@@ -250,8 +243,7 @@ def predict(
         check_conservation(section, targets)
     shapes = {targets.key: shapes_element(section, targets)} if targets.laid and store is None else {}
     if store is None:
-        n_layers = 3 * (level is not None if model is None else model.bars is not None) + conserve
-        check_memory(len(targets), min(n_genes, len(section.genes)), n_layers=n_layers)
+        check_memory(len(targets), min(n_genes, len(section.genes)), n_layers=int(conserve))
         if inplace:
             commit(sdata, shapes=shapes, tables={key_added: None}, dry_run=True)  # report it before the work, not after
 
@@ -290,18 +282,16 @@ def predict(
     return None
 
 
-def _for_image_only(model: Model) -> Model:
-    """Warn of what a model cannot know of a section without spots, and return it without error bars."""
+def _warn_of_image_only() -> None:
+    """Warn of what a model cannot know of a section without spots."""
     logger.warning(
         "predicting from the image alone: scores are those of the sections that the model learnt from. How it does on "
         "others: sge.tl.evaluate([...], split='sections')"
     )
-    if model.bars is not None:
-        logger.warning(
-            "no error bars: nothing was measured on this section to calibrate them on, and those of the model would be too "
-            "narrow (on the section of another patient, bars of 90 %% held about 41 %% of the measurements)"
-        )
-    return replace(model, bars=None)
+    logger.warning(
+        "no prediction intervals: nothing was measured on this section to calibrate them on, and those of the model would be "
+        "too narrow (on the section of another patient, intervals of 90 %% held about 41 %% of the measurements)"
+    )
 
 
 def _fit(embedder: Embedder, at_spots: NDArray[np.float32], *, head: str, **learn: Any) -> Model:
@@ -338,7 +328,6 @@ def _provenance(
         **embedder.provenance,
         "head": model.head,
         "held_out": cast("dict[str, Any]", model.held_out),
-        **({} if model.bars is None else {"level": model.bars.level}),
         **model.info,
         "seed": seed,
         **({"spots": section.spots_key, "table": section.table_key} if section.measured else {}),
