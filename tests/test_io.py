@@ -400,7 +400,9 @@ def test_what_cannot_be_read(tmp_path, sdata):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/a.txt").write_text("a")
     for source in (tmp_path / "empty", tmp_path / "empty/a.txt"):
-        with pytest.raises(ValueError, match=r"is no section .* holds a.*txt.*\. Pass one of: an image alone, .*\.zarr"):
+        with pytest.raises(
+            ValueError, match=r"is no section .* holds a.*txt.*\. Pass one of: an image alone, .*\.zarr"
+        ):
             sge.io.read(source)
     written = sr.write_visium(tmp_path / "run", sdata)
     with pytest.raises(ValueError, match=r"bin_size=8, but source=.* is Visium, a folder of .* Leave bin_size= out\."):
