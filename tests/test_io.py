@@ -167,7 +167,10 @@ def test_st(tmp_path, squared, log):
 def test_zarr(tmp_path, sdata):
     sdata.write(tmp_path / "section.zarr")
     check_same(sge.io.read(tmp_path / "section.zarr"), sdata, within_px=1e-6)
-    with pytest.raises(ValueError, match="image='a.tif': a SpatialData holds its image"):
+    with pytest.raises(
+        ValueError,
+        match=r"image='a\.tif', but .* is a SpatialData .*, which holds its image and names\. Leave image= out",
+    ):
         sge.io.read(tmp_path / "section.zarr", image="a.tif")
 
 
@@ -377,7 +380,7 @@ def test_other_files_that_are_not_whole(tmp_path, sdata):
     store = tmp_path / "half.zarr"
     store.mkdir()
     (store / "zarr.json").write_text("{")
-    with pytest.raises(ValueError, match=r"half.zarr' cannot be read as a SpatialData .* Is it whole\?"):
+    with pytest.raises(ValueError, match=r"half.zarr' cannot be read as a SpatialData .* Is it complete\?"):
         sge.io.read(store)
     written = sr.write_st(tmp_path / "st", sdata)
     (written.source.parent / "none.tsv").touch()
@@ -397,10 +400,12 @@ def test_what_cannot_be_read(tmp_path, sdata):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/a.txt").write_text("a")
     for source in (tmp_path / "empty", tmp_path / "empty/a.txt"):
-        with pytest.raises(ValueError, match="is no section that can be read; it holds .*Pass the `outs` folder"):
+        with pytest.raises(
+            ValueError, match=r"is no section .* holds a.*txt.*\. Pass one of: an image alone, .*\.zarr"
+        ):
             sge.io.read(source)
     written = sr.write_visium(tmp_path / "run", sdata)
-    with pytest.raises(ValueError, match="bin_size=8, but .* is no output of Visium HD"):
+    with pytest.raises(ValueError, match=r"bin_size=8, but source=.* is Visium, a folder of .* Leave bin_size= out\."):
         sge.io.read(written.source, bin_size=8)
     with pytest.raises(ValueError, match="dataset_id='a b' is not a valid name"):
         sge.io.read(written.source, dataset_id="a b")
@@ -563,6 +568,6 @@ def test_an_image_alone(sdata, tmp_path):
     sge.tl.predict(section, model=model, mpp=2.0)
     assert section["histosge"].n_obs > 100
     with pytest.raises(
-        ValueError, match=r"is an image, of which nothing was measured\. Leave image= and bin_size= out"
+        ValueError, match=r"is an image alone, of which nothing was measured\. Leave image= and bin_size= out"
     ):
-        sge.io.read(path, image=path)
+        sge.io.read(path, image=path, bin_size=8)

@@ -1,4 +1,4 @@
-"""Settings, logger and progress bars: the ground floor that every other room may use."""
+"""Settings, logger, progress bars and checks of numbers: the ground floor that every other room may use."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import sys
 import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from typing import TypeGuard
 
     from tqdm import tqdm
 
@@ -20,7 +22,7 @@ logger = logging.getLogger("histosge")
 
 
 class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
-    """Write to whatever ``sys.stderr`` is now: Jupyter and pytest replace it after import."""
+    """Write to the present ``sys.stderr``: Jupyter and pytest replace it after import."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -31,7 +33,7 @@ class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 class _Level(logging.Formatter):
-    """Say the level only when it is one to look at."""
+    """Show the level of warnings and errors."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -46,9 +48,19 @@ if not logger.handlers:
     logger.propagate = False
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a finite number, of Python or numpy; ``True`` and ``False`` are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Whether it is an integer, of Python or numpy; ``True`` and ``False`` are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 @dataclass
 class Settings:
-    """What holds for every call in this session; each can be overridden by the argument of the same name.
+    """Settings of all calls in this session; an argument of the same name goes before them.
 
     Attributes
     ----------
@@ -63,12 +75,12 @@ class Settings:
         ``"float32"``: float32 everywhere, nothing rounded. ``"bfloat16"``: bfloat16 everywhere, faster on processors that
         compute in it.
     cache_dir
-        Folder that embeddings are kept in, so that a second run does not compute them again. ``None`` takes the
-        environment variable ``HISTOSGE_CACHE`` or, without it, ``histosge`` in the system's cache folder. A folder that
-        holds something else is refused. ``histosge cache list`` says where it is and what is in it.
+        Folder of computed embeddings, which a second run reuses. ``None`` takes the environment variable
+        ``HISTOSGE_CACHE`` or, without it, ``histosge`` in the system's cache folder. A folder that holds something else
+        is refused. ``histosge cache list`` shows where it is and what is in it.
     cache_gb
-        How large that folder may grow, in gigabytes (10⁹ bytes): what was not used for longest goes first. 0 turns the
-        cache off.
+        Largest size of that folder, in gigabytes (10⁹ bytes): what was not used for the longest time is removed first.
+        0 turns the cache off.
     memory_gb
         Memory that a table and its prediction may take, in gigabytes. ``None`` takes what is free on this machine, or in the
         container or job.
@@ -111,16 +123,13 @@ class Settings:
                 "system's cache folder."
             )
             raise ValueError(msg)
-        if name == "cache_gb" and (
-            not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf
-        ):
+        if name == "cache_gb" and not (is_number(value) and value >= 0):
             msg = f"settings.cache_gb={value!r}: choose a number of gigabytes, such as 20, or 0 to turn the cache off."
             raise ValueError(msg)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if name == "memory_gb" and value is not None and not (number and 0 < value < math.inf):
+        if name == "memory_gb" and value is not None and not (is_number(value) and value > 0):
             msg = f"settings.memory_gb={value!r}: choose a number of gigabytes above 0, or None for what is free."
             raise ValueError(msg)
-        if name == "part_rows" and not (number and isinstance(value, int) and value >= 1):
+        if name == "part_rows" and not (is_whole(value) and value >= 1):
             msg = f"settings.part_rows={value!r}: choose a whole number of rows from 1."
             raise ValueError(msg)
         super().__setattr__(name, value)
@@ -144,7 +153,7 @@ settings = Settings()
 def progress_bar(
     iterable: Iterable[Any] | None = None, *, desc: str, total: int | None, unit: str = "it", show: bool | None = None
 ) -> tqdm[Any]:
-    """Open a progress bar, shown as ``show``, else as ``settings.progress``, else where somebody can see it."""
+    """Open a progress bar, shown as ``show``, else as ``settings.progress``, else in terminals and notebooks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a notebook without ipywidgets gets a bar of characters, which is fine
         from tqdm.auto import tqdm

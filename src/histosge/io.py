@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from histosge._atomic import replacing
 from histosge._readers import open_section
 from histosge._settings import logger
 
@@ -181,13 +182,9 @@ def write_h5ad(
         msg = f"layers={unknown} are not among the layers of the table: {known}."
         raise KeyError(msg)
     out = _for_viewers(table, layers)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with ad.settings.override(allow_write_nullable_strings=False):  # which anndata before 0.11 cannot read
-            out.write_h5ad(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    # anndata before 0.11 cannot read nullable strings
+    with replacing(path) as draft, ad.settings.override(allow_write_nullable_strings=False):
+        out.write_h5ad(draft)
     logger.info("wrote %d places x %d genes to %s", *out.shape, path)
 
 

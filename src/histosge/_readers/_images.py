@@ -10,6 +10,7 @@ import numpy as np
 
 from histosge._image import ImageError, Samples, bits, largest, spread, white_value
 from histosge._readers._orientation import Turn
+from histosge._readers._parts import not_rgb, valid_name
 from histosge._readers._tiff import open_tiff, tiff_orientation, tiff_size
 from histosge._settings import logger
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     import dask.array as da
     from numpy.typing import NDArray
+    from spatialdata import SpatialData
     from xarray import DataArray, DataTree
 
 _TIFFS = (".tif", ".tiff", ".btf", ".svs", ".ndpi", ".qptiff")
@@ -144,19 +146,27 @@ def parse_image(path: Path, name: str, *, oriented: bool = True) -> DataArray | 
     return image
 
 
+def read_image_alone(path: Path, *, dataset_id: str | None = None) -> SpatialData:
+    """Read an image of which nothing was measured."""
+    from spatialdata import SpatialData
+
+    name = dataset_id or valid_name(path.name.partition(".")[0])
+    return SpatialData(images={f"{name}_full_image": parse_image(path, name)})
+
+
 def _open_picture(path: Path, *, oriented: bool) -> da.Array:
     import dask.array as da
 
     with _picture(path) as picture:
         if picture.format == "PNG" and getattr(picture, "n_frames", 1) > 1:
-            raise _not_rgb(path, f"is an animation of {picture.n_frames} images")
+            raise not_rgb(path, f"is an animation of {picture.n_frames} images")
         turn = Turn(_exif_orientation(picture, path) if oriented else 1)
         if picture.mode in ("P", "RGB") and "transparency" in picture.info:
             picture = picture.convert("RGBA")
         elif picture.mode == "P":
             picture = picture.convert("RGB")
         if picture.mode not in ("RGB", "RGBA"):
-            raise _not_rgb(path, f"is of mode {picture.mode!r}")
+            raise not_rgb(path, f"is of mode {picture.mode!r}")
         n, (width, height) = len(picture.mode), picture.size
         deep = _deep_png(path)
         samples = Samples(alpha=3 if n == 4 else None)
@@ -173,7 +183,7 @@ def _open_picture(path: Path, *, oriented: bool) -> da.Array:
             seen |= bool(strip[..., -1].any())
             whole[:, y:bottom] = samples.rgb8(np.moveaxis(strip, -1, 0))
         if not seen:
-            raise _not_rgb(path, "is transparent everywhere")
+            raise not_rgb(path, "is transparent everywhere")
     return da.from_array(turn.apply(whole), chunks=(-1, _CHUNK_PX, _CHUNK_PX), name=False)
 
 
@@ -217,12 +227,4 @@ def _picture(path: Path) -> Iterator[Any]:
 
 def _unreadable(path: Path, why: str) -> ImageError:
     msg = f"{str(path)!r} cannot be read as an image ({why}). Is the file whole? Copy it again, or export it as an RGB TIFF."
-    return ImageError(msg)
-
-
-def _not_rgb(path: Path, what: str) -> ImageError:
-    msg = (
-        f"{str(path)!r} {what}; an H&E image has red, green and blue, of 8 or 16 bits. Pass the brightfield image, or save "
-        "this one as an RGB TIFF of 8 bits, for example in QuPath or ImageJ."
-    )
     return ImageError(msg)

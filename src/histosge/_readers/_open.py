@@ -1,4 +1,15 @@
-"""What instruments write → ``SpatialData`` with one image, one set of spots, one table and one coordinate system."""
+"""A source → ``SpatialData`` with one image, one set of spots, one table and one coordinate system.
+
+To read another instrument, add a file to this folder with two functions, and a line to :data:`_READERS`:
+
+``is_NAME(source)``
+    Whether a source (a file or folder) is of that instrument.
+``read_NAME(source, *, dataset_id=None)``
+    Reads it: a :class:`~histosge._readers._parts.Found`, that is shapes in pixels of the full-resolution image, and a table
+    that annotates them. The image itself is found, compared and read here.
+
+The line says in words what such a source is, for messages; the first reader that owns a source reads it.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +20,57 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from histosge import _keys
-from histosge._readers._images import image_size, is_image, names_other_image, open_pixels, orientation, parse_image
-from histosge._readers._parts import valid_name
-from histosge._readers._spaceranger import bins_of, find_outs, is_hd, read_visium, read_visium_hd
-from histosge._readers._tables import read_h5ad, read_st
+from histosge._readers._images import (
+    image_size,
+    is_image,
+    names_other_image,
+    open_pixels,
+    orientation,
+    parse_image,
+    read_image_alone,
+)
+from histosge._readers._parts import Found, Reader
+from histosge._readers._spaceranger import is_visium, is_visium_hd, read_visium, read_visium_hd
+from histosge._readers._tables import is_h5ad, is_st, read_h5ad, read_st
 from histosge._section import centroids, check_image, compare, lazy_image
 from histosge._settings import logger
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-    from histosge._readers._parts import Found
-
 _SAME_SIZE = 0.01
+
+
+def _is_zarr(source: Path) -> bool:
+    return any((source / name).is_file() for name in ("zarr.json", ".zattrs", ".zgroup"))
+
+
+def _read_zarr(source: Path) -> SpatialData:
+    import spatialdata as sd
+
+    try:
+        return sd.read_zarr(source)
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        msg = (
+            f"{str(source)!r} cannot be read as a SpatialData ({type(err).__name__}: {err}). Is it complete? Write or copy "
+            "it again."
+        )
+        raise ValueError(msg) from err
+
+
+_READERS = (
+    Reader("an image alone, of which nothing was measured", is_image, read_image_alone, takes=("dataset_id",)),
+    Reader(
+        "Visium HD, a folder of Space Ranger with `binned_outputs/`",
+        is_visium_hd,
+        read_visium_hd,
+        takes=("image", "bin_size", "dataset_id"),
+    ),
+    Reader("Visium, a folder of Space Ranger with `spatial/tissue_positions*.csv`", is_visium, read_visium),
+    Reader('an `.h5ad` with obsm["spatial"] in pixels of an image in its folder', is_h5ad, read_h5ad),
+    Reader("the `.tsv` of counts of an ST array", is_st, read_st),
+    Reader("a SpatialData `.zarr`, which holds its image and names", _is_zarr, _read_zarr, takes=()),
+)
 
 
 def open_section(
@@ -32,61 +81,41 @@ def open_section(
     dataset_id: str | None = None,
 ) -> SpatialData:
     """Read a section; see :func:`histosge.io.read`."""
-    from spatialdata import SpatialData
-
     source = Path(source).expanduser()
     if not source.exists():
         msg = f"source={str(source)!r} does not exist: check the path."
         raise FileNotFoundError(msg)
     if dataset_id is not None:
         _keys.check("dataset_id", dataset_id)
-    if is_image(source):
-        if image is not None or bin_size is not None:
-            msg = f"source={str(source)!r} is an image, of which nothing was measured. Leave image= and bin_size= out."
-            raise ValueError(msg)
-        name = dataset_id or valid_name(source.name.partition(".")[0])
-        return SpatialData(images={f"{name}_full_image": parse_image(source, name)})
-    outs = find_outs(source)
-    hd = outs is not None and is_hd(outs)
-    if bin_size is not None and not hd:
-        msg = f"bin_size={bin_size!r}, but {str(source)!r} is no output of Visium HD. Leave bin_size= out."
+    reader = next((reader for reader in _READERS if reader.owns(source)), None)
+    if reader is None:
+        raise _unknown(source)
+    arguments = {"image": image, "bin_size": bin_size, "dataset_id": dataset_id}
+    given = {name: value for name, value in arguments.items() if value is not None}
+    unfit = [name for name in given if name not in reader.takes]
+    if unfit:
+        msg = (
+            f"{' and '.join(f'{name}={given[name]!r}' for name in unfit)}, but source={str(source)!r} is {reader.what}. "
+            f"Leave {' and '.join(f'{name}=' for name in unfit)} out."
+        )
         raise ValueError(msg)
-    if outs is not None:
-        found = read_visium_hd(outs, dataset_id, bin_size or bins_of(source)) if hd else read_visium(outs, dataset_id)
-        return _with_image(found, source, image)
-    if source.suffix == ".h5ad":
-        return _with_image(read_h5ad(source, dataset_id), source, image)
-    if source.name.endswith((".tsv", ".tsv.gz")):
-        return _with_image(read_st(source, dataset_id), source, image)
-    if any((source / name).is_file() for name in ("zarr.json", ".zattrs", ".zgroup")):
-        given = {k: v for k, v in {"image": image, "dataset_id": dataset_id}.items() if v is not None}
-        if given:
-            msg = f"{' and '.join(f'{k}={v!r}' for k, v in given.items())}: a SpatialData holds its image and names. Leave out."
-            raise ValueError(msg)
-        return _zarr(source)
+    found = reader.read(source, **{name: value for name, value in given.items() if name != "image"})
+    return _with_image(found, source, image) if isinstance(found, Found) else found
+
+
+def _unknown(source: Path) -> ValueError:
+    """The error for a source that no reader owns."""
     if names_other_image(source):
-        open_pixels(source)
-    holds = (
-        sorted(path.name for path in source.iterdir())[:8]
-        if source.is_dir()
-        else f"a {source.suffix or 'nameless'} file"
-    )
+        open_pixels(source)  # which raises, and says how to convert it
+    if source.is_dir():
+        holds = sorted(path.name for path in source.iterdir())[:8]
+    else:
+        holds = [f"a {source.suffix or 'nameless'} file"]
     msg = (
-        f"source={str(source)!r} is no section that can be read; it holds {holds}. Pass the `outs` folder of Space Ranger "
-        "(Visium: with `spatial/tissue_positions*.csv`; Visium HD: with `binned_outputs/`), a SpatialData `.zarr`, an `.h5ad` "
-        'with obsm["spatial"] in pixels of an image beside it, the `.tsv` of counts of an ST array, or an image alone.'
+        f"source={str(source)!r} is no section that can be read; it holds {', '.join(holds) or 'nothing'}. Pass one of: "
+        f"{'; '.join(reader.what for reader in _READERS)}."
     )
-    raise ValueError(msg)
-
-
-def _zarr(source: Path) -> SpatialData:
-    import spatialdata as sd
-
-    try:
-        return sd.read_zarr(source)
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        msg = f"{str(source)!r} cannot be read as a SpatialData ({type(err).__name__}: {err}). Is it whole? Write or copy it again."
-        raise ValueError(msg) from err
+    return ValueError(msg)
 
 
 # -- the image

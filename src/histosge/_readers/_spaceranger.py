@@ -1,4 +1,4 @@
-"""Folders of Space Ranger, as it writes them and as people pass them on: Visium and Visium HD."""
+"""Folders of Space Ranger, as it writes them and as people share them: Visium and Visium HD."""
 
 from __future__ import annotations
 
@@ -33,10 +33,20 @@ _DEFAULT_BIN_UM = 8
 _BINS = re.compile(r"square_(\d{3})um")
 
 
-def find_outs(source: Path) -> Path | None:
-    """The folder that Space Ranger's files lie in: ``source``, its ``outs``, or the one that ``source`` is a part of."""
+def is_visium(source: Path) -> bool:
+    outs = _find_outs(source)
+    return outs is not None and not _is_hd(outs)
+
+
+def is_visium_hd(source: Path) -> bool:
+    outs = _find_outs(source)
+    return outs is not None and _is_hd(outs)
+
+
+def _find_outs(source: Path) -> Path | None:
+    """The folder with Space Ranger's files: ``source``, its ``outs``, or the one that ``source`` is a part of."""
     for folder in (source, source / "outs", *list(source.parents)[: 2 if _is_part(source) else 0]):
-        if folder.is_dir() and (is_hd(folder) or _holds_visium(folder)):
+        if folder.is_dir() and (_is_hd(folder) or _holds_visium(folder)):
             return folder
     return None
 
@@ -45,11 +55,11 @@ def _holds_visium(folder: Path) -> bool:
     return _positions(folder) is not None and ((folder / "spatial").is_dir() or _counts(folder)[0] is not None)
 
 
-def is_hd(outs: Path) -> bool:
+def _is_hd(outs: Path) -> bool:
     return (outs / "binned_outputs").is_dir()
 
 
-def bins_of(source: Path) -> int | None:
+def _bins_of(source: Path) -> int | None:
     """Edge in µm of the bins whose folder ``source`` is."""
     match = _BINS.fullmatch(source.name)
     return int(match[1]) if match else None
@@ -57,13 +67,14 @@ def bins_of(source: Path) -> int | None:
 
 def _is_part(source: Path) -> bool:
     name = source.name.removesuffix(".h5")
-    return name in ("spatial", "binned_outputs") or name.endswith((_COUNTS, _RAW)) or bins_of(source) is not None
+    return name in ("spatial", "binned_outputs") or name.endswith((_COUNTS, _RAW)) or _bins_of(source) is not None
 
 
-def read_visium(outs: Path, dataset_id: str | None) -> Found:
+def read_visium(source: Path, *, dataset_id: str | None = None) -> Found:
     import dask.array as da
     import spatialdata_io
 
+    outs = _find_outs(source) or source
     counts, raw = _counts(outs)
     factors, positions = _find(outs, _FACTORS), _positions(outs)
     if counts is None or factors is None or positions is None:
@@ -81,9 +92,10 @@ def read_visium(outs: Path, dataset_id: str | None) -> Found:
     return _found(sdata, name, outs, factors, hires=hires)
 
 
-def read_visium_hd(outs: Path, dataset_id: str | None, bin_size: int | None) -> Found:
+def read_visium_hd(source: Path, *, dataset_id: str | None = None, bin_size: int | None = None) -> Found:
     import spatialdata_io
 
+    outs, bin_size = _find_outs(source) or source, bin_size or _bins_of(source)
     feature_slice = named(outs, "feature_slice.h5")
     if feature_slice is None:
         msg = f"{str(outs)!r} looks like an output of Visium HD, but has no feature_slice.h5. Copy it there."
@@ -92,7 +104,7 @@ def read_visium_hd(outs: Path, dataset_id: str | None, bin_size: int | None) -> 
     if prefix and dataset_id not in (None, prefix):
         msg = f"dataset_id={dataset_id!r}, but the files of {str(outs)!r} are named {prefix}_…. Leave dataset_id= out."
         raise ValueError(msg)
-    there = sorted(n for path in (outs / "binned_outputs").iterdir() if (n := bins_of(path)) is not None)
+    there = sorted(n for path in (outs / "binned_outputs").iterdir() if (n := _bins_of(path)) is not None)
     wanted = bin_size or (_DEFAULT_BIN_UM if len(there) != 1 else there[0])
     if wanted not in there:
         msg = f"bin_size={bin_size!r}: {str(outs)!r} holds bins of {there} µm. Pass one of them."

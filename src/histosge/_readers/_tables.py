@@ -27,7 +27,15 @@ _SECTION_COLUMNS = ("library_id", "library", "sample_id", "sample", "section", "
 """Columns of ``obs`` by which people tell sections apart."""
 
 
-def read_h5ad(path: Path, dataset_id: str | None) -> Found:
+def is_h5ad(path: Path) -> bool:
+    return path.suffix == ".h5ad"
+
+
+def is_st(path: Path) -> bool:
+    return path.name.endswith((".tsv", ".tsv.gz"))
+
+
+def read_h5ad(path: Path, *, dataset_id: str | None = None) -> Found:
     import anndata as ad
 
     with quiet():
@@ -53,12 +61,12 @@ def read_h5ad(path: Path, dataset_id: str | None) -> Found:
     return _of_table(table, xy_px, path, dataset_id)
 
 
-def read_st(path: Path, dataset_id: str | None) -> Found:
+def read_st(path: Path, *, dataset_id: str | None = None) -> Found:
     """Counts and places as the ST pipeline and spot detector write them: rows are called ``XxY``."""
     import anndata as ad
     from scipy import sparse
 
-    files = [p for p in sorted(path.parent.iterdir()) if p.name.endswith((".tsv", ".tsv.gz")) and p.name != path.name]
+    files = [p for p in sorted(path.parent.iterdir()) if is_st(p) and p.name != path.name]
     tables = {file.name: pd.read_csv(file, sep="\t", dtype=str) for file in files if _is_selection(file)}
     if len(tables) != 1:
         msg = (

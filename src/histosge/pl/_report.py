@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from histosge import _keys
+from histosge._atomic import replacing
 from histosge._settings import logger
 from histosge._statistics import LEVEL, better_baselines
 from histosge.pl._canvas import predicted_table
@@ -135,11 +136,10 @@ def report(
     with _figures_closed():
         pictures = _draw(run, wanted=wanted, scores=scores)
     page = _page(run, pictures, wanted=wanted, scores=scores)
-    fresh = path.with_name(f".{path.name}.part")  # what was there stays until there is something better
-    fresh.write_text(page, encoding="utf-8", newline="\n")
     if path.exists():
         logger.info("replacing the report %s of an earlier run", path)
-    fresh.replace(path)
+    with replacing(path) as draft:
+        draft.write_text(page, encoding="utf-8", newline="\n")
     logger.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
     return path
 
