@@ -23,7 +23,7 @@ from spatialdata.models import ShapesModel, TableModel, get_table_keys
 from spatialdata.transformations import get_transformation
 
 import histosge as sge
-from histosge.datasets._simulation import hidden_fields, sample
+from histosge.datasets import hidden_fields, sample
 
 pytestmark = pytest.mark.slow  # numba compiles scanpy's neighbours
 

@@ -1,4 +1,4 @@
-"""Prepare a section: places to predict at."""
+"""Prepare a section: lay the places to predict at."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def targets(
 ) -> GeoDataFrame | None:
     """Lay the places to predict at: a lattice between the spots, or square bins.
 
-    The lattice is estimated from the spots themselves, whatever their rotation, scale and technology, and contains
-    the spots' own places. Places off the tissue are left out.
+    The lattice is estimated from the spots, at any rotation, scale and technology, and contains the spots themselves.
+    Places off the tissue are left out.
 
     Parameters
     ----------
     sdata
         Section with an H&E image and measured spots.
     upsample
-        Places per measured spot: 2, 4, 8 or 16. With neither this nor ``bin_um``, 4 as in the paper.
+        Places per measured spot: 2, 4, 8 or 16. Without this and ``bin_um``, 4 as in the paper.
     bin_um
         Edge of square bins in µm, instead of ``upsample``; from 1 to the size of a measured spot.
     tissue
@@ -60,8 +60,8 @@ def targets(
     Raises
     ------
     ValueError
-        Where the section cannot be read, both or impossible ``upsample`` and ``bin_um`` are given, or the key is
-        taken by something that histosge did not write.
+        If the section cannot be read, both ``upsample`` and ``bin_um`` are given, one of them is out of range, or the
+        key is taken by something that histosge did not write.
 
     Examples
     --------

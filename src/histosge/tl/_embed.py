@@ -29,9 +29,9 @@ def embed(
 ) -> AnnData | None:
     """Embed places of the H&E image with a pathology image large model.
 
-    Each place is the centre of a tile at the physical scale the encoder was trained at. The image is read block by
-    block; its size does not matter for memory. Embeddings of tile encoders are kept on disk (``settings.cache_dir``,
-    ``settings.cache_gb``): a second run reads them, and one that was interrupted goes on.
+    Each place is the centre of a tile at the physical scale that the encoder was trained at. The image is read block by
+    block, so memory does not grow with its size. Embeddings of tile encoders are kept on disk (``settings.cache_dir``,
+    ``settings.cache_gb``): a second run reads them, and an interrupted run continues.
 
     Parameters
     ----------
@@ -43,8 +43,8 @@ def embed(
     stack
         Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
     dense
-        Embed the area of each place, from the encoder's tokens, beside the surroundings of its centre, instead of the tile
-        around its centre.
+        Embed the area of each place, from the encoder's tokens, together with the surroundings of its centre, instead of
+        the tile around its centre.
     image_key, spots_key, table_key, layer, coordinate_system, mpp
     device, batch_size, progress
     inplace

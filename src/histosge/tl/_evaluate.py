@@ -1,4 +1,4 @@
-"""Hold out, fit, predict, score: any heads, side by side."""
+"""Hold out, fit, predict, score: compare heads."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def evaluate(
         Section with an H&E image and measured spots, or a list of sections.
     heads
         Names as of :func:`histosge.tl.fit`. ``None`` takes the default head (for pseudo-spots and ``dense`` that of bins)
-        and its rivals: kriging, ridge, nearest and mean.
+        and the baselines kriging, ridge, nearest and mean.
     split
         ``"blocks"``: contiguous blocks are held out, each spot once, and training spots within ``buffer_um`` of them
         left out, as in tissue that was not measured. ``"random"``: random halves. ``"lattice"``: a regular 1 in
@@ -66,7 +66,7 @@ def evaluate(
     n_splits
         Number of blockwise folds, random halves, lattice phases (at most ``keep``) or mergers.
     n_repeats
-        How often everything is done anew.
+        How often everything is repeated, each time with new splits.
     buffer_um
         Width of the buffer around blocks in µm. ``None`` takes 2.5 pitches, the reach of the default head's context.
     block_um
@@ -74,8 +74,8 @@ def evaluate(
     keep
         For ``"lattice"``: 3, 4 or 7 on hexagonal arrays, 2, 4 or 5 on square ones.
     protocol
-        ``"held-out"``, or ``"published"``: all spots are scored, those trained on as well, as the paper did. Such
-        scores measure memory; they are here to be compared with the paper's, never with held-out ones.
+        ``"held-out"``, or ``"published"``: all spots are scored, including those trained on, as in the paper. Such
+        scores measure memory; compare them with the paper's only, never with held-out ones.
     labels
         Column of the measured table's ``obs`` that annotates domains; missing values are left out. Domains of
         predicted and of measured expression, found as by :func:`histosge.tl.domains` with its defaults, are compared with

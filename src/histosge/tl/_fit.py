@@ -31,8 +31,8 @@ def fit(
 ) -> Model:
     """Train a head on the measured spots of one or more sections.
 
-    The spots are dealt into folds of contiguous blocks; for each fold a head is trained on all others, with early
-    stopping on spots of its own, and predicts the fold it never saw. The scores are the held-out ones, beside those of
+    The spots are split into folds of contiguous blocks. For each fold a head is trained on the other folds, with early
+    stopping on some of their spots, and predicts the fold that it never saw. The scores are held-out, next to those of
     ridge regression and inverse-distance interpolation on the same folds; prediction intervals are calibrated on the same
     predictions. The model is the mean of the networks of all folds; heads that are no networks are fitted once more, on
     all spots. Genes are chosen, and everything is scaled, inside the training spots of each fold.

@@ -72,8 +72,8 @@ def predict(
 ) -> AnnData | None:
     """Predict expression between the spots, or at any places, from the H&E image and the measured spots.
 
-    Lays the places, embeds them, trains the head and writes the table; what was made before with the same settings
-    (:func:`histosge.tl.embed`, ``model=``) is used again.
+    Lays the places, embeds them, trains the head and writes the table. Existing embeddings with the same settings
+    (:func:`histosge.tl.embed`) are reused, and ``model=`` reuses a fitted model.
 
     Parameters
     ----------
@@ -81,7 +81,8 @@ def predict(
         Section with an H&E image and measured spots; with ``model=``, an image is enough.
     image_key, spots_key, table_key, layer, coordinate_system
     mpp
-        µm per pixel of the image. ``None`` takes what the file states, or derives it from the pitch; without spots it is needed.
+        µm per pixel of the image. ``None`` takes what the file states, else what follows from the pitch of the spots. A
+        section without spots needs it.
     encoder
         Name of an encoder (see :func:`histosge.encoders`), or one that :func:`histosge.load_encoder` made. With
         ``model=``, the model's own.
@@ -100,7 +101,7 @@ def predict(
         A model fitted before, on this or other sections; ``head``, ``genes`` and ``n_folds`` are then its own.
         Where no table of ``sdata`` annotates any shapes, it predicts from the image alone, without prediction intervals.
     upsample
-        Places per measured spot: 2, 4, 8 or 16. With neither this, ``bin_um`` nor ``target_key``, 4 as in the paper.
+        Places per measured spot: 2, 4, 8 or 16. Without this, ``bin_um`` and ``target_key``, 4 as in the paper.
     bin_um
         Edge of square bins in µm, from 1 to the size of a measured spot.
     target_key
@@ -112,17 +113,17 @@ def predict(
     tissue
         ``"auto"`` or ``"spots"``; see :func:`histosge.pp.targets`.
     on_invalid
-        ``"raise"`` an error where shapes of ``target_key`` are no valid polygons or lie outside the image, or
-        ``"skip"`` them with a warning.
+        ``"raise"`` an error if shapes of ``target_key`` are not valid polygons or lie outside the image, or ``"skip"``
+        them with a warning.
     conserve
-        Write ``layers["conserved"]`` as well: bins scaled so that those under a spot average to what was measured there,
-        freed of counting noise. For ``bin_um`` and raw counts.
+        Write ``layers["conserved"]`` as well: bins scaled so that the bins under a spot average to its measurement
+        without counting noise. For ``bin_um`` and raw counts.
     key_added
         Name of the table written.
     store
-        Folder to write to, ``"NAME.zarr"``, part by part: memory then does not grow with the number of places. A run
-        that was interrupted goes on where it stopped when it is started again with the same arguments. ``None`` writes
-        into ``sdata``.
+        Folder to write to, ``"NAME.zarr"``, part by part: memory then does not grow with the number of places. An
+        interrupted run continues where it stopped if it is started again with the same arguments. ``None`` writes into
+        ``sdata``.
     device, batch_size, rng, progress
     inplace
         Write into ``sdata``, or return the table and write nothing.
