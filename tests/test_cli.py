@@ -21,6 +21,7 @@ import scanpy as sc
 import spatialdata as sd
 from click.testing import CliRunner
 from PIL import Image
+from scipy import sparse
 from tests.spaceranger import full_image, write_visium
 
 import histosge as sge
@@ -34,6 +35,7 @@ COMMANDS = [
     [],
     ["demo"],
     ["predict"],
+    ["intervals"],
     ["fit"],
     ["evaluate"],
     ["encoders"],
@@ -410,6 +412,82 @@ def test_table_alone(source, tmp_path, asked):
     assert table.uns["histosge"]["head"] == "nearest"
     assert "exists already: pass --overwrite" in fails("predict", source, tmp_path / "out.h5ad", *FAST)
     works("predict", source, tmp_path / "out.h5ad", *FAST, "--overwrite")
+
+
+# ------------------------------------------------------------------------------------------------------ intervals
+
+
+@pytest.mark.parametrize("kind", ["section", "store", "alone", "h5ad"])
+def test_intervals_on_disk(source, predicted, back, tmp_path, kind, monkeypatch):
+    """Equal to those of Python, a few rows at a time; nothing else is changed, and nothing is left behind."""
+    monkeypatch.setattr(sge.settings, "part_rows", 40)
+    path = tmp_path / ("t.h5ad" if kind == "h5ad" else "t.zarr")
+    read = {"alone": ad.read_zarr, "h5ad": ad.read_h5ad}.get(kind, lambda path: sd.read_zarr(path).tables["histosge"])
+    table = back.tables["histosge"].copy()
+    if kind == "section":
+        shutil.copytree(predicted[1], path)
+    elif kind == "store":
+        works("predict", source, path, *FAST, "--store")
+    elif kind == "alone":
+        table.write_zarr(path, chunks=(50, 2))
+    else:
+        sge.io.write_h5ad(table, path)
+    before = read(path)
+    told = json.loads(works("intervals", path, "--json").stdout)
+    assert (told["out"], told["level"], told["n_genes"]) == (str(path), 0.9, 5)
+    done = works("intervals", path, "--level", "0.8", "--genes", "GENE003, GENE001")
+    assert f"wrote layers 'sd', 'lower', 'upper' to {path}: intervals at level 0.8 of 2 genes" in done.stderr
+    after = read(path)
+    wanted = before.copy()
+    sge.tl.intervals(wanted, level=0.8, genes=["GENE001", "GENE003"])
+    for layer in ("sd", "lower", "upper"):
+        np.testing.assert_array_equal(after.layers[layer], wanted.layers[layer])
+        assert after.layers[layer].dtype == np.float32
+    np.testing.assert_array_equal(after.X, before.X)
+    pd.testing.assert_frame_equal(after.obs, before.obs)
+    assert after.uns["histosge"]["intervals"]["level"] == 0.8
+    assert after.uns["histosge"]["head"] == "nearest"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    lazy = ad.experimental.read_lazy(path / "tables" / "histosge" if kind in ("section", "store") else path)
+    np.testing.assert_array_equal(lazy.layers["upper"].compute(), wanted.layers["upper"])
+    sge.tl.intervals(after, level=0.5)  # which knows them as its own
+
+
+@pytest.mark.parametrize("kind", ["zarr", "h5ad"])
+def test_interrupted_intervals_leave_the_table_as_it_was(back, tmp_path, kind, monkeypatch):
+    path = tmp_path / f"t.{kind}"
+    table = back.tables["histosge"].copy()
+    table.write_zarr(path) if kind == "zarr" else sge.io.write_h5ad(table, path)
+    before = files(path) if kind == "zarr" else path.read_bytes()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("histosge._section._interval_files.interval_around", interrupted)
+        assert run("intervals", path).exit_code == 1
+    assert (files(path) if kind == "zarr" else path.read_bytes()) == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_intervals_that_cannot_be(source, predicted, back, tmp_path):
+    assert "key='typo' is not among the tables of" in fails("intervals", predicted[1], "--key", "typo")
+    assert "holds no numbers of prediction intervals" in fails("intervals", predicted[1], "--key", "table")
+    assert "genes ['TYPO'] are not in table 'histosge' of" in fails("intervals", predicted[1], "--genes", "TYPO")
+    assert "level=2.0 is not a share of the measurements" in fails("intervals", predicted[1], "--level", "2")
+    assert "does not exist" in fails("intervals", tmp_path / "nowhere.zarr", code=2)
+    table = back.tables["histosge"].copy()
+    table.layers["sd"] = table.X
+    sge.io.write_h5ad(table, tmp_path / "mine.h5ad", layers=["sd"])
+    assert "has the layers ['sd'] already, which" in fails("intervals", tmp_path / "mine.h5ad")
+    table.X = sparse.csr_matrix(table.X)
+    del table.layers["sd"]
+    table.write_h5ad(tmp_path / "sparse.h5ad")
+    assert "has no dense X, which intervals are computed around" in fails("intervals", tmp_path / "sparse.h5ad")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.h5ad", "sparse.h5ad"]
+
+
+# ------------------------------------------------------------------------------------------------------ in one line
 
 
 def test_from_a_section_to_a_map_in_one_line(source, tmp_path, asked, monkeypatch):

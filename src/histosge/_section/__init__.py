@@ -12,7 +12,14 @@ from histosge._section._coordinates import affine, centroids
 from histosge._section._counts import feature_kinds, log_left_out, match_rows, named_layers, open_layer, select
 from histosge._section._declared import check_single_section, library_of, read_declared, scale_factors
 from histosge._section._image import lazy_image
-from histosge._section._intervals import find_table, interval_layers, intervals_of
+from histosge._section._interval_files import write_interval_layers
+from histosge._section._intervals import (
+    columns_of,
+    find_table,
+    interval_layers,
+    intervals_of,
+    refuse_foreign_layers,
+)
 from histosge._section._orientation import EVIDENCE_PX, check_orientation, likelier_orientation
 from histosge._section._section import MIN_SPOTS, NEARLY_EMPTY, Section, column, read_image_only, read_section
 from histosge._section._store import TableStore, open_table
@@ -44,6 +51,7 @@ __all__ = [
     "check_orientation",
     "check_single_section",
     "column",
+    "columns_of",
     "commit",
     "compare",
     "embedding_table",
@@ -70,10 +78,12 @@ __all__ = [
     "read_image_only",
     "read_section",
     "read_targets",
+    "refuse_foreign_layers",
     "sample",
     "scale_factors",
     "select",
     "shapes_element",
     "smaller_than_spot",
     "to_image",
+    "write_interval_layers",
 ]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from histosge import _keys
 from histosge._statistics import PredictionIntervals, interval_around
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
     from anndata import AnnData
     from numpy.typing import NDArray
     from spatialdata import SpatialData
@@ -57,6 +60,29 @@ def intervals_of(table: AnnData, name: str) -> PredictionIntervals:
             "`sge.tl.predict` wrote, with its varm and uns, or predict again."
         )
     raise ValueError(msg)
+
+
+def columns_of(table: AnnData, genes: str | Sequence[str] | None, name: str) -> NDArray[np.int64]:
+    """Columns of the genes, in the order asked for."""
+    if genes is None:
+        return np.arange(table.n_vars)
+    wanted = pd.Index([genes] if isinstance(genes, str) else list(genes)).unique()
+    missing = list(wanted.difference(table.var_names))
+    if missing or not len(wanted):
+        msg = f"genes {missing} are not in {name}: it has {list(table.var_names[:5])} … Predict them with genes=[...]."
+        raise KeyError(msg)
+    return np.asarray(table.var_names.get_indexer(wanted), np.int64)
+
+
+def refuse_foreign_layers(layers: Iterable[str], uns: Mapping[str, Any], name: str) -> None:
+    """Refuse to replace layers of the user."""
+    there = set(layers)
+    foreign = [
+        layer for layer in _keys.INTERVAL_LAYERS if layer in there and "level" not in uns[_keys.UNS]["intervals"]
+    ]
+    if foreign:
+        msg = f"{name} has the layers {foreign} already, which `sge.tl.intervals` did not write: rename or remove them first."
+        raise ValueError(msg)
 
 
 def interval_layers(

@@ -27,6 +27,7 @@ from histosge.cli._doctor_hub import check_hub
 from histosge.cli._encoders import encoders
 from histosge.cli._evaluate import evaluate
 from histosge.cli._fit import fit
+from histosge.cli._intervals import intervals
 from histosge.cli._predict import predict
 from histosge.cli._shared import as_table, readable_size
 
@@ -78,5 +79,5 @@ def main(*, quiet: bool, verbose: bool) -> None:
     warnings.filterwarnings("ignore", message="zarr v3 autosharding")
 
 
-for _command in (demo, predict, fit, evaluate, encoders, datasets, cache, doctor):
+for _command in (demo, predict, intervals, fit, evaluate, encoders, datasets, cache, doctor):
     main.add_command(_command)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from histosge import _keys
-from histosge._section import find_table, interval_layers, intervals_of
+from histosge._section import columns_of, find_table, interval_layers, intervals_of, refuse_foreign_layers
 from histosge._settings import available_memory, logger
 from histosge._statistics import LEVEL
 
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from anndata import AnnData
-    from numpy.typing import NDArray
     from spatialdata import SpatialData
 
 
@@ -103,20 +101,17 @@ def intervals(
     table, name = find_table(data, key)
     kept = intervals_of(table, name)
     level = kept.choose_level(level)
-    columns = _columns(table, genes, name)
-    if not inplace:
+    columns = columns_of(table, genes, name)
+    if inplace:
+        refuse_foreign_layers(table.layers, table.uns, name)
+    else:
         table, kept = table[:, columns].copy(), kept.take(columns)
-    elif unknown := [n for n in _keys.INTERVAL_LAYERS if n in table.layers and "level" not in _written(table)]:
-        msg = (
-            f"{name} has the layers {unknown} already, which `sge.tl.intervals` did not write: rename or remove them, "
-            "or pass inplace=False."
-        )
-        raise ValueError(msg)
     _check_memory(table, name)
     asked = None if genes is None or not inplace else np.isin(np.arange(table.n_vars), columns)
     for layer, values in interval_layers(table.X, kept, level=level, genes=asked).items():
         table.layers[layer] = values
-    table.uns[_keys.UNS] = {**table.uns[_keys.UNS], "intervals": {**_written(table), "level": level}}
+    made = table.uns[_keys.UNS]
+    table.uns[_keys.UNS] = {**made, "intervals": {**made["intervals"], "level": level}}
     if not inplace:
         return table
     logger.info(
@@ -124,22 +119,6 @@ def intervals(
         ", ".join(map(repr, _keys.INTERVAL_LAYERS)), name, level, len(columns),
     )  # fmt: skip
     return None
-
-
-def _written(table: AnnData) -> dict[str, object]:
-    return dict(table.uns[_keys.UNS]["intervals"])
-
-
-def _columns(table: AnnData, genes: str | Sequence[str] | None, name: str) -> NDArray[np.int64]:
-    """Columns of the genes, in the order asked for."""
-    if genes is None:
-        return np.arange(table.n_vars)
-    wanted = pd.Index([genes] if isinstance(genes, str) else list(genes)).unique()
-    missing = list(wanted.difference(table.var_names))
-    if missing or not len(wanted):
-        msg = f"genes {missing} are not in {name}: it has {list(table.var_names[:5])} … Predict them with genes=[...]."
-        raise KeyError(msg)
-    return np.asarray(table.var_names.get_indexer(wanted), np.int64)
 
 
 def _check_memory(table: AnnData, name: str) -> None:
