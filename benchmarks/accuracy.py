@@ -117,7 +117,7 @@ def run(name: str, *, seeds: range, heads: list[str], permute: bool = False) -> 
                         continue
                     start = time()
                     model = fit_model(
-                        trial.sections, trial.embeddings, recipe=recipe, parts=trial.parts, head=head, genes=wanted, n_folds=5,
+                        trial.sections, trial.embeddings, recipe=recipe, sub_spots=trial.parts, head=head, genes=wanted, n_folds=5,
                         rng=np.random.default_rng(seed), device=device, baselines=(), progress=False,
                     )  # fmt: skip
                     for each in parts(model):

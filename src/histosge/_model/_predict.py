@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from histosge._embedding import Recipe
     from histosge._geometry import Places
-    from histosge._heads import Spots
+    from histosge._model._context import Context
     from histosge._section import Section, Targets
 
 PART_ROWS = 32_768
@@ -100,15 +100,13 @@ def check_conservation(question: Question, *, layer: str | None) -> tuple[Places
 
 
 def _conservation(
-    question: Question, model: Model, context: Spots, at_spots: NDArray[np.float32], *, layer: str | None
+    question: Question, model: Model, context: Context, at_spots: NDArray[np.float32], *, layer: str | None
 ) -> Conservation:
     """Shrink what was measured on the spots towards what the model, having read it, says of them."""
     places, counts = check_conservation(question, layer=layer)
     section, xy_px = question.section, question.targets.xy_px
     n = len(section.xy_px)
-    said = model.predict_from(
-        context, places=at_spots, xy_um=section.xy_um, spot_index=np.full(n, -1), device=question.device
-    )
+    said = model.predict_from(context, places=at_spots, xy_um=section.xy_um, spot_index=np.full(n, -1))
     columns = section.genes.get_indexer(model.genes)
     noise = noise_variance(counts[:, columns], total=np.asarray(counts.sum(axis=1)).ravel())
     shrunken = shrinkage(section.dense(model.genes), said, noise=noise)
@@ -145,7 +143,7 @@ class _Oracle:
 
     question: Question
     model: Model
-    context: Spots
+    context: Context
     conservation: Conservation | None
     provenance: dict[str, Any]
 
@@ -168,7 +166,6 @@ class _Oracle:
             places=at_targets,
             xy_um=asked.xy_px * question.section.mpp,
             spot_index=asked.spot_index,
-            device=question.device,
         )
         layers, var = {}, self.model.scores.copy()
         if self.conservation is not None:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from histosge._embedding import Forecast, embed_parts, embed_targets, prepare, resolve_device
 from histosge._encoders import DEFAULT_ENCODER
-from histosge._heads import POSITION_ONLY, default_head, divides
+from histosge._heads import POSITION_ONLY, default_head, learns_sub_spots
 from histosge._model import PROTOCOLS, SPLITS, Measured, Plan, check_arguments, trials
 from histosge._model import evaluate as hold_out
 from histosge._section import check_orientation, column, own_spots, read_section, section_counts
@@ -228,7 +228,7 @@ def evaluate(
         encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack, dense=dense)
         values = embed_targets(one, section, own_spots(section), encoder, recipe, **run)
         parts = None
-        if dense and any(divides(head) for head in heads):
+        if dense and any(learns_sub_spots(head) for head in heads):
             parts = embed_parts(section, encoder, recipe, device=where, batch_size=batch_size)
         measured[i] = replace(measured[i], embedding=values, parts=parts)
     if protocol == "published":

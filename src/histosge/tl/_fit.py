@@ -9,13 +9,14 @@ import numpy as np
 
 from histosge._embedding import Forecast, embed_parts, embed_targets, prepare, resolve_device
 from histosge._encoders import DEFAULT_ENCODER
-from histosge._heads import default_head, divides
+from histosge._heads import default_head, learns_sub_spots
 from histosge._model import check_arguments, fit_model
 from histosge._section import check_orientation, own_spots, read_section
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
+    from histosge._heads import Head
     from histosge._model import Model
 
 
@@ -23,7 +24,7 @@ def fit(
     sdata: SpatialData | Sequence[SpatialData],
     *,
     encoder: Any = DEFAULT_ENCODER,
-    head: str | None = None,
+    head: str | type[Head] | Head | None = None,
     genes: int | Sequence[str] | str = 1000,
     tile_um: float | None = None,
     stack: Sequence[str] = ("pilm",),
@@ -61,7 +62,7 @@ def fit(
         ``"in-context"`` (attention over measured neighbours), ``"aggregate"`` (the same, learnt through the mean of each
         spot's parts), ``"kriging"`` (Gaussian process on position and image), ``"published"`` (the paper's network,
         repaired), ``"ridge"``, ``"coordinates"``, ``"nearest"`` or ``"mean"``; names joined by ``+`` for their mean.
-        ``None`` takes ``"in-context+kriging"``, or ``"aggregate+kriging"`` where ``dense``.
+        Or a head of your own, see :class:`histosge.Head`. ``None`` takes ``"in-context+kriging"``, or ``"aggregate+kriging"`` where ``dense``.
     genes
         Number of genes, chosen by spatial autocorrelation; a list of names; or ``"all"`` that were seen.
     tile_um
@@ -151,13 +152,13 @@ def fit(
         encoder, recipe = prepare(section, encoder, tile_um=tile_um, stack=stack, dense=dense)
         spots = own_spots(section)
         values.append(embed_targets(one, section, spots, encoder, recipe, **run))
-        if dense and divides(head):
+        if dense and learns_sub_spots(head):
             parts.append(embed_parts(section, encoder, recipe, device=where, batch_size=batch_size))
     return fit_model(
         sections,
         values,
         recipe=recipe,
-        parts=parts or None,
+        sub_spots=parts or None,
         head=head,
         genes=genes,
         n_folds=n_folds,

@@ -14,7 +14,7 @@ from histosge import _keys
 from histosge._embedding import again, embed_parts, prepare, resolve_device
 from histosge._embedding import provenance as recipe_provenance
 from histosge._encoders import DEFAULT_ENCODER
-from histosge._heads import default_head, divides
+from histosge._heads import default_head, head_name, learns_sub_spots
 from histosge._model import (
     Answer,
     Question,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from spatialdata import SpatialData
 
+    from histosge._heads import Head
     from histosge._model import Model
 
 
@@ -64,7 +65,7 @@ def predict(
     encoder: Any = DEFAULT_ENCODER,
     tile_um: float | None = None,
     stack: Sequence[str] = ("pilm",),
-    head: str | None = None,
+    head: str | type[Head] | Head | None = None,
     genes: int | Sequence[str] | str = 1000,
     n_folds: int = 5,
     level: float | None = 0.9,
@@ -316,9 +317,9 @@ def predict(
         if model is not None:
             return model
         parts = None
-        if recipe.dense and divides(learn["head"]):
+        if recipe.dense and learns_sub_spots(learn["head"]):
             parts = [embed_parts(section, encoder, recipe, device=where, batch_size=batch_size)]
-        rest: dict[str, Any] = {"recipe": recipe, "device": where, "progress": progress, "parts": parts}
+        rest: dict[str, Any] = {"recipe": recipe, "device": where, "progress": progress, "sub_spots": parts}
         return fit_model([section], [at_spots], rng=generator, **learn, **rest)
 
     def provenance(fitted: Model) -> dict[str, Any]:
@@ -326,7 +327,11 @@ def predict(
 
     answer = Answer(fit, provenance, conserve, layer)
     if store is not None:
-        made = learn | {"seed": seed} if model is None else {"model": model.fingerprint()}
+        made = (
+            learn | {"head": head_name(learn["head"]), "seed": seed}
+            if model is None
+            else {"model": model.fingerprint()}
+        )
         path = predict_to_store(question, answer, store, name=key_added, arguments=made | {"conserve": conserve})
         logger.info("wrote %d places to %s, table %r, %.0f s", len(targets), path, key_added, time() - start)
         return None if inplace else open_table(path, key_added)
