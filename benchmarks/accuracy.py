@@ -113,7 +113,7 @@ def run(name: str, *, seeds: range, heads: list[str], permute: bool = False) -> 
                         continue
                     start = time()
                     model = fit_model(
-                        trial.sections, trial.embeddings, config=config, parts=trial.parts, head=head, genes=wanted, n_folds=5,
+                        trial.sections, trial.embeddings, config=config, sub_spots=trial.parts, head=head, genes=wanted, n_folds=5,
                         rng=np.random.default_rng(seed), device=device, baselines=(), progress=False,
                     )  # fmt: skip
                     for each in parts(model):

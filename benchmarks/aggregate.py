@@ -14,7 +14,7 @@ logarithm does to few counts. Variants were chosen on seeds 10 and 11.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import time
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ from torch import nn
 
 from histosge import datasets, settings
 from histosge._embedding import Embedder
-from histosge._heads import Aggregate, InContext, Kriging, Parts, Queries, Spots
+from histosge._heads import Aggregate, InContext, Kriging, Queries, Spots, SubSpots
 from histosge._model import Measured
 from histosge._section import per_target_sum, read_section
 from histosge._statistics import _metrics, block_folds, pseudo_spots
@@ -36,14 +36,13 @@ from histosge._statistics import _metrics, block_folds, pseudo_spots
 
 @dataclass(frozen=True)
 class CountedSpots(Spots):
-    """Spots of known parts and library sizes."""
+    """Spots of known sub-spots and library sizes."""
 
     library: torch.Tensor | None = None
     """(n,) counts of a spot, of all genes"""
 
     def take(self, rows):
-        each = (self.embedding[rows], self.expression[rows], self.xy_um[rows], self.pitch_um)
-        return CountedSpots(*each, self.parts.take(rows), self.library[rows])
+        return CountedSpots(**vars(super().take(rows)), library=self.library[rows])
 
     def counts(self, rows):
         """Raw counts (b, g): log1p of counts per 10,000 turned back."""
@@ -53,8 +52,8 @@ class CountedSpots(Spots):
 class LogSpace(Aggregate):
     """Aggregate head whose parts add up in log1p units: what METHOD tried first."""
 
-    def _build(self, n_embedding, n_components):
-        network = super()._build(n_embedding, n_components)
+    def _build(self, space):
+        network = super()._build(space)
         straight = network.log_rate
         network.log_rate = lambda *each: torch.log1p(straight(*each))  # whose "rate" is the log1p value itself
         return network
@@ -78,9 +77,9 @@ class Poisson(Aggregate):
 class NegativeBinomial(Aggregate):
     """Aggregate head with the negative binomial likelihood of raw counts, a dispersion for each gene."""
 
-    def _build(self, n_embedding, n_components):
-        network = super()._build(n_embedding, n_components)
-        network.log_size = nn.Parameter(torch.zeros(len(self.space.gene_mean)))
+    def _build(self, space):
+        network = super()._build(space)
+        network.log_size = nn.Parameter(torch.zeros(len(space.gene_mean)))
         return network
 
     def _error(self, rate, spots, rows):
@@ -149,13 +148,14 @@ def lay(one: Measured, exact: pd.DataFrame | None, seed: int) -> Bed:
         tensor((big @ one.embedding) / size[:, None]),
         tensor(expression[:, columns].todense()),
         tensor((big @ section.xy_um) / size[:, None]),
+        torch.zeros(len(size), dtype=torch.int64),
         section.pitch_um * np.sqrt(7),
-        Parts(embedding, xy, torch.as_tensor(index), torch.as_tensor(weight)),
+        SubSpots(embedding, xy, torch.as_tensor(index), torch.as_tensor(weight)),
         tensor(merged.sum(1)).ravel(),
     )
     return Bed(
         spots,
-        Queries(embedding, xy, torch.full((len(members),), -1)),
+        Queries(embedding, xy, torch.zeros(len(members), dtype=torch.int64), torch.full((len(members),), -1)),
         np.asarray(per_target_sum(other)[:, columns].todense()),
         np.asarray(other[:, columns].todense()),
         np.asarray(other.sum(1)).ravel(),
@@ -176,7 +176,7 @@ def score(bed: Bed, predicted: np.ndarray) -> dict[str, float]:
     """Scores of log1p predictions (m, g), mean over genes."""
     rate = np.expm1(predicted)
     # a member has a seventh of its big spot's counts: known without looking at the truth
-    depth = float((bed.spots.library * bed.spots.parts.weight.max(1).values).median())
+    depth = float((bed.spots.library * bed.spots.sub_spots.weight.max(1).values).median())
     expected = at_depth(rate, depth)
     mean = np.maximum(rate, 1e-3) * bed.library[:, None] / 1e4
     deviance = 2 * (
@@ -210,12 +210,12 @@ def run(bed: Bed, *, heads: list[str], seed: int, name: str) -> list[dict]:
         print(name, seed, head, {k: round(float(v), 4) for k, v in scores.items()}, f"{seconds:.1f} s", flush=True)
 
     start = time()
-    plain = Spots(bed.spots.embedding, bed.spots.expression, bed.spots.xy_um, bed.spots.pitch_um)
+    plain = replace(bed.spots, sub_spots=None)
     kriging = say(Kriging().fit(plain, rng=rng, progress=False), plain)
     note("kriging", score(bed, kriging), time() - start)
     for one in heads:
         make, through = HEADS[one]
-        spots = bed.spots if through else CountedSpots(**vars(bed.spots) | {"parts": Parts.whole(bed.spots)})
+        spots = bed.spots if through else replace(bed.spots, sub_spots=SubSpots.whole(bed.spots))
         start, said = time(), []
         for f in np.unique(fold):
             known = spots.take(torch.as_tensor(np.flatnonzero(fold != f)))

@@ -54,7 +54,10 @@ def at_spots(model, spots, seed: int) -> dict[str, np.ndarray]:
     other = next(h for _, h in model.heads if not h.ensembles_folds)  # kriging: leaves a spot out by formula
     found = {
         "reading": model.predict_from(
-            spots, places=spots.embedding.numpy(), xy_um=spots.xy_um.numpy(), spot_index=np.full(n, -1), device=CPU
+            model.condition(spots, device=CPU),
+            places=spots.embedding.numpy(),
+            xy_um=spots.xy_um.numpy(),
+            spot_index=np.full(n, -1),
         )
     }
     for name, hidden in (("clean", False), ("hidden", True)):

@@ -37,7 +37,9 @@ def inputs(n_genes: int):
     mean = np.asarray(section.expression.mean(axis=0)).ravel()
     genes = section.genes[np.sort(np.argsort(-mean, kind="stable")[:n_genes])]
     arrays = (np.asarray(a, np.float32) for a in (embedding, section.dense(genes), section.xy_um))
-    spots = Spots(*(torch.as_tensor(a) for a in arrays), section.pitch_um)
+    spots = Spots(
+        *(torch.as_tensor(a) for a in arrays), torch.zeros(len(arrays[0]), dtype=torch.int64), section.pitch_um
+    )
     labels = sdata.tables["table"].obs.set_index("instance_id")["label"].astype(str).loc[section.instances]
     return spots, labels.to_numpy()
 

@@ -239,7 +239,7 @@ def one(options) -> None:
     """Fit and predict once; a line of JSON."""
     import torch
 
-    from histosge._heads import Queries, Spots, get_head
+    from histosge._heads import LowRank, Queries, Spots, get_head
 
     rng = np.random.default_rng(0)
     side = int(np.ceil(np.sqrt(options.n)))
@@ -256,22 +256,28 @@ def one(options) -> None:
     embedding = seen(latent, 120, 1.0)
     expression = seen(latent, N_GENES, 2.0)
     np.maximum(expression, 0, out=expression)
-    known = Spots(*map(torch.from_numpy, (embedding, expression, xy_um.astype(np.float32))), 100.0)
+    number = torch.zeros(options.n, dtype=torch.int64)
+    known = Spots(*map(torch.from_numpy, (embedding, expression, xy_um.astype(np.float32))), number, 100.0)
     which = rng.integers(options.n, size=options.places)
     at = xy_um[which] + rng.uniform(-50, 50, (options.places, 2))
     places = Queries(
         known.embedding[torch.from_numpy(which)],
         torch.from_numpy(at.astype(np.float32)),
+        torch.zeros(options.places, dtype=torch.int64),
         torch.full((options.places,), -1),
     )
     head, data = get_head(options.head)(), peak_gib()
     times = [perf_counter()]
     head.fit(known, rng=np.random.default_rng(0), progress=False)
     times.append(perf_counter())
-    head.predict(places.take(slice(0, 256)), context=known)
-    times.append(perf_counter())
-    head.predict(places, context=known)
-    times.append(perf_counter())
+    condition = head.condition(known) if isinstance(head, LowRank) else None
+    for rows in (slice(0, 256), slice(None)):
+        if condition is None:
+            head.predict(places.take(rows), context=known)
+        else:
+            (components,) = head.components([head], [condition], places.take(rows))
+            head.expansion()(components)
+        times.append(perf_counter())
     fit, first, again = np.diff(times)
     print(json.dumps({"fit": fit, "first": first, "again": again, "peak": peak_gib(), "data": data}))
 

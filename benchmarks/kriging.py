@@ -1,4 +1,4 @@
-"""Kriging of a large context by tiles against the exact answer, and its few kinds of covariance against many.
+"""Kriging of a large context by tiles against the exact answer, and its few groups of covariances against many.
 
     python benchmarks/kriging.py tiles [--n 12000]       # made spots: takes minutes and 4 GiB for the exact answer
     python benchmarks/kriging.py kinds [--seeds 8]       # reads ../shared/data
@@ -55,8 +55,9 @@ def made(n: int, *, n_genes: int = 200, n_places: int = 2_000, seed: int = 0):
     image, counts, xy, image_there, at, truth_there = (
         torch.from_numpy(a.astype(np.float32)) for a in (image, counts, xy, image_there, at, truth_there)
     )
-    places = Queries(image_there, at, torch.full((n_places,), -1))
-    return Spots(image, counts, xy, PITCH_UM), places, truth_there.clamp_min(0)
+    one, there = torch.zeros(n, dtype=torch.int64), torch.zeros(n_places, dtype=torch.int64)
+    places = Queries(image_there, at, there, there - 1)
+    return Spots(image, counts, xy, one, PITCH_UM), places, truth_there.clamp_min(0)
 
 
 def tiles(options) -> None:
@@ -65,14 +66,16 @@ def tiles(options) -> None:
     truth, far = head.space.components(truth), replace(places, xy_um=places.xy_um - 1e6)
     along = torch.arange(0, float(known.xy_um[:, 0].max()), 5)
     line = torch.stack([along, along * 0.37 + 1000], 1)
-    line = Queries(places.embedding[:1].expand(len(line), -1), line, torch.full((len(line),), -1))
+    there = torch.zeros(len(line), dtype=torch.int64)
+    line = Queries(places.embedding[:1].expand(len(line), -1), line, there, there - 1)
 
     def ask(**constants):
         for name, value in constants.items():
             setattr(_conditioning, f"_{name}", value)
-        start, head._context = perf_counter(), None
+        start = perf_counter()
         with workers(torch.device("cpu")) as run:
-            found = [head.answers([head], where, context=known, run=run)[0] for where in (places, far, line)]
+            conditions = [head.condition(known, run=run)]
+            found = [head.components([head], conditions, where, run=run)[0] for where in (places, far, line)]
         return *found, perf_counter() - start
 
     exact = ask(MOST_SPOTS=10**9)
@@ -91,7 +94,8 @@ def kinds(options) -> None:
     section = fitted(argparse.Namespace(head="ridge", keep=None))
     model, xy_px = section.model, section.section.xy_px
     values = (section.at_spots, section.section.dense(model.context_genes), xy_px * section.section.mpp)
-    spots = Spots(*(torch.as_tensor(np.asarray(v, np.float32)) for v in values), section.section.pitch_um)
+    number = torch.zeros(len(xy_px), dtype=torch.int64)
+    spots = Spots(*(torch.as_tensor(np.asarray(v, np.float32)) for v in values), number, section.section.pitch_um)
     block = np.floor(spots.xy_um.numpy() / 1000) @ [1, 1000]
     found = []
     for seed in range(options.seeds):
@@ -102,8 +106,8 @@ def kinds(options) -> None:
         known, held_out = (spots.take(torch.from_numpy(np.flatnonzero(rows))) for rows in (inside, ~inside))
         places = Queries.of(held_out, hidden=False)
         found.append([])
-        for n_kinds in (16, 8, 4, 2):
-            _conditioning._KINDS = n_kinds
+        for n_groups in (16, 8, 4, 2):
+            _conditioning._KERNEL_GROUPS = n_groups
             head = get_head("kriging")().fit(known, rng=np.random.default_rng(seed), progress=False)
             for where in (places, replace(places, xy_um=places.xy_um - 1e6)):
                 said, true = head.predict(where, context=known), held_out.expression
@@ -111,8 +115,8 @@ def kinds(options) -> None:
                 pcc = (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-9)
                 found[-1] += [float(pcc.mean()), float((said - true).square().mean())]
     print("kinds | PCC and MSE | the same, seen from afar: by the image alone")
-    for n_kinds, row in zip((16, 8, 4, 2), np.mean(found, 0).reshape(4, 4), strict=True):
-        print(n_kinds, *(f"{value:.4f}" for value in row), sep=" | ")
+    for n_groups, row in zip((16, 8, 4, 2), np.mean(found, 0).reshape(4, 4), strict=True):
+        print(n_groups, *(f"{value:.4f}" for value in row), sep=" | ")
 
 
 def main() -> None:

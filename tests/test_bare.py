@@ -13,7 +13,7 @@ import histosge as sge
 from histosge._embedding import Embedder
 from histosge._geometry import lay_over, tissue_mask
 from histosge._heads import Spots
-from histosge._model import FAR_UM, stack_sections
+from histosge._model import UNMEASURED, stack_sections
 from histosge._section import read_section
 from histosge._statistics import correlation
 
@@ -55,20 +55,20 @@ def test_follows_the_truth_between_spots(model, image_alone, other):
 
 
 def test_is_what_evaluate_measures_on_sections_left_out(model, image_alone, other, measured):
-    """Places at the spots of the other section: as of the split by sections, where training spots lie far away."""
+    """Places at the spots of the other section: as of the split by sections, where training spots are no neighbours."""
     image_alone.shapes["where"] = other.shapes["spots"]
     found = sge.tl.predict(image_alone, model=model, mpp=1.6, target_key="where", inplace=False)
     section = read_section(other, mpp=1.6, report=False)
     embeddings = []
     for one in (read_section(measured, report=False), section):
         embeddings.append(Embedder.open(one, "stain-texture", device=CPU, progress=False).embed_spots())
-    context = stack_sections([read_section(measured, report=False)], embeddings[:1], model.context_genes)
+    spots = stack_sections([read_section(measured, report=False)], embeddings[:1], model.context_genes)
+    context = model.condition(spots, section=UNMEASURED, device=CPU)
     wanted = model.predict_from(
         context,
         places=embeddings[1],
-        xy_um=section.xy_um + [FAR_UM, 0],
+        xy_um=section.xy_um,
         spot_index=np.full(len(section.xy_px), -1),
-        device=CPU,
     )
     rows = pd.Index(found.obs["instance_id"]).get_indexer(section.instances)
     # other blocks of the image: an embedding is the same to a thousandth of each feature's spread

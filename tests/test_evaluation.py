@@ -8,7 +8,7 @@ import torch
 from scipy import sparse, stats
 from tests import rounding
 
-from histosge._heads import HEADS, Queries, Schedule, Spots, aggregate, get_head, in_context
+from histosge._heads import HEADS, Queries, Spots, get_head
 from histosge._model import MIN_SHARE, Scores, choose_genes, compare, cross_fit, score, summary
 from histosge._statistics import morans_i, random_folds
 
@@ -75,7 +75,8 @@ def test_stored_zeros_are_not_expression():
 
 def spots(expression, xy, embedding=None):
     embedding = np.random.default_rng(5).standard_normal((len(xy), 6)) if embedding is None else embedding
-    return Spots(*(torch.as_tensor(np.asarray(a), dtype=torch.float32) for a in (embedding, expression, xy)), 100.0)
+    tensors = (torch.as_tensor(np.asarray(a), dtype=torch.float32) for a in (embedding, expression, xy))
+    return Spots(*tensors, torch.zeros(len(xy), dtype=torch.int64), 100.0)
 
 
 CLOSE = rounding.of_sum(36)
@@ -162,12 +163,10 @@ def test_every_name_weighs_the_same_however_many_heads_it_has(head, weights):
 
 
 @pytest.mark.parametrize("head", ["in-context+kriging", "aggregate+ridge+coordinates"])
-def test_any_number_of_workers_gives_the_same_digits(head, monkeypatch):
+def test_any_number_of_workers_gives_the_same_digits(head):
     """One worker or three, and whatever somebody else draws from torch meanwhile; other seeds give other digits."""
-    for module in (in_context, aggregate):
-        monkeypatch.setattr(module, "Schedule", lambda **kwargs: Schedule(**kwargs | {"n_steps": 4}))
     s, fold = noise_spots()
-    options = {"coordinates": {"n_steps": 5}} if "coordinates" in head else {"kriging": {"n_steps": 3}}
+    options = {name: {"n_steps": 4} for name in head.split("+") if name != "ridge"}
     before, said = torch.get_num_threads(), []
     try:
         for n_threads in (1, 3):

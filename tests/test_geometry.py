@@ -415,6 +415,25 @@ def test_nearest_spots_leaves_out_one_spot_not_one_place():
     assert dist.tolist() == [[0.0, 1.0]]
 
 
+@properties
+@given(st.integers(1, 30), st.integers(1, 8), st.booleans(), st.integers(0, 99))
+def test_nearest_spots_of_a_group_against_brute_force(n_spots, k, excluding, seed):
+    """As if the spots of other groups were not there, in rows of all spots; -1 is a group without spots."""
+    rng = np.random.default_rng(seed)
+    spots, places = rng.random((n_spots, 2)), rng.random((12, 2))
+    exclude = rng.integers(-1, n_spots, 12) if excluding else None
+    groups, spot_groups = rng.integers(-1, 3, 12), rng.integers(0, 3, n_spots)
+    found = nearest_spots(places, spots, k=k, exclude=exclude, groups=groups, spot_groups=spot_groups)
+    for i, (index, dist, present) in enumerate(zip(*found, strict=True)):
+        rows = [r for r in np.flatnonzero(spot_groups == groups[i]) if exclude is None or r != exclude[i]]
+        far = np.hypot(*(spots[rows] - places[i]).T)
+        order = np.argsort(far)[:k]
+        n = len(order)
+        assert index.tolist() == [rows[o] for o in order] + [0] * (k - n)
+        assert dist == pytest.approx([*far[order], *[0] * (k - n)])
+        assert present.tolist() == [True] * n + [False] * (k - n)
+
+
 def test_nearest_spots_without_spots():
     index, dist, present = nearest_spots(np.zeros((3, 2)), np.zeros((0, 2)), k=4)
     assert index.shape == (3, 4)

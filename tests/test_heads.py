@@ -23,10 +23,15 @@ from torch import nn
 from histosge._heads import (
     DEFAULT_HEAD,
     HEADS,
+    N_POSITION,
+    Attention,
+    Dense,
     Dropout,
+    Gathered,
     Queries,
     Schedule,
     Spots,
+    encode_position,
     get_head,
     in_context,
     kriging,
@@ -41,6 +46,7 @@ from histosge._heads import (
     train,
 )
 from histosge._heads import _conditioning as conditioning
+from histosge._heads import _tiles as tiles_file
 from histosge._heads import published as published_file
 from histosge._model import cross_fit, score
 from histosge._statistics import correlation
@@ -50,7 +56,10 @@ PITCH = 100.0
 N_GENES = 8
 # genes: 0-2 follow the image, 3-5 a smooth field that the image does not show, 6 is constant, 7 is noise
 IMAGE, SPACE, CONSTANT, NOISE = slice(0, 3), slice(3, 6), 6, 7
-FEW_STEPS = {"published": {"n_steps": 4}, "coordinates": {"n_steps": 40}}
+FEW_STEPS = {
+    **{"published": {"n_steps": 4}, "coordinates": {"n_steps": 40}},
+    **{"in-context": {"n_steps": 30}, "aggregate": {"n_steps": 30}},
+}
 SEES_NEIGHBOURS = ("in-context", "aggregate", "kriging", "nearest")
 NETWORKS = ("in-context", "published", "coordinates")
 ANSWER = rounding.of_sum(500, scale=4)
@@ -75,7 +84,13 @@ def section(n_rows=12, n_cols=12, *, seed=0, n_embedding=12):
     expression[:, NOISE] = 2 + rng.standard_normal(n)
     expression += 0.1 * rng.standard_normal(expression.shape) * (np.arange(N_GENES) != CONSTANT)
     expression = expression.clip(0)
-    return Spots(*(torch.as_tensor(a, dtype=torch.float32) for a in (embedding, expression, xy)), PITCH)
+    return spots_of(embedding, expression, xy)
+
+
+def spots_of(embedding, expression, xy):
+    """Spots of one section."""
+    tensors = (torch.as_tensor(a, dtype=torch.float32) for a in (embedding, expression, xy))
+    return Spots(*tensors, torch.zeros(len(xy), dtype=torch.int64), PITCH)
 
 
 @pytest.fixture(scope="module")
@@ -89,17 +104,8 @@ def small():
     return section(7, 10)
 
 
-@pytest.fixture
-def few_steps(monkeypatch):
-    """Train the in-context head for 30 steps only."""
-
-    def short(**kwargs):
-        return Schedule(**kwargs | {"n_steps": 30})
-
-    monkeypatch.setattr(in_context, "Schedule", short)
-
-
 def fit(name, spots, *, seed=0, **options):
+    """A head, its networks hardly trained unless options say otherwise."""
     return get_head(name)(**FEW_STEPS.get(name, {}) | options).fit(
         spots, rng=np.random.default_rng(seed), progress=False
     )
@@ -116,7 +122,7 @@ def split(spots, *, seed=0):
 def trained(spots):
     """The default head, trained in full, with the spots it knows and those it does not."""
     known, held_out = split(spots)
-    return fit("in-context", known), known, held_out
+    return fit("in-context", known, n_steps=300), known, held_out
 
 
 def with_expression(spots, expression):
@@ -153,7 +159,7 @@ def test_unknown_head_without_a_closest():
         match=r"head='xyz' is unknown\. Choose one of \['aggregate', 'coordinates', 'in-context', .* with '\+'",
     ):
         get_head("xyz")
-    with pytest.raises(ValueError, match="head=None is unknown"):
+    with pytest.raises(TypeError, match=r"head=None is no head: it lacks \['name', .*subclass of histosge\.Head"):
         get_head(None)
 
 
@@ -171,7 +177,6 @@ def test_parts_are_named_in_the_order_given():
         ("+", "head='' is unknown"),
         ("", "head='' is unknown"),
         ("ridge+mean+ridge", r"head='ridge\+mean\+ridge' names a head twice\. Name each once"),
-        (None, "head='None' is unknown"),
     ],
 )
 def test_impossible_parts_are_refused(wrong, message):
@@ -180,7 +185,6 @@ def test_impossible_parts_are_refused(wrong, message):
 
 
 @every_head
-@pytest.mark.usefixtures("few_steps")
 def test_shape_dtype_and_range(name, small):
     head = fit(name, small)
     for places in (Queries.of(small), Queries.of(small).take(slice(3, 4))):
@@ -194,7 +198,6 @@ def test_shape_dtype_and_range(name, small):
 
 
 @every_head
-@pytest.mark.usefixtures("few_steps")
 def test_same_seed_same_head(name, small):
     """Whatever torch's own state is, and without touching it."""
     torch.manual_seed(1)
@@ -208,7 +211,6 @@ def test_same_seed_same_head(name, small):
 
 
 @every_head
-@pytest.mark.usefixtures("few_steps")
 def test_state_round_trip(name, small):
     import json
 
@@ -226,7 +228,6 @@ def test_state_round_trip(name, small):
 
 
 @every_head
-@pytest.mark.usefixtures("few_steps")
 def test_a_restored_head_gives_the_very_same_numbers(name, small):
     head = fit(name, small)
     config, weights = head.state()
@@ -245,7 +246,6 @@ def test_not_fitted(name, small):
 
 
 @every_head
-@pytest.mark.usefixtures("few_steps")
 def test_a_place_does_not_see_its_own_measurement(name, small):
     """Change what was measured at a spot: nothing changes there, while around it something may."""
     head = fit(name, small)
@@ -264,7 +264,6 @@ def test_a_place_does_not_see_its_own_measurement(name, small):
 
 
 @pytest.mark.parametrize("name", [*sorted(HEADS), DEFAULT_HEAD])
-@pytest.mark.usefixtures("few_steps")
 def test_nothing_of_a_held_out_spot_reaches_its_fold(name, small):
     """The leak that makes scores worthless: held-out measurements changed, held-out predictions must not."""
     fold = np.arange(len(small)) % 2
@@ -282,7 +281,6 @@ def test_nothing_of_a_held_out_spot_reaches_its_fold(name, small):
 
 
 @every_head
-@pytest.mark.usefixtures("few_steps")
 def test_order_of_the_context_does_not_matter(name, small):
     # no two neighbours equally far, of which either may be the last one looked at
     aside = torch.as_tensor(np.random.default_rng(1).random((70, 2)), dtype=torch.float32)
@@ -290,20 +288,18 @@ def test_order_of_the_context_does_not_matter(name, small):
     head = fit(name, small)
     order = torch.as_tensor(np.random.default_rng(0).permutation(len(small)))
     places = Queries.of(small)
-    shuffled = Queries(places.embedding, places.xy_um, order.argsort())
+    shuffled = dataclasses.replace(places, spot_index=order.argsort())
     one, other = head.predict(places, context=small), head.predict(shuffled, context=small.take(order))
     assert torch.allclose(one, other, atol=kriging_rounding(head, small) if name == "kriging" else ANSWER)
 
 
 @every_head
-@pytest.mark.usefixtures("few_steps")
 def test_no_places_no_rows(name, small):
     none = Queries.of(small).take(slice(0, 0))
     assert fit(name, small).predict(none, context=small).shape == (0, N_GENES)
 
 
 @every_head
-@pytest.mark.usefixtures("few_steps")
 def test_constant_gene_and_constant_column(name, small):
     """Neither divides by a spread of zero; a gene that never varies is predicted as it is."""
     embedding = small.embedding.clone()
@@ -315,7 +311,6 @@ def test_constant_gene_and_constant_column(name, small):
 
 
 @every_head
-@pytest.mark.usefixtures("few_steps")
 def test_one_gene_and_fewest_spots(name):
     """15 spots are left where half of the fewest allowed are held out."""
     one = section(3, 5)
@@ -326,11 +321,10 @@ def test_one_gene_and_fewest_spots(name):
 
 
 @every_head
-@pytest.mark.usefixtures("few_steps")
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")  # scikit-learn's, ridge
 def test_nothing_to_learn_from(name, small):
     """Every gene and every column constant: a head may say the mean, and nothing that is not a number."""
-    blank = Spots(torch.full((40, 5), 2.0), torch.full((40, 3), 1.0), small.xy_um[:40], PITCH)
+    blank = spots_of(torch.full((40, 5), 2.0), torch.full((40, 3), 1.0), small.xy_um[:40])
     out = fit(name, blank).predict(Queries.of(blank), context=blank)
     assert torch.allclose(out, torch.ones(40, 3), atol=0.3)
 
@@ -363,7 +357,6 @@ def test_permuted_labels_are_not_predicted(name, spots):
 
 
 @every_head
-@pytest.mark.usefixtures("few_steps")
 def test_places_are_predicted_the_same_in_whatever_company(name, small):
     """Alone, in any order, and split into calls in any way."""
     head = fit(name, small)
@@ -375,38 +368,119 @@ def test_places_are_predicted_the_same_in_whatever_company(name, small):
         assert torch.allclose(torch.cat(parts), at_once, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", SEES_NEIGHBOURS)
-@pytest.mark.usefixtures("few_steps")
-def test_what_is_kept_of_a_context_is_never_taken_for_another(name, small):
-    """By identity: a context that is as long, lies at the same places and came after the first was thrown away."""
-    head, places = fit(name, small), Queries.of(small, hidden=False)
+def test_spots_and_queries_move_together(small):
+    moved = small.to("meta")
+    assert {t.device.type for t in (moved.embedding, moved.expression, moved.xy_um, moved.section)} == {"meta"}
+    assert moved.pitch_um == PITCH
+    for hidden in (True, False):
+        assert Queries.of(moved, hidden=hidden).spot_index.device.type == "meta"
+
+
+@every_head
+def test_a_fitted_head_moves_and_stays_where_it_was(name, small):
+    head = fit(name, small)
+    assert head.to("cpu") is head
+    moved = head.to("meta")
+    assert all(tensor.device.type == "meta" for tensor in moved.state()[1].values())
+    assert all(tensor.device.type == "cpu" for tensor in head.state()[1].values())
+    assert (moved is head) == (not head.state()[1])  # only what has weights
+
+
+@every_head
+def test_prediction_changes_nothing_in_a_head(name, small):
+    """Predict with one context and then another: as a head that has never seen the first."""
+    head = fit(name, small)
+    before = {n: tensor.clone() for n, tensor in head.state()[1].items()}
+    places = Queries.of(small, hidden=False)
     for shift in (0, 1, 2):
         context = with_expression(small, small.expression.roll(shift, 0))
         fresh = get_head(name).from_state(*head.state())
         assert (head.predict(places, context=context) == fresh.predict(places, context=context)).all()
-        del context
+    assert all(torch.equal(tensor, before[n]) for n, tensor in head.state()[1].items())
+
+
+# --------------------------------------------------------------------------------------------- several sections
+
+
+def two_sections(one, other, *, numbers=(0, 1)):
+    """Both in their own coordinates, so that one lies on the other."""
+    pairs = ((getattr(one, n), getattr(other, n)) for n in ("embedding", "expression", "xy_um"))
+    number = torch.tensor(numbers).repeat_interleave(torch.tensor([len(one), len(other)]))
+    return Spots(*(torch.cat(pair) for pair in pairs), number, PITCH)
 
 
 @pytest.mark.parametrize("name", SEES_NEIGHBOURS)
-@pytest.mark.usefixtures("few_steps")
-def test_a_head_fitted_again_forgets_the_context(name, small):
-    head, places, other = fit(name, small), Queries.of(small), with_expression(small, small.expression.flip(0))
-    head.predict(places, context=small)
-    again = head.fit(other, rng=np.random.default_rng(1), progress=False).predict(places, context=small)
-    assert (again == get_head(name).from_state(*head.state()).predict(places, context=small)).all()
+def test_neighbours_are_of_the_section(name, small):
+    """What is measured on another section at the same places reaches no place as a neighbour."""
+    head, other = fit(name, small), section(7, 10, seed=9)
+    places = Queries.of(small)
+    both = two_sections(small, other)
+    raised = two_sections(small, with_expression(other, other.expression + 3))
+    before, after = (head.predict(places, context=c) for c in (both, raised))
+    if name == "kriging":  # which reads spots that look alike, wherever they are
+        assert (before - after).abs().max() > 0.01
+        flat = dataclasses.replace(head.space, image_axes=torch.zeros_like(head.space.image_axes))
+        shares = head.parameters["shares"].clone()
+        shares[1] = shares[3] = -torch.inf
+        head.space, head.parameters = flat, head.parameters | {"shares": shares}
+        before, after = (head.predict(places, context=c) for c in (both, raised))
+        assert torch.allclose(before, after, atol=1e-4)
+    else:
+        assert (before == after).all()
+        assert torch.allclose(before, head.predict(places, context=small), atol=ANSWER)
+    # … but places of the other section do see it
+    there = dataclasses.replace(places, section=places.section + 1, spot_index=torch.full_like(places.spot_index, -1))
+    assert (head.predict(there, context=both) != head.predict(there, context=raised)).any(1).all()
 
 
-def test_spots_that_are_there_already_are_not_moved(small):
-    """The same object, which heads know a context by."""
-    assert small.to("cpu") is small
-    assert small.to(CPU) is small
-    moved = small.to("meta")
-    assert moved is not small
-    assert {t.device.type for t in (moved.embedding, moved.expression, moved.xy_um)} == {"meta"}
-    assert moved.pitch_um == PITCH
-    assert moved.to("meta") is moved
-    for hidden in (True, False):
-        assert Queries.of(moved, hidden=hidden).spot_index.device.type == "meta"
+@pytest.mark.parametrize("name", SEES_NEIGHBOURS)
+def test_a_spot_is_hidden_in_its_own_section(name, small):
+    other = section(7, 10, seed=9)
+    head, both = fit(name, small), two_sections(other, small)
+    places = Queries.of(both)
+    before = head.predict(places, context=both)
+    expression = both.expression.clone()
+    expression[70 + 33] = 9.0
+    after = head.predict(places, context=with_expression(both, expression))
+    assert (after[70 + 33] == before[70 + 33]).all()
+    assert (after[70:] != before[70:]).any()
+
+
+@pytest.mark.parametrize("name", sorted(set(HEADS) - {"nearest"}))
+def test_a_section_without_measured_spots(name, small):
+    """No context spot has its number: the same as if all of them were too far away to be neighbours."""
+    head = fit(name, small)
+    alone = dataclasses.replace(Queries.of(small, hidden=False), section=torch.full((70,), -1))
+    found = head.predict(alone, context=small)
+    assert torch.isfinite(found).all()
+    if name in ("in-context", "aggregate", "kriging"):
+        far = dataclasses.replace(Queries.of(small, hidden=False), xy_um=small.xy_um + 1e6)
+        assert torch.allclose(found, head.predict(far, context=small), atol=1e-4)
+        assert (found - head.predict(Queries.of(small, hidden=False), context=small)).abs().max() > 0.05
+
+
+def test_nearest_of_a_section_without_measured_spots(small):
+    alone = dataclasses.replace(Queries.of(small, hidden=False), section=torch.full((70,), -1))
+    with pytest.raises(ValueError, match="needs measured spots around every place"):
+        fit("nearest", small).predict(alone, context=small)
+
+
+@pytest.mark.parametrize("name", sorted(set(HEADS) - {"published", "coordinates"}))
+def test_numbers_of_sections_are_only_names(name, small):
+    other = section(7, 10, seed=9)
+    found = []
+    for numbers in ((0, 1), (7, 3)):
+        both = two_sections(small, other, numbers=numbers)
+        found.append(fit(name, both).predict(Queries.of(both), context=both))
+    assert torch.allclose(*found, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["published", "coordinates"])
+def test_positions_are_those_of_the_section(name, small):
+    """Heads that see absolute positions see the same for the same place of any section."""
+    head, both = fit(name, small), two_sections(small, small)
+    out = head.predict(Queries.of(both), context=both)
+    assert torch.allclose(out[:70], out[70:], atol=ANSWER)
 
 
 # ---------------------------------------------------------------------------------------------- the simple ones
@@ -421,7 +495,7 @@ def test_nearest_against_brute_force(small):
     rng = np.random.default_rng(0)
     xy = torch.as_tensor(rng.random((25, 2)) * 700, dtype=torch.float32)
     own = torch.as_tensor(np.where(rng.random(25) < 0.5, rng.integers(0, 70, 25), -1))
-    out = fit("nearest", small).predict(Queries(small.embedding[:25], xy, own), context=small)
+    out = fit("nearest", small).predict(Queries(small.embedding[:25], xy, small.section[:25], own), context=small)
     for i in range(25):
         far = (small.xy_um.double() - xy[i].double()).norm(dim=1)
         if own[i] >= 0:
@@ -490,7 +564,7 @@ def test_ridge_against_scikit_learn(n, d, n_genes):
     rng = np.random.default_rng(n + d)
     x = rng.standard_normal((n, d)) * 0.9 ** np.arange(d) + 2
     y = x[:, :3] @ rng.standard_normal((3, n_genes)) + 0.5 * rng.standard_normal((n, n_genes)) + 5
-    s = Spots(*(torch.as_tensor(a, dtype=torch.float32) for a in (x, y, rng.random((n, 2)))), PITCH)
+    s = spots_of(x, y, rng.random((n, 2)))
     scaled = standardise(s.embedding, *standardiser(s.embedding)).double().numpy()
     pca = PCA(min(n // 4, d), svd_solver="full").fit(scaled)
     ridge = RidgeCV(np.logspace(-1, 7, 25)).fit(pca.transform(scaled), s.expression.double().numpy())
@@ -624,14 +698,37 @@ def test_in_context_sees_distances_in_pitches(trained):
     assert torch.allclose(head.predict(Queries.of(wide[1], hidden=False), context=wide[0]), one, atol=1e-3)
 
 
-def slow_answer(head, places, context):
-    """What the network says when every place works out the keys and values of its own neighbours, as in training."""
-    near, step, present = head._neighbours(places, context)
-    image, spots = (head._image(w.embedding, head.space) for w in (places, context))
-    components = head.space.components(context.expression)
-    with torch.inference_mode():
-        code = in_context.encode_position(step)
-        return head.space.genes(head.network.eval()(image, spots[near], components[near], code, present))
+def slow_attention(network, place, spots, components, position, present):
+    """Attention written plainly: each place (B) computes keys and values of its own neighbours (B, K), positions too."""
+    b, k, _ = spots.shape
+    x = network.embed(place)
+    each = network.norm_spot(network.embed(spots) + network.express(components))
+    both = network.key_value(each) + network.position(position)
+    key, value = both.view(b, k, 2, network.n_heads, x.shape[1] // network.n_heads).unbind(2)
+    query = network.query(network.norm_place(x)).view(b, network.n_heads, -1)
+    score = torch.einsum("bhc,bkhc->bhk", query, key) / query.shape[-1] ** 0.5
+    weight = score.masked_fill(~present[:, None], torch.finfo(score.dtype).min).softmax(-1) * present[:, None]
+    neighbours = torch.einsum("bhk,bkq,hq->bq", weight, components, network.mix.softmax(0))
+    x = x + network.merge(torch.einsum("bhk,bkhc->bhc", weight, value).flatten(1))
+    x = x + network.mlp(network.norm_mlp(x))
+    return network.image_path(place) + neighbours * network.neighbour_path + network.correction(x)
+
+
+def slow_prediction(head, places, context):
+    """What in-context predicts, its neighbours found and its attention computed place by place."""
+    k, scale = head.config["n_neighbours"], 3 / head.space.image_spread[0]
+    image, spots = (head.space.image(w.embedding) * scale for w in (places, context))
+    components, out = head.space.components(context.expression), []
+    for i in range(len(places)):
+        step = (context.xy_um - places.xy_um[i]) / PITCH
+        distance = step.norm(dim=1).index_fill(0, places.spot_index[i : i + 1].clamp_min(0), torch.inf)
+        distance = distance if places.spot_index[i] >= 0 else step.norm(dim=1)
+        rows = distance.argsort()[:k]
+        rows = rows[distance[rows] <= 20]
+        seen = torch.ones(1, len(rows), dtype=torch.bool)
+        around = spots[rows][None], components[rows][None], encode_position(step[rows])[None], seen
+        out.append(slow_attention(head.network, image[i : i + 1], *around))
+    return head.space.genes(torch.cat(out))
 
 
 @pytest.mark.parametrize("n_context", [108, 12, 1])
@@ -640,54 +737,70 @@ def test_in_context_in_prediction_is_what_was_trained(trained, monkeypatch, n_co
     """Keys and values once a spot, the position taken apart: the same sums; with few neighbours and none, far and near."""
     head, known, held_out = trained
     monkeypatch.setattr(in_context, "_PLACES_AT_ONCE", at_once)
-    context = known.take(torch.arange(n_context))
+    # no two neighbours equally far, of which either may be the last one that is read
+    aside = torch.as_tensor(np.random.default_rng(1).random((len(known), 2)), dtype=torch.float32)
+    context = dataclasses.replace(known, xy_um=known.xy_um + aside).take(torch.arange(n_context))
     far = dataclasses.replace(held_out, xy_um=held_out.xy_um * 3 - 500)
     own = torch.arange(n_context)
     for places in (Queries.of(held_out, hidden=False), Queries.of(far, hidden=False), Queries.of(context)):
         out = head.predict(places, context=context)
-        assert torch.allclose(out, slow_answer(head, places, context), atol=ANSWER)
+        with torch.inference_mode():
+            assert torch.allclose(out, slow_prediction(head, places, context), atol=ANSWER)
     shuffled = places.take(own.flip(0))
     assert torch.allclose(head.predict(shuffled, context=context), out.flip(0), atol=ANSWER)
 
 
-def test_in_context_learns_what_it_says():
-    """Keys and values once a spot, the position taken apart: answers and slopes as if each place worked out its own."""
+@pytest.mark.parametrize("m", [1, 3])
+def test_attention_in_training_is_the_plain_one(m):
+    """Keys and values once a spot, the position taken apart: predictions and slopes as if each place computed its own."""
     torch.manual_seed(0)
     n, b, k = 40, 12, 6
-    network = in_context._Network(5, 3, 16, 4, 0.2).eval()
+    network = Attention(5, 3, 16, 4, 0.2).eval()
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.3)
-    place, spots, components = torch.randn(b, 5), torch.randn(n, 5), torch.randn(n, 3)
-    near, position = torch.randint(n, (b, k)), torch.randn(b, k, in_context.N_POSITION)
-    present = torch.rand(b, k) > 0.5
+    place, spots, components = torch.randn(b, m, 5), torch.randn(n, 5), torch.randn(n, 3)
+    near, position = torch.randint(n, (b, k)), torch.randn(b, m, k, N_POSITION)
+    present = torch.rand(b, m, k) > 0.5
     found = []
     for seen in (present, torch.zeros_like(present)):  # and with no context at all
         seen[0] = False
-        for answer in (
-            network(place, spots[near], components[near], position, seen),
-            network.learn(place, spots, components, near=near, position=position, present=seen),
-        ):
-            slopes = torch.autograd.grad(answer.square().sum(), list(network.parameters()))
-            found.append((answer, torch.cat([slope.flatten() for slope in slopes])))
+        slow = [
+            slow_attention(network, place[:, j], spots[near], components[near], position[:, j], seen[:, j])
+            for j in range(m)
+        ]
+        fast = network(place, spots, components, near=near, position=position, present=seen)
+        for predicted in (torch.stack(slow, 1), fast):
+            slopes = torch.autograd.grad(predicted.square().sum(), list(network.parameters()))
+            found.append((predicted, torch.cat([slope.flatten() for slope in slopes])))
         torch.testing.assert_close(*found[-2:], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found[0][0], found[2][0])
 
 
-def test_in_context_works_spots_out_once(trained, monkeypatch):
-    head, known, held_out = trained
-    fresh, counted = get_head("in-context").from_state(*head.state()), []
-    know = fresh.network.know
-    monkeypatch.setattr(fresh.network, "know", lambda *a: counted.append(len(a[0])) or know(*a))
-    places = Queries.of(held_out, hidden=False)
-    for i in range(0, len(places), 7):
-        fresh.predict(places.take(slice(i, i + 7)), context=known)
-    assert counted == [len(known)]
+def test_dense_and_gathered_neighbours_are_the_same():
+    torch.manual_seed(0)
+    network = Attention(5, 3, 16, 4, 0.2).eval()
+    place, spots, components = torch.randn(12, 5), torch.randn(9, 5), torch.randn(9, 3)
+    at, position, present = torch.randint(9, (12, 6)), torch.randn(12, 6, N_POSITION), torch.rand(12, 6) > 0.5
+    with torch.inference_mode():
+        known = network.keys_values(spots, components)
+        found = [network.attend(place, position, present, way(known, components, at)) for way in (Dense, Gathered)]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
-def test_places_that_ask_together_lie_together():
+@pytest.mark.parametrize("name", ["in-context", "kriging"])
+def test_one_condition_serves_any_number_of_calls(name, trained, kriged):
+    head, known, held_out = trained if name == "in-context" else kriged
+    places, condition = Queries.of(held_out, hidden=False), head.condition(known)
+    parts = [head.components([head], [condition], places.take(slice(i, i + 7)))[0] for i in range(0, len(places), 7)]
+    (at_once,) = head.components([head], [head.condition(known)], places)
+    tolerance = kriging_rounding(head, known) if name == "kriging" else ANSWER
+    assert torch.allclose(torch.cat(parts), at_once, atol=tolerance)
+
+
+def test_places_that_are_predicted_together_lie_together():
     """A plane of 40 x 40 pitches in any order, 100 places at once: about their share of the plane, and not all of it."""
     xy = np.random.default_rng(0).random((3200, 2)) * 40 * PITCH
-    order = in_context._along_strips(xy, width_um=5 * PITCH)
+    order = in_context._along_strips(xy, np.zeros(3200, np.int64), width_um=5 * PITCH)
     assert sorted(order) == list(range(3200))
     wide = [np.ptp(xy[rows], axis=0) / PITCH for rows in np.split(order, 32)]
     assert np.max(wide, axis=0)[1] <= 10
@@ -698,9 +811,9 @@ def test_places_that_ask_together_lie_together():
 @given(st.floats(-30, 30), st.floats(-30, 30))
 def test_position_code_is_continuous(x, y):
     a = torch.tensor([[x, y]], dtype=torch.float64)
-    code = in_context.encode_position(a)
-    assert code.shape == (1, in_context.N_POSITION)
-    assert (in_context.encode_position(a + 1e-6) - code).abs().max() < 1e-4
+    code = encode_position(a)
+    assert code.shape == (1, N_POSITION)
+    assert (encode_position(a + 1e-6) - code).abs().max() < 1e-4
     published = published_file.encode_position(a)
     assert published.shape == (1, 24)
     assert (published_file.encode_position(a + 1e-6) - published).abs().max() < 1e-4
@@ -708,7 +821,7 @@ def test_position_code_is_continuous(x, y):
 
 def test_position_code_tells_directions_apart():
     steps = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1], [2, 0], [0.5, 0.5]])
-    code = in_context.encode_position(steps)
+    code = encode_position(steps)
     assert torch.cdist(code, code).add(torch.eye(6)).min() > 0.3
 
 
@@ -793,7 +906,7 @@ def kriged(spots):
     """Kriging, with the spots it knows and those it does not."""
     known, held_out = split(spots)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conditioning, "_KINDS", 4)
+        patch.setattr(conditioning, "_KERNEL_GROUPS", 4)
         return fit("kriging", known), known, held_out
 
 
@@ -873,7 +986,6 @@ def test_kriging_without_context_says_the_prior_mean(kriged):
 
 
 def test_kriging_reads_the_context_it_is_given(kriged):
-    """What was worked out is kept for one context, and never taken for another."""
     head, known, held_out = kriged
     places = Queries.of(held_out, hidden=False)
     before = head.predict(places, context=known)
@@ -881,33 +993,8 @@ def test_kriging_reads_the_context_it_is_given(kriged):
     after = head.predict(places, context=raised)
     assert (after - before)[:, 4].mean() > 0.3
     assert (head.predict(places, context=known) == before).all()
-    # leaving out is worked out when it is first asked for
-    fresh = get_head("kriging").from_state(*head.state())
-    assert (fresh.predict(places, context=known) == before).all()
-    hidden = fresh.predict(Queries.of(known), context=known)
-    assert torch.allclose(hidden, head.predict(Queries.of(known), context=known), atol=kriging_rounding(head, known))
-    assert (hidden - fresh.predict(Queries.of(known, hidden=False), context=known)).abs().max() > 0.05
-
-
-def test_kriging_of_a_context_in_parts_is_that_at_once(kriged, monkeypatch):
-    head, known, held_out = kriged
-    places, counted = Queries.of(held_out, hidden=False), []
-    at_once = head.predict(places, context=known)
-    fresh = get_head("kriging").from_state(*head.state())
-    condition = conditioning.Conditioned._condition
-    monkeypatch.setattr(conditioning.Conditioned, "_condition", lambda *a, **k: counted.append(1) or condition(*a, **k))
-    parts = [fresh.predict(places.take(slice(i, i + 7)), context=known) for i in range(0, len(places), 7)]
-    assert torch.allclose(torch.cat(parts), at_once, atol=kriging_rounding(head, known))
-    assert len(counted) == 1
-
-
-def test_kriging_fitted_again_forgets_the_context(small):
-    head = fit("kriging", small, n_steps=0)
-    places = Queries.of(small)
-    head.predict(places, context=small)
-    head.config["n_steps"] = 30
-    again = head.fit(small, rng=np.random.default_rng(0), progress=False).predict(places, context=small)
-    assert (again == fit("kriging", small).predict(places, context=small)).all()
+    hidden, seen = (head.predict(Queries.of(known, hidden=h), context=known) for h in (True, False))
+    assert (hidden - seen).abs().max() > 0.05
 
 
 def test_kriging_learns_from_a_sample_of_the_spots(small):
@@ -934,28 +1021,31 @@ def test_kriging_components_share_few_covariances(kriged):
 
 
 def test_fewer_covariances_where_spots_are_many():
-    assert [conditioning.n_kinds(n) for n in (30, 6000, 6001, 10**6)] == [8, 8, 4, 4]
+    assert [conditioning.n_kernel_groups(n) for n in (30, 6000, 6001, 10**6)] == [8, 8, 4, 4]
 
 
-def test_only_similar_shares_are_tied():
+def test_only_similar_shares_are_made_equal():
     rng = np.random.default_rng(0)
     kinds = np.array(
         [[0.8, 0.1, 0.05, 0.0, 0.05], [0.1, 0.8, 0.0, 0.05, 0.05], [0, 0, 0.1, 0.1, 0.8], [0.1, 0.1, 0.5, 0.2, 0.1]]
     )
     which = np.array([0, 1, 2, 3, 0, 0, 3, 2, 1, 0])
     shares = kinds[which] * np.exp(0.02 * rng.standard_normal((10, 5)))
-    tied = conditioning.tie(torch.from_numpy(shares.T * rng.uniform(0.5, 2, 10)), 4).T.numpy()
+    tied = conditioning.share_hyperparameters(torch.from_numpy(shares.T * rng.uniform(0.5, 2, 10)), 4).T.numpy()
     shares /= shares.sum(1, keepdims=True)
     for kind in range(4):
         assert np.allclose(tied[which == kind], shares[which == kind].mean(0))
     few = torch.from_numpy(shares[:4].T)
-    assert torch.equal(conditioning.tie(few, 4), few / few.sum(0))
+    assert torch.equal(conditioning.share_hyperparameters(few, 4), few / few.sum(0))
 
 
 def in_tiles(monkeypatch, *, n_near, n_drawn, n_tile=60):
     """Have kriging predict by tiles, each from so many spots in and around it and so many that stand for the others."""
-    for name, value in {"MOST": 50, "TILE": n_tile, "NEAR": n_near, "DRAWN": n_drawn}.items():
-        monkeypatch.setattr(conditioning, f"_{name}_SPOTS", value)
+    for file, name, value in (
+        *((conditioning, "MOST", 50), (conditioning, "DRAWN", n_drawn)),
+        *((tiles_file, "TILE", n_tile), (tiles_file, "NEAR", n_near)),
+    ):
+        monkeypatch.setattr(file, f"_{name}_SPOTS", value)
 
 
 @pytest.fixture(scope="module")
@@ -963,7 +1053,7 @@ def wide():
     """A head, the 675 spots it knows, and 150 others among them."""
     known, held_out = (s.take(torch.arange(n)) for s, n in zip(split(section(30, 30), seed=1), (675, 150), strict=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conditioning, "_KINDS", 4)
+        patch.setattr(conditioning, "_KERNEL_GROUPS", 4)
         return fit("kriging", known, n_sample=150), known, held_out
 
 
@@ -988,23 +1078,27 @@ out. It is multiplied by what makes the 80 independent, with entries up to one o
 """
 
 
-def by_tile(head, places):
-    """For each place, once places were predicted: spots that a tile conditions on exactly, and the tile's share."""
-    conditioned, found = head._conditioned, [[] for _ in places.spot_index]
-    for tile, rows, share in conditioned.tiles(places.xy_um / PITCH, places.spot_index):
-        near = conditioned.known(tile, leave_out=False).spots.numpy()
+def points(head, where):
+    return kriging._points(where, head.space, PITCH)
+
+
+def by_tile(head, conditioned, places):
+    """For each place: spots that a tile conditions on exactly, and the tile's share."""
+    found = [[] for _ in places.spot_index]
+    for tile, rows, share in conditioned.tiles(points(head, places), places.spot_index):
+        near = conditioned.weights(tile, leave_out=False).spots.numpy()
         for i, part in zip(rows.tolist(), share.tolist(), strict=True):
             found[i].append((near, part))
     assert [sum(part for _, part in each) for each in found] == pytest.approx([1] * len(found))
     return found
 
 
-def dense(head, known, place, near, q, *, without=None):
-    """What a place is told in float64, by one large system: covariances of spots far from it go through drawn ones."""
+def dense(head, known, place, near, q, *, drawn, without=None):
+    """Components at a place in float64, by one large system: covariances of spots far from it go through drawn ones."""
     lengths, shares = (head.parameters[name].double().exp().numpy() for name in ("lengths", "shares"))
     covariance, noise = Covariance(lengths, shares[:4, q]), shares[4, q] + 1e-4
     at, asked = inputs(head, known), inputs(head, place)
-    drawn = inputs(head, known.take(head._conditioned._drawn_spots))
+    drawn = inputs(head, known.take(drawn))
     inverse = np.linalg.inv(covariance(drawn) + 1e-3 * np.eye(len(drawn)))
     there, here = covariance(drawn, at), covariance(drawn, asked)
     matrix, row = there.T @ inverse @ there, here.T @ inverse @ there
@@ -1019,39 +1113,40 @@ def dense(head, known, place, near, q, *, without=None):
 def test_kriging_by_tiles_against_one_dense_system(fresh, monkeypatch):
     head, known, held_out = fresh
     in_tiles(monkeypatch, n_near=150, n_drawn=80)
-    places = Queries.of(held_out, hidden=False)
-    (found,) = head.answers([head], places, context=known)
-    assert len(head._conditioned._tiles.spots) > 5
-    tiles = by_tile(head, places)
+    places, conditioned = Queries.of(held_out, hidden=False), head.condition(known)
+    (found,) = head.components([head], [conditioned], places)
+    assert len(conditioned._tiles.spots) > 5
+    tiles, drawn = by_tile(head, conditioned, places), conditioned._drawn_spots
     assert max(map(len, tiles)) > 1
     for i in range(0, len(places), 15):
         one = held_out.take(torch.tensor([i]))
         assert {len(near) for near, _ in tiles[i]} == {150}
         for q in range(0, found.shape[1], 3):
-            expected = sum(share * dense(head, known, one, near, q) for near, share in tiles[i])
+            expected = sum(share * dense(head, known, one, near, q, drawn=drawn) for near, share in tiles[i])
             assert abs(float(found[i, q]) - expected) < 2e-3
     # far away as well, where all is said by the image
     far = dataclasses.replace(places, xy_um=places.xy_um - 1e6).take(torch.arange(3))
-    (found,) = head.answers([head], far, context=known)
-    ((near, _),) = by_tile(head, far)[0]
+    (found,) = head.components([head], [conditioned], far)
+    ((near, _),) = by_tile(head, conditioned, far)[0]
     moved = dataclasses.replace(held_out, xy_um=held_out.xy_um - 1e6)
     for i in range(3):
-        expected = dense(head, known, moved.take(torch.tensor([i])), near, 0)
+        expected = dense(head, known, moved.take(torch.tensor([i])), near, 0, drawn=drawn)
         assert abs(float(found[i, 0]) - expected) < 2e-3
 
 
 def test_kriging_by_tiles_leaves_a_spot_out_of_the_dense_system(fresh, monkeypatch):
     head, known, _ = fresh
     in_tiles(monkeypatch, n_near=150, n_drawn=80)
-    places = Queries.of(known)
-    (found,) = head.answers([head], places, context=known)
-    tiles = by_tile(head, places)
+    places, conditioned = Queries.of(known), head.condition(known)
+    (found,) = head.components([head], [conditioned], places)
+    tiles, drawn = by_tile(head, conditioned, places), conditioned._drawn_spots
     for i in range(0, len(known), 60):
         one = known.take(torch.tensor([i]))
         seen = [(near, share) for near, share in tiles[i] if i in near]  # the others have no say
         total = sum(share for _, share in seen)
         for q in (0, 4):
-            expected = sum(share * dense(head, known, one, near, q, without=i) for near, share in seen) / total
+            each = [share * dense(head, known, one, near, q, drawn=drawn, without=i) for near, share in seen]
+            expected = sum(each) / total
             assert abs(float(found[i, q]) - expected) < 2e-3
 
 
@@ -1065,7 +1160,7 @@ def test_kriging_by_tiles_that_see_all_spots_is_exact(wide, fresh, monkeypatch, 
         with monkeypatch.context() as patch:
             in_tiles(patch, **how)
             found = head.predict(places, context=known)
-            assert head._conditioned._tiles is not None
+            assert head.condition(known)._tiles is not None
         assert (found - expected).abs().max() < (kriging_rounding(exact, known) if how["n_drawn"] < 100 else 0.05)
 
 
@@ -1077,7 +1172,6 @@ def test_kriging_by_tiles_is_nearly_exact(wide, fresh, monkeypatch):
     errors = []
     for n_drawn in (5, 50, 200):
         in_tiles(monkeypatch, n_near=150, n_drawn=n_drawn)
-        head._context = None
         errors.append(float((head.predict(places, context=known) - expected)[:, :6].square().mean().sqrt()))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.05 * held_out.expression[:, :6].std(0).min()
@@ -1089,7 +1183,7 @@ def test_kriging_by_tiles_hides_what_was_measured(fresh, monkeypatch):
     in_tiles(monkeypatch, n_near=150, n_drawn=80)
     places = Queries.of(known)
     before = head.predict(places, context=known)
-    drawn = int(head._conditioned._drawn_spots[0])
+    drawn = int(head.condition(known)._drawn_spots[0])
     for i in (0, 97, 400, drawn):
         expression = known.expression.clone()
         expression[i] += 3
@@ -1102,26 +1196,34 @@ def test_kriging_by_tiles_hides_what_was_measured(fresh, monkeypatch):
 
 
 def test_kriging_by_tiles_tells_sections_apart(wide, fresh, monkeypatch):
-    """Two sections, the same spots measured on both: each as if it were alone, or better."""
+    """Two sections that lie on one another, the same spots measured on both: each as if it were alone, or better."""
     exact, (head, known, held_out) = wide[0], fresh
-    shift = torch.tensor([3e5, 0.0])
-
-    def twice(s):
-        return Spots(s.embedding.repeat(2, 1), s.expression.repeat(2, 1), torch.cat([s.xy_um, s.xy_um + shift]), PITCH)
-
-    places, both = Queries.of(twice(held_out), hidden=False), twice(known)
+    places, both = Queries.of(two_sections(held_out, held_out), hidden=False), two_sections(known, known)
     expected = exact.predict(places, context=both)
     in_tiles(monkeypatch, n_near=150, n_drawn=300)
+    conditioned = head.condition(both)
     found = head.predict(places, context=both)
     assert (found - expected).abs().mean() < 0.02
-    for tiles in by_tile(head, places)[::10]:
+    for i, tiles in enumerate(by_tile(head, conditioned, places)):
         for near, _ in tiles:
-            assert (near < len(known)).all() or (near >= len(known)).all()
+            assert ((near >= len(known)) == (i >= len(held_out))).all()
+
+
+def test_kriging_by_tiles_of_a_section_without_measured_spots(wide, fresh, monkeypatch):
+    """Nothing is near: all is predicted from the image, as nearly as by all spots at once."""
+    exact, (head, known, held_out) = wide[0], fresh
+    alone = dataclasses.replace(Queries.of(held_out, hidden=False), section=torch.full((len(held_out),), -1))
+    expected = exact.predict(alone, context=known)
+    in_tiles(monkeypatch, n_near=150, n_drawn=400)
+    found = head.predict(alone, context=known)
+    assert (found - expected)[:, :6].abs().mean() < 0.05
+    both = Queries(*(torch.cat(pair) for pair in zip(vars(alone).values(), vars(alone).values(), strict=True)))
+    assert torch.allclose(head.predict(both, context=known), found.repeat(2, 1), atol=tile_rounding(head, known))
 
 
 def laid_down(xy):
     xy = np.asarray(xy, float)
-    tiles = conditioning._Tiles.of(xy)
+    tiles = tiles_file.Tiles.of(xy, np.zeros(len(xy), np.int64))
     assert sorted(np.concatenate(tiles.spots)) == list(range(len(xy)))
     return tiles
 
@@ -1143,7 +1245,7 @@ def test_tiles_are_laid_down_by_the_spots_alone(seed, apart, n_call, lattice, n)
 
         def shares_of(places):
             of = np.zeros((len(places), len(tiles.spots)))
-            for tile, rows, share in tiles.shares(places):
+            for tile, rows, share in tiles.shares(places, np.zeros(len(places), np.int64)):
                 assert (of[rows, tile] == 0).all()
                 of[rows, tile] = share
             np.testing.assert_allclose(of.sum(1), 1)
@@ -1181,7 +1283,7 @@ def test_tiles_end_where_spots_lie_on_one_another(monkeypatch):
     assert set(crowd) <= set(tiles.near(next(i for i, spots in enumerate(tiles.spots) if 0 in spots)))
     assert len(laid_down(xy * [1, 0]).spots) > 1
     assert len(laid_down(np.zeros((100, 2))).spots) == 1
-    ((tile, rows, share),) = laid_down(np.zeros((100, 2))).shares(np.ones((3, 2)))
+    ((tile, rows, share),) = laid_down(np.zeros((100, 2))).shares(np.ones((3, 2)), np.zeros(3, np.int64))
     assert (tile, rows.tolist(), share.tolist()) == (0, [0, 1, 2], [1, 1, 1])
 
 
@@ -1190,8 +1292,8 @@ def test_a_hidden_spot_is_told_nothing_by_a_tile_that_never_looked_at_it(fresh, 
     head, known, _ = fresh
     in_tiles(monkeypatch, n_near=70, n_drawn=80, n_tile=60)  # hardly any around a tile's own
     places = Queries.of(known)
-    before = head.predict(places, context=known)
-    alone = [i for i, tiles in enumerate(by_tile(head, places)) if not all(i in near for near, _ in tiles)]
+    before, tiles_of = head.predict(places, context=known), by_tile(head, head.condition(known), places)
+    alone = [i for i, tiles in enumerate(tiles_of) if not all(i in near for near, _ in tiles)]
     assert len(alone) > 20
     for i in alone[::10]:
         expression = known.expression.clone()
@@ -1211,14 +1313,14 @@ def test_kriging_by_tiles_has_no_seams(wide, fresh, monkeypatch):
     line = Queries(
         known.embedding[:1].expand(len(along), -1),
         torch.stack([along, along * 0.6 + 400], 1),
+        torch.zeros(len(along), dtype=torch.int64),
         torch.full((len(along),), -1),
     )
     expected = exact.predict(line, context=known)
     steps = {}
     for blended in (2.0, 1e-6):
         in_tiles(monkeypatch, n_near=150, n_drawn=40)
-        monkeypatch.setattr(conditioning, "_BLENDED", blended)
-        head._context = None
+        monkeypatch.setattr(tiles_file, "_BLENDED", blended)
         steps[blended] = float(head.predict(line, context=known).diff(dim=0).abs().max())
     smooth = float(expected.diff(dim=0).abs().max())
     assert steps[2.0] < 1.2 * smooth
@@ -1244,12 +1346,13 @@ def test_kriging_tiles_are_the_same_side_by_side(fresh, wide, monkeypatch):
     head, known, held_out = fresh
     in_tiles(monkeypatch, n_near=150, n_drawn=80)
     places = Queries.of(held_out, hidden=False)
-    (alone,) = head.answers([head], places, context=known)
+    (alone,) = head.components([head], [head.condition(known)], places)
     other = get_head("kriging").from_state(*wide[0].state())
     monkeypatch.setattr(conditioning, "_KEPT_TILES", 2)  # each throws away what others may be about to read
     with ThreadPoolExecutor(3, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for _ in range(5):
-            (together,) = other.answers([other], places, context=known, run=pool.map)
+            condition = other.condition(known, run=pool.map)
+            (together,) = other.components([other], [condition], places, run=pool.map)
             assert torch.allclose(alone, together, atol=tile_rounding(head, known))
 
 
@@ -1266,11 +1369,11 @@ def test_kriging_keeps_the_tiles_last_used(wide, monkeypatch):
         monkeypatch.setattr(
             conditioning.Conditioned, "_condition_tile", lambda *a, n=counted, **k: n.append(1) or work(*a, **k)
         )
-        fresh = get_head("kriging").from_state(*head.state())
-        answers += [fresh.predict(places, context=known) for _ in range(2)]
+        condition = head.condition(known)
+        answers += [head.components([head], [condition], places)[0] for _ in range(2)]
         counts.append(len(counted))
-        n_tiles = len({tile for tile, *_ in fresh._conditioned.tiles(places.xy_um / PITCH, places.spot_index)})
-        assert len(fresh._conditioned._known) == min(kept, n_tiles)
+        n_tiles = len({tile for tile, *_ in condition.tiles(points(head, places), places.spot_index)})
+        assert len(condition._kept) == min(kept, n_tiles)
     assert n_tiles > 5
     assert counts == [n_tiles, 2 * n_tiles]
     for other in answers[1:]:
@@ -1290,7 +1393,7 @@ def test_kriging_however_many_covariances_at_once(kriged, monkeypatch, pairs):
         alike = image @ images.T
         return kriging._kernels(kriging._distances(at, to), kriging._squares(image, images), alike, lengths)
 
-    known_, asked = (kriging._inputs(w, space, PITCH) for w in (known, places))
+    known_, asked = ((p.position, p.image) for p in (points(head, known), points(head, places)))
     target = space.components(known.expression)
     covariance = torch.einsum("pq,pij->qij", share[:4], kernels(known_, known_))
     covariance = covariance + (share[4] + 1e-4)[:, None, None] * torch.eye(len(known))
@@ -1558,10 +1661,10 @@ def test_training_of_many_spots_takes_more_steps(small, monkeypatch, name):
         asked.append((schedule, n_spots))
         raise InterruptedError
 
-    monkeypatch.setattr(f"histosge._heads.{name.replace('-', '_')}.train", stop)
+    monkeypatch.setattr(in_context, "train", stop)
     monkeypatch.setattr("histosge._heads._training._MANY_SPOTS", 10)
     with pytest.raises(InterruptedError):
-        fit(name, small)
+        fit(name, small, n_steps=300)
     [(schedule, n)] = asked
     assert 10 < n < len(small)
     assert (schedule.n_steps, schedule.batch_size) == (round(300 * (n / 10) ** 0.5), round(64 * (n / 10) ** 0.5))
@@ -1630,7 +1733,6 @@ def test_stopping_spots_are_a_tenth(n, seed):
     assert (stop.diff() > 0).all()
 
 
-def test_progress_bar_of_training(small, capsys, monkeypatch):
-    monkeypatch.setattr(in_context, "Schedule", lambda **kwargs: Schedule(**kwargs | {"n_steps": 4}))
-    get_head("in-context")().fit(small, rng=np.random.default_rng(0), progress=True)
+def test_progress_bar_of_training(small, capsys):
+    get_head("in-context")(n_steps=4).fit(small, rng=np.random.default_rng(0), progress=True)
     assert "training in-context head" in capsys.readouterr().err

@@ -103,6 +103,15 @@ def test_morans_i_of_known_patterns():
     assert found[2] == 0  # not NaN
 
 
+def test_morans_i_of_sections_that_lie_on_one_another():
+    """Neighbours are of one section: as if the sections lay far apart."""
+    xy, rng = grid(), np.random.default_rng(1)
+    values = np.column_stack([rng.random(200), np.tile(np.sin(xy[:, 0] / 200), 2)]).astype(np.float32)
+    group = np.repeat([4, 2], 100)
+    apart = morans_i(values, np.vstack([xy, xy + 1e6]))
+    np.testing.assert_allclose(morans_i(values, np.vstack([xy, xy]), groups=group), apart, atol=1e-6)
+
+
 def test_morans_i_of_many_genes():
     """More than one part's worth of columns, each in its place."""
     xy, rng = grid(), np.random.default_rng(0)

@@ -20,12 +20,11 @@ from histosge._statistics import (
     random_folds,
     random_splits,
 )
-from histosge._statistics._splits import _blocks, _deal, _sections
+from histosge._statistics._splits import _blocks, _deal
 
 KEEP = {"hexagonal": (3, 4, 7), "square": (2, 4, 5)}
 PLACES = {"hexagonal": 7, "square": 5}
 KINDS = [(kind, keep) for kind in KEEP for keep in KEEP[kind]]
-APART_UM = 204_800.0  # as models lay their sections
 properties = settings(deadline=None, max_examples=25)
 seeds = st.integers(0, 2**32 - 1)
 
@@ -208,34 +207,30 @@ def test_no_block_fold_is_empty(n_folds, seed, block_um):
 
 
 @properties
-@given(arrays, st.integers(2, 4), st.integers(1, 30), st.none() | st.floats(1, 1e7), seeds)
-def test_how_far_sections_lie_apart_changes_no_fold(array, n_sections, factor, block_um, seed):
-    one = lay(**array)
-    near, far = (np.vstack([one + [gap * i, 0] for i in range(n_sections)]) for gap in (APART_UM, factor * APART_UM))
-    n_folds = 5
-    a, b = (block_folds(xy, n_folds=n_folds, rng=make_rng(seed), block_um=block_um) for xy in (near, far))
-    assert a.tolist() == b.tolist()
+@given(arrays, st.integers(2, 4), st.floats(-1e6, 1e6), st.none() | st.floats(1, 1e7), seeds)
+def test_where_sections_lie_changes_no_fold(array, n_sections, shift, block_um, seed):
+    """In coordinates of their own: on one another, or anywhere; and whatever their numbers are."""
+    one, number = lay(**array), np.repeat(np.arange(n_sections), len(lay(**array)))
+    here, there = (np.vstack([one + [by * i, -by * i] for i in range(n_sections)]) for by in (0.0, round(shift)))
+    more = {"n_folds": 5, "block_um": block_um}
+    a = block_folds(here, rng=make_rng(seed), groups=number, **more)
+    b = block_folds(there, rng=make_rng(seed), groups=3 * number + 7, **more)
+    assert np.mean(a == b) > 0.99  # a spot on the edge of a block may be on either side of it
 
 
-@pytest.mark.parametrize("step", [(1, 0), (0, 1), (1, 1), (-1, 1)])
-def test_sections_are_told_apart(step):
-    one = lay(n=12, missing=0.3)
-    xy = np.vstack([one + APART_UM * i * np.array(step) for i in range(3)])
-    order = make_rng().permutation(len(xy))
-    found, truth = _sections(xy[order]), np.repeat(np.arange(3), len(one))[order]
-    assert len(np.unique(found)) == 3
-    assert len(np.unique(np.column_stack([found, truth]), axis=0)) == 3
-
-
-def test_a_tear_does_not_part_a_section():
-    one = lay(n=12)
-    assert _sections(np.vstack([one, one + [5000, 0]])).max() == 0
+def test_one_group_is_a_section():
+    xy = lay(n=20, missing=0.1)
+    alone, grouped = (
+        block_folds(xy, n_folds=4, rng=make_rng(3), groups=groups) for groups in (None, np.full(len(xy), 5))
+    )
+    assert alone.tolist() == grouped.tolist()
 
 
 def test_no_block_spans_two_sections():
-    """Two sections and two folds of blocks wider than the space between: each section is one block."""
+    """Two sections on one another and two folds of huge blocks: each section is one block."""
     one = lay(n=8)
-    fold = block_folds(np.vstack([one, one + [APART_UM, 0]]), n_folds=2, rng=make_rng(), block_um=1e9)
+    number = np.repeat([0, 1], len(one))
+    fold = block_folds(np.vstack([one, one]), n_folds=2, rng=make_rng(), block_um=1e9, groups=number)
     assert len(np.unique(fold[: len(one)])) == len(np.unique(fold[len(one) :])) == 1
     assert fold[0] != fold[-1]
 
@@ -297,13 +292,6 @@ def test_no_training_spot_is_within_the_buffer(array, n_splits, pitches, seed):
 def test_without_a_buffer_every_spot_is_used():
     xy = lay()
     assert_partition(block_splits(xy, n_splits=4, buffer_um=0, rng=make_rng()), len(xy))
-
-
-def test_a_buffer_does_not_reach_other_sections():
-    one = lay(n=8)
-    xy = np.vstack([one, one + [APART_UM, 0]])
-    splits = block_splits(xy, n_splits=2, buffer_um=100_000, block_um=1e9, rng=make_rng())
-    assert_partition(splits, len(xy))
 
 
 def test_a_buffer_that_leaves_nothing_is_refused():

@@ -10,16 +10,34 @@ from histosge._settings import settings
 if TYPE_CHECKING:
     from histosge import datasets, io, pl, pp, tl
     from histosge._encoders import EncoderSpec, encoders, load_encoder
+    from histosge._heads import Head, Queries, Spots
     from histosge._model import Model
 
 __version__ = "0.1.0"
-__all__ = ["EncoderSpec", "Model", "datasets", "encoders", "io", "load_encoder", "pl", "pp", "settings", "tl"]
+__all__ = [
+    "EncoderSpec",
+    "Head",
+    "Model",
+    "Queries",
+    "Spots",
+    "datasets",
+    "encoders",
+    "io",
+    "load_encoder",
+    "pl",
+    "pp",
+    "settings",
+    "tl",
+]
 
 # nothing heavy at import: torch, scanpy and spatialdata come with the first call that needs them
 _NAMESPACES = ("datasets", "io", "pl", "pp", "tl")
 _ROOMS = {
     "EncoderSpec": "histosge._encoders",
+    "Head": "histosge._heads",
     "Model": "histosge._model",
+    "Queries": "histosge._heads",
+    "Spots": "histosge._heads",
     "encoders": "histosge._encoders",
     "load_encoder": "histosge._encoders",
 }

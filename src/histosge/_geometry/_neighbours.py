@@ -1,8 +1,4 @@
-"""Lattice, pitch, physical scale, places to predict: all of it numpy and scipy, in image pixels and µm.
-
-Positions are (x, y) in pixels of the image's finest scale, where pixel ``i`` covers ``[i, i + 1)``.
-Vectors of a lattice are rows: a place is ``origin + index @ basis``.
-"""
+"""Nearest measured spots, searched inside a section."""
 
 from __future__ import annotations
 
@@ -16,9 +12,29 @@ Ints = NDArray[np.int64]
 
 
 def nearest_spots(
-    xy: Floats, spots_xy: Floats, *, k: int, exclude: Ints | None = None
+    xy: Floats,
+    spots_xy: Floats,
+    *,
+    k: int,
+    exclude: Ints | None = None,
+    groups: Ints | None = None,
+    spot_groups: Ints | None = None,
 ) -> tuple[Ints, Floats, NDArray[np.bool_]]:
-    """Find the ``k`` nearest spots of each place, leaving out the spot ``exclude`` names for it.
+    """Find the ``k`` nearest spots of each place.
+
+    Parameters
+    ----------
+    xy
+        (n, 2) places.
+    spots_xy
+        (n_spots, 2)
+    k
+        How many to find.
+    exclude
+        (n,) row of a spot that each place leaves out; -1 for none.
+    groups, spot_groups
+        (n,) and (n_spots,) numbers of the groups of places and of spots: sections. Only spots of the place's group are
+        found. Without them there is one group.
 
     Returns
     -------
@@ -29,6 +45,8 @@ def nearest_spots(
     present
         (n, k) whether there is such a spot.
     """
+    if groups is not None and spot_groups is not None and not _one_group(groups, spot_groups):
+        return _nearest_in_groups(xy, spots_xy, k=k, exclude=exclude, groups=groups, spot_groups=spot_groups)
     n_near = min(k + (exclude is not None), len(spots_xy))
     if n_near == 0:
         shape = (len(xy), k)
@@ -44,3 +62,26 @@ def nearest_spots(
         pad = ((0, 0), (0, k - index.shape[1]))
         dist, index, present = np.pad(dist, pad), np.pad(index, pad), np.pad(present, pad)
     return np.where(present, index, 0).astype(np.int64), np.where(present, dist, 0.0), present
+
+
+def _one_group(groups: Ints, spot_groups: Ints) -> bool:
+    if len(groups) == 0 or len(spot_groups) == 0:
+        return True
+    return bool((groups == groups[0]).all() and (spot_groups == groups[0]).all())
+
+
+def _nearest_in_groups(
+    xy: Floats, spots_xy: Floats, *, k: int, exclude: Ints | None, groups: Ints, spot_groups: Ints
+) -> tuple[Ints, Floats, NDArray[np.bool_]]:
+    shape = (len(xy), k)
+    index, distance, present = np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape, bool)
+    for group in np.unique(groups):
+        rows, spots = np.flatnonzero(groups == group), np.flatnonzero(spot_groups == group)
+        within = None
+        if exclude is not None:
+            number = np.full(len(spots_xy) + 1, -1)  # the last entry stands for "none"
+            number[spots] = np.arange(len(spots))
+            within = number[np.asarray(exclude)[rows]]
+        near, distance[rows], present[rows] = nearest_spots(xy[rows], spots_xy[spots], k=k, exclude=within)
+        index[rows] = np.where(present[rows], spots[near] if len(spots) else 0, 0)
+    return index, distance, present

@@ -1,12 +1,24 @@
 """Heads: from embeddings, positions and measured neighbours to expression, one file each, behind one protocol.
 
-A head sees tensors only. All expression is log1p-normalised, all positions are in µm.
+A head sees tensors only. All expression is log1p-normalised, all positions are in µm, each in its section's coordinates.
 """
 
 from __future__ import annotations
 
-from histosge._heads._protocol import Head, LowRank, Parts, Queries, Spots
-from histosge._heads._registry import DEFAULT_HEAD, HEADS, POSITION_ONLY, default_head, divides, get_head, parts_of
+from histosge._heads._attention import N_POSITION, Attention, Dense, Gathered, encode_position
+from histosge._heads._protocol import Head, LowRank, Queries, Spots, SubSpots
+from histosge._heads._registry import (
+    DEFAULT_HEAD,
+    HEADS,
+    POSITION_ONLY,
+    AnyHead,
+    default_head,
+    get_head,
+    head_name,
+    learns_sub_spots,
+    new_head,
+    parts_of,
+)
 from histosge._heads._space import principal, standardise, standardiser
 from histosge._heads._training import (
     Dropout,
@@ -19,7 +31,7 @@ from histosge._heads._training import (
     workers,
 )
 from histosge._heads.aggregate import Aggregate
-from histosge._heads.in_context import N_POSITION, InContext
+from histosge._heads.in_context import InContext
 from histosge._heads.kriging import Kriging
 
 __all__ = [
@@ -28,18 +40,25 @@ __all__ = [
     "N_POSITION",
     "POSITION_ONLY",
     "Aggregate",
+    "AnyHead",
+    "Attention",
+    "Dense",
     "Dropout",
+    "Gathered",
     "Head",
     "InContext",
     "Kriging",
     "LowRank",
-    "Parts",
     "Queries",
     "Schedule",
     "Spots",
+    "SubSpots",
     "default_head",
-    "divides",
+    "encode_position",
     "get_head",
+    "head_name",
+    "learns_sub_spots",
+    "new_head",
     "one_thread",
     "parts_of",
     "principal",

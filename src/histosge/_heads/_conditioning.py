@@ -1,12 +1,12 @@
-"""What measured spots say of all places: a Gaussian process conditioned on all spots at once, or tile by tile.
+"""A Gaussian process conditioned on the measured spots: on all of them at once, or tile by tile.
 
-Up to ``_MOST_SPOTS`` spots the answer is exact. Of more, some are drawn, and what all spots say of those is worked out
-once; the plane is cut into tiles, and each tile conditions exactly on the spots in it and around it, and on the rest
-through those that were drawn: the partially independent conditional of Snelson and Ghahramani (2007, "Local and global
-sparse Gaussian process approximations", AISTATS), with blocks that overlap. Around their borders tiles are blended. Time
-is nearly linear in the spots.
+Up to ``_MOST_SPOTS`` spots the prediction is exact. Of more, some are drawn as inducing points, and what all spots tell
+of these is computed once. Each section is cut into tiles, and each tile conditions exactly on the spots in it and around
+it, and on the rest through the inducing points: the partially independent conditional of Snelson and Ghahramani (2007,
+"Local and global sparse Gaussian process approximations", AISTATS), with blocks that overlap. Around their borders tiles
+are blended. Time is nearly linear in the spots.
 
-Tiles are a matter of the spots alone, so that a place gets the same answer in whatever company it comes.
+Tiles depend on the spots alone, so that the prediction of a place does not depend on the other places.
 """
 
 from __future__ import annotations
@@ -19,81 +19,104 @@ import numpy as np
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 
+from histosge._heads._tiles import Tiles
+
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from histosge._heads._protocol import Run
 
     Decays = tuple[Tensor, Tensor, Tensor]
-    """Near, alike, near and alike: (m, n) each"""
+    """Near in space, alike in the image, near and alike: (m, n) each"""
 
 _MOST_SPOTS = 6000
 """With more spots, places are predicted tile by tile."""
-_TILE_SPOTS = 500
-"""Spots in a tile, roughly: two thirds to one and a half times as many."""
-_NEAR_SPOTS = 1000
-"""Spots that a tile conditions on exactly: its own and those around it, so that all of its places have some around them."""
-_BLENDED = 2.0
-"""Pitches on either side of a cut where the two sides are blended: without it maps would have seams."""
 _DRAWN_SPOTS = 1000
-"""Spots that stand for all others."""
+"""Spots that are inducing points."""
 _KEPT_TILES = 1024
-"""Tiles that are kept worked out, a fifth of a megabyte each: those of half a million spots."""
-_KINDS, _KINDS_OF_MANY = 8, 4
-"""Components with similar covariances are worked out together, in so many kinds, up to ``_MOST_SPOTS`` and beyond."""
+"""Tiles whose weights are kept, a fifth of a megabyte each: those of half a million spots."""
+_KERNEL_GROUPS, _KERNEL_GROUPS_OF_MANY = 8, 4
+"""Components with similar covariances are computed together, in so many groups, up to ``_MOST_SPOTS`` and beyond."""
 _SPOTS_AT_ONCE = 4096
 JITTER = 1e-4
 _DRAWN_JITTER = 1e-3
-"""Of the drawn spots among themselves, in float64: some may be all but alike."""
+"""Of the inducing points among themselves, in float64: some may be almost equal."""
 
 
-def n_kinds(n_spots: int) -> int:
-    """Choose how many kinds of covariance components have: docs/benchmarks.md."""
-    return _KINDS if n_spots <= _MOST_SPOTS else _KINDS_OF_MANY
+def n_kernel_groups(n_spots: int) -> int:
+    """Choose how many covariances the components have: docs/benchmarks.md."""
+    return _KERNEL_GROUPS if n_spots <= _MOST_SPOTS else _KERNEL_GROUPS_OF_MANY
 
 
-def tie(shares: Tensor, n_kinds: int) -> Tensor:
+def share_hyperparameters(shares: Tensor, n_groups: int) -> Tensor:
     """Give components with similar shares (5, Q) of the variance the mean of these; each component's sum to 1.
 
-    Components that have them in common are worked out together. Predictions depend on ratios of shares, and hardly on their sum.
+    Components with equal shares are computed together. Predictions depend on ratios of shares, and hardly on their sum.
     """
     shares = shares / shares.sum(0)
-    if shares.shape[1] <= n_kinds:
+    if shares.shape[1] <= n_groups:
         return shares
     # of square roots: a difference between two small shares counts for more than one between two large ones
     near = linkage(shares.T.cpu().double().sqrt().numpy(), "ward")
-    label = torch.as_tensor(fcluster(near, n_kinds, "maxclust"), device=shares.device)
-    for kind in label.unique():
-        shares[:, label == kind] = shares[:, label == kind].mean(1, keepdim=True)
+    label = torch.as_tensor(fcluster(near, n_groups, "maxclust"), device=shares.device)
+    for group in label.unique():
+        shares[:, label == group] = shares[:, label == group].mean(1, keepdim=True)
     return shares
 
 
 @dataclass(frozen=True)
+class Points:
+    """Spots or places as the covariance sees them."""
+
+    position: Tensor
+    """(n, 2) in pitches, in the coordinates of their section"""
+    section: Tensor
+    """(n,)"""
+    image: Tensor
+    """(n, P) components of the embedding"""
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    def take(self, rows: Tensor | slice) -> Points:
+        """Return some of them."""
+        return Points(self.position[rows], self.section[rows], self.image[rows])
+
+    def and_(self, other: Points) -> Points:
+        """Append others."""
+        pairs = ((self.position, other.position), (self.section, other.section), (self.image, other.image))
+        return Points(*(torch.cat(pair) for pair in pairs))
+
+
+@dataclass(frozen=True)
 class Covariance:
-    """Near in space + alike in the image + both + linear in the image, in shares that differ between kinds."""
+    """Near in space + alike in the image + both + linear in the image, in shares that differ between groups."""
 
     lengths: tuple[float, float, float, float]
     """Near, alike, and both again for their product"""
     shares: Tensor
     """(5, Q) each term's and the noise's part of the variance"""
-    kinds: tuple[Tensor, ...]
-    """Columns of the components that have their shares in common"""
+    kernel_groups: tuple[Tensor, ...]
+    """Columns of the components that have equal shares"""
 
     @classmethod
     def of(cls, lengths: Tensor, shares: Tensor) -> Covariance:
-        """Find the components that have their shares in common: see :func:`tie`."""
+        """Find the components that have equal shares: see :func:`share_hyperparameters`."""
         _, label = shares.unique(dim=1, return_inverse=True)
-        kinds = tuple((label == kind).nonzero()[:, 0] for kind in range(int(label.max()) + 1))
-        return cls(tuple(lengths.tolist()), shares, kinds)
+        groups = tuple((label == group).nonzero()[:, 0] for group in range(int(label.max()) + 1))
+        return cls(tuple(lengths.tolist()), shares, groups)
 
-    def decays(self, place: Tensor, image: Tensor, places: Tensor, images: Tensor) -> Decays:
-        """Work out near, alike, near and alike between (m) and (n) places where they lie, (m, n) each."""
+    def decays(self, rows: Points, columns: Points) -> Decays:
+        """Compute near, alike, near and alike between m and n points, (m, n) each; none is near in another section."""
         near, alike, both_near, both_alike = self.lengths
-        x, y = places.T.contiguous()  # (n,) each: strided ones cost several times as much
-        distance = (place[:, :1] - x).square_()
-        other = place[:, 1:] - y
+        x, y = columns.position.T.contiguous()  # (n,) each: strided ones cost several times as much
+        distance = (rows.position[:, :1] - x).square_()
+        other = rows.position[:, 1:] - y
         distance.addcmul_(other, other).sqrt_()
+        apart = _in_other_sections(rows.section, columns.section)
+        if apart is not None:
+            distance.masked_fill_(apart, torch.inf)
+        image, images = rows.image, columns.image
         # minus half the square of the difference, by one product: a b - a a / 2 - b b / 2
         a = torch.cat([image, image.square().sum(1, keepdim=True) / -2, image.new_ones(len(image), 1)], 1)
         b = torch.cat([images, images.new_ones(len(images), 1), images.square().sum(1, keepdim=True) / -2], 1)
@@ -101,35 +124,35 @@ class Covariance:
         both = _exp(torch.mul(unlike, 1 / both_alike**2).add_(distance, alpha=-1 / both_near))
         return _exp(distance.mul_(-1 / near)), _exp(unlike.mul_(1 / alike**2)), both
 
-    def mix(self, kind: int, decays: Decays, image: Tensor, images: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """Sum (m, n) of all terms for a kind."""
-        of_near, of_alike, of_both, linear, _ = self.of_kind(kind)
+    def mix(self, group: int, decays: Decays, rows: Points, columns: Points, *, out: Tensor | None = None) -> Tensor:
+        """Sum (m, n) of all terms for a group of components."""
+        of_near, of_alike, of_both, linear, _ = self.of_group(group)
         near, alike, both = decays
-        total = torch.mul(near, of_near, out=out)
-        return total.add_(alike, alpha=of_alike).add_(both, alpha=of_both).addmm_(image, images.T, alpha=linear)
+        total = torch.mul(near, of_near, out=out).add_(alike, alpha=of_alike).add_(both, alpha=of_both)
+        return total.addmm_(rows.image, columns.image.T, alpha=linear)
 
-    def of_kind(self, kind: int) -> list[float]:
-        """Shares of a kind, noise last."""
-        return self.shares[:, self.kinds[kind][0]].tolist()
+    def of_group(self, group: int) -> list[float]:
+        """Shares of a group, noise last."""
+        return self.shares[:, self.kernel_groups[group][0]].tolist()
 
-    def noise(self, kind: int) -> float:
-        """Variance of the noise of a kind."""
-        return self.of_kind(kind)[4] + JITTER
+    def noise(self, group: int) -> float:
+        """Variance of the noise of a group."""
+        return self.of_group(group)[4] + JITTER
 
-    def at_itself(self, kind: int, image: Tensor) -> Tensor:
-        """Variance (n,) at places, without noise."""
-        *decaying, linear, _ = self.of_kind(kind)
-        return sum(decaying) + linear * image.square().sum(1)
+    def at_itself(self, group: int, points: Points) -> Tensor:
+        """Variance (n,) at points, without noise."""
+        *decaying, linear, _ = self.of_group(group)
+        return sum(decaying) + linear * points.image.square().sum(1)
 
 
 @dataclass(frozen=True)
-class Known:
-    """Spots worked into weights: places are read from them by one product a covariance."""
+class Weights:
+    """Weights of spots: predictions are a product of them with the covariances of a place and the spots."""
 
     weight: Tensor
-    """(n, Q) of these spots and, behind them, of the drawn ones"""
+    """(n, Q) of these spots and, after them, of the inducing points"""
     slope: Tensor
-    """(P, Q) what the linear covariance comes to"""
+    """(P, Q) the linear covariance, summed up"""
     spots: Tensor | None
     """(k,) rows of the context that these are, in order; ``None``: all"""
     left_out: Tensor | None
@@ -138,223 +161,172 @@ class Known:
 
 @dataclass(frozen=True)
 class InducingPoints:
-    """What all spots say of the m drawn ones, of one kind with q components."""
+    """What all spots tell of the m inducing points, for one group of q components."""
 
     white: Tensor
-    """(m, m) what makes the drawn spots independent, of unit variance"""
+    """(m, m) transforms the inducing points to independent ones of unit variance"""
     precision: Tensor
-    """(m, m) float64, of what was so made, given all spots"""
-    told: Tensor
+    """(m, m) float64, of the independent ones, given all spots"""
+    information: Tensor
     """(m, q) float64, precision times mean"""
-    left: Tensor
-    """(n,) variance of every spot, noise included, once the drawn ones are known"""
+    variance: Tensor
+    """(n,) variance of every spot, noise included, given the inducing points"""
 
 
 class Conditioned:
-    """The spots of a context, worked into weights when these are asked for.
+    """The spots of a context, turned into weights when these are needed.
 
     Parameters
     ----------
-    place, image, target
-        Position (n, 2) in pitches, image (n, P) and components (n, Q) of the spots.
+    points
+        The n spots.
+    target
+        (n, Q) their components.
     covariance
-        Of all places.
+        Between all points.
+    pitch_um
+        Unit of positions.
     run
-        How independent pieces of work are run.
+        Computes independent pieces.
     """
 
-    def __init__(self, place: Tensor, image: Tensor, target: Tensor, covariance: Covariance, *, run: Run = map) -> None:
-        self.place, self.image, self.target, self.covariance = place, image, target, covariance
-        self._known: OrderedDict[int, Known] = OrderedDict()
-        self._tiles: _Tiles | None = None
-        if len(place) > _MOST_SPOTS:
-            self._tiles = _Tiles.of(place.cpu().double().numpy())
-            rows = np.random.default_rng(0).choice(len(place), min(_DRAWN_SPOTS, len(place)), replace=False)
-            self._drawn_spots = torch.as_tensor(np.sort(rows), device=place.device)
-            self._drawn_place, self._drawn_image = place[self._drawn_spots], image[self._drawn_spots]
-            self._drawn = self._sum_up(run)
+    def __init__(
+        self, points: Points, target: Tensor, covariance: Covariance, *, pitch_um: float, run: Run = map
+    ) -> None:
+        self.points, self.target, self.covariance, self.pitch_um = points, target, covariance, pitch_um
+        self._kept: OrderedDict[int, Weights] = OrderedDict()
+        self._tiles: Tiles | None = None
+        if len(points) > _MOST_SPOTS:
+            self._tiles = Tiles.of(points.position.cpu().double().numpy(), points.section.cpu().numpy())
+            rows = np.random.default_rng(0).choice(len(points), min(_DRAWN_SPOTS, len(points)), replace=False)
+            self._drawn_spots = torch.as_tensor(np.sort(rows), device=target.device)
+            self._drawn = points.take(self._drawn_spots)
+            self._inducing = self._sum_up(run)
 
-    def tiles(self, place: Tensor, spot_index: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-        """Tiles that have a say in places (m, 2): their number, which places, and how much, (k,) each.
+    def tiles(self, points: Points, spot_index: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+        """Tiles that predict at m points: their number, at which points, and their share in each, (k,) each.
 
-        A place that is a spot is where its spot is. The shares of a place sum to 1.
+        A point that is a spot is where its spot is. The shares at a point sum to 1.
         """
         if self._tiles is None:
-            everywhere = torch.arange(len(place), device=place.device)
-            return [(0, everywhere, place.new_ones(len(place)))]
-        where = torch.where((spot_index >= 0)[:, None], self.place[spot_index.clamp_min(0)], place)
+            everywhere = torch.arange(len(points), device=spot_index.device)
+            return [(0, everywhere, points.position.new_ones(len(points)))]
+        is_spot, spot = spot_index >= 0, spot_index.clamp_min(0)
+        position = torch.where(is_spot[:, None], self.points.position[spot], points.position)
+        section = torch.where(is_spot, self.points.section[spot], points.section)
         return [
             (
                 tile,
-                torch.as_tensor(rows, device=place.device),
-                torch.as_tensor(share, dtype=place.dtype).to(place.device),
+                torch.as_tensor(rows, device=position.device),
+                torch.as_tensor(share, dtype=position.dtype).to(position.device),
             )
-            for tile, rows, share in self._tiles.shares(where.cpu().double().numpy())
+            for tile, rows, share in self._tiles.shares(position.cpu().double().numpy(), section.cpu().numpy())
         ]
 
-    def known(self, tile: int, *, leave_out: bool) -> Known:
-        """Weights for the places of a tile; those last used are not worked out again."""
-        known = self._known.get(tile)
-        if known is None or (leave_out and known.left_out is None):
-            work = self._condition if self._tiles is None else self._condition_tile
-            known = work(tile, leave_out=leave_out)
-        self._known.pop(tile, None)  # threads ask side by side: what is there now may be gone a step later
-        self._known[tile] = known
-        while len(self._known) > _KEPT_TILES:
-            self._known.popitem(last=False)
-        return known
+    def weights(self, tile: int, *, leave_out: bool) -> Weights:
+        """Weights for the places of a tile; those last used are kept."""
+        found = self._kept.get(tile)
+        if found is None or (leave_out and found.left_out is None):
+            condition = self._condition if self._tiles is None else self._condition_tile
+            found = condition(tile, leave_out=leave_out)
+        self._kept.pop(tile, None)  # threads run side by side: what is there now may be gone a step later
+        self._kept[tile] = found
+        while len(self._kept) > _KEPT_TILES:
+            self._kept.popitem(last=False)
+        return found
 
-    def _condition(self, _: int, *, leave_out: bool) -> Known:
+    def _condition(self, _: int, *, leave_out: bool) -> Weights:
         """Weights of all spots, exactly."""
-        image, covariance = self.image, self.covariance
-        decays = covariance.decays(self.place, image, self.place, image)
+        points, covariance = self.points, self.covariance
+        decays = covariance.decays(points, points)
         weight = torch.empty_like(self.target)
         left_out = torch.empty_like(self.target) if leave_out else None
         matrix = torch.empty_like(decays[0])  # covariance, its factor and its inverse: there is room for one of them
-        for kind, columns in enumerate(covariance.kinds):
-            covariance.mix(kind, decays, image, image, out=matrix).diagonal().add_(covariance.noise(kind))
+        for group, columns in enumerate(covariance.kernel_groups):
+            covariance.mix(group, decays, points, points, out=matrix).diagonal().add_(covariance.noise(group))
             weight[:, columns], without = _solve(matrix, self.target[:, columns], leave_out=leave_out)
             if left_out is not None and without is not None:
                 left_out[:, columns] = without
-        return Known(weight, covariance.shares[3] * (image.T @ weight), None, left_out)
+        return Weights(weight, covariance.shares[3] * (points.image.T @ weight), None, left_out)
 
-    def sources(self, known: Known) -> tuple[Tensor, Tensor]:
-        """Position (n, 2) and image (n, P) of what :class:`Known` weighs."""
-        if known.spots is None:
-            return self.place, self.image
-        place = torch.cat([self.place[known.spots], self._drawn_place])
-        return place, torch.cat([self.image[known.spots], self._drawn_image])
+    def sources(self, weights: Weights) -> Points:
+        """Points (n,) that ``weights`` are of."""
+        return self.points if weights.spots is None else self.points.take(weights.spots).and_(self._drawn)
 
     # ------------------------------------------------------------------------------------------------- large contexts
 
     def _sum_up(self, run: Run) -> list[InducingPoints]:
-        """Information on the drawn spots: their own, and each spot's as if it were alone with them."""
-        place, image, covariance = self._drawn_place, self._drawn_image, self.covariance
-        within = covariance.decays(place, image, place, image)
+        """Information on the inducing points: their own, and each spot's as if it were alone with them."""
+        drawn, covariance = self._drawn, self.covariance
+        within = covariance.decays(drawn, drawn)
         found: dict[int, InducingPoints] = {}
 
         @torch.inference_mode()
-        def sum_up(kind: int) -> None:
-            matrix = _precise(covariance.mix(kind, within, image, image))
+        def sum_up(group: int) -> None:
+            columns = covariance.kernel_groups[group]
+            matrix = _precise(covariance.mix(group, within, drawn, drawn))
             matrix.diagonal().add_(_DRAWN_JITTER)
             unit = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-            white = _like(image, torch.linalg.solve_triangular(torch.linalg.cholesky(matrix), unit, upper=False))
-            told = unit.new_zeros(len(unit), len(covariance.kinds[kind]))
-            left = []
-            for rows in torch.arange(len(self.place), device=place.device).split(_SPOTS_AT_ONCE):
-                decays = covariance.decays(place, image, self.place[rows], self.image[rows])
-                seen = white @ covariance.mix(kind, decays, image, self.image[rows])  # (m, n')
-                rest = (covariance.at_itself(kind, self.image[rows]) - seen.square().sum(0)).clamp_min_(0)
-                left.append(rest + covariance.noise(kind))
-                weighed = seen / left[-1]
+            white = _like(drawn.image, torch.linalg.solve_triangular(torch.linalg.cholesky(matrix), unit, upper=False))
+            information = unit.new_zeros(len(unit), len(columns))
+            variance = []
+            for rows in torch.arange(len(self.points), device=self.target.device).split(_SPOTS_AT_ONCE):
+                some = self.points.take(rows)
+                seen = white @ covariance.mix(group, covariance.decays(drawn, some), drawn, some)  # (m, n')
+                rest = (covariance.at_itself(group, some) - seen.square().sum(0)).clamp_min_(0)
+                variance.append(rest + covariance.noise(group))
+                weighed = seen / variance[-1]
                 unit += _precise(weighed @ seen.T)
-                told += _precise(weighed) @ _precise(self.target[rows][:, covariance.kinds[kind]])
-            found[kind] = InducingPoints(white, unit, told, torch.cat(left))
+                information += _precise(weighed) @ _precise(self.target[rows][:, columns])
+            found[group] = InducingPoints(white, unit, information, torch.cat(variance))
 
-        list(run(sum_up, range(len(covariance.kinds))))
-        return [found[kind] for kind in range(len(covariance.kinds))]
+        groups = range(len(covariance.kernel_groups))
+        list(run(sum_up, groups))
+        return [found[group] for group in groups]
 
-    def _condition_tile(self, tile: int, *, leave_out: bool) -> Known:
-        """Weights of the spots in and around a tile, given all others, and of the drawn spots, which speak for those."""
-        spots = torch.as_tensor(self._tiles.near(tile), device=self.place.device)  # type: ignore[union-attr]
-        place, image, target, covariance = self.place[spots], self.image[spots], self.target[spots], self.covariance
-        to_drawn = covariance.decays(self._drawn_place, self._drawn_image, place, image)
-        within = covariance.decays(place, image, place, image)
-        weight = target.new_empty(len(place) + len(self._drawn_place), target.shape[1])
+    def _condition_tile(self, tile: int, *, leave_out: bool) -> Weights:
+        """Weights of the spots in and around a tile, given all others, and of the inducing points for those."""
+        spots = torch.as_tensor(self._tiles.near(tile), device=self.target.device)  # type: ignore[union-attr]
+        points, target, covariance, drawn = self.points.take(spots), self.target[spots], self.covariance, self._drawn
+        to_drawn, within = covariance.decays(drawn, points), covariance.decays(points, points)
+        n = len(points)
+        weight = target.new_empty(n + len(drawn), target.shape[1])
         left_out = torch.empty_like(target) if leave_out else None
         matrix = torch.empty_like(within[0])
-        for kind, (columns, drawn) in enumerate(zip(covariance.kinds, self._drawn, strict=True)):
-            seen = drawn.white @ covariance.mix(kind, to_drawn, self._drawn_image, image)  # (m, k)
-            weighed = seen / drawn.left[spots]
+        for group, (columns, inducing) in enumerate(zip(covariance.kernel_groups, self._inducing, strict=True)):
+            seen = inducing.white @ covariance.mix(group, to_drawn, drawn, points)  # (m, k)
+            weighed = seen / inducing.variance[spots]
             values = target[:, columns]
-            # what the other spots say: all of them, less these
-            factor = torch.linalg.cholesky(drawn.precision - _precise(weighed @ seen.T))
-            variance = torch.cholesky_inverse(factor)  # (m, m) of the drawn
+            # what the other spots tell: all of them, less these
+            factor = torch.linalg.cholesky(inducing.precision - _precise(weighed @ seen.T))
+            variance = torch.cholesky_inverse(factor)  # (m, m) of the inducing points
             # (in double precision: of a spot that is hidden, no trace may stay)
-            told = drawn.told - _precise(weighed) @ _precise(values)  # (m, q)
-            others = _like(values, variance @ told)  # (m, q)
-            # these spots, given the others: their own covariance where the drawn ones have that of the others
+            information = inducing.information - _precise(weighed) @ _precise(values)  # (m, q)
+            others = _like(values, variance @ information)  # (m, q)
+            # these spots, given the others: their own covariance, with that of the inducing points given the others
             change = _like(seen, variance)
             change.diagonal().sub_(1)
             change = change @ seen  # (m, k)
-            covariance.mix(kind, within, image, image, out=matrix).addmm_(seen.T, change)
-            matrix.diagonal().add_(covariance.noise(kind))
+            covariance.mix(group, within, points, points, out=matrix).addmm_(seen.T, change)
+            matrix.diagonal().add_(covariance.noise(group))
             expected = seen.T @ others  # (k, q)
-            weight[: len(place), columns], without = _solve(matrix, values - expected, leave_out=leave_out)
-            weight[len(place) :, columns] = drawn.white.T @ (others + change @ weight[: len(place), columns])
+            weight[:n, columns], without = _solve(matrix, values - expected, leave_out=leave_out)
+            weight[n:, columns] = inducing.white.T @ (others + change @ weight[:n, columns])
             if left_out is not None and without is not None:
                 left_out[:, columns] = expected + without
-        slope = image.T @ weight[: len(place)] + self._drawn_image.T @ weight[len(place) :]
-        return Known(weight, covariance.shares[3] * slope, spots, left_out)
+        slope = points.image.T @ weight[:n] + drawn.image.T @ weight[n:]
+        return Weights(weight, covariance.shares[3] * slope, spots, left_out)
 
 
-@dataclass(frozen=True)
-class _Tiles:
-    """The plane, cut where spots are many: each tile has about as many as any other."""
-
-    xy: NDArray[np.float64]
-    cuts: list[tuple[int, float, int, int]]
-    """Axis, where, and what lies up to there and beyond: a cut, or ~ a tile"""
-    spots: list[NDArray[np.intp]]
-    """Rows of the spots in each tile"""
-
-    @classmethod
-    def of(cls, xy: NDArray[np.float64]) -> _Tiles:
-        """Cut across the longer side, into halves or thirds and two thirds …, so that tiles end up equal."""
-        cuts: list[tuple[int, float, int, int]] = []
-        tiles: list[NDArray[np.intp]] = []
-
-        def cut(rows: NDArray[np.intp]) -> int:
-            n_tiles = max(1, round(len(rows) / _TILE_SPOTS))
-            axis = int(np.argmax(np.ptp(xy[rows], axis=0)))
-            values = np.sort(xy[rows, axis])
-            steps = np.flatnonzero(np.diff(values) > 0) + 1  # between spots that lie on one another there is no cut
-            if n_tiles == 1 or len(steps) == 0:
-                tiles.append(rows)
-                return ~(len(tiles) - 1)
-            n_below = len(rows) * (n_tiles // 2) / n_tiles
-            step = steps[np.argmin(np.abs(steps - n_below))]
-            at = float(values[step - 1] + values[step]) / 2
-            below = xy[rows, axis] <= at
-            here = len(cuts)
-            cuts.append((axis, at, 0, 0))
-            cuts[here] = (axis, at, cut(rows[below]), cut(rows[~below]))
-            return here
-
-        cut(np.arange(len(xy)))
-        return cls(xy, cuts, tiles)
-
-    def shares(self, xy: NDArray[np.float64]) -> list[tuple[int, NDArray[np.intp], NDArray[np.float64]]]:
-        """Tiles, the places (m, 2) that each has a share in, and that share: from all to nothing around a cut."""
-        found: list[tuple[int, NDArray[np.intp], NDArray[np.float64]]] = []
-        waiting = [(0 if self.cuts else ~0, np.arange(len(xy)), np.ones(len(xy)))]
-        while waiting:
-            here, rows, share = waiting.pop()
-            if len(rows) == 0:
-                continue
-            if here < 0:
-                found.append((~here, rows, share))
-                continue
-            axis, at, below, beyond = self.cuts[here]
-            upper = np.clip((xy[rows, axis] - at) / (2 * _BLENDED) + 0.5, 0, 1)
-            for there, part in ((beyond, upper), (below, 1 - upper)):
-                kept = part > 0
-                waiting.append((there, rows[kept], share[kept] * part[kept]))
-        return found
-
-    def near(self, tile: int) -> NDArray[np.intp]:
-        """Rows, sorted, of the spots of a tile and of those nearest to the box around them."""
-        own = self.spots[tile]
-        n = min(max(_NEAR_SPOTS, len(own)), len(self.xy))
-        low, high = self.xy[own].min(0), self.xy[own].max(0)
-        beyond = np.maximum(np.maximum(low - self.xy, self.xy - high), 0)
-        distance = np.hypot(*beyond.T)
-        distance[own] = -1
-        return np.sort(np.argpartition(distance, n - 1)[:n])
+def _in_other_sections(rows: Tensor, columns: Tensor) -> Tensor | None:
+    """Which pairs (m, n) lie in different sections; ``None`` if all lie in one, as most do."""
+    if len(rows) == 0 or len(columns) == 0 or bool(((rows == rows[0]).all()) & (columns == rows[0]).all()):
+        return None
+    return rows[:, None] != columns
 
 
 def _solve(matrix: Tensor, values: Tensor, *, leave_out: bool) -> tuple[Tensor, Tensor | None]:
-    """Solve for values (n, q), and say what all others give each row; the matrix is overwritten.
+    """Solve for values (n, q), and predict each row from all others; the matrix is overwritten.
 
     Rasmussen and Williams (2006), equation 5.12, without the row's own term instead of with its difference from itself:
     not even a rounding error of its value is left.

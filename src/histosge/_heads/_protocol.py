@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -20,29 +21,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Parts of spots: the places, finer than a spot, whose mean a spot measures."""
+class SubSpots:
+    """The areas, smaller than a spot, whose mean a spot measures."""
 
     embedding: Tensor
-    """(p, d) float32, of all parts of all spots"""
+    """(p, d) float32, of all sub-spots of all spots"""
     xy_um: Tensor
     """(p, 2) float32"""
     index: Tensor
-    """(n, k) int64, rows of each spot's parts; filled up with any row where a spot has fewer"""
+    """(n, k) int64, rows of each spot's sub-spots; padded with any row where a spot has fewer"""
     weight: Tensor
-    """(n, k) float32, share of the spot's footprint that each part covers: rows sum to 1, what fills up has 0"""
+    """(n, k) float32, share of the spot's footprint that each sub-spot covers: rows sum to 1, padding has 0"""
 
-    def take(self, rows: Tensor) -> Parts:
-        """Return the parts of some of the spots."""
-        return Parts(self.embedding, self.xy_um, self.index[rows], self.weight[rows])
+    def take(self, rows: Tensor) -> SubSpots:
+        """Return the sub-spots of some of the spots."""
+        return SubSpots(self.embedding, self.xy_um, self.index[rows], self.weight[rows])
 
-    def to(self, device: torch.device | str) -> Parts:
+    def to(self, device: torch.device | str) -> SubSpots:
         """Move to ``device``."""
-        return Parts(*(tensor.to(device) for tensor in (self.embedding, self.xy_um, self.index, self.weight)))
+        return SubSpots(*(tensor.to(device) for tensor in (self.embedding, self.xy_um, self.index, self.weight)))
 
     @classmethod
-    def whole(cls, spots: Spots) -> Parts:
-        """Let each spot be one part of itself."""
+    def whole(cls, spots: Spots) -> SubSpots:
+        """Give each spot one sub-spot: itself."""
         n, device = len(spots), spots.embedding.device
         index = torch.arange(n, device=device)[:, None]
         return cls(spots.embedding, spots.xy_um, index, torch.ones(n, 1, device=device))
@@ -57,10 +58,12 @@ class Spots:
     expression: Tensor
     """(n, g) float32, log1p-normalised"""
     xy_um: Tensor
-    """(n, 2) float32; sections lie far apart, so that neighbours are always of one section"""
+    """(n, 2) float32, in the coordinates of the spot's own section"""
+    section: Tensor
+    """(n,) int64, number of the spot's section: spots of different sections are no neighbours"""
     pitch_um: float
-    """Distance of neighbouring spots: the unit that heads see distances in."""
-    parts: Parts | None = None
+    """Distance of neighbouring spots: the unit of distance for heads"""
+    sub_spots: SubSpots | None = None
     """What lies below the spots, where that is known"""
 
     def __len__(self) -> int:
@@ -68,16 +71,18 @@ class Spots:
 
     def take(self, rows: Tensor) -> Spots:
         """Return some of the spots."""
-        parts = None if self.parts is None else self.parts.take(rows)
-        return Spots(self.embedding[rows], self.expression[rows], self.xy_um[rows], self.pitch_um, parts)
+        below = None if self.sub_spots is None else self.sub_spots.take(rows)
+        embedding, expression, xy_um, section = (tensor[rows] for tensor in self._tensors())
+        return Spots(embedding, expression, xy_um, section, self.pitch_um, below)
 
     def to(self, device: torch.device | str) -> Spots:
-        """Move to ``device``; the very same object where they are there already, by which heads know a context again."""
-        embedding, expression, xy_um = (t.to(device) for t in (self.embedding, self.expression, self.xy_um))
-        if embedding is self.embedding and expression is self.expression and xy_um is self.xy_um:
-            return self
-        parts = None if self.parts is None else self.parts.to(device)
-        return Spots(embedding, expression, xy_um, self.pitch_um, parts)
+        """Move to ``device``."""
+        below = None if self.sub_spots is None else self.sub_spots.to(device)
+        embedding, expression, xy_um, section = (tensor.to(device) for tensor in self._tensors())
+        return Spots(embedding, expression, xy_um, section, self.pitch_um, below)
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.embedding, self.expression, self.xy_um, self.section
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,9 @@ class Queries:
     embedding: Tensor
     """(m, d) float32"""
     xy_um: Tensor
-    """(m, 2) float32"""
+    """(m, 2) float32, in the coordinates of the place's own section"""
+    section: Tensor
+    """(m,) int64, number of the place's section; one that no spot of the context has, such as -1, has no neighbours"""
     spot_index: Tensor
     """(m,) int64, row of the context that was measured at this very place and is hidden from it; -1 for none"""
 
@@ -96,58 +103,125 @@ class Queries:
 
     def take(self, rows: Tensor | slice) -> Queries:
         """Return some of the places."""
-        return Queries(self.embedding[rows], self.xy_um[rows], self.spot_index[rows])
+        return Queries(self.embedding[rows], self.xy_um[rows], self.section[rows], self.spot_index[rows])
 
     @classmethod
     def of(cls, spots: Spots, *, hidden: bool = True) -> Queries:
         """Predict at measured spots, their own measurement hidden (or not in the context at all)."""
         n, device = len(spots), spots.embedding.device
         spot_index = torch.arange(n, device=device) if hidden else torch.full((n,), -1, device=device)
-        return cls(spots.embedding, spots.xy_um, spot_index)
+        return cls(spots.embedding, spots.xy_um, spots.section, spot_index)
 
 
 class Head(Protocol):
-    """From embeddings, positions and measured neighbours to expression."""
+    """From embeddings, positions and measured neighbours to expression.
+
+    A head of your own: write a class with a ``name`` and the four methods below, and pass the class, or an object of it
+    that is not fitted, as ``head=``. Subclass ``histosge.Head`` to inherit :meth:`to` and the defaults of the other
+    attributes. In another process :meth:`histosge.Model.load` needs the class again, ``head=``, unless an installed
+    package names it in the entry point group ``histosge.heads`` (``my-head = "my_package:MyHead"``).
+
+    A head sees tensors only. All expression is log1p-normalised, all positions are in µm. Once fitted, it does not
+    change: :meth:`predict` moves and remembers nothing.
+
+    Examples
+    --------
+    >>> import histosge as sge
+    >>> class Median(sge.Head):
+    ...     name = "median"
+    ...
+    ...     def __init__(self, median=None):
+    ...         self.median = median
+    ...
+    ...     def fit(self, spots, *, rng, progress=None):
+    ...         self.median = spots.expression.median(dim=0).values
+    ...         return self
+    ...
+    ...     def predict(self, queries, *, context):
+    ...         return self.median.expand(len(queries), -1)
+    ...
+    ...     def state(self):
+    ...         return {}, {"median": self.median}
+    ...
+    ...     @classmethod
+    ...     def from_state(cls, config, weights):
+    ...         return cls(weights["median"])
+    >>> sdata = sge.datasets.synthetic()
+    >>> sge.tl.fit(sdata, encoder="stain-texture", head=Median, genes=20).head
+    'median'
+    """
 
     name: ClassVar[str]
-    ensembles_folds: ClassVar[bool]
+    ensembles_folds: ClassVar[bool] = False
     """Whether a model is the mean of the heads of all folds (networks), or one head fitted on all spots."""
-    divides: ClassVar[bool]
-    """Whether it learns from the parts of spots, where they are given."""
-    losses: Sequence[float]
+    learns_sub_spots: ClassVar[bool] = False
+    """Whether it learns from the sub-spots of spots, where they are given."""
+    losses: Sequence[float] = ()
     """Loss on the stopping spots after each epoch of the last :meth:`fit`; empty where nothing is trained in epochs"""
 
+    @abstractmethod
     def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
         """Learn from measured spots; every choice (scaling, components, early stopping) is made inside them."""
         ...
 
-    def predict(self, places: Queries, *, context: Spots) -> Tensor:
-        """Predict (m, g) log1p expression at ``places``, given the measured spots around them.
+    @abstractmethod
+    def predict(self, queries: Queries, *, context: Spots) -> Tensor:
+        """Predict (m, g) log1p expression at ``queries``, given the measured spots around them.
 
-        What is said of a place depends on no other place. Places may come in many calls: what a head works out of the
-        context it keeps until it is given another object, or fitted again.
+        Head, queries and context are on one device. The prediction of a place depends on no other place.
         """
         ...
 
+    @abstractmethod
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Give configuration (for JSON) and weights (for safetensors)."""
         ...
 
     @classmethod
+    @abstractmethod
     def from_state(cls, config: dict[str, Any], weights: dict[str, Tensor]) -> Self:
-        """Restore a fitted head."""
+        """Restore a fitted head, on the device of the weights."""
         ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """Give the fitted head on ``device``: itself, if it is there already."""
+        config, weights = self.state()
+        moved = {name: tensor.to(device) for name, tensor in weights.items()}
+        if all(moved[name] is tensor for name, tensor in weights.items()):
+            return self
+        return self.from_state(config, moved)
 
 
 @runtime_checkable
 class LowRank(Head, Protocol):
-    """A head whose answer is a few components, small beside the expression that is made of them."""
+    """A head that predicts a few components, which are small compared with the expression that is made of them.
+
+    What depends on the context alone is computed once, by :meth:`condition`, for any number of calls.
+    """
+
+    @abstractmethod
+    def condition(self, context: Spots, *, run: Run = map) -> Any:
+        """Compute what depends on the context alone."""
+        ...
 
     @classmethod
-    def answers(cls, heads: Sequence[Self], places: Queries, *, context: Spots, run: Run = map) -> list[Tensor]:
-        """Components (m, Q) of each of several heads of this class, their pieces worked out by ``run``."""
+    @abstractmethod
+    def components(
+        cls, heads: Sequence[Self], conditions: Sequence[Any], queries: Queries, *, run: Run = map
+    ) -> list[Tensor]:
+        """Components (m, Q) of each of several heads of this class, given what :meth:`condition` gave for each.
+
+        ``run`` computes independent pieces.
+        """
         ...
 
+    @abstractmethod
     def expansion(self, columns: Tensor | None = None) -> Expansion:
-        """How components become expression, of all genes or of ``columns``: ``predict`` is this of its answer."""
+        """Give the function from components to expression, of all genes or of ``columns``."""
         ...
+
+    def predict(self, queries: Queries, *, context: Spots) -> Tensor:
+        """Condition on the context, and expand the components."""
+        (components,) = self.components([self], [self.condition(context)], queries)
+        with torch.inference_mode():
+            return self.expansion()(components)

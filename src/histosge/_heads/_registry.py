@@ -1,10 +1,13 @@
-"""Names of the heads."""
+"""Names of the heads: our own, those of other packages, and those that the user passes."""
 
 from __future__ import annotations
 
+import copy
 import difflib
-from typing import TYPE_CHECKING
+from importlib.metadata import entry_points
+from typing import Any
 
+from histosge._heads._protocol import Head
 from histosge._heads.aggregate import Aggregate
 from histosge._heads.coordinates import Coordinates
 from histosge._heads.in_context import InContext
@@ -12,16 +15,21 @@ from histosge._heads.kriging import Kriging
 from histosge._heads.published import Published
 from histosge._heads.simple import Mean, Nearest, Ridge
 
-if TYPE_CHECKING:
-    from histosge._heads._protocol import Head
-
+AnyHead = str | type[Head] | Head
+"""Names joined by ``+``, or a class or an object of the protocol"""
 _ALL: tuple[type[Head], ...] = (InContext, Aggregate, Kriging, Published, Ridge, Coordinates, Nearest, Mean)
 HEADS: dict[str, type[Head]] = {head.name: head for head in _ALL}
 DEFAULT_HEAD, DEFAULT_DENSE_HEAD = "in-context+kriging", "aggregate+kriging"
 """Mean of the two strongest, for tiles and for areas: docs/benchmarks.md."""
 
 POSITION_ONLY = ("nearest", "coordinates")
-"""Know positions only: where nothing is measured they have nothing to say."""
+"""Know positions only: where nothing is measured they cannot predict."""
+
+ENTRY_POINTS = "histosge.heads"
+"""Group of entry points by which packages bring heads."""
+_MEMBERS = ("name", "ensembles_folds", "learns_sub_spots", "losses", "fit", "predict", "state", "from_state", "to")
+_PASSED: dict[str, type[Head]] = {}
+"""Heads of the user, by name, so that a model of this process can be saved and loaded"""
 
 
 def default_head(*, dense: bool) -> str:
@@ -29,27 +37,77 @@ def default_head(*, dense: bool) -> str:
     return DEFAULT_DENSE_HEAD if dense else DEFAULT_HEAD
 
 
-def get_head(name: str) -> type[Head]:
-    """Find a head by its name."""
-    if name not in HEADS:
-        close = difflib.get_close_matches(str(name), HEADS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        msg = f"head={name!r} is unknown.{hint} Choose one of {sorted(HEADS)}, or several with '+' for their mean."
-        raise ValueError(msg)
-    return HEADS[name]
+def get_head(head: AnyHead) -> type[Head]:
+    """Find the class of a single head by its name, or that of a class or an object of the protocol."""
+    if not isinstance(head, str):
+        return _passed(head)
+    if head in HEADS:
+        return HEADS[head]
+    if head in _PASSED:
+        return _PASSED[head]
+    brought = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if head in brought:
+        origin = f"head={head!r}, entry point {brought[head].value!r},"
+        kind = _checked(brought[head].load(), origin=origin)
+        if kind.name != head:
+            msg = f"{origin} has the name {kind.name!r}. The entry point and the head must have the same name."
+            raise ValueError(msg)
+        return kind
+    names = sorted({*HEADS, *_PASSED, *brought})
+    close = difflib.get_close_matches(head, names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    msg = (
+        f"head={head!r} is unknown.{hint} Choose one of {names}, or several with '+' for their mean. A head of your own "
+        "is passed as a class or an object, see histosge.Head."
+    )
+    raise ValueError(msg)
 
 
-def parts_of(name: str) -> tuple[str, ...]:
-    """Names of the heads whose mean ``name`` is: ``"in-context+kriging"`` is the mean of two."""
-    parts = tuple(part.strip() for part in str(name).split("+"))
+def head_name(head: AnyHead) -> str:
+    """Name of a head, or the names of several joined by ``+``."""
+    return head if isinstance(head, str) else get_head(head).name
+
+
+def parts_of(head: AnyHead) -> tuple[str, ...]:
+    """Names of the heads whose mean ``head`` is: ``"in-context+kriging"`` is the mean of two."""
+    parts = tuple(part.strip() for part in head_name(head).split("+"))
     for part in parts:
         get_head(part)
     if len(set(parts)) < len(parts):
-        msg = f"head={name!r} names a head twice. Name each once."
+        msg = f"head={head!r} names a head twice. Name each once."
         raise ValueError(msg)
     return parts
 
 
-def divides(name: str) -> bool:
-    """Whether a head, or one of those joined, learns from the parts of spots."""
-    return any(get_head(part).divides for part in parts_of(name))
+def new_head(head: AnyHead, options: dict[str, Any]) -> Head:
+    """Make a head that is not fitted: of a name or a class with options, or a copy of an object."""
+    if isinstance(head, (str, type)):
+        return get_head(head)(**options)
+    return copy.deepcopy(head)
+
+
+def learns_sub_spots(head: AnyHead) -> bool:
+    """Whether a head, or one of those joined, learns from the sub-spots of spots."""
+    return any(get_head(part).learns_sub_spots for part in parts_of(head))
+
+
+def _passed(head: Any) -> type[Head]:
+    kind = _checked(head if isinstance(head, type) else type(head), origin=f"head={head!r}")
+    if HEADS.get(kind.name) is kind:
+        return kind
+    if kind.name in HEADS or "+" in kind.name:
+        msg = f"head={head!r} has the name {kind.name!r}, which histosge uses. Give it another name, without '+'."
+        raise ValueError(msg)
+    _PASSED[kind.name] = kind
+    return kind
+
+
+def _checked(kind: Any, *, origin: str) -> type[Head]:
+    missing = [name for name in _MEMBERS if not hasattr(kind, name)]
+    if missing or not isinstance(kind, type):
+        msg = (
+            f"{origin} is no head: it lacks {missing}. Pass the name of a head (one of {sorted(HEADS)}), or a class or an "
+            "object of the protocol: a subclass of histosge.Head with its methods and a name."
+        )
+        raise TypeError(msg)
+    return kind

@@ -1,7 +1,7 @@
 """The training loop of the neural heads (AdamW, one-cycle rate, early stopping), and fits side by side. Deterministic.
 
 Torch's global random state and its number of threads belong to the whole process. So what runs side by side draws from
-generators of its own and computes on one core: its digits depend neither on the number of workers nor on their timing.
+generators of its own and computes on one core: results depend neither on the number of workers nor on their timing.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _global_state = threading.RLock()
-"""Held while torch's global random state is borrowed."""
+"""Held while torch's global random state is in use."""
 _worker = threading.local()
-"""``stop``: the event that ends the work of this thread, if it is one of a pool"""
+"""``stop``: the event that cancels the work of this thread, if it is one of a pool"""
 _MANY_SPOTS = 2400
 """Up to here a fixed number of steps is enough."""
 
@@ -46,7 +46,7 @@ class Schedule:
     """Epochs without a better loss on the stopping spots after which training ends."""
 
     def over(self, n_spots: int) -> Schedule:
-        """Go over many spots as often as over ``_MANY_SPOTS``, in more steps and in larger ones: docs/benchmarks.md."""
+        """Read many spots as often as ``_MANY_SPOTS``, in more and larger batches: docs/benchmarks.md."""
         growth = max(1.0, n_spots / _MANY_SPOTS) ** 0.5
         return replace(self, n_steps=round(growth * self.n_steps), batch_size=round(growth * self.batch_size))
 
@@ -55,7 +55,7 @@ class Schedule:
 def seeded(rng: np.random.Generator, device: torch.device) -> Iterator[torch.Generator]:
     """Seed torch from ``rng`` inside the block and leave its global state as it was.
 
-    One block at a time: others wait, so the block should be short. The generator it gives is good beyond the block.
+    One block at a time: others wait, so the block should be short. The generator may be used after the block.
     """
     seed = int(rng.integers(2**63 - 1))
     with _global_state, torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -65,7 +65,7 @@ def seeded(rng: np.random.Generator, device: torch.device) -> Iterator[torch.Gen
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one core inside the block: for small networks threads cost more than they bring.
+    """Compute on one core inside the block: for small networks threads cost more than they gain.
 
     Measured on two cores, one of them busy: 7 s with one thread, 7 to 29 s with two (docs/benchmarks.md).
     """
@@ -92,7 +92,7 @@ class Dropout(nn.Dropout):
 
 
 class _CancelCheck:
-    """Stands in for the progress bar of one worker among several: says nothing, and ends its work when it is in vain."""
+    """Progress bar of one worker among several: shows nothing, and stops the work when it is cancelled."""
 
     def __init__(self, stop: threading.Event) -> None:
         self.stop = stop
@@ -165,7 +165,7 @@ def side_by_side(
 
 @contextmanager
 def workers(device: torch.device) -> Iterator[Callable[..., Any]]:
-    """Map over pieces on as many threads as torch may use, each with one: pieces, not threads, decide on the digits."""
+    """Map over pieces on as many threads as torch may use, each with one: results depend on pieces, not on threads."""
     n = torch.get_num_threads()
     if device.type != "cpu" or n == 1:
         yield map
@@ -174,7 +174,7 @@ def workers(device: torch.device) -> Iterator[Callable[..., Any]]:
         with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool.map
     finally:
-        torch.set_num_threads(n)  # threads to come take the number that was set last, be it by a worker
+        torch.set_num_threads(n)  # new threads take the number that was set last, even by a worker
 
 
 def _counted(task: Callable[[], T], bar: Any) -> T:
@@ -189,7 +189,7 @@ def _start_worker(stop: threading.Event) -> None:
 
 
 def stopping_spots(n: int, *, rng: np.random.Generator, fraction: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Split ``n`` spots into those to learn from and those that say when to stop."""
+    """Split ``n`` spots into those to learn from and those that decide when to stop."""
     order = torch.as_tensor(rng.permutation(n))
     n_stop = max(5, round(fraction * n))
     return order[n_stop:].sort().values, order[:n_stop].sort().values

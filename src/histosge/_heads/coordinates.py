@@ -1,4 +1,4 @@
-"""A network on position alone, the idea of STAGE (Li et al., 2024): what smoothness in space can say without the image."""
+"""A network on position alone, the idea of STAGE (Li et al., 2024): what smoothness in space predicts without the image."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import nn
 
+from histosge._heads._protocol import Head
 from histosge._heads._space import n_gene_components, principal
+from histosge._heads._state import fitted, join_state, restore_network, split_state
 from histosge._heads._training import Schedule, one_thread, seeded, stopping_spots, train
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy as np
     from torch import Tensor
 
     from histosge._heads._protocol import Queries, Spots
 
 
-class Coordinates:
+class Coordinates(Head):
     """Multi-layer perceptron from position to principal components of the expression; no image, no neighbours.
+
+    Positions are those in each section's own coordinates.
 
     Parameters
     ----------
@@ -32,8 +34,6 @@ class Coordinates:
 
     name: ClassVar[str] = "coordinates"
     ensembles_folds: ClassVar[bool] = True
-    divides: ClassVar[bool] = False
-    losses: Sequence[float] = ()
 
     def __init__(self, *, width: int = 256, n_steps: int = 1500) -> None:
         self.config: dict[str, Any] = {"width": width, "n_steps": n_steps}
@@ -54,16 +54,16 @@ class Coordinates:
                 "gene_mean": mean,
                 "gene_axes": axes * spread[:, None],
             }
-            self.network = _network(self.config["width"], len(axes)).to(device)
+            network = self.network = _network(self.config["width"], len(axes)).to(device)
             target = (spots.expression - mean) @ axes.T / spread  # (n, q)
             weight = spread**2 / (spread**2).sum()
             place = self._place(spots.xy_um)
 
             def error(rows: Tensor) -> Tensor:
-                return ((self.network(place[rows]) - target[rows]) ** 2 @ weight).mean()  # type: ignore[misc]
+                return ((network(place[rows]) - target[rows]) ** 2 @ weight).mean()
 
             self.losses = train(
-                self.network,
+                network,
                 loss=lambda batch: error(learn[batch.to(device)]),
                 stopping_loss=lambda: error(stop),
                 n_spots=len(learn),
@@ -76,32 +76,23 @@ class Coordinates:
             )
         return self
 
-    def predict(self, places: Queries, *, context: Spots) -> Tensor:
-        if self.network is None:
-            raise _not_fitted()
-        device = places.embedding.device
-        self.network.to(device).eval()
-        self.scaling = {name: tensor.to(device) for name, tensor in self.scaling.items()}
+    def predict(self, queries: Queries, *, context: Spots) -> Tensor:
+        network = fitted(self.network, self)
         with torch.inference_mode():
-            return self.network(self._place(places.xy_um)) @ self.scaling["gene_axes"] + self.scaling["gene_mean"]
+            return network(self._place(queries.xy_um)) @ self.scaling["gene_axes"] + self.scaling["gene_mean"]
 
     def _place(self, xy_um: Tensor) -> Tensor:
         return (xy_um - self.scaling["centre"]) / self.scaling["reach"]
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        if self.network is None:
-            raise _not_fitted()
-        network = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
-        return self.config, network | {f"scaling.{name}": tensor for name, tensor in self.scaling.items()}
+        network = fitted(self.network, self)
+        return self.config, join_state(network=network.state_dict(), scaling=self.scaling)
 
     @classmethod
     def from_state(cls, config: dict[str, Any], weights: dict[str, Tensor]) -> Self:
-        head = cls(**config)
-        head.scaling = {n.removeprefix("scaling."): t for n, t in weights.items() if n.startswith("scaling.")}
-        head.network = _network(config["width"], len(head.scaling["gene_axes"]))
-        head.network.load_state_dict(
-            {n.removeprefix("network."): t for n, t in weights.items() if n.startswith("network.")}
-        )
+        head, stored = cls(**config), split_state(weights)
+        scaling = head.scaling = stored["scaling"]
+        head.network = restore_network(lambda: _network(config["width"], len(scaling["gene_axes"])), stored["network"])
         return head
 
 
@@ -109,7 +100,3 @@ def _network(width: int, n_components: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(2, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, n_components)
     )
-
-
-def _not_fitted() -> RuntimeError:
-    return RuntimeError("head 'coordinates' is not fitted: call fit() first.")

@@ -1,13 +1,14 @@
 """Kriging: an exact Gaussian process on position and image, conditioned on the measured spots.
 
-The strongest of the plain rivals, and half of the default (docs/benchmarks.md). Notable choices:
-- covariance of two places = near in space + alike in the image + both + linear in the image
-- principal components of the expression have shares of each and noise of their own, alike ones in common; lengths are
-  common to all
+The strongest of the heads without a network, and half of the default (docs/benchmarks.md). Notable choices:
+- covariance of two places = near in space + alike in the image + both + linear in the image; no two places of different
+  sections are near
+- principal components of the expression have shares of each and noise of their own, and similar components have the same
+  shares; lengths are common to all
 - lengths and shares maximise the marginal likelihood (Rasmussen and Williams, 2006, §5.4) of a sample of the spots,
   under weak priors that keep small sections from running away
 - nothing of the spots is stored: prediction conditions on the context it is given, a place's own spot left out
-- that is exact, and nearly so with a large context: ``_conditioning.py``
+- predictions are exact, and nearly so with a large context: ``_conditioning.py``
 """
 
 from __future__ import annotations
@@ -17,8 +18,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
-from histosge._heads._conditioning import JITTER, Conditioned, Covariance, n_kinds, tie
+from histosge._heads._conditioning import (
+    JITTER,
+    Conditioned,
+    Covariance,
+    Points,
+    n_kernel_groups,
+    share_hyperparameters,
+)
+from histosge._heads._protocol import LowRank
 from histosge._heads._space import Space, n_gene_components
+from histosge._heads._state import fitted, join_state, split_state
 from histosge._heads._training import one_thread, steps_bar
 
 if TYPE_CHECKING:
@@ -27,18 +37,22 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from histosge._heads._conditioning import Known
+    from histosge._heads._conditioning import Weights
     from histosge._heads._protocol import Expansion, Queries, Run, Spots
 
 _MOST_COMPONENTS = 16
 """Components beyond these are nearly all noise, and each costs a factorisation."""
 _PAIRS_AT_ONCE = {"cpu": 2**18, "other": 2**25}
-"""Covariances of places with spots that are worked out at once: on a processor, what its cache holds."""
+"""Covariances of places with spots that are computed at once: on a processor, what its cache holds."""
+_PLACES_AT_ONCE = 512
+"""Places whose image components are computed at once: their embeddings fit in a cache."""
 _FIRST_LENGTHS = (5.0, 0.8, 8.0, 0.8)
 """Where lengths start and what the prior holds them near: pitches, image, and both again for the product."""
+_APART_PITCH = 1e9
+"""Distance of spots of different sections in the likelihood; the gradient of an infinite one is not a number."""
 
 
-class Kriging:
+class Kriging(LowRank):
     """Gaussian process on position and image.
 
     Parameters
@@ -54,9 +68,6 @@ class Kriging:
     """
 
     name: ClassVar[str] = "kriging"
-    ensembles_folds: ClassVar[bool] = False
-    divides: ClassVar[bool] = False
-    losses: Sequence[float] = ()
 
     def __init__(
         self, *, n_components: int | None = None, n_image_components: int = 64, n_sample: int = 300, n_steps: int = 30
@@ -69,8 +80,6 @@ class Kriging:
         }
         self.space: Space | None = None
         self.parameters: dict[str, Tensor] = {}
-        self._context: Spots | None = None
-        self._conditioned: Conditioned | None = None
 
     def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
         device = spots.embedding.device
@@ -80,20 +89,17 @@ class Kriging:
             self.space = Space.fit(spots, n_image=self.config["n_image_components"], n_genes=n_genes)
             sample = torch.randperm(len(spots), generator=generator)[: self.config["n_sample"]]
             known = spots.take(sample.to(device))
-            place, image = _inputs(known, self.space, spots.pitch_um)
+            points = _points(known, self.space, spots.pitch_um)
             target = self.space.components(known.expression)  # (n, Q)
             try:
-                lengths, shares = self._maximise(place, image, target, progress=progress)
+                lengths, shares = self._maximise(points, target, progress=progress)
             except torch.linalg.LinAlgError as error:  # what is not a number has no factor
                 raise _diverged() from error
-            shares = tie(shares.exp(), n_kinds(len(spots))).log()
+            shares = share_hyperparameters(shares.exp(), n_kernel_groups(len(spots))).log()
             self.parameters = {"lengths": lengths, "shares": shares}
-        self._context = self._conditioned = None  # worked out with other lengths
         return self
 
-    def _maximise(
-        self, place: Tensor, image: Tensor, target: Tensor, *, progress: bool | None
-    ) -> tuple[Tensor, Tensor]:
+    def _maximise(self, points: Points, target: Tensor, *, progress: bool | None) -> tuple[Tensor, Tensor]:
         """Lengths (4,) and shares (5, Q), noise last, as logarithms: of the largest posterior density."""
         n, n_components = target.shape
         first = target.new_tensor(_FIRST_LENGTHS).log()
@@ -103,7 +109,9 @@ class Kriging:
         start = common.clone()
         common = common.requires_grad_()
         own = target.new_zeros(5, n_components).requires_grad_()
-        distance, unlike, alike = _distances(place, place), _squares(image, image), image @ image.T
+        distance, image = _distances(points.position, points.position), points.image
+        distance = distance.masked_fill_(points.section[:, None] != points.section, _APART_PITCH)
+        unlike, alike = _squares(image, image), image @ image.T
         optimiser = torch.optim.Adam([lengths, common, own], lr=0.1)
         with steps_bar(desc="fitting kriging", total=self.config["n_steps"], unit="step", show=progress) as bar:
             for _ in range(self.config["n_steps"]):
@@ -135,114 +143,115 @@ class Kriging:
             raise _diverged()
         return lengths.detach(), share
 
-    def predict(self, places: Queries, *, context: Spots) -> Tensor:
-        (components,) = self.answers([self], places, context=context)
+    def condition(self, context: Spots, *, run: Run = map) -> Conditioned | None:
+        """Condition on the spots of the context; ``None`` if there are none."""
+        space = fitted(self.space, self)
+        if len(context) == 0:
+            return None
         with torch.inference_mode():
-            return self.expansion()(components)
+            covariance = Covariance.of(*(self.parameters[name].exp() for name in ("lengths", "shares")))
+            points, target = _points(context, space, context.pitch_um), space.components(context.expression)
+            return Conditioned(points, target, covariance, pitch_um=context.pitch_um, run=run)
 
     @classmethod
-    def answers(cls, heads: Sequence[Self], places: Queries, *, context: Spots, run: Run = map) -> list[Tensor]:
-        return [head._answer(places, context, run) for head in heads]
+    def components(
+        cls, heads: Sequence[Self], conditions: Sequence[Conditioned | None], queries: Queries, *, run: Run = map
+    ) -> list[Tensor]:
+        pairs = zip(heads, conditions, strict=True)
+        return [head._components(conditioned, queries, run) for head, conditioned in pairs]
 
     def expansion(self, columns: Tensor | None = None) -> Expansion:
-        return self.space.expansion(columns)  # type: ignore[union-attr]
+        return fitted(self.space, self).expansion(columns)
 
-    def _answer(self, places: Queries, context: Spots, run: Run) -> Tensor:
+    def _components(self, conditioned: Conditioned | None, queries: Queries, run: Run) -> Tensor:
         """Components (m, Q) at places."""
-        if self.space is None:
-            raise _not_fitted()
-        device = places.embedding.device
-        space = self.space = self.space.to(device)
-        self.parameters = {name: tensor.to(device) for name, tensor in self.parameters.items()}
-        components = space.gene_mean.new_zeros(len(places), len(space.gene_axes))
-        if len(context) == 0 or len(places) == 0:  # nothing is known around: the prior mean
+        space = fitted(self.space, self)
+        components = space.gene_mean.new_zeros(len(queries), len(space.gene_axes))
+        if conditioned is None or len(queries) == 0:  # nothing is known around: the prior mean
             return components
         with torch.inference_mode():
-            known = self._condition(context, run)
-            tiles = known.tiles(places.xy_um / context.pitch_um, places.spot_index)
+            points = _points(queries, space, conditioned.pitch_um, run=run)
+            tiles = conditioned.tiles(points, queries.spot_index)
             if len(tiles) == 1:
-                [(tile, *_)] = tiles
-                weights = known.known(tile, leave_out=bool((places.spot_index >= 0).any()))
-                return self._read(places, weights, space, pitch_um=context.pitch_um, run=run)[0]
+                weights = conditioned.weights(tiles[0][0], leave_out=bool((queries.spot_index >= 0).any()))
+                return _read(points, queries.spot_index, weights, conditioned, run=run)[0]
 
             @torch.inference_mode()
-            def answer(asked: tuple[int, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-                tile, rows, _ = asked
-                some = places.take(rows)
-                weights = known.known(tile, leave_out=bool((some.spot_index >= 0).any()))
-                return self._read(some, weights, space, pitch_um=context.pitch_um)
+            def predict(part: tuple[int, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+                tile, rows, _ = part
+                spot_index = queries.spot_index[rows]
+                weights = conditioned.weights(tile, leave_out=bool((spot_index >= 0).any()))
+                return _read(points.take(rows), spot_index, weights, conditioned)
 
-            total = components.new_zeros(len(places), 1)
-            for (_, rows, share), (said, sound) in zip(tiles, run(answer, tiles), strict=True):
+            total = components.new_zeros(len(queries), 1)
+            for (_, rows, share), (predicted, sound) in zip(tiles, run(predict, tiles), strict=True):
                 share = (share * sound)[:, None]
                 total.index_add_(0, rows, share)
-                components.index_add_(0, rows, share * said)
+                components.index_add_(0, rows, share * predicted)
             return components.div_(total)
 
-    def _condition(self, context: Spots, run: Run) -> Conditioned:
-        """Spots of the context, worked out once."""
-        if self._conditioned is None or self._context is not context:
-            space: Space = self.space  # type: ignore[assignment]
-            place, image = _inputs(context, space, context.pitch_um)
-            covariance = Covariance.of(*(self.parameters[name].exp() for name in ("lengths", "shares")))
-            self._conditioned = Conditioned(place, image, space.components(context.expression), covariance, run=run)
-            self._context = context
-        return self._conditioned
-
-    def _read(
-        self, places: Queries, known: Known, space: Space, *, pitch_um: float, run: Run = map
-    ) -> tuple[Tensor, Tensor]:
-        """Components (m, Q) at places, and whether they are sound, (m,).
-
-        Where a place is a spot they are those that all other spots give it, unless what is known holds it unseen.
-        """
-        out = known.slope.new_empty(len(places), known.slope.shape[1])
-        pairs = _PAIRS_AT_ONCE["cpu" if out.device.type == "cpu" else "other"]
-        conditioned: Conditioned = self._conditioned  # type: ignore[assignment]
-        covariance, (near, like) = conditioned.covariance, conditioned.sources(known)
-        weights = covariance.shares[:3, None] * known.weight  # (3, n, Q) of each covariance but the linear one
-
-        @torch.inference_mode()
-        def read(rows: slice) -> None:
-            place, image = _inputs(places.take(rows), space, pitch_um)
-            some = image @ known.slope  # (m', Q)
-            for decay, weight in zip(covariance.decays(place, image, near, like), weights, strict=True):
-                some.addmm_(decay, weight)
-            out[rows] = some
-
-        n = max(1, pairs // len(near))
-        list(run(read, [slice(start, start + n) for start in range(0, len(places), n)]))
-        sound = torch.ones_like(places.spot_index, dtype=torch.bool)
-        if known.left_out is not None:
-            hidden = places.spot_index >= 0
-            at = spot_index = places.spot_index[hidden]
-            if known.spots is not None:
-                at = torch.searchsorted(known.spots, spot_index).clamp_max(len(known.spots) - 1)
-                sound[hidden] = known.spots[at] == spot_index
-            out[hidden] = known.left_out[at]
-        return out, sound
-
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        if self.space is None:
-            raise _not_fitted()
-        return self.config, self.parameters | {f"space.{name}": t for name, t in self.space.state().items()}
+        space = fitted(self.space, self)
+        return self.config, join_state(parameters=self.parameters, space=space.state())
 
     @classmethod
     def from_state(cls, config: dict[str, Any], weights: dict[str, Tensor]) -> Self:
-        head = cls(**config)
-        head.space = Space(**{n.removeprefix("space."): t for n, t in weights.items() if n.startswith("space.")})
-        head.parameters = {n: t for n, t in weights.items() if not n.startswith("space.")}
+        head, stored = cls(**config), split_state(weights)
+        head.space, head.parameters = Space(**stored["space"]), stored["parameters"]
         return head
 
 
-def _inputs(where: Spots | Queries, space: Space, pitch_um: float) -> tuple[Tensor, Tensor]:
-    """Positions (n, 2) in pitches, and image components (n, P) of total variance 1."""
+def _read(
+    points: Points, spot_index: Tensor, weights: Weights, conditioned: Conditioned, *, run: Run = map
+) -> tuple[Tensor, Tensor]:
+    """Components (m, Q) at points, and whether they are sound, (m,).
+
+    At a point that is a spot they are predicted from all other spots; they are not sound if the weights are not of it.
+    """
+    out = weights.slope.new_empty(len(points), weights.slope.shape[1])
+    pairs = _PAIRS_AT_ONCE["cpu" if out.device.type == "cpu" else "other"]
+    covariance, sources = conditioned.covariance, conditioned.sources(weights)
+    each = covariance.shares[:3, None] * weights.weight  # (3, n, Q) for each covariance but the linear one
+
+    @torch.inference_mode()
+    def read(rows: slice) -> None:
+        some = points.take(rows)
+        found = some.image @ weights.slope  # (m', Q)
+        for decay, weight in zip(covariance.decays(some, sources), each, strict=True):
+            found.addmm_(decay, weight)
+        out[rows] = found
+
+    n = max(1, pairs // len(sources))
+    list(run(read, [slice(start, start + n) for start in range(0, len(points), n)]))
+    sound = torch.ones_like(spot_index, dtype=torch.bool)
+    if weights.left_out is not None:
+        hidden = spot_index >= 0
+        at = spot = spot_index[hidden]
+        if weights.spots is not None:
+            at = torch.searchsorted(weights.spots, spot).clamp_max(len(weights.spots) - 1)
+            sound[hidden] = weights.spots[at] == spot
+        out[hidden] = weights.left_out[at]
+    return out, sound
+
+
+def _points(places: Spots | Queries, space: Space, pitch_um: float, *, run: Run | None = None) -> Points:
+    """Positions in pitches, and image components of total variance 1; by ``run`` a few places at a time."""
     scale = space.image_spread.square().sum().sqrt().clamp_min(1e-6)
-    return where.xy_um / pitch_um, space.image(where.embedding) / scale
+    n = len(places)
+    image = space.gene_mean.new_empty(n, len(space.image_axes))
+
+    def fill(rows: slice) -> None:
+        image[rows] = space.image(places.embedding[rows]) / scale
+
+    if run is None:
+        image = space.image(places.embedding) / scale
+    else:
+        list(run(torch.inference_mode()(fill), [slice(i, i + _PLACES_AT_ONCE) for i in range(0, n, _PLACES_AT_ONCE)]))
+    return Points(places.xy_um / pitch_um, places.section, image)
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    # not by the square of the difference: sections lie thousands of pitches apart, where that loses all digits
+    # not by a product: positions are many pitches from the origin, where that loses digits
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -261,10 +270,6 @@ def _kernels(distance: Tensor, unlike: Tensor, alike: Tensor, lengths: Tensor) -
             alike,
         ]
     )
-
-
-def _not_fitted() -> RuntimeError:
-    return RuntimeError("head 'kriging' is not fitted: call fit() first.")
 
 
 def _diverged() -> RuntimeError:

@@ -3,7 +3,7 @@
 As published: one pre-norm transformer layer over a window of spots' embeddings and positions, 4 heads of 64,
 MLP of 1024, then Linear(2048), ReLU, LayerNorm, Linear(genes), ReLU; mean squared error; rate 1e-3. Repaired:
 - a window is a place and its 49 nearest spots, not 50 consecutive rows of the table
-- positions are continuous waves in µm, not a table of integers that ends at 511
+- positions are continuous waves, in each section's own coordinates, not a table of integers that ends at 511
 - training stops on held-out spots instead of after 1000 epochs
 As published, measured expression of the neighbours is never an input: compare with ``in-context``.
 """
@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import nn
 
-from histosge._geometry import nearest_spots
-from histosge._heads._protocol import Queries, Spots
+from histosge._heads._neighbours import neighbours
+from histosge._heads._protocol import Head, Queries, Spots
 from histosge._heads._space import standardise, standardiser
+from histosge._heads._state import fitted, join_state, restore_network, split_state
 from histosge._heads._training import Schedule, seeded, stopping_spots, train
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy as np
     from torch import Tensor
 
@@ -59,33 +58,31 @@ class _Network(nn.Module):
         x = self.embed(embedding) + self.position(position)
         return x, self.query_key_value(self.norm_attention(x)).view(len(x), 3, _HEADS, _HEAD_DIM)
 
-    def answer(self, x: Tensor, own: Tensor, keys: Tensor, values: Tensor, present: Tensor) -> Tensor:
+    def attend(self, x: Tensor, itself: Tensor, keys: Tensor, values: Tensor, present: Tensor) -> Tensor:
         """Let places (B) attend to themselves and to their neighbours (B, K), and project: (B, genes)."""
-        keys = torch.cat([own[:, None, 1], keys], dim=1)  # (B, 1 + K, heads, dim)
-        values = torch.cat([own[:, None, 2], values], dim=1)
+        keys = torch.cat([itself[:, None, 1], keys], dim=1)  # (B, 1 + K, heads, dim)
+        values = torch.cat([itself[:, None, 2], values], dim=1)
         seen = torch.cat([torch.ones_like(present[:, :1]), present], dim=1)
-        score = torch.einsum("bhc,bkhc->bhk", own[:, 0], keys) / _HEAD_DIM**0.5
+        score = torch.einsum("bhc,bkhc->bhk", itself[:, 0], keys) / _HEAD_DIM**0.5
         weight = score.masked_fill(~seen[:, None], torch.finfo(score.dtype).min).softmax(-1)
         x = x + self.merge(torch.einsum("bhk,bkhc->bhc", weight, values).flatten(1))
         x = x + self.mlp(self.norm_mlp(x))
         return self.genes(self.project(x)).relu()
 
 
-class Published:
+class Published(Head):
     """The paper's network, its defects repaired.
 
     Parameters
     ----------
     n_neighbours
-        Spots in a window beside the place itself.
+        Spots in a window, without the place itself.
     n_steps
         Most optimiser steps; early stopping usually ends training before.
     """
 
     name: ClassVar[str] = "published"
     ensembles_folds: ClassVar[bool] = True
-    divides: ClassVar[bool] = False
-    losses: Sequence[float] = ()
 
     def __init__(self, *, n_neighbours: int = 49, n_steps: int = 300) -> None:
         self.config: dict[str, Any] = {"n_neighbours": n_neighbours, "n_steps": n_steps}
@@ -99,10 +96,10 @@ class Published:
         with seeded(rng, device) as generator:
             mean, spread = standardiser(known.embedding)
             self.scaling = {"mean": mean, "spread": spread, "centre": known.xy_um.mean(0)}
-            self.network = _Network(spots.embedding.shape[1], spots.expression.shape[1]).to(device)
+            network = self.network = _Network(spots.embedding.shape[1], spots.expression.shape[1]).to(device)
             # start from the mean of every gene, which a final ReLU would else have to find first
-            nn.init.zeros_(self.network.genes.weight)
-            self.network.genes.bias.data.copy_(known.expression.mean(0))
+            nn.init.zeros_(network.genes.weight)
+            network.genes.bias.data.copy_(known.expression.mean(0))
             inside = self._prepare(Queries.of(known), known)
             outside = self._prepare(Queries.of(spots.take(stop), hidden=False), known)
 
@@ -111,7 +108,7 @@ class Published:
                 return nn.functional.mse_loss(self._run(inside, rows), known.expression[rows])
 
             self.losses = train(
-                self.network,
+                network,
                 loss=loss,
                 stopping_loss=lambda: nn.functional.mse_loss(self._run(outside, None), spots.expression[stop]),
                 n_spots=len(learn),
@@ -124,64 +121,45 @@ class Published:
             )
         return self
 
-    def predict(self, places: Queries, *, context: Spots) -> Tensor:
-        if self.network is None:
-            msg = "head 'published' is not fitted: call fit() first."
-            raise RuntimeError(msg)
-        device = places.embedding.device
-        self.network.to(device).eval()
-        self.scaling = {name: tensor.to(device) for name, tensor in self.scaling.items()}
-        prepared = self._prepare(places, context)
+    def predict(self, queries: Queries, *, context: Spots) -> Tensor:
+        fitted(self.network, self)
+        prepared = self._prepare(queries, context)
         with torch.inference_mode():
-            parts = torch.arange(len(places), device=device).split(1024)
+            parts = torch.arange(len(queries), device=queries.xy_um.device).split(1024)
             return torch.cat([self._run(prepared, rows) for rows in parts])
 
-    def _prepare(self, places: Queries, context: Spots) -> dict[str, Tensor]:
-        """Scale inputs and find the windows; for a spot among its own context the window leaves it out once."""
-        index, _, present = nearest_spots(
-            places.xy_um.cpu().numpy().astype(float),
-            context.xy_um.cpu().numpy().astype(float),
-            k=self.config["n_neighbours"],
-            exclude=places.spot_index.cpu().numpy(),
-        )
-        device, s = places.embedding.device, self.scaling
+    def _prepare(self, queries: Queries, context: Spots) -> dict[str, Tensor]:
+        """Scale inputs and find the windows; for a spot of the context the window leaves it out once."""
+        near, present, _ = neighbours(queries, context, k=self.config["n_neighbours"])
+        s = self.scaling
         return {
-            "place": standardise(places.embedding, s["mean"], s["spread"]),
-            "place_position": encode_position((places.xy_um - s["centre"]) / context.pitch_um),
+            "place": standardise(queries.embedding, s["mean"], s["spread"]),
+            "place_position": encode_position((queries.xy_um - s["centre"]) / context.pitch_um),
             "spots": standardise(context.embedding, s["mean"], s["spread"]),
             "spots_position": encode_position((context.xy_um - s["centre"]) / context.pitch_um),
-            "near": torch.as_tensor(index, device=device),
-            "present": torch.as_tensor(present, device=device),
+            "near": near,
+            "present": present,
         }
 
     def _run(self, given: dict[str, Tensor], rows: Tensor | None) -> Tensor:
-        net = self.network
-        if net is None:
-            msg = "head 'published' is not fitted: call fit() first."
-            raise RuntimeError(msg)
+        network = fitted(self.network, self)
         rows = torch.arange(len(given["place"]), device=given["place"].device) if rows is None else rows
-        x, own = net.tokens(given["place"][rows], given["place_position"][rows])
+        x, itself = network.tokens(given["place"][rows], given["place_position"][rows])
         # keys and values once per spot of the windows, not once per window
-        needed, where = given["near"][rows].unique(return_inverse=True)
-        _, spots = net.tokens(given["spots"][needed], given["spots_position"][needed])
-        # not spots[where]: on several threads the sums of its gradient come in any order, and no seed gives the same twice
-        keys, values = (
-            spots[:, i].index_select(0, where.flatten()).view(*where.shape, _HEADS, _HEAD_DIM) for i in (1, 2)
-        )
-        return net.answer(x, own, keys, values, given["present"][rows])
+        needed, at = given["near"][rows].unique(return_inverse=True)
+        _, spots = network.tokens(given["spots"][needed], given["spots_position"][needed])
+        # not spots[at]: on several threads the sums of its gradient come in any order, and no seed gives the same twice
+        keys, values = (spots[:, i].index_select(0, at.flatten()).view(*at.shape, _HEADS, _HEAD_DIM) for i in (1, 2))
+        return network.attend(x, itself, keys, values, given["present"][rows])
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        if self.network is None:
-            msg = "head 'published' is not fitted: call fit() first."
-            raise RuntimeError(msg)
-        network = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
-        return self.config, network | {f"scaling.{name}": tensor for name, tensor in self.scaling.items()}
+        network = fitted(self.network, self)
+        return self.config, join_state(network=network.state_dict(), scaling=self.scaling)
 
     @classmethod
     def from_state(cls, config: dict[str, Any], weights: dict[str, Tensor]) -> Self:
-        head = cls(**config)
-        head.scaling = {n.removeprefix("scaling."): t for n, t in weights.items() if n.startswith("scaling.")}
-        network = {n.removeprefix("network."): t for n, t in weights.items() if n.startswith("network.")}
-        head.network = _Network(network["embed.weight"].shape[1], network["genes.weight"].shape[0])
-        head.network.load_state_dict(network)
+        head, stored = cls(**config), split_state(weights)
+        network = stored["network"]
+        sizes = network["embed.weight"].shape[1], network["genes.weight"].shape[0]
+        head.network, head.scaling = restore_network(lambda: _Network(*sizes), network), stored["scaling"]
         return head

@@ -1,4 +1,4 @@
-"""The rivals that a head has to beat: gene mean, inverse distance, ridge on the embedding."""
+"""The baselines that a head has to beat: gene mean, inverse distance, ridge on the embedding."""
 
 from __future__ import annotations
 
@@ -7,59 +7,50 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import torch
 
-from histosge._geometry import nearest_spots
+from histosge._heads._neighbours import neighbours
+from histosge._heads._protocol import Head
 from histosge._heads._space import standardise, standardiser
+from histosge._heads._state import fitted
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
     from histosge._heads._protocol import Queries, Spots
-
 
 _PENALTIES = np.logspace(-1, 7, 25)
 _TINY = 1e-12
 """Length below which a component is not there: a constant embedding has none."""
 
 
-class Mean:
+class Mean(Head):
     """Every place gets the mean of the spots learnt from: what any head must beat to be worth anything."""
 
     name: ClassVar[str] = "mean"
-    ensembles_folds: ClassVar[bool] = False
-    divides: ClassVar[bool] = False
-    losses: Sequence[float] = ()
 
-    def __init__(self, mean: Tensor | None = None) -> None:
-        self.mean = mean
+    def __init__(self) -> None:
+        self.mean: Tensor | None = None
 
     def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
         self.mean = spots.expression.mean(0)
         return self
 
-    def predict(self, places: Queries, *, context: Spots) -> Tensor:
-        if self.mean is None:
-            raise _not_fitted(self.name)
-        return self.mean.to(places.embedding.device).expand(len(places), -1).clone()
+    def predict(self, queries: Queries, *, context: Spots) -> Tensor:
+        return fitted(self.mean, self).expand(len(queries), -1).clone()
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        if self.mean is None:
-            raise _not_fitted(self.name)
-        return {}, {"mean": self.mean}
+        return {}, {"mean": fitted(self.mean, self)}
 
     @classmethod
     def from_state(cls, config: dict[str, Any], weights: dict[str, Tensor]) -> Self:
-        return cls(weights["mean"])
+        head = cls()
+        head.mean = weights["mean"]
+        return head
 
 
-class Nearest:
-    """Inverse-distance mean of the measured spots around a place (Shepard, 1968); the image is not looked at."""
+class Nearest(Head):
+    """Inverse-distance mean of the measured spots around a place (Shepard, 1968), without the image."""
 
     name: ClassVar[str] = "nearest"
-    ensembles_folds: ClassVar[bool] = False
-    divides: ClassVar[bool] = False
-    losses: Sequence[float] = ()
 
     def __init__(self, n_neighbours: int = 20) -> None:
         self.n_neighbours = n_neighbours
@@ -67,24 +58,19 @@ class Nearest:
     def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
         return self
 
-    def predict(self, places: Queries, *, context: Spots) -> Tensor:
-        index, dist, present = nearest_spots(
-            places.xy_um.cpu().numpy().astype(float),
-            context.xy_um.cpu().numpy().astype(float),
-            k=self.n_neighbours,
-            exclude=places.spot_index.cpu().numpy(),
-        )
+    def predict(self, queries: Queries, *, context: Spots) -> Tensor:
+        near, there, distance = neighbours(queries, context, k=self.n_neighbours)
+        present = there.cpu().numpy()
         if not present.any(axis=1).all():
             msg = "head='nearest' needs measured spots around every place, and there are none. Use another head."
             raise ValueError(msg)
         # a place on top of a spot takes its value: below a thousandth of a pitch distance no longer counts
-        weight = np.where(present, 1 / np.maximum(dist, 1e-3 * context.pitch_um), 0)
+        weight = np.where(present, 1 / np.maximum(distance, 1e-3 * context.pitch_um), 0)
         weight /= weight.sum(axis=1, keepdims=True)
-        device = context.expression.device
-        where, how = torch.as_tensor(index, device=device), torch.as_tensor(weight, dtype=torch.float32, device=device)
+        share = torch.as_tensor(weight, dtype=torch.float32, device=near.device)
         out = [  # in parts: (m, k, g) need not fit in memory
             torch.einsum("mk,mkg->mg", w, context.expression[i])
-            for w, i in zip(how.split(1024), where.split(1024), strict=True)
+            for w, i in zip(share.split(1024), near.split(1024), strict=True)
         ]
         return torch.cat(out)
 
@@ -96,7 +82,7 @@ class Nearest:
         return cls(**config)
 
 
-class Ridge:
+class Ridge(Head):
     """Ridge regression on principal components of the embedding, its penalty chosen by leave-one-out error.
 
     The protocol of HEST-Bench (Jaume et al., 2024) with a cross-validated penalty, and with at most one component
@@ -104,12 +90,9 @@ class Ridge:
     """
 
     name: ClassVar[str] = "ridge"
-    ensembles_folds: ClassVar[bool] = False
-    divides: ClassVar[bool] = False
-    losses: Sequence[float] = ()
 
-    def __init__(self, weights: dict[str, Tensor] | None = None) -> None:
-        self.weights = weights
+    def __init__(self) -> None:
+        self.weights: dict[str, Tensor] | None = None
 
     def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
         mean, spread = standardiser(spots.embedding)
@@ -127,20 +110,18 @@ class Ridge:
         self.weights = {"mean": mean, "spread": spread, "slope": slope.float(), "offset": offset.float()}
         return self
 
-    def predict(self, places: Queries, *, context: Spots) -> Tensor:
-        if self.weights is None:
-            raise _not_fitted(self.name)
-        w = {name: tensor.to(places.embedding.device) for name, tensor in self.weights.items()}
-        return standardise(places.embedding, w["mean"], w["spread"]) @ w["slope"] + w["offset"]
+    def predict(self, queries: Queries, *, context: Spots) -> Tensor:
+        w = fitted(self.weights, self)
+        return standardise(queries.embedding, w["mean"], w["spread"]) @ w["slope"] + w["offset"]
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        if self.weights is None:
-            raise _not_fitted(self.name)
-        return {}, self.weights
+        return {}, fitted(self.weights, self)
 
     @classmethod
     def from_state(cls, config: dict[str, Any], weights: dict[str, Tensor]) -> Self:
-        return cls(weights)
+        head = cls()
+        head.weights = weights
+        return head
 
 
 def _components(centred: Tensor, n_components: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,19 +142,15 @@ def _left_out_error(y: Tensor, left: Tensor, shrunk: Tensor, kept: Tensor) -> Te
     """Squared leave-one-out error over all spots and genes for every penalty, (penalties,).
 
     The error at a spot left out is its residual over one minus its leverage (Golub, Heath and Wahba, 1979). The squared
-    residual is multiplied out, so that the (n, g) values are gone through once and not for every penalty.
+    residual is multiplied out, so that the (n, g) values are read once and not for every penalty.
     """
-    own = y.square().sum(1)  # (n,)
+    total = y.square().sum(1)  # (n,)
     crossed = left * (y @ shrunk.T)  # (n, q)
     within = shrunk @ shrunk.T  # (q, q)
     errors = []
     for share in kept:
         some = left * share  # (n, q)
-        residual = own - 2 * crossed @ share + ((some @ within) * some).sum(1)
+        residual = total - 2 * crossed @ share + ((some @ within) * some).sum(1)
         leverage = 1 / len(y) + (some * left).sum(1)  # the mean is learnt as well
         errors.append((residual / (1 - leverage) ** 2).sum())
     return torch.stack(errors)
-
-
-def _not_fitted(name: str) -> RuntimeError:
-    return RuntimeError(f"head {name!r} is not fitted: call fit() first.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from histosge._model._context import FAR_UM, stack_sections
+from histosge._model._context import UNMEASURED, Context, stack_sections
 from histosge._model._crossfit import Scores, compare, cross_fit, score, summary
 from histosge._model._evaluate import PROTOCOLS, SPLITS, Measured, Plan, Trial, ask, evaluate, score_genes, trials
 from histosge._model._fit import check_arguments, fit_model
@@ -19,10 +19,11 @@ from histosge._model._predict import (
 )
 
 __all__ = [
-    "FAR_UM",
     "MIN_SHARE",
     "PROTOCOLS",
     "SPLITS",
+    "UNMEASURED",
+    "Context",
     "Measured",
     "Model",
     "Plan",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from histosge._heads import Head, Queries, Spots, get_head, parts_of, side_by_side
+from histosge._heads import AnyHead, Head, Queries, Spots, get_head, head_name, new_head, parts_of, side_by_side
 from histosge._settings import logger
 from histosge._statistics import correlation
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CrossFit:
-    """What heads say of spots they never saw, and the heads that go on from there."""
+    """Predictions of heads at spots that they never saw, and the heads for new places."""
 
     held_out: Floats
     """(n_spots, n_genes) log1p expression, each spot predicted by heads that were not trained on it"""
@@ -42,7 +42,7 @@ class CrossFit:
 def cross_fit(
     spots: Spots,
     *,
-    head: str,
+    head: AnyHead,
     fold: NDArray[np.int64],
     rng: np.random.Generator,
     options: dict[str, Any] | None = None,
@@ -58,7 +58,7 @@ def cross_fit(
     spots
         Measured spots.
     head
-        Name of a head, or names joined by ``+`` for their mean.
+        Name of a head, names joined by ``+`` for their mean, or a head of one's own.
     fold
         (n_spots,) number of each spot's fold.
     rng
@@ -81,30 +81,30 @@ def cross_fit(
     parts = {name: np.zeros(spots.expression.shape, np.float32) for name in names}
     losses: dict[tuple[str, int], Sequence[float]] = {}
 
-    def fit(name: str, one: int | None, seed: int) -> Head | None:
-        """Fit without fold ``one`` and predict it, or fit on all spots."""
-        head = get_head(name)(**arguments.get(name, {}))
-        own_rng = np.random.default_rng(seed)  # tasks run side by side: each has a source of its own
-        if one is None:
-            return head.fit(spots, rng=own_rng, progress=progress)
-        known = spots.take(torch.as_tensor(np.flatnonzero(fold != one), device=device))
-        rows = np.flatnonzero(fold == one)
-        head = head.fit(known, rng=own_rng, progress=progress)
+    def fit(name: str, left_out: int | None, seed: int) -> Head | None:
+        """Fit without the fold ``left_out`` and predict it, or fit on all spots."""
+        made = new_head(name if isinstance(head, str) else head, arguments.get(name, {}))
+        task_rng = np.random.default_rng(seed)  # tasks run side by side: each has a source of its own
+        if left_out is None:
+            return made.fit(spots, rng=task_rng, progress=progress)
+        known = spots.take(torch.as_tensor(np.flatnonzero(fold != left_out), device=device))
+        rows = np.flatnonzero(fold == left_out)
+        made = made.fit(known, rng=task_rng, progress=progress)
         hidden = Queries.of(spots.take(torch.as_tensor(rows, device=device)), hidden=False)
-        parts[name][rows] = head.predict(hidden, context=known).clamp_min(0).cpu().numpy()
-        if len(head.losses):
-            losses[name, one] = head.losses
-        return head if head.ensembles_folds and final else None
+        parts[name][rows] = made.predict(hidden, context=known).clamp_min(0).cpu().numpy()
+        if len(made.losses):
+            losses[name, left_out] = made.losses
+        return made if made.ensembles_folds and final else None
 
-    asked: list[tuple[str, int | None]] = [(name, int(one)) for one in folds for name in names]
-    asked += [(name, None) for name in names if final and not get_head(name).ensembles_folds]
-    seeds = rng.integers(2**63 - 1, size=len(asked)).tolist()
-    tasks = [partial(fit, name, one, seed) for (name, one), seed in zip(asked, seeds, strict=True)]
-    made = side_by_side(tasks, device=device, desc=f"fitting {head}", progress=progress)
+    fits: list[tuple[str, int | None]] = [(name, int(number)) for number in folds for name in names]
+    fits += [(name, None) for name in names if final and not get_head(name).ensembles_folds]
+    seeds = rng.integers(2**63 - 1, size=len(fits)).tolist()
+    tasks = [partial(fit, name, left_out, seed) for (name, left_out), seed in zip(fits, seeds, strict=True)]
+    made = side_by_side(tasks, device=device, desc=f"fitting {head_name(head)}", progress=progress)
     heads = [
-        (1 / len(names) / (1 if one is None else len(folds)), fitted)
+        (1 / len(names) / (1 if left_out is None else len(folds)), fitted)
         for name in names
-        for (whose, one), fitted in zip(asked, made, strict=True)
+        for (whose, left_out), fitted in zip(fits, made, strict=True)
         if whose == name and fitted is not None
     ]
     return CrossFit(np.mean(list(parts.values()), axis=0), parts, fold, heads, dict(sorted(losses.items())))
@@ -129,7 +129,7 @@ class Scores:
 
 def score(predicted: Floats, measured: Floats, *, fold: NDArray[np.int64]) -> Scores:
     """Score held-out predictions fold by fold: heads of different folds need not agree about the mean."""
-    folds = [np.flatnonzero(fold == one) for one in np.unique(fold)]
+    folds = [np.flatnonzero(fold == number) for number in np.unique(fold)]
     share = np.array([len(rows) for rows in folds]) / len(fold)
     pcc = np.stack([correlation(predicted[rows], measured[rows]) for rows in folds])
     mean_pcc = share @ pcc
@@ -165,8 +165,8 @@ def summary(
 ) -> dict[str, float]:
     """Mean score over the genes that the training spots of each fold chose, never looking at the held-out ones."""
     pcc, mse, share = [], [], []
-    for one in np.unique(fold):
-        rows, genes = np.flatnonzero(fold == one), chosen(int(one))
+    for number in np.unique(fold):
+        rows, genes = np.flatnonzero(fold == number), chosen(int(number))
         p, m = predicted[np.ix_(rows, genes)], measured[np.ix_(rows, genes)]
         pcc.append(correlation(p, m).mean())
         mse.append(((p - m) ** 2).mean())

@@ -15,7 +15,7 @@ from scipy import sparse
 
 from histosge._embedding import SpotParts
 from histosge._geometry import padded
-from histosge._model._context import FAR_UM, stack_sections
+from histosge._model._context import UNMEASURED, stack_sections
 from histosge._model._fit import fit_model
 from histosge._section import per_target_sum
 from histosge._settings import logger, progress_bar, settings
@@ -100,7 +100,7 @@ class Trial:
     place: NDArray[np.float32]
     """(m, d) embeddings of the places"""
     xy_um: NDArray[np.float64]
-    """(m, 2) where they lie in the plane that the sections are laid out in"""
+    """(m, 2) in the coordinates of their section"""
     spot_index: NDArray[np.int64]
     """(m,) training spot at the place, hidden from it; -1 for none"""
     truth: sparse.csr_matrix
@@ -110,7 +110,9 @@ class Trial:
     ceiling: pd.Series | None = None
     """Noise ceiling of ``truth`` by gene, where this is not what was measured on the section"""
     parts: list[SpotParts] | None = None
-    """What lies below the training spots of each section"""
+    """Sub-spots of the training spots of each section"""
+    measured: bool = True
+    """Whether the places are of the section that is learnt from"""
 
 
 def trials(several: Sequence[Measured], plan: Plan, *, rng: np.random.Generator) -> Iterator[Trial]:
@@ -194,12 +196,12 @@ def _across_sections(several: Sequence[Measured], repeat: int) -> Iterator[Trial
             [sections[i] for i in split.train],
             [several[i].embedding for i in split.train],
             several[left].embedding,
-            # nothing is measured on this section: it lies where no spot is near
-            section.xy_um + [FAR_UM * len(split.train), 0],
+            section.xy_um,
             np.full(n, -1),
             section.expression,
             np.arange(n),
             parts=_parts_of([several[i] for i in split.train]),
+            measured=False,
         )
 
 
@@ -287,7 +289,7 @@ def evaluate(
                         trial.sections,
                         trial.embeddings,
                         config=config,
-                        parts=trial.parts,
+                        sub_spots=trial.parts,
                         head=head,
                         genes=genes,
                         n_folds=n_folds,
@@ -315,10 +317,9 @@ def evaluate(
 
 def ask(model: Model, trial: Trial, *, device: torch.device) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Predicted and measured (m, genes) at the places of a trial."""
-    context = stack_sections(trial.sections, trial.embeddings, model.context_genes)
-    predicted = model.predict_from(
-        context, places=trial.place, xy_um=trial.xy_um, spot_index=trial.spot_index, device=device
-    )
+    spots = stack_sections(trial.sections, trial.embeddings, model.context_genes)
+    context = model.condition(spots, section=0 if trial.measured else UNMEASURED, device=device)
+    predicted = model.predict_from(context, places=trial.place, xy_um=trial.xy_um, spot_index=trial.spot_index)
     columns = trial.sections[0].genes.get_indexer(model.genes)
     return predicted, np.asarray(trial.truth[:, columns].todense(), np.float32)
 

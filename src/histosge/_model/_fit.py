@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from histosge._heads import get_head, parts_of
-from histosge._model._context import FAR_UM, stack_sections
+from histosge._heads import AnyHead, get_head, head_name, parts_of
+from histosge._model._context import section_numbers, stack_sections
 from histosge._model._crossfit import compare, cross_fit, score, summary
-from histosge._model._genes import _select
+from histosge._model._genes import select_genes
 from histosge._model._model import Model, training_table
 from histosge._settings import logger
 from histosge._statistics import BASELINES, better_baselines, block_folds, calibrate
@@ -29,51 +29,49 @@ if TYPE_CHECKING:
     from histosge._embedding import EmbeddingConfig, SpotParts
     from histosge._section import Section
 
-_FITTED = ("mean", "weights")
-"""What a simple head takes when it is restored, and is no option of it."""
-
 
 def fit_model(
     sections: Sequence[Section],
     embeddings: Sequence[NDArray[np.float32]],
     *,
     config: EmbeddingConfig,
-    head: str,
+    head: AnyHead,
     genes: int | Sequence[str] | str,
     n_folds: int,
     rng: np.random.Generator,
     device: torch.device,
-    parts: Sequence[SpotParts] | None = None,
+    sub_spots: Sequence[SpotParts] | None = None,
     baselines: Sequence[str] = BASELINES,
     head_options: dict[str, Any] | None = None,
     progress: bool | None = None,
 ) -> Model:
     """Fit a head on every fold of the spots of one or more sections, and score it on the spots left out.
 
-    ``parts`` say what lies below the spots of each section, for heads that learn from it.
+    ``sub_spots`` are those of the spots of each section, for heads that learn from them.
     """
     names = check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, head_options=head_options)
     everything = sparse.vstack([s.expression[:, s.genes.get_indexer(names)] for s in sections]).tocsr()
-    spread_out = np.vstack([s.xy_um + [FAR_UM * i, 0] for i, s in enumerate(sections)])
-    fold = block_folds(spread_out, n_folds=n_folds, rng=rng)
+    xy_um, number = np.vstack([s.xy_um for s in sections]), section_numbers(sections)
+    fold = block_folds(xy_um, n_folds=n_folds, rng=rng, groups=number)
 
-    final, per_fold, highly_variable = _select(genes, names, everything, spread_out, fold)
+    final, per_fold, highly_variable = select_genes(genes, names, everything, xy_um, groups=number, fold=fold)
     union = np.flatnonzero(final | per_fold.any(axis=0))
-    spots = stack_sections(sections, embeddings, names[union], parts=parts).to(device)
+    spots = stack_sections(sections, embeddings, names[union], sub_spots=sub_spots).to(device)
 
-    logger.info("fitting %s on %d spots x %d genes, %d folds", head, len(spots), int(final.sum()), n_folds)
+    name = head_name(head)
+    logger.info("fitting %s on %d spots x %d genes, %d folds", name, len(spots), int(final.sum()), n_folds)
     fitted = cross_fit(spots, head=head, fold=fold, rng=rng, options=head_options, progress=progress)
     measured = spots.expression.cpu().numpy()
 
-    def chosen(one: int) -> NDArray[np.bool_]:
-        return per_fold[one][union]
+    def chosen(left_out: int) -> NDArray[np.bool_]:
+        return per_fold[left_out][union]
 
-    said = {head: fitted.held_out} | fitted.parts
-    held_out = {name: summary(values, measured, fold=fold, chosen=chosen) for name, values in said.items()}
+    predicted = {name: fitted.held_out} | fitted.parts
+    held_out = {each: summary(values, measured, fold=fold, chosen=chosen) for each, values in predicted.items()}
     others = [r for r in baselines if r not in held_out]
     held_out |= compare(spots, heads=others, fold=fold, chosen=chosen, rng=rng)
     if baselines:
-        _report(head, held_out)
+        _report(name, held_out)
 
     gene_scores = score(fitted.held_out, measured, fold=fold)
     keep = final[union]
@@ -98,13 +96,13 @@ def fit_model(
     }
     scores.index.name = None
     found = pd.Index(scores.index), pd.Index(names[union]), fitted.heads
-    kept = replace(spots, parts=None).to("cpu")
-    return Model(head, *found, scores, held_out, config, kept, intervals, info, training_table(fitted.losses))
+    kept = replace(spots, sub_spots=None).to("cpu")
+    return Model(name, *found, scores, held_out, config, kept, intervals, info, training_table(fitted.losses))
 
 
 def check_arguments(
     *,
-    head: str,
+    head: AnyHead,
     genes: int | Sequence[str] | str,
     n_folds: int,
     sections: Sequence[Section],
@@ -127,22 +125,22 @@ def check_arguments(
         raise ValueError(msg)
     if len(names) == 0:
         msg = (
-            "the sections have no gene in common, so that nothing can be learnt from them together. Check that all name "
-            "genes alike, by symbols or by Ensembl ids."
+            "the sections have no gene in common, so that nothing can be learnt from them together. Check that all use "
+            "the same names of genes, symbols or Ensembl ids."
         )
         raise ValueError(msg)
     number = isinstance(genes, (int, np.integer)) and not isinstance(genes, bool)
-    several = isinstance(genes, Collection) and not isinstance(genes, str) and len(genes) > 0
-    if not (number and genes >= 1) and not several and not isinstance(genes, str):  # type: ignore[operator]
+    listed = isinstance(genes, Collection) and not isinstance(genes, str) and len(genes) > 0
+    if not (number and genes >= 1) and not listed and not isinstance(genes, str):  # type: ignore[operator]
         msg = f"genes={genes!r}: pass a number above 0, a list of gene names, or 'all'."
         raise ValueError(msg)
     if isinstance(genes, str) and genes != "all":
         msg = f"genes={genes!r}: pass a number, a list of gene names, or 'all' (one gene: genes=[{genes!r}])."
         raise ValueError(msg)
-    if several:
+    if listed:
         wanted = pd.Index([str(g) for g in cast("Sequence[str]", genes)])
         missing = wanted.difference(names)
-        no_genes = {g: kind for one in sections for g, kind in one.others.items() if g in missing}
+        no_genes = {g: kind for section in sections for g, kind in section.others.items() if g in missing}
         if no_genes:
             msg = (
                 f"genes: {no_genes} are no gene expression, and only genes are predicted. Leave them out of genes=, or choose from "
@@ -160,9 +158,12 @@ def check_arguments(
     return names
 
 
-def _check_options(head: str, options: dict[str, Any] | None) -> None:
+def _check_options(head: AnyHead, options: dict[str, Any] | None) -> None:
     """Refuse an unknown head, and options that it does not have."""
     names = parts_of(head)
+    if options and not isinstance(head, (str, type)):
+        msg = f"head_options={options!r}: head={head!r} is an object that has its options. Leave head_options= out, or pass its class."
+        raise ValueError(msg)
     given = {"head_options": {} if options is None else options}
     if len(names) > 1 and isinstance(options, dict):
         unknown = set(options) - set(names)
@@ -174,20 +175,20 @@ def _check_options(head: str, options: dict[str, Any] | None) -> None:
             raise ValueError(msg)
         given = {f"head_options[{name!r}]": options[name] for name in names if name in options}
         names = tuple(name for name in names if name in options)
-    for name, (where, one) in zip(names, given.items(), strict=False):
-        if not isinstance(one, dict):
-            msg = f"{where}={one!r}: pass a dict of arguments of the head."
+    for name, (argument, each) in zip(names, given.items(), strict=False):
+        if not isinstance(each, dict):
+            msg = f"{argument}={each!r}: pass a dict of arguments of the head."
             raise ValueError(msg)
-        known = [p for p in inspect.signature(get_head(name)).parameters if p not in _FITTED]
-        for option in one:
+        known = list(inspect.signature(get_head(name)).parameters)
+        for option in each:
             if option not in known:
                 msg = f"head_options: head {name!r} has no option {option!r}. {'Choose from ' + str(known) if known else 'It has none'}."
                 raise ValueError(msg)
 
 
 def _report(head: str, held_out: dict[str, dict[str, float]]) -> None:
-    told = ", ".join(f"{name} {s['pcc']:.3f}" for name, s in held_out.items())
-    logger.info("held-out PCC, mean over genes: %s", told)
+    message = ", ".join(f"{name} {s['pcc']:.3f}" for name, s in held_out.items())
+    logger.info("held-out PCC, mean over genes: %s", message)
     better = better_baselines(head, {name: scores["pcc"] for name, scores in held_out.items()})
     if better:
         logger.warning(

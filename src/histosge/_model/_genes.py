@@ -1,4 +1,4 @@
-"""Held-out predictions and what they are worth. Nothing here is ever scored on what it was trained on."""
+"""Which genes a model predicts."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ MIN_SHARE = 0.1
 """Genes seen in a smaller share of the spots are not chosen: there is nothing to predict them from."""
 
 
-def choose_genes(expression: sparse.spmatrix, xy: Floats, *, n_genes: int) -> Bools:
+def choose_genes(
+    expression: sparse.spmatrix, xy: Floats, *, n_genes: int, groups: NDArray[np.int64] | None = None
+) -> Bools:
     """Choose the genes with the strongest spatial autocorrelation among those seen in a tenth of the spots.
 
     What varies without any pattern in space cannot be predicted from the image or from neighbours: on small
-    sections genes of high dispersion are nearly all of that kind (docs/benchmarks.md).
+    sections genes of high dispersion are nearly all of that kind (docs/benchmarks.md). ``groups`` (n_spots,) are the
+    sections of the spots.
     """
     columns = sparse.csc_matrix(expression, copy=True)
     columns.eliminate_zeros()
@@ -34,31 +37,34 @@ def choose_genes(expression: sparse.spmatrix, xy: Floats, *, n_genes: int) -> Bo
     candidates = np.flatnonzero(seen >= MIN_SHARE)
     if len(candidates) < n_genes:  # a small panel: take the rest in order too
         candidates = np.flatnonzero(seen > 0)
-    strength = morans_i(columns[:, candidates], xy)
+    strength = morans_i(columns[:, candidates], xy, groups=groups)
     chosen = np.zeros(columns.shape[1], dtype=bool)
     chosen[candidates[np.argsort(-strength, kind="stable")[:n_genes]]] = True
     return chosen
 
 
-def _select(
+def select_genes(
     genes: int | Sequence[str] | str,
     names: pd.Index,
     expression: sparse.csr_matrix,
     xy: NDArray[np.float64],
+    *,
+    groups: NDArray[np.int64],
     fold: NDArray[np.int64],
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
     """Genes to predict; genes each fold's training spots would choose, (folds, genes); which vary most in space."""
     n_folds = int(fold.max()) + 1
     if isinstance(genes, (int, np.integer)):
         n = min(int(genes), len(names))
-        final = choose_genes(expression, xy, n_genes=n)
-        per_fold = np.stack([choose_genes(expression[fold != f], xy[fold != f], n_genes=n) for f in range(n_folds)])
+        final = choose_genes(expression, xy, n_genes=n, groups=groups)
+        known = [fold != f for f in range(n_folds)]
+        per_fold = np.stack([choose_genes(expression[k], xy[k], n_genes=n, groups=groups[k]) for k in known])
         return final, per_fold, final
     if isinstance(genes, str):
         final = np.asarray((expression > 0).sum(axis=0)).ravel() > 0
     else:
         final = np.asarray(names.isin([str(g) for g in genes]))
-    variable = final & choose_genes(expression, xy, n_genes=min(1000, len(names)))
+    variable = final & choose_genes(expression, xy, n_genes=min(1000, len(names)), groups=groups)
     # scanpy's PCA takes the highly variable genes: with none marked it would have nothing to work on
     highly_variable = variable if variable.any() else final
     return final, np.tile(final, (n_folds, 1)), highly_variable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 
 from histosge._embedding import EmbeddingConfig
-from histosge._heads import POSITION_ONLY, LowRank, Queries, Spots, get_head, parts_of, workers
-from histosge._model._context import FAR_UM, spots_of
+from histosge._heads import POSITION_ONLY, LowRank, Queries, Spots, get_head, workers
+from histosge._model._context import UNMEASURED, Context, stack_sections
 from histosge._statistics import PredictionIntervals
 
 if TYPE_CHECKING:
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 
 _FORMAT = 5
 _PLACES_AT_ONCE = 16384
-"""Places that all heads are asked at together"""
+"""Places that are predicted together"""
 _VALUES_AT_ONCE = 2**17
-"""Values of the expression that a thread makes at a time: half a megabyte, which its cache holds."""
+"""Values of the expression that a thread computes at a time: half a megabyte, which its cache holds."""
+_SPOT_TENSORS = ("embedding", "expression", "xy_um", "section")
 _TRAINING = {"head": object, "fold": int, "epoch": int, "loss": float}
 
 
@@ -49,13 +50,13 @@ class Model:
     genes
         Genes it predicts, in order.
     context_genes
-        Genes it reads from measured neighbours: those of ``genes``, and those that single folds chose beside them.
+        Genes it reads from measured neighbours: those of ``genes``, and others that single folds chose.
     scores
         One row a gene: ``held_out_pcc``, ``held_out_mse``, ``predictable``, ``highly_variable``.
     heads
         Fitted heads and their weights.
     held_out
-        Mean PCC and MSE on held-out spots, of this head, of its parts and of the simple rivals on the same folds.
+        Mean PCC and MSE on held-out spots, of this head, of its parts and of the baselines on the same folds.
     intervals
         Prediction intervals, calibrated on the held-out spots.
     config
@@ -99,58 +100,21 @@ class Model:
             f"held-out PCC {pcc:.3f} (mean over genes)"
         )
 
-    def predict(
-        self,
-        section: Section,
-        *,
-        spots: NDArray[np.float32],
-        places: NDArray[np.float32],
-        xy_px: NDArray[np.float64],
-        spot_index: NDArray[np.int64],
-        device: torch.device,
-    ) -> NDArray[np.float32]:
-        """Predict at places of a section.
+    def context(self, section: Section, embedding: NDArray[np.float32], *, device: torch.device) -> Context:
+        """Prepare to predict on a section from its measured spots, whose embeddings are given, (n, d).
 
-        Parameters
-        ----------
-        section
-            The section, whose measured spots are the context.
-        spots
-            (n, d) embeddings of its spots.
-        places
-            (m, d) embeddings of the places.
-        xy_px
-            (m, 2) the places in pixels of the image.
-        spot_index
-            (m,) row of the spot at each place, hidden from it; -1 for none.
-        device
-            Where to compute.
-
-        Returns
-        -------
-        (m, genes) float32, log1p-normalised expression, never negative.
-        """
-        context = self.context(section, spots, device=device)
-        return self.predict_from(
-            context, places=places, xy_um=xy_px * section.mpp, spot_index=spot_index, device=device
-        )
-
-    def context(self, section: Section, spots: NDArray[np.float32], *, device: torch.device) -> Spots:
-        """Lay out the measured spots of a section, whose embeddings are ``spots``, (n, d), to predict from.
-
-        Of a section without any, these are the spots of training, out of reach of all its places: what neighbours would
-        say is left out, and what the image says stays.
+        Where nothing is measured, the spots of training are the context, and no place has neighbours among them: what
+        neighbours would tell is left out, and what the image tells stays.
         """
         if not section.measured:
-            blind = sorted(set(parts_of(self.head)) & set(POSITION_ONLY))
+            blind = sorted(set(self.head.split("+")) & set(POSITION_ONLY))
             if blind:
                 msg = (
                     f"the model has the head {self.head!r}, and {' and '.join(map(repr, blind))} knows positions only: nothing "
                     "is measured on this section. Fit a model with another head=."
                 )
                 raise ValueError(msg)
-            away = self.spots.xy_um.max(0).values + FAR_UM
-            return replace(self.spots, xy_um=self.spots.xy_um - (away / FAR_UM).ceil() * FAR_UM).to(device)
+            return self.condition(self.spots, section=UNMEASURED, device=device)
         missing = self.context_genes.difference(section.genes)
         if len(missing):
             msg = (
@@ -158,66 +122,99 @@ class Model:
                 f"{section.spots_key!r} (for example {list(missing[:3])}). Fit on genes that all sections have: genes=."
             )
             raise ValueError(msg)
-        return spots_of(section, spots, section.dense(self.context_genes)).to(device)
+        return self.condition(stack_sections([section], [embedding], self.context_genes), device=device)
+
+    def condition(self, spots: Spots, *, device: torch.device, section: int = 0) -> Context:
+        """Prepare to predict from measured spots with the genes ``context_genes``.
+
+        Heads are moved to ``device``, and compute what depends on the spots alone. ``section`` is the number of the
+        section that is predicted.
+        """
+        spots = spots.to(device)
+        heads: list[tuple[float, Head, Any]] = []
+        with workers(device) as run:
+            for weight, head in self.heads:
+                moved = head.to(device)
+                heads.append((weight, moved, moved.condition(spots, run=run) if isinstance(moved, LowRank) else None))
+        return Context(spots, section, heads)
 
     def predict_from(
         self,
-        context: Spots,
+        context: Context,
         *,
         places: NDArray[np.float32],
         xy_um: NDArray[np.float64],
         spot_index: NDArray[np.int64],
-        device: torch.device,
     ) -> NDArray[np.float32]:
-        """Predict (m, genes) at places, given measured spots with the genes ``context_genes``; see :meth:`predict`."""
-        context = context.to(device)
+        """Predict at places of one section.
+
+        Parameters
+        ----------
+        context
+            From :meth:`context` or :meth:`condition`.
+        places
+            (m, d) embeddings of the places.
+        xy_um
+            (m, 2) positions in the coordinates of the section.
+        spot_index
+            (m,) row of the context's spot at each place, hidden from it; -1 for none.
+
+        Returns
+        -------
+        (m, genes) float32, log1p-normalised expression, never negative.
+        """
+        device = context.spots.embedding.device
         out = np.empty((len(places), len(self.genes)), np.float32)
         with workers(device) as run:
             for start in range(0, len(out), _PLACES_AT_ONCE):
                 rows = slice(start, start + _PLACES_AT_ONCE)
-                where = Queries(
+                queries = Queries(
                     torch.as_tensor(places[rows]).to(device),
                     torch.as_tensor(xy_um[rows], dtype=torch.float32).to(device),
+                    torch.full((len(places[rows]),), context.section, device=device),
                     torch.as_tensor(spot_index[rows]).to(device),
                 )
-                self._mean(where, context, out=torch.from_numpy(out[rows]), run=run)
+                self._mean(queries, context, out=torch.from_numpy(out[rows]), run=run)
         return out
 
-    def _mean(self, places: Queries, context: Spots, *, out: Tensor, run: Run) -> None:
-        """Weighted mean of what the heads say, into ``out`` (m, genes): a few rows at a time, which caches hold."""
-        columns = torch.as_tensor(self.context_genes.get_indexer(self.genes), device=places.xy_um.device)
-        said: list[tuple[float, Tensor, Expansion]] = []
-        for kind in dict.fromkeys(type(head) for _, head in self.heads):
-            weights, heads = zip(*((w, head) for w, head in self.heads if type(head) is kind), strict=True)
+    def _mean(self, queries: Queries, context: Context, *, out: Tensor, run: Run) -> None:
+        """Put the weighted mean of the predictions of the heads into ``out`` (m, genes), a few rows at a time."""
+        columns = torch.as_tensor(self.context_genes.get_indexer(self.genes), device=queries.xy_um.device)
+        predicted: list[tuple[float, Tensor, Expansion]] = []
+        for kind in dict.fromkeys(type(head) for _, head, _ in context.heads):
+            weights, heads, conditions = zip(*(each for each in context.heads if type(each[1]) is kind), strict=True)
             if isinstance(heads[0], LowRank):
-                answers = heads[0].answers(heads, places, context=context, run=run)
+                values = heads[0].components(heads, conditions, queries, run=run)
             else:
-                answers = [head.predict(places, context=context) for head in heads]
-            said += zip(weights, answers, (_expansion(head, columns) for head in heads), strict=True)
+                values = [head.predict(queries, context=context.spots) for head in heads]
+            predicted += zip(weights, values, (_expansion(head, columns) for head in heads), strict=True)
 
         @torch.inference_mode()
         def expand(rows: slice) -> None:
-            values = None
-            for weight, answer, into in said:
-                one = into(answer[rows]).clamp_min_(0)
-                values = one.mul_(weight) if values is None else values.add_(one, alpha=weight)
-            out[rows] = values  # type: ignore[assignment]
+            mean = None
+            for weight, values, expansion in predicted:
+                each = expansion(values[rows]).clamp_min_(0)
+                mean = each.mul_(weight) if mean is None else mean.add_(each, alpha=weight)
+            out[rows] = mean  # type: ignore[assignment]
 
-        n = max(1, _VALUES_AT_ONCE // len(self.genes)) if out.device == places.xy_um.device else len(places)
-        list(run(expand, [slice(start, start + n) for start in range(0, len(places), n)]))
+        n = max(1, _VALUES_AT_ONCE // len(self.genes)) if out.device == queries.xy_um.device else len(queries)
+        list(run(expand, [slice(start, start + n) for start in range(0, len(queries), n)]))
 
     def fingerprint(self) -> str:
-        """Digest of the weights and of what is said of them, to tell models apart."""
+        """Digest of the weights and of their configuration, to tell models apart."""
         digest = hashlib.sha256()
         for weight, head in self.heads:
             config, tensors = head.state()
             digest.update(json.dumps([head.name, weight, config], sort_keys=True).encode())
             for name, tensor in sorted(tensors.items()):
                 digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-        for tensor in (self.spots.embedding, self.spots.expression, self.spots.xy_um):
+        for tensor in self._spot_tensors().values():
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         digest.update(json.dumps([*self.genes, *self.context_genes, self.config.to_dict()], sort_keys=True).encode())
         return digest.hexdigest()[:16]
+
+    def _spot_tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self.spots, name) for name in _SPOT_TENSORS}
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the model to a folder: ``config.json``, ``scores.csv``, ``training.csv`` and ``model.safetensors``.
@@ -247,8 +244,7 @@ class Model:
         tensors = {
             f"{i}.{name}": t.detach().cpu().contiguous() for i, (_, ws) in enumerate(states) for name, t in ws.items()
         }
-        spots = {"embedding": self.spots.embedding, "expression": self.spots.expression, "xy_um": self.spots.xy_um}
-        tensors |= {f"spots.{name}": t.detach().cpu().contiguous() for name, t in spots.items()}
+        tensors |= {f"spots.{name}": t.detach().cpu().contiguous() for name, t in self._spot_tensors().items()}
         tensors |= {f"intervals.{name}": torch.as_tensor(a) for name, a in self.intervals.to_arrays().items()}
         config = {
             "format": _FORMAT,
@@ -269,13 +265,15 @@ class Model:
         save_file(tensors, path / "model.safetensors")
 
     @classmethod
-    def load(cls, path: str | Path) -> Model:
+    def load(cls, path: str | Path, *, head: type[Head] | None = None) -> Model:
         """Read a model from a folder.
 
         Parameters
         ----------
         path
             Folder that :meth:`save` wrote.
+        head
+            Class of the model's head, if that is a head of your own: see :class:`histosge.Head`.
 
         Returns
         -------
@@ -286,7 +284,8 @@ class Model:
         FileNotFoundError
             Where the folder holds no model.
         ValueError
-            Where another version of histosge saved it, in a format that this one does not read.
+            Where another version of histosge saved it, in a format that this one does not read, or where its head is
+            not known.
         """
         from safetensors.torch import load_file
 
@@ -294,15 +293,18 @@ class Model:
         if not (path / "config.json").exists():
             msg = f"{path} holds no model: there is no config.json. Pass a folder that Model.save() wrote."
             raise FileNotFoundError(msg)
+        if head is not None:
+            get_head(head)
         config = json.loads((path / "config.json").read_text())
         if config.get("format") != _FORMAT:
             msg = f"{path} has model format {config.get('format')!r}; this version of histosge reads {_FORMAT}. Fit it again."
             raise ValueError(msg)
         tensors = load_file(path / "model.safetensors")
+        embedding, expression, xy_um, number = (tensors[f"spots.{name}"] for name in _SPOT_TENSORS)
         heads = []
         for i, c in enumerate(config["heads"]):
             mine = {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
-            heads.append((c["weight"], get_head(c["name"]).from_state(c["config"], mine)))
+            heads.append((c["weight"], _stored_head(path, c["name"]).from_state(c["config"], mine)))
         prefix = "intervals."
         intervals = {n.removeprefix(prefix): t.numpy() for n, t in tensors.items() if n.startswith(prefix)}
         scores = pd.read_csv(path / "scores.csv", index_col="gene", dtype={"gene": str}, keep_default_na=False)
@@ -316,7 +318,7 @@ class Model:
             scores,
             config["held_out"],
             EmbeddingConfig.from_dict(config["embedding"]),
-            Spots(tensors["spots.embedding"], tensors["spots.expression"], tensors["spots.xy_um"], config["pitch_um"]),
+            Spots(embedding, expression, xy_um, number, config["pitch_um"]),
             PredictionIntervals.from_arrays(intervals),
             config["info"],
             pd.read_csv(path / "training.csv").astype(_TRAINING),
@@ -330,5 +332,16 @@ def training_table(losses: dict[tuple[str, int], Sequence[float]]) -> pd.DataFra
 
 
 def _expansion(head: Head, columns: Tensor) -> Expansion:
-    """How what a head answers becomes expression of the genes ``columns``."""
-    return head.expansion(columns) if isinstance(head, LowRank) else lambda answer: answer[:, columns]
+    """Give the function from the values of a head to expression of the genes ``columns``."""
+    return head.expansion(columns) if isinstance(head, LowRank) else lambda values: values[:, columns]
+
+
+def _stored_head(path: Path, name: str) -> type[Head]:
+    try:
+        return get_head(name)
+    except ValueError as error:
+        msg = (
+            f"{path} has the head {name!r}, which is none of histosge's. Pass its class: Model.load(path, head=...), or "
+            f"install the package that brings it (entry point {name!r} in the group 'histosge.heads')."
+        )
+        raise ValueError(msg) from error

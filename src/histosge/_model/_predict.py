@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from histosge._embedding import Embedder, Forecast
     from histosge._geometry import Targets
-    from histosge._heads import Spots
+    from histosge._model._context import Context
     from histosge._section import Section
 
 _SPARE = 1.5
@@ -41,7 +41,7 @@ class Predictor:
     model: Model
     embedder: Embedder
     targets: Targets
-    context: Spots
+    context: Context
     """Measured spots that the model predicts from"""
     provenance: dict[str, Any]
     """What goes into ``uns``"""
@@ -100,7 +100,6 @@ class Predictor:
             places=at_targets,
             xy_um=targets.xy_px * self.embedder.section.mpp,
             spot_index=targets.spot_index,
-            device=self.embedder.device,
         )
         found = {"X": expression[: len(rows)]}
         if self.conservation is not None:
@@ -144,7 +143,7 @@ def check_conservation(section: Section, targets: Targets) -> None:
 
 
 def _conservation(
-    model: Model, embedder: Embedder, targets: Targets, context: Spots, at_spots: NDArray[np.float32]
+    model: Model, embedder: Embedder, targets: Targets, context: Context, at_spots: NDArray[np.float32]
 ) -> Conservation:
     """Shrink the measurement of each spot towards what the model predicts there after it has read the spot."""
     section = embedder.section
@@ -154,9 +153,7 @@ def _conservation(
         msg = "conserve=True needs raw counts and a grid of bins: pass bin_um=, or leave conserve= out."
         raise ValueError(msg)
     n = len(section.xy_px)
-    predicted = model.predict_from(
-        context, places=at_spots, xy_um=section.xy_um, spot_index=np.full(n, -1), device=embedder.device
-    )
+    predicted = model.predict_from(context, places=at_spots, xy_um=section.xy_um, spot_index=np.full(n, -1))
     columns = section.genes.get_indexer(model.genes)
     noise = noise_variance(counts[:, columns], total=np.asarray(counts.sum(axis=1)).ravel())
     shrunken = shrinkage(section.dense(model.genes), predicted, noise=noise)

@@ -95,11 +95,13 @@ def similarity_map(predicted: Floats, measured: Floats, *, mean: sparse.csr_matr
     return np.where(extent > 0, top / np.where(extent > 0, (mean_p**2 + mean_m**2 + c1) * (variances + c2), 1.0), 0.0)
 
 
-def neighbour_mean(xy: Floats, *, n_neighbours: int, itself: bool) -> sparse.csr_matrix:
+def neighbour_mean(
+    xy: Floats, *, n_neighbours: int, itself: bool, groups: NDArray[np.int64] | None = None
+) -> sparse.csr_matrix:
     """Matrix that averages over the nearest neighbours of each spot, with or without the spot itself."""
     n = len(xy)
-    place = np.asarray(xy, np.float64)
-    index, _, present = nearest_spots(place, place, k=n_neighbours, exclude=np.arange(n))
+    place, of = np.asarray(xy, np.float64), {"groups": groups, "spot_groups": groups}
+    index, _, present = nearest_spots(place, place, k=n_neighbours, exclude=np.arange(n), **of)
     if itself:
         index, present = np.column_stack([np.arange(n), index]), np.column_stack([np.ones(n, bool), present])
     weight = present / np.maximum(present.sum(1, keepdims=True), 1)
@@ -107,9 +109,18 @@ def neighbour_mean(xy: Floats, *, n_neighbours: int, itself: bool) -> sparse.csr
     return sparse.csr_matrix((weight.ravel(), (rows, index.ravel())), shape=(n, n))
 
 
-def morans_i(expression: Floats | sparse.spmatrix, xy: Floats, *, n_neighbours: int = 6) -> Floats:
-    """Moran's I (Moran, 1950) of every column on the graph of nearest neighbours, with equal weights; 0 if constant."""
-    graph = neighbour_mean(xy, n_neighbours=n_neighbours, itself=False).astype(np.float32)
+def morans_i(
+    expression: Floats | sparse.spmatrix,
+    xy: Floats,
+    *,
+    n_neighbours: int = 6,
+    groups: NDArray[np.int64] | None = None,
+) -> Floats:
+    """Moran's I (Moran, 1950) of every column on the graph of nearest neighbours, with equal weights; 0 if constant.
+
+    Spots of different ``groups`` (n_spots,), such as sections, are not neighbours.
+    """
+    graph = neighbour_mean(xy, n_neighbours=n_neighbours, itself=False, groups=groups).astype(np.float32)
     columns = sparse.csc_matrix(expression)
     found = np.zeros(columns.shape[1])
     for start in range(0, columns.shape[1], _BLOCK):

@@ -26,8 +26,6 @@ BLOCKS_PER_FOLD = 6
 MIN_TRAIN = 10
 """A split that leaves fewer spots to learn from is refused."""
 
-_APART_UM = 20_000.0
-"""An empty strip of this width parts sections that lie in one plane; no hole in a section is that wide."""
 _SMALLEST_UM = 1e-3
 """Blocks are not made smaller than this: spots nearer to each other share a place."""
 
@@ -80,7 +78,12 @@ def random_splits(n_spots: int, *, n_splits: int, rng: np.random.Generator, shar
 
 
 def block_folds(
-    xy_um: Floats, *, n_folds: int, rng: np.random.Generator, block_um: float | None = None
+    xy_um: Floats,
+    *,
+    n_folds: int,
+    rng: np.random.Generator,
+    block_um: float | None = None,
+    groups: Ints | None = None,
 ) -> NDArray[np.int64]:
     """Deal spots into folds of about equal size by whole square blocks of a randomly turned and shifted grid.
 
@@ -91,7 +94,7 @@ def block_folds(
     Parameters
     ----------
     xy_um
-        (n_spots, 2) positions; sections may lie in one plane, at least 20 mm apart, and share no block.
+        (n_spots, 2) positions.
     n_folds
         Number of folds; none is empty.
     rng
@@ -99,12 +102,15 @@ def block_folds(
     block_um
         Edge of a block, smaller where that makes fewer blocks than folds. By default the edge of about six blocks a
         fold, where the area of the spots is their number times the square of the median distance to the nearest one.
+    groups
+        (n_spots,) section of each spot, each in coordinates of its own; sections share no block. By default there is
+        one section.
 
     Returns
     -------
     (n_spots,) fold of each spot.
     """
-    return _block_folds(xy_um, n_folds=n_folds, rng=rng, block_um=block_um, name="n_folds")
+    return _block_folds(xy_um, n_folds=n_folds, rng=rng, block_um=block_um, name="n_folds", groups=groups)
 
 
 def block_splits(
@@ -115,7 +121,7 @@ def block_splits(
     Parameters
     ----------
     xy_um
-        (n_spots, 2) positions, as for :func:`block_folds`.
+        (n_spots, 2) positions, of one section.
     n_splits
         Number of folds; each spot is scored in one of them.
     rng
@@ -131,22 +137,30 @@ def block_splits(
     xy_um = np.asarray(xy_um, np.float64)
     fold = _block_folds(xy_um, n_folds=n_splits, rng=rng, block_um=block_um, name="n_splits")
     splits = []
-    for one in range(n_splits):
-        test, rest = np.flatnonzero(fold == one), np.flatnonzero(fold != one)
+    for number in range(n_splits):
+        test, rest = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
         far, _ = cKDTree(xy_um[test]).query(xy_um[rest])
         train = rest[far >= buffer_um]
         if len(train) < MIN_TRAIN:
             msg = (
-                f"buffer_um={buffer_um:g} leaves {len(train)} of {len(fold)} spots to learn from when fold {one} of "
+                f"buffer_um={buffer_um:g} leaves {len(train)} of {len(fold)} spots to learn from when fold {number} of "
                 f"{n_splits} is held out (at least {MIN_TRAIN} are needed): "
                 f'take a smaller buffer_um=, larger sections, or split="random".'
             )
             raise ValueError(msg)
-        splits.append(Split(train, test, one))
+        splits.append(Split(train, test, number))
     return splits
 
 
-def _block_folds(xy_um: Floats, *, n_folds: int, rng: np.random.Generator, block_um: float | None, name: str) -> Ints:
+def _block_folds(
+    xy_um: Floats,
+    *,
+    n_folds: int,
+    rng: np.random.Generator,
+    block_um: float | None,
+    name: str,
+    groups: Ints | None = None,
+) -> Ints:
     """Lay blocks, smaller ones until there is one for every fold, and deal them."""
     if n_folds < 2:
         msg = f"{name}={n_folds}: at least 2 are needed, or nothing is left to learn from."
@@ -155,9 +169,11 @@ def _block_folds(xy_um: Floats, *, n_folds: int, rng: np.random.Generator, block
         msg = f"block_um={block_um!r}: give the edge of a block in µm, above 0, or None to have it chosen."
         raise ValueError(msg)
     xy_um = np.asarray(xy_um, np.float64)
-    section = _sections(xy_um)
+    section = (
+        np.zeros(len(xy_um), np.int64) if groups is None else np.unique(groups, return_inverse=True)[1].reshape(-1)
+    )
     turn, shift = rng.uniform(0, np.pi / 2), rng.random((section.max() + 1, 2))
-    edge = _edge_um(xy_um, n_blocks=BLOCKS_PER_FOLD * n_folds) if block_um is None else block_um
+    edge = _edge_um(xy_um, section=section, n_blocks=BLOCKS_PER_FOLD * n_folds) if block_um is None else block_um
     block = _blocks(xy_um, section=section, edge_um=edge, turn=turn, shift=shift)
     while block.max() + 1 < n_folds and edge > _SMALLEST_UM:
         edge = max(0.8 * edge, _SMALLEST_UM)
@@ -172,20 +188,12 @@ def _block_folds(xy_um: Floats, *, n_folds: int, rng: np.random.Generator, block
     return _deal(size, n_folds=n_folds, rng=rng)[block]
 
 
-def _sections(xy_um: Floats) -> Ints:
-    """Number the sections: groups of spots that an empty strip along either axis parts."""
-    section = np.zeros(len(xy_um), np.int64)
-    for axis in (0, 1):
-        order = np.lexsort((xy_um[:, axis], section))
-        starts = (np.diff(section[order]) > 0) | (np.diff(xy_um[order, axis]) > _APART_UM)
-        section[order] = np.concatenate([[0], np.cumsum(starts)])
-    return section
-
-
-def _edge_um(xy_um: Floats, *, n_blocks: int) -> float:
+def _edge_um(xy_um: Floats, *, section: Ints, n_blocks: int) -> float:
     """Edge of the squares of which ``n_blocks`` cover the area of the spots."""
-    places = np.unique(xy_um, axis=0)  # spots that share a place cover it once
-    _, near, _ = nearest_spots(places, places, k=1, exclude=np.arange(len(places)))
+    places = np.unique(np.column_stack([section, xy_um]), axis=0)  # spots that share a place cover it once
+    number, places = places[:, 0].astype(np.int64), places[:, 1:]
+    of = {"groups": number, "spot_groups": number}
+    _, near, _ = nearest_spots(places, places, k=1, exclude=np.arange(len(places)), **of)
     return max(float(np.median(near)) * np.sqrt(len(places) / n_blocks), _SMALLEST_UM)
 
 
@@ -202,11 +210,11 @@ def _blocks(xy_um: Floats, *, section: Ints, edge_um: float, turn: float, shift:
 def _deal(size: Ints, *, n_folds: int, rng: np.random.Generator) -> Ints:
     """Deal blocks into folds, largest block first, each to the smallest fold (Graham, 1969)."""
     fold = np.empty(len(size), np.int64)
-    heap = [(0, one) for one in range(n_folds)]
+    heap = [(0, number) for number in range(n_folds)]
     for block in np.lexsort((rng.random(len(size)), -size)).tolist():
-        n_spots, one = heap[0]
-        fold[block] = one
-        heapq.heapreplace(heap, (n_spots + int(size[block]), one))
+        n_spots, number = heap[0]
+        fold[block] = number
+        heapq.heapreplace(heap, (n_spots + int(size[block]), number))
     return fold
 
 
@@ -240,7 +248,7 @@ def lattice_splits(lattice: Lattice, *, keep: int, n_splits: int, rng: np.random
         msg = f"n_splits={n_splits}: keep={keep} has {len(phases)} different splits; choose from 1 to {len(phases)}."
         raise ValueError(msg)
     drawn = rng.permutation(phases)[:n_splits]
-    return [Split(np.flatnonzero(phase == one), np.flatnonzero(phase != one), i) for i, one in enumerate(drawn)]
+    return [Split(np.flatnonzero(phase == kept), np.flatnonzero(phase != kept), i) for i, kept in enumerate(drawn)]
 
 
 def pseudo_spots(lattice: Lattice, *, rng: np.random.Generator, min_members: int | None = None) -> Ints:
@@ -317,4 +325,4 @@ def group_splits(groups: Sequence[object] | NDArray[np.generic]) -> list[Split]:
             f"give more sections or hold out blocks of spots."
         )
         raise ValueError(msg)
-    return [Split(np.flatnonzero(group != one), np.flatnonzero(group == one), one) for one in range(len(names))]
+    return [Split(np.flatnonzero(group != left), np.flatnonzero(group == left), left) for left in range(len(names))]

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from histosge._embedding import Embedder, Forecast, resolve_device
-from histosge._heads import POSITION_ONLY, default_head, divides
+from histosge._heads import POSITION_ONLY, default_head, learns_sub_spots
 from histosge._model import PROTOCOLS, SPLITS, Measured, Plan, check_arguments, trials
 from histosge._model import evaluate as hold_out
 from histosge._options import FitOptions, Reading, Running, expand, pick
@@ -176,7 +176,7 @@ def evaluate(
         embedder = Embedder.open(section, encoder, **how, **run)
         encoder = embedder.encoder  # loaded once for all sections
         values = embedder.embed_spots(forecast=forecast)
-        parts = embedder.embed_parts() if dense and any(divides(head) for head in heads) else None
+        parts = embedder.embed_parts() if dense and any(learns_sub_spots(head) for head in heads) else None
         measured[i] = replace(measured[i], embedding=values, parts=parts)
     if protocol == "published":
         logger.warning(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 
 from histosge._embedding import Embedder, Forecast, resolve_device
-from histosge._heads import default_head, divides
+from histosge._heads import default_head, learns_sub_spots
 from histosge._model import check_arguments, fit_model
 from histosge._options import FitOptions, Reading, Running, expand, pick
 from histosge._section import check_orientation, read_section
@@ -16,6 +16,7 @@ from histosge._section import check_orientation, read_section
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
+    from histosge._heads import Head
     from histosge._model import Model
 
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def fit(
     sdata: SpatialData | Sequence[SpatialData],
     *,
-    head: str | None = None,
+    head: str | type[Head] | Head | None = None,
     stack: Sequence[str] = ("pilm",),
     dense: bool = False,
     head_options: dict[str, Any] | None = None,
@@ -46,7 +47,8 @@ def fit(
         ``"in-context"`` (attention over measured neighbours), ``"aggregate"`` (the same, learnt through the mean of each
         spot's parts), ``"kriging"`` (Gaussian process on position and image), ``"published"`` (the paper's network,
         repaired), ``"ridge"``, ``"coordinates"``, ``"nearest"`` or ``"mean"``; names joined by ``+`` for their mean.
-        ``None`` takes ``"in-context+kriging"``, or ``"aggregate+kriging"`` where ``dense``.
+        Or a head of your own, see :class:`histosge.Head`. ``None`` takes ``"in-context+kriging"``, or
+        ``"aggregate+kriging"`` where ``dense``.
     genes, tile_um
     stack
         Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
@@ -101,13 +103,13 @@ def fit(
         embedder = Embedder.open(section, encoder, **how, **run)
         encoder = embedder.encoder  # loaded once for all sections
         values.append(embedder.embed_spots(forecast=forecast))
-        if dense and divides(head):
+        if dense and learns_sub_spots(head):
             parts.append(embedder.embed_parts())
     return fit_model(
         sections,
         values,
         config=embedder.config,
-        parts=parts or None,
+        sub_spots=parts or None,
         head=head,
         genes=genes,
         n_folds=n_folds,

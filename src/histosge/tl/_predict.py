@@ -11,7 +11,7 @@ import numpy as np
 
 from histosge import _keys
 from histosge._embedding import Embedder, Forecast
-from histosge._heads import default_head, divides
+from histosge._heads import default_head, head_name, learns_sub_spots
 from histosge._model import (
     Predictor,
     check_arguments,
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from histosge._geometry import Targets
+    from histosge._heads import Head
     from histosge._model import Model
     from histosge._section import Section
 
@@ -55,7 +56,7 @@ def predict(
     sdata: SpatialData,
     *,
     stack: Sequence[str] = ("pilm",),
-    head: str | None = None,
+    head: str | type[Head] | Head | None = None,
     head_options: dict[str, Any] | None = None,
     model: Model | None = None,
     upsample: int | None = None,
@@ -248,7 +249,9 @@ def predict(
         if inplace:
             commit(sdata, shapes=shapes, tables={key_added: None}, dry_run=True)  # report it before the work, not after
 
-    settled = learn | {"seed": seed} if model is None else {"model": model.fingerprint()}
+    settled = {"model": model.fingerprint()} if model is not None else {"seed": seed, **learn}
+    if model is None:
+        settled["head"] = head_name(learn["head"])
     parts = None
     if store is not None:
         parts = open_store(store, embedder, targets, name=key_added, params=settled | {"conserve": conserve})
@@ -297,13 +300,13 @@ def _warn_of_image_only() -> None:
 
 def _fit(embedder: Embedder, at_spots: NDArray[np.float32], *, head: str, **learn: Any) -> Model:
     """Fit the head on the spots of the section, with what lies below them where it learns from that."""
-    parts = [embedder.embed_parts()] if embedder.config.dense and divides(head) else None
+    parts = [embedder.embed_parts()] if embedder.config.dense and learns_sub_spots(head) else None
     return fit_model(
         [embedder.section],
         [at_spots],
         config=embedder.config,
         head=head,
-        parts=parts,
+        sub_spots=parts,
         device=embedder.device,
         progress=embedder.progress,
         **learn,

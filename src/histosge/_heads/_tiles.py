@@ -1,0 +1,97 @@
+"""Sections cut into tiles with about as many spots each, blended around their borders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_TILE_SPOTS = 500
+"""Spots in a tile, roughly: two thirds to one and a half times as many."""
+_NEAR_SPOTS = 1000
+"""Spots that a tile conditions on exactly: its own and those around it, so that all of its places have some around them."""
+_BLENDED = 2.0
+"""Pitches on either side of a cut where the two sides are blended: without it maps would have seams."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The plane of each section, cut where spots are many: each tile has about as many as any other."""
+
+    xy: NDArray[np.float64]
+    """(n, 2) spots"""
+    section: NDArray[np.int64]
+    """(n,)"""
+    roots: dict[int, int]
+    """The first cut of each section, or ~ its only tile"""
+    cuts: list[tuple[int, float, int, int]]
+    """Axis, where, and what lies up to there and beyond: a cut, or ~ a tile"""
+    spots: list[NDArray[np.intp]]
+    """Rows of the spots in each tile"""
+
+    @classmethod
+    def of(cls, xy: NDArray[np.float64], section: NDArray[np.int64]) -> Tiles:
+        """Cut across the longer side, into halves or thirds and two thirds …, so that tiles end up equal."""
+        cuts: list[tuple[int, float, int, int]] = []
+        tiles: list[NDArray[np.intp]] = []
+
+        def cut(rows: NDArray[np.intp]) -> int:
+            n_tiles = max(1, round(len(rows) / _TILE_SPOTS))
+            axis = int(np.argmax(np.ptp(xy[rows], axis=0)))
+            values = np.sort(xy[rows, axis])
+            steps = np.flatnonzero(np.diff(values) > 0) + 1  # between spots that lie on one another there is no cut
+            if n_tiles == 1 or len(steps) == 0:
+                tiles.append(rows)
+                return ~(len(tiles) - 1)
+            n_below = len(rows) * (n_tiles // 2) / n_tiles
+            step = steps[np.argmin(np.abs(steps - n_below))]
+            at = float(values[step - 1] + values[step]) / 2
+            below = xy[rows, axis] <= at
+            here = len(cuts)
+            cuts.append((axis, at, 0, 0))
+            cuts[here] = (axis, at, cut(rows[below]), cut(rows[~below]))
+            return here
+
+        roots = {int(number): cut(np.flatnonzero(section == number)) for number in np.unique(section)}
+        return cls(xy, section, roots, cuts, tiles)
+
+    def shares(
+        self, xy: NDArray[np.float64], section: NDArray[np.int64]
+    ) -> list[tuple[int, NDArray[np.intp], NDArray[np.float64]]]:
+        """Tiles, the places (m, 2) that each has a share in, and that share: from all to nothing around a cut.
+
+        Places of a section without spots are near none: their prediction is that of the first tile.
+        """
+        found: list[tuple[int, NDArray[np.intp], NDArray[np.float64]]] = []
+        waiting = []
+        for number in np.unique(section):
+            rows = np.flatnonzero(section == number)
+            waiting.append((self.roots.get(int(number), ~0), rows, np.ones(len(rows))))
+        while waiting:
+            here, rows, share = waiting.pop()
+            if len(rows) == 0:
+                continue
+            if here < 0:
+                found.append((~here, rows, share))
+                continue
+            axis, at, below, beyond = self.cuts[here]
+            upper = np.clip((xy[rows, axis] - at) / (2 * _BLENDED) + 0.5, 0, 1)
+            for there, part in ((beyond, upper), (below, 1 - upper)):
+                kept = part > 0
+                waiting.append((there, rows[kept], share[kept] * part[kept]))
+        return found
+
+    def near(self, tile: int) -> NDArray[np.intp]:
+        """Rows, sorted, of the spots of a tile and of those of its section that are nearest to the box around them."""
+        inside = self.spots[tile]
+        rows = np.flatnonzero(self.section == self.section[inside[0]])
+        n = min(max(_NEAR_SPOTS, len(inside)), len(rows))
+        xy, low, high = self.xy[rows], self.xy[inside].min(0), self.xy[inside].max(0)
+        beyond = np.maximum(np.maximum(low - xy, xy - high), 0)
+        distance = np.hypot(*beyond.T)
+        distance[np.searchsorted(rows, inside)] = -1
+        return rows[np.sort(np.argpartition(distance, n - 1)[:n])]
