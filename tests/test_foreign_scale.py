@@ -443,7 +443,7 @@ def test_targets_that_coordinate_systems_place_differently():
         "target_key": "cells",
         "dense": False,
     }
-    with pytest.raises(ValueError, match="coordinate systems place 'cells' differently"):
+    with pytest.raises(ValueError, match="coordinate systems align 'cells' differently"):
         sge.tl.predict(sdata, **options)
     sge.tl.predict(sdata, coordinate_system="zoomed", **options)
     np.testing.assert_allclose(sdata.tables["histosge"].obsm["spatial"], xy + [44, 4])

@@ -693,7 +693,7 @@ def test_places_that_cannot_be(sdata, nearest):
         target_key="out",
         **run,
     )
-    refuses(sdata, r"target_key='twice': its index has doubles.*Reset the index", target_key="twice", **run)
+    refuses(sdata, r"target_key='twice': its index has duplicates.*Reset the index", target_key="twice", **run)
     refuses(sdata, r"target_key='no' is not among the shapes .*'spots'", KeyError, target_key="no", **run)
     refuses(sdata, r"lost.*(synthetic|elsewhere)|(synthetic|elsewhere)", target_key="lost", **run)
 
