@@ -376,7 +376,7 @@ def spoil(px):
 def test_invalid_outlines_are_listed(small):
     add_shapes(small, "cells", spoil(cells_of(small)), index=[f"c{i}" for i in range(40)])
     said = refuses(small, "target_key='cells': 2 of 40 shapes are not valid", target_key="cells")
-    assert "and 1 of 40 places lie outside the image 'he' (for example ['c2', 'c5', 'c7'])" in said
+    assert "and 1 of 40 shapes lie outside the image 'he' (for example ['c2', 'c5', 'c7'])" in said
     assert "shapely.make_valid" in said
     assert "on_invalid='skip'" in said
 
@@ -406,7 +406,7 @@ def test_invalid_outlines_are_left_out(small, model, log, tmp_path, to_store):
 def test_nothing_but_invalid_outlines(small):
     add_shapes(small, "cells", [shapely.affinity.translate(p, 9000, 0) for p in cells_of(small)])
     for on_invalid in ("raise", "skip"):
-        refuses(small, "40 of 40 places lie outside", target_key="cells", on_invalid=on_invalid)
+        refuses(small, "40 of 40 shapes lie outside", target_key="cells", on_invalid=on_invalid)
 
 
 def test_unknown_way_with_invalid_outlines(small):

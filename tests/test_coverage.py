@@ -561,5 +561,5 @@ def test_order_is_stable_and_goes_with_the_places():
 def test_order_needs_a_block_and_places():
     with pytest.raises(ValueError, match=r"block_px=0: give a finite number of pixels above 0"):
         block_order(np.zeros((1, 2)), block_px=0)
-    with pytest.raises(ValueError, match=r"xy_px: 1 of 2 places \(rows 1\) are not finite: leave them out"):
+    with pytest.raises(ValueError, match=r"xy_px: 1 of 2 positions \(rows 1\) are not finite: leave them out"):
         block_order(np.array([[0, 0], [np.nan, 0]]), block_px=1)

@@ -376,9 +376,9 @@ def test_two_sections_in_one_element():
     both = np.vstack([xy, xy + [300, 0]])
     obs = {"array_row": np.tile(row, 2), "array_col": np.tile(col, 2)}
     names = [f"{c + 1}x{r + 1}-{i}" for i in (0, 1) for r, c in zip(row, col, strict=True)]
-    with pytest.raises(ValueError, match=r"50% of the 144 spots of 'spots' have a place on the array"):
+    with pytest.raises(ValueError, match=r"50% of the 144 spots of 'spots' have a position on the array"):
         read_section(section(both, names))
-    with pytest.raises(ValueError, match=r"50% of the 144 spots of 'spots' have a place on the array .* that another"):
+    with pytest.raises(ValueError, match=r"50% of the 144 spots of 'spots' have a position on the array .* that another"):
         read_section(section(both, obs=obs))
 
 
@@ -445,7 +445,7 @@ def test_targets_that_coordinate_systems_place_differently():
         "target_key": "cells",
         "dense": False,
     }
-    with pytest.raises(ValueError, match="coordinate systems place 'cells' differently"):
+    with pytest.raises(ValueError, match="coordinate systems align 'cells' differently"):
         sge.tl.predict(sdata, **options)
     sge.tl.predict(sdata, coordinate_system="zoomed", **options)
     np.testing.assert_allclose(sdata.tables["histosge"].obsm["spatial"], xy + [44, 4])

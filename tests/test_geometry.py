@@ -165,7 +165,7 @@ def test_places_without_a_common_distance_are_not_a_lattice():
 
 
 def test_shared_places_are_not_a_lattice():
-    with pytest.raises(NotALattice, match="share places"):
+    with pytest.raises(NotALattice, match="share positions"):
         estimate_lattice(np.repeat(lay("square", n=6), 2, axis=0))
 
 
@@ -183,7 +183,7 @@ def test_doubled_spots_are_not_a_lattice():
     """Two sections in one table, laid over each other with a small shift in a corner."""
     xy = lay("hexagonal", n=12, pitch=10)
     corner = xy[(xy < 30).all(1)]
-    with pytest.raises(NotALattice, match=r"puts \d+\.\d% of them on another spot's place"):
+    with pytest.raises(NotALattice, match=r"puts \d+\.\d% of them on another spot's site"):
         estimate_lattice(np.vstack([xy, corner + [2.0, 1.0]]))
 
 

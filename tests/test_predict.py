@@ -817,11 +817,11 @@ def test_places_that_cannot_be(sdata, nearest):
     run = {"model": nearest}
     refuses(
         sdata,
-        r"target_key='out': 1 of 1 places lie outside the image 'he' \(for example \['far'\]\)",
+        r"target_key='out': 1 of 1 shapes lie outside the image 'he' \(for example \['far'\]\)",
         target_key="out",
         **run,
     )
-    refuses(sdata, r"target_key='twice': its index has doubles.*Reset the index", target_key="twice", **run)
+    refuses(sdata, r"target_key='twice': its index has duplicates.*Reset the index", target_key="twice", **run)
     refuses(sdata, r"target_key='no' is not among the shapes .*'spots'", KeyError, target_key="no", **run)
     refuses(sdata, r"lost.*(synthetic|elsewhere)|(synthetic|elsewhere)", target_key="lost", **run)
 
@@ -1031,8 +1031,8 @@ def drop_spots(sdata):
     [
         (change_scale, "other mpp"),
         (change_image, "other image"),
-        (change_spots, "other places"),
-        (drop_spots, "other places"),
+        (change_spots, "other targets"),
+        (drop_spots, "other targets"),
     ],
 )
 def test_embeddings_of_something_else_are_not_used(sdata, count_embeddings, log, change, said):

@@ -220,7 +220,7 @@ def test_tables_of_replaced_places_go_with_them(sdata, log):
     sge.pp.targets(sdata, upsample=4)
     assert set(sdata.tables) == {"table"}
     assert warnings_in(log)[1:] == [
-        f"removing sdata.tables['{NAME}_stain-texture'], which describes the replaced places"
+        f"removing sdata.tables['{NAME}_stain-texture'], which describes the replaced shapes"
     ]
 
 

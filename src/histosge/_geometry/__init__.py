@@ -1,4 +1,4 @@
-"""Lattice, neighbours, places, footprints, tissue: numpy, scipy and shapely, in image pixels and µm; never torch."""
+"""Lattice, neighbours, targets, footprints, tissue: numpy, scipy and shapely, in image pixels and µm; never torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Which share of a footprint (the disc of a spot, a square bin, a cell's outline) lies in which cell of a grid.
+"""Shares of footprints (the disc of a spot, a square bin, a cell's outline) in the cells of a grid.
 
-All areas are exact: closed forms for discs and squares, Green's theorem for polygons; nothing is sampled.
+All areas are exact: closed forms for discs and squares, Green's theorem for polygons. Nothing is sampled.
 Positions are (x, y) in pixels of one plane, where pixel ``i`` covers ``[i, i + 1)``.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import shapely
 from scipy import sparse
 
-from histosge._geometry._footprints import Footprints, _count
+from histosge._geometry._footprints import Footprints, count_bad
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from histosge._geometry._lattice import Floats, Ints
 
 _PAIRS = 2**18
-"""Pairs of footprint and cell worked on at a time: bounds the memory beside that of the result to some 60 MB."""
-_EDGE = 1e-9
-"""A footprint that reaches less than this part of a cell (and of itself) over an edge only touches it: rounding."""
+"""Pairs of footprint and cell computed at a time: apart from the result, they need about 60 MB."""
+EDGE = 1e-9
+"""A footprint that crosses an edge by less than this share of a cell, and of itself, only touches it: rounding."""
 _ROUNDING = 1e-12
-"""A share below this is what is left of a difference of numbers near 1."""
+"""A share below this is rounding of a difference of numbers near 1."""
 _UNRESOLVED = 1e-6
-"""Shares whose sum is off by more than this were not lost to rounding."""
+"""Largest error of a sum of shares that may be rounding."""
 _OFF_GRID = 0.01
-"""How far a bin's centre may lie from where its row and column put it, in bins."""
+"""Largest distance of a bin's centre from the position of its row and column, in bins."""
 
 
 @dataclass(frozen=True)
@@ -91,22 +91,22 @@ def coverage(footprints: Footprints, grid: Grid) -> sparse.csr_matrix:
 
 
 def spot_by_bin(spots: Footprints, bins_xy_px: Floats, *, bin_px: float, row: Ints, col: Ints) -> sparse.csr_matrix:
-    """Share of each spot's area in each of the bins of a regular grid, of which only those on tissue are there.
+    """Share of each spot's area in each bin of a regular grid, of which some bins (off the tissue) are missing.
 
     Parameters
     ----------
     spots
         Footprints of the spots.
     bins_xy_px
-        (n_bins, 2) centres of the bins that are there.
+        (n_bins, 2) centres of the bins.
     bin_px
         Edge of a bin.
     row, col
-        (n_bins,) where each stands in the grid.
+        (n_bins,) position of each in the grid.
 
     Returns
     -------
-    (n_spots, n_bins) float64. Rows sum to 1 over the bins that are there; a spot without any has an empty row.
+    (n_spots, n_bins) float64. Rows sum to 1 over the bins given; a spot without any has an empty row.
     """
     shape = (len(spots), len(bins_xy_px))
     if 0 in shape:
@@ -147,13 +147,13 @@ def divide(footprints: Footprints, *, edge_px: float) -> tuple[Floats, Ints, Flo
     xy_px
         (p, 2) centres of the squares that some footprint reaches.
     index
-        (n, k) rows of the squares under each footprint; filled up with 0.
+        (n, k) rows of the squares under each footprint, padded with 0.
     weight
-        (n, k) share of the footprint in each; rows sum to 1, what fills up has 0.
+        (n, k) share of the footprint in each; rows sum to 1, padding has 0.
     """
     box = footprints.bounds()
-    low = np.floor(box[:, :2].min(axis=0) / edge_px - _EDGE)
-    n_cols, n_rows = (int(n) for n in np.ceil(box[:, 2:].max(axis=0) / edge_px + _EDGE) - low)
+    low = np.floor(box[:, :2].min(axis=0) / edge_px - EDGE)
+    n_cols, n_rows = (int(n) for n in np.ceil(box[:, 2:].max(axis=0) / edge_px + EDGE) - low)
     x0, y0 = (float(v) for v in low * edge_px)
     share = coverage(footprints, Grid(x0, y0, edge_px, n_rows, n_cols))
     cells, column = np.unique(share.indices, return_inverse=True)
@@ -163,18 +163,18 @@ def divide(footprints: Footprints, *, edge_px: float) -> tuple[Floats, Ints, Flo
 
 
 def padded(share: sparse.csr_matrix) -> tuple[Ints, Floats]:
-    """Columns and values of each row of a sparse matrix, (n, k) each; rows with fewer are filled up with 0."""
+    """Columns and values of each row of a sparse matrix, (n, k) each, padded with 0."""
     each = np.diff(share.indptr)
-    place = np.arange(each.max(initial=0)) < each[:, None]  # (n, k)
-    index, weight = np.zeros(place.shape, np.int64), np.zeros(place.shape)
-    index[place], weight[place] = share.indices, share.data
+    filled = np.arange(each.max(initial=0)) < each[:, None]  # (n, k)
+    index, weight = np.zeros(filled.shape, np.int64), np.zeros(filled.shape)
+    index[filled], weight[filled] = share.indices, share.data
     return index, weight
 
 
 def _cells_around(footprints: Footprints, grid: Grid) -> tuple[Ints, Ints]:
     """First column and row of the cells under each footprint's box, (n, 2), and how many there are, (n, 2)."""
     box = (footprints.bounds().reshape(-1, 2, 2) - [grid.x0, grid.y0]) / grid.cell_px  # (n, low or high, x or y)
-    slack = _EDGE * np.minimum(1.0, box[:, 1] - box[:, 0])
+    slack = EDGE * np.minimum(1.0, box[:, 1] - box[:, 0])
     first = np.floor(box[:, 0] + slack)
     last = np.maximum(np.ceil(box[:, 1] - slack), first + 1)
     outside = ((first < 0) | (last > [grid.n_cols, grid.n_rows])).any(axis=1)
@@ -183,7 +183,7 @@ def _cells_around(footprints: Footprints, grid: Grid) -> tuple[Ints, Ints]:
         n_cols, n_rows = np.maximum(last.max(axis=0), [grid.n_cols, grid.n_rows]) - low
         x0, y0 = np.array([grid.x0, grid.y0]) + low * grid.cell_px
         msg = (
-            f"{_count(outside)} reach outside the grid ({grid}): lay a larger one; x0={x0:.10g}, y0={y0:.10g}, "
+            f"{count_bad(outside)} reach outside the grid ({grid}): lay a larger one; x0={x0:.10g}, y0={y0:.10g}, "
             f"n_rows={n_rows:.0f}, n_cols={n_cols:.0f} would hold them all."
         )
         raise ValueError(msg)
@@ -239,8 +239,8 @@ def _square_shares(squares: Footprints, pairs: _Pairs) -> Floats:
 def _polygon_shares(footprints: Footprints, pairs: _Pairs) -> Floats:
     """Share of each pair's polygon that lies in its cell, (p,).
 
-    By Green's theorem, the integral of x over dy along the outline, cut where it goes from cell to cell. Against
-    clipping each polygon with each cell in GEOS it is exact alike and many times faster.
+    By Green's theorem, the integral of x over dy along the outline, cut where it goes from cell to cell. It is as exact
+    as clipping each polygon with each cell in GEOS, and many times faster.
     """
     grid, count = pairs.grid, pairs.count
     polygons, of_polygon = shapely.get_parts(footprints.polygons, return_index=True)
@@ -307,7 +307,7 @@ _SHARES = {"disc": _disc_shares, "square": _square_shares, "polygon": _polygon_s
 
 
 def _resolved(total: NDArray[Any], *, start: int) -> None:
-    """Raise where shares do not sum to 1: what was asked for is beyond the arithmetic."""
+    """Raise where shares do not sum to 1: such small footprints are beyond float64."""
     bad = np.abs(total - 1) > _UNRESOLVED
     if bad.any():
         nth = int(np.flatnonzero(bad)[0])
@@ -319,7 +319,7 @@ def _resolved(total: NDArray[Any], *, start: int) -> None:
 
 
 def _origin_of_bins(xy_px: Floats, index: Ints, *, bin_px: float) -> Floats:
-    """Corner (x, y) of the bin of row 0 and column 0, told by the first bin; the others must agree."""
+    """Corner (x, y) of the bin of row 0 and column 0, from the first bin; the others must agree."""
     if not (np.isfinite(bin_px) and bin_px > 0):
         msg = f"bin_px={bin_px!r}: give a finite number of pixels above 0."
         raise ValueError(msg)
@@ -329,13 +329,13 @@ def _origin_of_bins(xy_px: Floats, index: Ints, *, bin_px: float) -> Floats:
     if bad.any():
         msg = (
             f"bins_xy_px, row and col do not agree: with bin_px={bin_px:.6g} and the first bin as given, "
-            f"{_count(bad, 'bins')} lie up to {off.max():.3g} bins from their row and column. "
+            f"{count_bad(bad, 'bins')} lie up to {off.max():.3g} bins from their row and column. "
             "Give centres of bins along the image's axes, rows down y and columns along x."
         )
         raise ValueError(msg)
     in_order = index[np.lexsort(index.T)]
     n_twice = int((np.diff(in_order, axis=0) == 0).all(axis=1).sum())
     if n_twice:
-        msg = f"row and col: {n_twice} bins have the row and column of another: give each place of the grid once."
+        msg = f"row and col: {n_twice} bins have the row and column of another: give each bin of the grid once."
         raise ValueError(msg)
     return origin

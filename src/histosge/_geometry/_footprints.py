@@ -1,6 +1,5 @@
-"""Which share of a footprint (the disc of a spot, a square bin, a cell's outline) lies in which cell of a grid.
+"""Footprints: the areas of the image that spots and targets stand for.
 
-All areas are exact: closed forms for discs and squares, Green's theorem for polygons; nothing is sampled.
 Positions are (x, y) in pixels of one plane, where pixel ``i`` covers ``[i, i + 1)``.
 """
 
@@ -26,7 +25,7 @@ _POLYGONAL = (3, 6)  # shapely.GeometryType: POLYGON, MULTIPOLYGON
 
 @dataclass(frozen=True)
 class Footprints:
-    """Areas of the image that places stand for; made with `discs`, `squares` or `of_polygons`."""
+    """Areas of the image that spots or targets stand for; made with `discs`, `squares` or `of_polygons`."""
 
     xy_px: Floats
     """(n, 2) centres"""
@@ -47,11 +46,11 @@ class Footprints:
                 raise ValueError(msg)
         bad = ~np.isfinite(self.xy_px).all(axis=1) | ~np.isfinite(self.size_px)
         if bad.any():
-            msg = f"{_count(bad)} have a centre or size that is not finite: leave them out."
+            msg = f"{count_bad(bad)} have a centre or size that is not finite: leave them out."
             raise ValueError(msg)
         bad = self.size_px <= 0
         if bad.any():
-            msg = f"{_count(bad)} have no area: give every footprint a size above 0, or leave it out."
+            msg = f"{count_bad(bad)} have no area: give every footprint a size above 0, or leave it out."
             raise ValueError(msg)
 
     def __len__(self) -> int:
@@ -76,14 +75,14 @@ class Footprints:
         other = ~np.isin(shapely.get_type_id(outlines), _POLYGONAL)
         if other.any():
             kinds = sorted({getattr(outline, "geom_type", "None") for outline in outlines[other]})
-            msg = f"{_count(other)} are no Polygon or MultiPolygon but {', '.join(kinds)}: leave them out."
+            msg = f"{count_bad(other)} are no Polygon or MultiPolygon but {', '.join(kinds)}: leave them out."
             raise ValueError(msg)
         area = shapely.area(outlines)
         crossed = ~shapely.is_valid(outlines) & np.isfinite(area) & (area > 0)
         if crossed.any():
             reason = shapely.is_valid_reason(outlines[np.flatnonzero(crossed)[0]])
             msg = (
-                f"{_count(crossed)} are not valid polygons, so that their area is not defined (the first: {reason}): "
+                f"{count_bad(crossed)} are not valid polygons, so that their area is not defined (the first: {reason}): "
                 "repair them with shapely.make_valid or geopandas' GeoSeries.make_valid."
             )
             raise ValueError(msg)
@@ -103,7 +102,7 @@ class Footprints:
         return np.hstack([self.xy_px - half, self.xy_px + half])
 
     def digest(self) -> bytes:
-        """Tell these areas from any others."""
+        """Digest that differs for any other areas."""
         made = hashlib.sha256(self.kind.encode())
         for array in (self.xy_px, self.size_px):
             made.update(np.ascontiguousarray(array))
@@ -126,8 +125,8 @@ def _one_each(size: ArrayLike, n: int) -> Floats:
     return np.full(n, float(sizes)) if sizes.ndim == 0 else sizes
 
 
-def _count(bad: NDArray[np.bool_], what: str = "footprints") -> str:
-    """Say how many are bad, and which come first."""
+def count_bad(bad: NDArray[np.bool_], what: str = "footprints") -> str:
+    """Text for messages: how many are bad, and which are the first."""
     rows = np.flatnonzero(bad)
     named = ", ".join(map(str, rows[:5].tolist())) + (", ..." if len(rows) > 5 else "")
     return f"{len(rows)} of {len(bad)} {what} (rows {named})"

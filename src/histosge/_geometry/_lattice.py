@@ -1,7 +1,7 @@
-"""Lattice, pitch, physical scale, places to predict: all of it numpy and scipy, in image pixels and µm.
+"""The lattice of a section's spots: its kind, pitch and orientation, from positions or from the array.
 
 Positions are (x, y) in pixels of the image's finest scale, where pixel ``i`` covers ``[i, i + 1)``.
-Vectors of a lattice are rows: a place is ``origin + index @ basis``.
+Vectors of a lattice are rows: a site is ``origin + index @ basis``.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ Ints = NDArray[np.int64]
 
 MIN_OCCUPIED = 0.05
 MIN_NEIGHBOURS = 0.4
-"""Shares of the lattice places among the spots, and next to a spot, that hold one. Below both, the lattice is a matter of chance."""
+"""Shares of the lattice sites inside the spots' hull, and next to a spot, that have a spot. Below both, the lattice is chance."""
 
 _EVEN = 0.3
-"""Least share of spots on one class of places, or with a neighbour along one axis, over the mean and the largest."""
+"""Least share of spots on one class of sites over the mean, or with a neighbour along one axis over the largest."""
 _ENOUGH = 8
-"""Spots a class from which that is no chance."""
+"""Spots per class from which that is not chance."""
 
 
 _FOLD = {"hexagonal": 6, "square": 4}
 # area of the unit cell over pitch squared
 _CELL = {"hexagonal": np.sqrt(3) / 2, "square": 1.0}
-_STEPS = {
+STEPS = {
     "hexagonal": np.array([[1, 0], [0, 1], [-1, 1], [-1, 0], [0, -1], [1, -1]]),
     "square": np.array([[1, 0], [0, 1], [-1, 0], [0, -1]]),
 }
+"""From a site to its neighbours, in steps of the basis"""
 
 
 class NotALattice(ValueError):
-    """The places do not lie on a hexagonal or square lattice."""
+    """The positions do not lie on a hexagonal or square lattice."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ class Lattice:
     basis: Floats
     """(2, 2), rows are the steps to a neighbour along the row and to the next row, (x, y)."""
     origin: Floats
-    """(2,), place of index (0, 0)."""
+    """(2,), site of index (0, 0)."""
     index: Ints
     """(n_spots, 2), column and row of each spot."""
     residual: float
-    """Root mean square distance of the spots from their lattice places, in pitches."""
+    """Root mean square distance of the spots from their lattice sites, in pitches."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ LEGACY_ST = Technology("st", 200.0, 100.0)
 
 
 def estimate_lattice(xy_px: Floats) -> Lattice:
-    """Find the lattice that places lie on: hexagonal or square, any rotation and scale, places missing.
+    """Find the lattice of positions: hexagonal or square, at any rotation and scale, with empty sites.
 
     The step length is the median distance to the nearest neighbour; the symmetry is the larger of the
     bond-orientational order parameters |<exp(6 i angle)>| and |<exp(4 i angle)>| (Nelson and Halperin, 1979)
@@ -84,7 +85,7 @@ def estimate_lattice(xy_px: Floats) -> Lattice:
     dist, near = tree.query(xy_px, k=min(9, len(xy_px)))
     pitch = float(np.median(dist[:, 1]))
     if not np.isfinite(pitch) or pitch <= 0:
-        msg = "spots share places: the median distance to the nearest neighbour is 0."
+        msg = "spots share positions: the median distance to the nearest neighbour is 0."
         raise NotALattice(msg)
     step = (dist > 0.75 * pitch) & (dist < 1.25 * pitch)
     source, slot = np.nonzero(step)
@@ -134,7 +135,7 @@ def estimate_lattice(xy_px: Floats) -> Lattice:
     if residual > 0.25 or doubled > 0.01:
         msg = (
             f"the best {kind} lattice (pitch {pitch:.1f} px) misses the spots by {residual:.2f} pitches "
-            f"and puts {doubled:.1%} of them on another spot's place."
+            f"and puts {doubled:.1%} of them on another spot's site."
         )
         raise NotALattice(msg)
     # the longest and shortest pitch in any direction, along the diagonals of the lattice too
@@ -152,7 +153,7 @@ def estimate_lattice(xy_px: Floats) -> Lattice:
     sparse = occupied < MIN_OCCUPIED and along.mean() < MIN_NEIGHBOURS
     if sparse or along.min() < _EVEN * along.max() or _empty_class(index):
         msg = (
-            f"the best {kind} lattice (pitch {pitch:.1f} px) has spots on {occupied:.1%} of its places only, or on every second "
+            f"the best {kind} lattice (pitch {pitch:.1f} px) has spots on only {occupied:.1%} of its sites, or on every second "
             "or third: are these several sections over one another, or a few spots of an array?"
         )
         raise NotALattice(msg)
@@ -160,26 +161,26 @@ def estimate_lattice(xy_px: Floats) -> Lattice:
 
 
 def occupied_share(xy_px: Floats, *, cell_px2: float) -> float:
-    """Share of the places of a lattice, with one in every ``cell_px2``, inside the spots' hull that hold a spot."""
+    """Share of the lattice sites inside the spots' hull that have a spot; there is one site per ``cell_px2``."""
     if len(xy_px) < 3:
         return 1.0
-    # joggled input: spots in one row have a hull, too
+    # joggled input: spots in one row have a hull as well
     hull = ConvexHull(xy_px, qhull_options="QJ")
-    # places on the hull itself belong to it by half a cell
-    places = hull.volume / cell_px2 + hull.area / (2 * np.sqrt(cell_px2)) + 1
-    return float(min(len(xy_px) / places, 1.0))
+    # half a cell of each site on the hull itself lies inside
+    sites = hull.volume / cell_px2 + hull.area / (2 * np.sqrt(cell_px2)) + 1
+    return float(min(len(xy_px) / sites, 1.0))
 
 
 def _neighbours(index: Ints, kind: str) -> Floats:
-    """Share of the spots that have a neighbour along each axis of the lattice, in one sense of it."""
+    """Share of the spots that have a neighbour along each axis of the lattice, in one direction."""
     width = index[:, 1].max() + 3
     code = (index[:, 0] + 1) * width + index[:, 1] + 1
-    axes = _STEPS[kind][: len(_STEPS[kind]) // 2]
+    axes = STEPS[kind][: len(STEPS[kind]) // 2]
     return np.array([np.isin(code + step[0] * width + step[1], code).mean() for step in axes])
 
 
 def _empty_class(index: Ints) -> bool:
-    """Whether every second or third place holds next to none of the spots, which chance does not do."""
+    """Whether every second or third site has hardly any spot, which is not chance."""
     for period in (2, 3):
         classes = index % period
         count = np.bincount(classes[:, 0] * period + classes[:, 1], minlength=period**2)
@@ -226,13 +227,13 @@ def lattice_of_array(xy_px: Floats, row: Ints, col: Ints) -> Lattice:
     pitch = float(np.sqrt(abs(np.linalg.det(basis)) / _CELL[kind]))
     residual = _residual(xy_px, origin, basis, index, pitch)
     if residual > 0.25:
-        msg = f"the spots lie {residual:.2f} pitches off the places that rows and columns of the array give."
+        msg = f"the spots lie {residual:.2f} pitches off the sites that rows and columns of the array give."
         raise NotALattice(msg)
     return Lattice(kind, pitch, basis, origin, index, residual)
 
 
 def _residual(xy_px: Floats, origin: Floats, basis: Floats, index: Ints, pitch_px: float) -> float:
-    """Root mean square distance of spots from their lattice places, in pitches."""
+    """Root mean square distance of spots from their lattice sites, in pitches."""
     return float(np.sqrt(((xy_px - origin - index @ basis) ** 2).sum(1).mean()) / pitch_px)
 
 

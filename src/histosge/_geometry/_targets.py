@@ -1,4 +1,4 @@
-"""Targets: the places that are predicted at, laid on a lattice, as bins, or read from shapes.
+"""Targets: where expression is predicted. Laid on a lattice, as bins, or read from shapes.
 
 Positions are (x, y) in pixels of the image's finest scale, where pixel ``i`` covers ``[i, i + 1)``.
 Vectors of a lattice are rows: a target lies at ``origin + index @ basis``.
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.spatial import cKDTree
 
-from histosge._geometry._areas import _EDGE
-from histosge._geometry._footprints import Footprints, _count
-from histosge._geometry._lattice import _STEPS, Lattice
+from histosge._geometry._areas import EDGE
+from histosge._geometry._footprints import Footprints, count_bad
+from histosge._geometry._lattice import STEPS, Lattice
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,17 +30,17 @@ _REACH = {"hexagonal": 1 / np.sqrt(3), "square": 1 / np.sqrt(2)}
 
 @dataclass(frozen=True)
 class Targets:
-    """Places to predict at, and the rows of the shapes element that they are."""
+    """Where to predict, and which rows of the shapes element these are."""
 
     footprints: Footprints
     """(n,) areas of the image that the targets stand for"""
     spot_index: Ints
-    """(n,) row of the measured spot at this very place, -1 where there is none"""
+    """(n,) row of the measured spot at the same position, -1 where there is none"""
     instances: NDArray[Any]
     """(n,) names in the shapes element"""
     array_row: Ints | None = None
     array_col: Ints | None = None
-    """(n,) place in the lattice or grid of bins, if the targets form one"""
+    """(n,) row and column in the lattice or grid of bins, if the targets form one"""
     step_px: float | None = None
     """Distance of neighbouring targets that were laid: diameter of the circle to draw, or edge of a square bin"""
     in_tissue: NDArray[np.bool_] | None = None
@@ -60,7 +60,7 @@ class Targets:
 
     @property
     def laid(self) -> bool:
-        """Whether histosge laid them, and they are no shapes of the user's."""
+        """Whether histosge laid them; else they are shapes of the user."""
         return self.step_px is not None
 
     @property
@@ -85,13 +85,12 @@ def check_upsample(upsample: int) -> None:
 
 
 def refine(lattice: Lattice, xy_px: Floats, *, upsample: int, diameter_px: float | None = None) -> Targets:
-    """Lay ``upsample`` places for every spot on a finer lattice that contains the spots' own places.
+    """Lay ``upsample`` targets for every spot on a finer lattice that contains the spots themselves.
 
-    4 and 16 halve the step in both directions once and twice; 2 and 8 add one more family of places: the
-    centres of the squares, or on a hexagonal lattice the middles of the steps along a row, which makes the
-    lattice rectangular. Each place is anchored to the spots next to it, so that a deformed array stays
-    deformed, and has a whole-number row and column, so that none is laid twice. Single missing spots with
-    measured ones around them are filled in.
+    4 and 16 halve the step in both directions once and twice. 2 and 8 add one more family of sites: the centres of the
+    squares, or on a hexagonal lattice the middles of the steps along a row, which makes the lattice rectangular. Each
+    target is anchored to the spots next to it, so that a deformed array stays deformed. It has a whole-number row and
+    column, so that none is laid twice. Single missing spots between measured ones are filled in.
 
     Parameters
     ----------
@@ -139,17 +138,17 @@ def refine(lattice: Lattice, xy_px: Floats, *, upsample: int, diameter_px: float
 
 
 def _fill_single_holes(lattice: Lattice, xy_px: Floats) -> tuple[Ints, Floats]:
-    """Append lattice places without a spot of which more than half of the neighbours have one."""
-    steps = _STEPS[lattice.kind]
+    """Append empty lattice sites of which more than half of the neighbours have a spot."""
+    steps = STEPS[lattice.kind]
     around = (lattice.index[:, None] + steps[None]).reshape(-1, 2)
     guess = (xy_px[:, None] + (steps @ lattice.basis)[None]).reshape(-1, 2)
     unique, inverse, count = np.unique(around, axis=0, return_inverse=True, return_counts=True)
     inverse = inverse.reshape(-1)
-    place = np.column_stack([np.bincount(inverse, guess[:, i]) / count for i in (0, 1)])
+    site = np.column_stack([np.bincount(inverse, guess[:, i]) / count for i in (0, 1)])
     taken = {tuple(i) for i in lattice.index.tolist()}
-    # more than half: the zigzag edge of a hexagonal array has places with exactly half of their neighbours
+    # more than half: the zigzag edge of a hexagonal array has sites with exactly half of their neighbours
     hole = np.array([tuple(i) not in taken for i in unique.tolist()], dtype=bool) & (count > len(steps) / 2)
-    return np.vstack([lattice.index, unique[hole]]), np.vstack([xy_px, place[hole]])
+    return np.vstack([lattice.index, unique[hole]]), np.vstack([xy_px, site[hole]])
 
 
 def square_bins(xy_px: Floats, *, bin_px: float, margin_px: float) -> Targets:
@@ -172,7 +171,7 @@ def square_bins(xy_px: Floats, *, bin_px: float, margin_px: float) -> Targets:
 def lay_over(
     width_px: float, height_px: float, *, step_px: float, hexagonal: bool, diameter_px: float | None = None
 ) -> Targets:
-    """Lay places over a whole image: square bins side by side, or a hexagonal lattice, its columns in half steps."""
+    """Lay targets over a whole image: square bins side by side, or a hexagonal lattice with columns in half steps."""
     row_px = step_px * (np.sqrt(0.75) if hexagonal else 1.0)
     row, col = (a.ravel() for a in np.indices((int(height_px // row_px), int(width_px // step_px))))
     shift = 0.5 * (row % 2) if hexagonal else 0.0
@@ -183,9 +182,9 @@ def lay_over(
 
 
 def lay_around(xy_px: Floats, *, pitch_px: float, upsample: int, diameter_px: float | None = None) -> Targets:
-    """Lay a hexagonal lattice around spots that lie on none, with about ``upsample`` places for a spot.
+    """Lay a hexagonal lattice around spots that lie on none, with about ``upsample`` targets for each spot.
 
-    ``pitch_px`` is the usual distance of neighbouring spots; places farther than it from any spot are left out.
+    ``pitch_px`` is the usual distance of neighbouring spots; targets farther than that from any spot are left out.
     """
     check_upsample(upsample)
     step_px = pitch_px / np.sqrt(upsample)
@@ -195,10 +194,10 @@ def lay_around(xy_px: Floats, *, pitch_px: float, upsample: int, diameter_px: fl
     around = np.stack(np.meshgrid(*[np.arange(-width, width + 1)] * 2, indexing="ij"), -1).reshape(-1, 2)
     of_spot = np.rint((xy_px - origin) @ np.linalg.inv(basis)).astype(np.int64)
     index = np.unique((of_spot[:, None] + around[None]).reshape(-1, 2), axis=0)
-    place = origin + index @ basis
-    near = np.isfinite(cKDTree(xy_px).query(place, distance_upper_bound=pitch_px)[0])
+    site = origin + index @ basis
+    near = np.isfinite(cKDTree(xy_px).query(site, distance_upper_bound=pitch_px)[0])
     index = index[near] - index[near].min(axis=0)
-    return _laid(_discs(place[near], diameter_px, step_px), index[:, 1], index[:, 0], step_px=float(step_px))
+    return _laid(_discs(site[near], diameter_px, step_px), index[:, 1], index[:, 0], step_px=float(step_px))
 
 
 def _discs(xy_px: Floats, diameter_px: float | None, step_px: float) -> Footprints:
@@ -206,16 +205,16 @@ def _discs(xy_px: Floats, diameter_px: float | None, step_px: float) -> Footprin
 
 
 def _laid(areas: Footprints, row: Ints, col: Ints, *, step_px: float, spot_index: Ints | None = None) -> Targets:
-    """Targets of a lattice or of a grid of bins, numbered from 0; no spot stands at any of them by default."""
+    """Targets of a lattice or of a grid of bins, numbered from 0; by default none is a spot."""
     n = len(areas)
     at_none = np.full(n, -1, dtype=np.int64)
     return Targets(areas, at_none if spot_index is None else spot_index, np.arange(n), row, col, step_px)
 
 
 def block_order(xy_px: Floats, *, block_px: float, origin_px: tuple[float, float] | None = None) -> Ints:
-    """Order places such that those of one square block come together, next to those of a neighbouring block.
+    """Order positions so that those of one square block come together, next to those of a neighbouring block.
 
-    Blocks go to the right in one row of blocks and back in the next; inside a block, places go by y, then by x.
+    Blocks go to the right in one row of blocks and back in the next; inside a block, positions go by y, then by x.
     Runs of the order are then compact, so that what a block needs (tokens, neighbours) is loaded once.
 
     Parameters
@@ -225,11 +224,11 @@ def block_order(xy_px: Floats, *, block_px: float, origin_px: tuple[float, float
     block_px
         Edge of a block.
     origin_px
-        Corner (x, y) of one block. ``None`` takes the least x and y of the places.
+        Corner (x, y) of one block. ``None`` takes the least x and y of the positions.
 
     Returns
     -------
-    (n,) rows of ``xy_px``; equal places keep their order.
+    (n,) rows of ``xy_px``; equal positions keep their order.
     """
     xy = np.asarray(xy_px, float).reshape(-1, 2)
     if not (np.isfinite(block_px) and block_px > 0):
@@ -237,12 +236,12 @@ def block_order(xy_px: Floats, *, block_px: float, origin_px: tuple[float, float
         raise ValueError(msg)
     bad = ~np.isfinite(xy).all(axis=1)
     if bad.any():
-        msg = f"xy_px: {_count(bad, 'places')} are not finite: leave them out."
+        msg = f"xy_px: {count_bad(bad, 'positions')} are not finite: leave them out."
         raise ValueError(msg)
     if len(xy) == 0:
         return np.zeros(0, np.int64)
-    # a row of bins on a block's edge must not be torn apart by the last digit
+    # rounding must not split a row of bins on a block's edge
     origin = xy.min(axis=0) if origin_px is None else np.asarray(origin_px, float)
-    block = np.floor((xy - origin) / block_px + _EDGE)  # (n, 2) column and row
+    block = np.floor((xy - origin) / block_px + EDGE)  # (n, 2) column and row
     along = np.where(block[:, 1] % 2 == 0, block[:, 0], -block[:, 0])
     return np.lexsort((xy[:, 0], xy[:, 1], along, block[:, 1])).astype(np.int64)

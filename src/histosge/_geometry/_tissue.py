@@ -1,8 +1,4 @@
-"""Lattice, pitch, physical scale, places to predict: all of it numpy and scipy, in image pixels and µm.
-
-Positions are (x, y) in pixels of the image's finest scale, where pixel ``i`` covers ``[i, i + 1)``.
-Vectors of a lattice are rows: a place is ``origin + index @ basis``.
-"""
+"""Tissue on a thumbnail, by its optical density."""
 
 from __future__ import annotations
 
@@ -11,13 +7,12 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-Ints = NDArray[np.int64]
 _CUT_OUT = 8
 """A pixel darker than this in every colour was blacked out, not stained."""
 
 
 def in_mask(xy_px: Floats, mask: NDArray[np.bool_], *, px_per_cell: tuple[float, float]) -> NDArray[np.bool_]:
-    """Look places up in a coarse mask whose cells are ``px_per_cell`` (x, y) image pixels wide; outside is false."""
+    """Look up positions (n, 2) in a coarse mask, whose cells are ``px_per_cell`` (x, y) image pixels; outside is false."""
     col = np.floor(xy_px[:, 0] / px_per_cell[0]).astype(np.int64)
     row = np.floor(xy_px[:, 1] / px_per_cell[1]).astype(np.int64)
     inside = (row >= 0) & (col >= 0) & (row < mask.shape[0]) & (col < mask.shape[1])
@@ -36,10 +31,10 @@ def optical_density(thumbnail: NDArray[np.uint8]) -> NDArray[np.float32]:
 def tissue_mask(
     thumbnail: NDArray[np.uint8], spots_cell: Floats, *, blur_cells: float
 ) -> tuple[NDArray[np.bool_], float]:
-    """Find tissue on a thumbnail by its optical density, told by the spots what tissue looks like here.
+    """Find tissue on a thumbnail by its optical density.
 
-    The threshold is Otsu's (1979), lowered until 95 % of the measured spots are tissue: pale sections, fat and
-    images cropped to the tissue, on which thresholds from the image alone turn over, keep theirs. Without spots it is
+    The threshold is Otsu's (1979), lowered until 95 % of the measured spots are tissue. So pale sections, fat and images
+    that are cropped to the tissue keep their tissue, where thresholds from the image alone fail. Without spots it is
     Otsu's.
 
     Parameters

@@ -1,7 +1,4 @@
-"""Lazy image: read by regions as RGB, from the pyramid level that is fine enough, each chunk on disk once.
-
-Nothing here knows of torch or of SpatialData: an image is anything that can be sliced as ``(channel, y, x)``.
-"""
+"""Boxes of a lazy image, read so that each chunk on disk is decoded once; and its thumbnail."""
 
 from __future__ import annotations
 
@@ -10,30 +7,25 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from histosge._image._lazy import _WHITE, LazyImage
+from histosge._image._lazy import WHITE, Box, LazyImage, UInt8
 from histosge._settings import logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-UInt8 = NDArray[np.uint8]
-
-Box = tuple[int, int, int, int]
-"""x0, y0, x1, y1: ``[y0, y1) x [x0, x1)``"""
 _LARGEST_CHUNK = 2**28
-"""Bytes. Larger chunks are read by parts: whole ones would not fit into memory beside each other."""
+"""Bytes. Larger chunks are read in pieces: several whole ones would not fit into memory."""
 _MOST_KEPT = 2**29
-"""Bytes of chunks that are kept for boxes to come; what is beyond is read again."""
+"""Bytes of chunks that are kept for later boxes; beyond that, chunks are read again."""
 
 
 class ChunkReader:
-    """Read boxes of an image in a given order, and every chunk on disk once.
+    """Reads boxes of an image in a given order, and each chunk on disk once.
 
-    Boxes overlap, since a tile at the border of one reaches into the next: what later boxes need of a chunk is kept
-    until the last of them was read. With boxes ordered by rows that is a strip of the image.
+    Boxes overlap, since a tile at the border of one reaches into the next. The part of a chunk that later boxes need is
+    kept until the last of them is read. With boxes ordered by rows that is a strip of the image.
 
     Parameters
     ----------
@@ -78,7 +70,7 @@ class ChunkReader:
         return out
 
     def _keep(self, chunk: tuple[int, int], part: UInt8, x0: int, y0: int, *, after: int) -> None:
-        """Keep of a chunk, in ``part`` which begins at ``(x0, y0)``, what later boxes need."""
+        """Keep the part of a chunk that later boxes need; ``part``, which holds the chunk, begins at ``(x0, y0)``."""
         later = [self._boxes[i] for i in self._users[chunk] if i > after]
         if not later or self._edges is None:
             return
@@ -97,7 +89,7 @@ class ChunkReader:
         x0, y0, x1, y1 = box
         out = np.empty((3, y1 - y0, x1 - x0), np.uint8)
         if x0 < 0 or y0 < 0 or x1 > self._image.width_px or y1 > self._image.height_px:
-            out.fill(_WHITE)
+            out.fill(WHITE)
         return out
 
     def _chunks(self, box: Box) -> Iterator[tuple[int, int]]:
@@ -110,7 +102,7 @@ class ChunkReader:
 
 
 def _paste(out: UInt8, box: Box, part: UInt8, x0: int, y0: int) -> None:
-    """Copy what of ``part``, which begins at ``(x0, y0)``, lies in ``box`` into its pixels ``out``."""
+    """Copy the pixels of ``part``, which begins at ``(x0, y0)``, that lie in ``box`` to its pixels ``out``."""
     left, top = max(box[0], x0), max(box[1], y0)
     right, bottom = min(box[2], x0 + part.shape[2]), min(box[3], y0 + part.shape[1])
     if left < right and top < bottom:
@@ -119,7 +111,7 @@ def _paste(out: UInt8, box: Box, part: UInt8, x0: int, y0: int) -> None:
 
 
 def _rectangles(chunks: Sequence[tuple[int, int]]) -> list[tuple[slice, slice]]:
-    """Cover chunks (row, col), sorted, by few rectangles: runs along rows, joined where they are alike."""
+    """Cover sorted chunks (row, col) by few rectangles: runs along rows, joined with equal runs of the next row."""
     runs: dict[int, list[tuple[int, int]]] = {}
     for row, col in chunks:
         mine = runs.setdefault(row, [])
@@ -128,7 +120,7 @@ def _rectangles(chunks: Sequence[tuple[int, int]]) -> list[tuple[slice, slice]]:
         else:
             mine.append((col, col + 1))
     found: list[tuple[slice, slice]] = []
-    grown: dict[tuple[int, int], int] = {}  # of a run, the number of its rectangle
+    grown: dict[tuple[int, int], int] = {}  # number of the rectangle of each run
     for row, mine in runs.items():
         for run in mine:
             k = grown.get(run)
@@ -141,7 +133,7 @@ def _rectangles(chunks: Sequence[tuple[int, int]]) -> list[tuple[slice, slice]]:
 
 
 def _chunk_edges(data: Any) -> tuple[list[int], list[int]] | None:
-    """Where chunks begin and end along y and x; ``None`` where nothing is gained by whole ones."""
+    """Where chunks begin and end along y and x; ``None`` where reading whole chunks does not pay."""
     chunks = getattr(data, "chunks", None)
     if chunks is None or data.ndim != 3:
         return None
@@ -158,10 +150,10 @@ def _chunk_edges(data: Any) -> tuple[list[int], list[int]] | None:
 
 
 def underlying_zarr(data: Any) -> Any:
-    """Return the zarr array that a dask array does nothing but read, or ``data`` itself.
+    """Return the zarr array under a dask array that only reads it, or ``data`` itself.
 
-    dask asks zarr for one chunk a task, and zarr decodes them in Python: a region read at once, by ``zarrs``, comes
-    several times as fast (docs/benchmarks.md).
+    dask reads one chunk a task, and zarr decodes it in Python. Reading a region at once with ``zarrs`` is several times
+    as fast (docs/benchmarks.md).
     """
     import zarr
 
@@ -174,7 +166,7 @@ def underlying_zarr(data: Any) -> Any:
 
 
 def _fast(array: Any) -> Any:
-    """Open a zarr array of a local folder again, decoded by ``zarrs``; others stay as they are."""
+    """Open a zarr array of a local folder again, to decode it with ``zarrs``; others stay as they are."""
     import zarr
 
     if not isinstance(array.store, zarr.storage.LocalStore):
@@ -182,30 +174,30 @@ def _fast(array: Any) -> Any:
     try:
         with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
             return zarr.open_array(array.store, path=array.path, mode="r", zarr_format=array.metadata.zarr_format)
-    except Exception as err:  # noqa: BLE001  zarr's own way gives the same pixels, only slower
+    except Exception as err:  # noqa: BLE001  zarr itself gives the same pixels, only slower
         logger.debug("zarr arrays are read without zarrs: %s", err)
         return array
 
 
 def thumbnail(image: LazyImage, *, max_px: int) -> tuple[UInt8, int]:
-    """Shrink the image by a whole factor to at most ``max_px``, part by part: (h, w, 3) and the factor."""
+    """Shrink the image by a whole factor to at most ``max_px``, block by block: (h, w, 3) and the factor."""
     factor = max(1, -(-max(image.height_px, image.width_px) // max_px))
     level, per_px = image.level(factor)
     if per_px.is_integer():
-        rest = -(-factor // int(per_px))  # shrink the level by a whole factor, too
+        rest = -(-factor // int(per_px))  # shrink the level by a whole factor as well
         image, factor = level, rest * int(per_px)
     else:
         rest = factor
-    step = max(1, 2048 // rest) * rest  # parts are whole cells, and of one size whatever the image's
+    step = max(1, 2048 // rest) * rest  # whole cells, of one size for all images
     boxes = [
         (x, y, min(x + step, image.width_px), min(y + step, image.height_px))
         for y in range(0, image.height_px, step)
         for x in range(0, image.width_px, step)
     ]
     out = np.empty((-(-image.height_px // rest), -(-image.width_px // rest), 3), np.uint8)
-    regions = ChunkReader(image, boxes)
+    reader = ChunkReader(image, boxes)
     for i, (x0, y0, x1, y1) in enumerate(boxes):
-        part = PILImage.fromarray(np.ascontiguousarray(np.moveaxis(regions.read(i), 0, -1)))
+        part = PILImage.fromarray(np.ascontiguousarray(np.moveaxis(reader.read(i), 0, -1)))
         small = np.asarray(part.reduce(rest) if rest > 1 else part)
         out[y0 // rest : -(-y1 // rest), x0 // rest : -(-x1 // rest)] = small
     return out, factor

@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 
 _COLOURS = {"r": 0, "g": 1, "b": 2, "a": 3, "red": 0, "green": 1, "blue": 2, "alpha": 3}
 _UNNAMED = re.compile(r"(channel|ch|c|band|sample|plane|image|none)?[\s_:#.-]*[\d:]*", re.IGNORECASE)
-"""Names that programs give where nobody named a channel: 0, ch1, Channel:0:2"""
+"""Default names of channels: 0, ch1, Channel:0:2"""
 _MOST_OVERSHOOT = 2.0
 _LEAST_OF_255 = 64.0
-"""Largest values of float images: what interpolation makes of 1 is below the first, an H&E image of 0 to 255 above the second."""
+"""Largest values of float images: below the first for 0 to 1, interpolation included; above the second for 0 to 255."""
 _NEARLY_ALL = 0.999
 _SAMPLED = 4
 """Chunks along each side"""
 _LARGEST_CHUNK = 2**28
 _LEAST_LIT = 0.01
 _BLACK, _FAINT, _DARK = 20, 15, 70
-"""Grey levels, of 255. A stain takes away light: where an H&E image is not black, its darkest channel is above the
-second, and its brightest above the third, at least in half of the pixels."""
+"""Grey levels, of 255. Stain absorbs light: where an H&E image is not black, its darkest channel is above the second,
+and its brightest above the third, in at least half of the pixels."""
 _OPAQUE_OR_NOT = 0.9
 _NO_COLOUR = 6
 
 
 class ImageError(ValueError):
-    """Its message names the image already."""
+    """An image that cannot be read; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Samples:
     white: float = 255.0
     """The value of a white pixel"""
     alpha: int | None = None
-    """Which channel is the opacity, if any: what shines through is the white of the slide"""
+    """Which channel is the opacity, if any; behind transparent pixels is the white of the slide"""
     opaque: float = 255.0
     """The value of an opaque pixel"""
     premultiplied: bool = False
     """Whether colours were multiplied by the opacity"""
     luma: tuple[float, ...] = ()
-    """Of YCbCr: shares of red, green and blue in Y, then black and white of Y, Cb and Cr"""
+    """For YCbCr: shares of red, green and blue in Y, then black and white of Y, Cb and Cr"""
 
     def rgb8(self, raw: NDArray[Any]) -> NDArray[np.uint8]:
         """Convert (channels, height, width) to (3, height, width)."""
@@ -70,7 +70,7 @@ JPEG_LUMA = (0.299, 0.587, 0.114, 0.0, 255.0, 128.0, 255.0, 128.0, 255.0)
 
 
 def ycbcr_to_rgb(ycc: NDArray[Any], luma: tuple[float, ...]) -> NDArray[np.float32]:
-    """TIFF 6.0, section 21: with coefficients and reference values of the file, which no library takes."""
+    """TIFF 6.0, section 21: with coefficients and reference values of the file, which no library accepts."""
     red, green, blue, y0, y1, b0, b1, r0, r1 = luma
     y, cb, cr = ycc.astype(np.float32)
     y = (y - y0) * np.float32(255 / (y1 - y0))
@@ -81,7 +81,7 @@ def ycbcr_to_rgb(ycc: NDArray[Any], luma: tuple[float, ...]) -> NDArray[np.float
 
 
 def order_by_name(names: Iterable[object]) -> list[int] | None:
-    """Where red, green, blue (and opacity) lie; ``None`` where names say nothing. ``ValueError`` where they are others."""
+    """Indices of red, green, blue (and opacity); ``None`` for default names, ``ValueError`` for names of no colour."""
     words = [str(name).strip().lower() for name in names]
     if all(_UNNAMED.fullmatch(word) and word not in _COLOURS for word in words):
         numbers = [int(found[-1]) for word in words if (found := re.findall(r"\d+", word))]
@@ -94,7 +94,7 @@ def order_by_name(names: Iterable[object]) -> list[int] | None:
 
 
 def white_value(what: str, dtype: np.dtype[Any], values: NDArray[Any]) -> float:
-    """Brightness of white where nothing but the values tells it: the largest, up to the next power of two less one."""
+    """Value of white, from the values alone: the largest, rounded up to a power of two minus one."""
     if dtype.kind != "f":
         return float(2 ** max(8, int(largest(values)).bit_length()) - 1)
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
@@ -105,7 +105,7 @@ def white_value(what: str, dtype: np.dtype[Any], values: NDArray[Any]) -> float:
 
 
 def largest(values: NDArray[Any]) -> float:
-    """The largest value but for one in a thousand: those may be scale bars, broken pixels or what resampling overshot."""
+    """The 99.9th percentile: above it are scale bars, broken pixels and overshoots of resampling."""
     return float(np.quantile(values, _NEARLY_ALL, method="lower"))
 
 
@@ -114,9 +114,9 @@ def bits(white: float) -> int:
 
 
 def sample(data: Any, white: float = 255.0) -> NDArray[Any]:
-    """Pixels (c, n) of some chunks all over an image (c, y, x): enough to tell what kind of image it is.
+    """Pixels (c, n) of some chunks all over an image (c, y, x): enough to recognise the kind of image.
 
-    Where nearly all of them are black, as around a scan, every so many pixels of all chunks.
+    Where nearly all of them are black, as around a scan, pixels at regular steps of all chunks.
     """
     chunks = getattr(data, "chunks", None)
     if chunks is None:
@@ -141,9 +141,9 @@ def sample(data: Any, white: float = 255.0) -> NDArray[Any]:
 
 
 def seems_fluorescent(rgb: NDArray[np.uint8]) -> bool:
-    """Whether pixels (3, n) are light on black rather than stain on white.
+    """Whether pixels (3, n) are light on black and not stain on white.
 
-    What is black says nothing, as it may lie around a scan.
+    Black pixels do not count: they may lie around a scan.
     """
     lit = rgb[:, rgb.max(0) > _BLACK]
     if lit.shape[1] <= _LEAST_LIT * rgb.shape[1]:
@@ -152,30 +152,30 @@ def seems_fluorescent(rgb: NDArray[np.uint8]) -> bool:
 
 
 def background(rgb: NDArray[np.uint8]) -> tuple[int, int, int]:
-    """Colour of the brightest tenth of pixels (3, n): under white light and without stain, it is nearly white."""
+    """Colour of the brightest tenth of pixels (3, n): in brightfield it is nearly white."""
     light = rgb.sum(axis=0, dtype=int)
     red, green, blue = np.median(rgb[:, light >= np.quantile(light, 0.9)], axis=1).astype(int).tolist()
     return red, green, blue
 
 
 def seems_ycbcr(colour: tuple[int, int, int]) -> bool:
-    """Whether a background is white in Y, Cb and Cr: (Y, 128, 128)."""
+    """Whether a background is (Y, 128, 128), which is white in Y, Cb and Cr."""
     luma, *chroma = colour
     return luma > 128 + _DARK and all(abs(value - 128) <= _NO_COLOUR for value in chroma)
 
 
 def is_grey(rgb: NDArray[np.uint8]) -> bool:
-    """Whether the channels of pixels (3, n) are alike."""
+    """Whether the channels of pixels (3, n) are equal."""
     return bool(np.ptp(rgb, axis=0).max(initial=0) <= 1)
 
 
 def is_opacity(values: NDArray[Any], opaque: float) -> bool:
-    """Whether a channel without a name is opacity: nearly all is shown or not."""
+    """Whether a channel without a name is opacity: nearly all pixels are fully opaque or fully transparent."""
     return bool(np.isin(values, (0, opaque)).mean() >= _OPAQUE_OR_NOT)
 
 
 def spread(data: Any, channels: Sequence[int]) -> NDArray[Any]:
-    """Every so many pixels of some channels, of the whole image: reads all of it once."""
+    """Pixels (c, n) of some channels at regular steps over the whole image, which is read once."""
     step = max(1, max(data.shape[1:]) // 1000)
     part = np.asarray(data[:, ::step, ::step])[list(channels)]
     return part.reshape(len(part), -1)

@@ -1,6 +1,6 @@
-"""Lazy image: read by regions as RGB, from the pyramid level that is fine enough, each chunk on disk once.
+"""A lazy RGB image, read by regions; torch and SpatialData are not used here.
 
-Nothing here knows of torch or of SpatialData: an image is anything that can be sliced as ``(channel, y, x)``.
+An image is anything that can be sliced as ``(channel, y, x)``.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ UInt8 = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 """x0, y0, x1, y1: ``[y0, y1) x [x0, x1)``"""
 
-_WHITE = 255
+WHITE = 255
 _SAME_SCALE = 0.005
-"""Scales this near are the same: no mpp is known better."""
+"""Relative difference of scales that counts as none: no mpp is known more exactly."""
 
 
 def snap_scale(scale: float) -> float:
-    """Leave an image as it is where its scale is right to half a percent: no mpp is known better."""
+    """Return 1 for a scale within half a percent of 1, so that the image is not resampled; else the scale."""
     return 1.0 if abs(scale - 1) < _SAME_SCALE else scale
 
 
@@ -34,7 +34,7 @@ class LazyImage:
     white: float = 255.0
     """The value of a white pixel: 255 for uint8, 65535 for uint16, 1 for most floats."""
     coarser: tuple[tuple[Any, float], ...] = ()
-    """Coarser levels of a pyramid: data, and how many pixels of the finest level one of theirs is wide."""
+    """Coarser levels of a pyramid: data, and the width of their pixels in pixels of the finest level"""
 
     @property
     def height_px(self) -> int:
@@ -45,7 +45,7 @@ class LazyImage:
         return int(self.data.shape[2])
 
     def level(self, scale: float) -> tuple[LazyImage, float]:
-        """Choose the coarsest level with pixels of at most ``scale`` of the finest: the level, and its pixel's width."""
+        """Choose the coarsest level with pixels at most ``scale`` wide: the level, and the width of its pixels."""
         fitting = [(factor, data) for data, factor in self.coarser if factor <= scale * (1 + _SAME_SCALE)]
         if not fitting:
             return replace(self, coarser=()), 1.0
@@ -57,11 +57,11 @@ class LazyImage:
         left, top = max(x0, 0), max(y0, 0)
         right, bottom = min(x1, self.width_px), min(y1, self.height_px)
         if right <= left or bottom <= top:
-            return np.full((3, y1 - y0, x1 - x0), _WHITE, np.uint8)
+            return np.full((3, y1 - y0, x1 - x0), WHITE, np.uint8)
         inside = self._to_rgb8(np.asarray(self.data[:, top:bottom, left:right]))
         if inside.shape[1:] == (y1 - y0, x1 - x0):
             return inside
-        out = np.full((3, y1 - y0, x1 - x0), _WHITE, np.uint8)
+        out = np.full((3, y1 - y0, x1 - x0), WHITE, np.uint8)
         out[:, top - y0 : bottom - y0, left - x0 : right - x0] = inside
         return out
 
@@ -69,7 +69,7 @@ class LazyImage:
         if part.dtype == np.uint8 and self.white == 255 and len(part) == 3:
             return part
         value = part.astype(np.float32) * np.float32(255.0 / self.white)  # (3 or 4, h, w)
-        if len(value) == 4:  # what shines through is the white of the slide
-            alpha = np.minimum(value[3] / 255.0, 1)  # of 16 bits, where colours have fewer
-            value = value[:3] * alpha + _WHITE * (1 - alpha)
+        if len(value) == 4:  # behind transparent pixels is the white of the slide
+            alpha = np.minimum(value[3] / 255.0, 1)  # opacity may have 16 bits where colours have fewer
+            value = value[:3] * alpha + WHITE * (1 - alpha)
         return np.clip(np.rint(value), 0, 255).astype(np.uint8)

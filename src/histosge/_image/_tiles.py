@@ -1,7 +1,4 @@
-"""Blocks of the image → tiles. Each block is read and resampled once, then every tile is cut from it.
-
-Nothing here knows of torch or of SpatialData.
-"""
+"""Blocks of the image → tiles. Each block is read and resampled once, then its tiles are cut from it."""
 
 from __future__ import annotations
 
@@ -14,31 +11,31 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from PIL import Image as PILImage
 
-from histosge._image._chunks import ChunkReader, UInt8
-from histosge._image._lazy import LazyImage, snap_scale
+from histosge._image._chunks import ChunkReader
+from histosge._image._lazy import LazyImage, UInt8, snap_scale
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
-    from histosge._image._chunks import Box
+    from histosge._image._lazy import Box
 
 T = TypeVar("T")
 _AHEAD = 2
-"""Batches, or blocks, that are made while one is computed with."""
+"""Batches, or blocks, that are made while one is in use."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A part of the image at the encoder's scale and the places that lie in it."""
+    """A part of the image at the encoder's scale, and the positions that lie in it."""
 
     pixels: UInt8
     """(3, height, width)"""
     rows: NDArray[np.int64]
-    """(m,) which places these are."""
+    """(m,) which positions these are"""
     xy_px: NDArray[np.float64]
-    """(m, 2) where they lie in ``pixels``."""
+    """(m, 2) in ``pixels``"""
     origin_px: tuple[int, int] = (0, 0)
     """Where ``pixels`` begin in the whole resampled image, (x, y)"""
 
@@ -52,49 +49,49 @@ def blocks(
     block_px: int = 1024,
     align_px: int = 1,
 ) -> Iterator[Block]:
-    """Read the image block by block, resampled, with the places of each block.
+    """Read the image block by block, resampled, with the positions of each block.
 
-    All positions refer to one resampled image whose pixel ``j`` covers ``[j * scale, (j + 1) * scale)`` of the
-    source, so that a place sees the same pixels whichever block it falls into. The source is the pyramid level that is
-    just fine enough, and each of its chunks is read once.
+    All blocks are parts of one resampled image, whose pixel ``j`` covers ``[j * scale, (j + 1) * scale)`` of the source:
+    the pixels around a position do not depend on its block. The source is the coarsest pyramid level that is fine
+    enough, and each of its chunks is read once.
 
     Parameters
     ----------
     image
         The image.
     xy_px
-        (n, 2), places in pixels of the image.
+        (n, 2), in pixels of the image.
     scale
         Image pixels per pixel of the block: the encoder's mpp over the image's.
     halo_px
-        Pixels needed around a place, at the block's scale.
+        Pixels needed around a position, at the block's scale.
     block_px
-        Edge of the blocks that places are grouped by, at the block's scale.
+        Edge of the blocks that positions are grouped by, at the block's scale.
     align_px
         Blocks begin at multiples of this, for encoders that work on a grid of their own.
     """
     scale = snap_scale(scale)
-    place = np.asarray(xy_px, float) / scale
+    xy = np.asarray(xy_px, float) / scale
     image, level_px = image.level(scale)
-    scale = snap_scale(scale / level_px)  # from here on of the level
-    cell = np.floor(place / block_px).astype(np.int64)
+    scale = snap_scale(scale / level_px)  # from here on relative to the level
+    cell = np.floor(xy / block_px).astype(np.int64)
     order = np.lexsort((cell[:, 0], cell[:, 1]))
     edges = np.flatnonzero(np.any(np.diff(cell[order], axis=0), axis=1)) + 1
     groups = [rows for rows in np.split(order, edges) if len(rows)]
     boxes = []
     for rows in groups:
-        x0, y0 = (np.floor(place[rows].min(axis=0)).astype(int) - halo_px).tolist()
-        x1, y1 = (np.floor(place[rows].max(axis=0)).astype(int) + halo_px + 1).tolist()
+        x0, y0 = (np.floor(xy[rows].min(axis=0)).astype(int) - halo_px).tolist()
+        x1, y1 = (np.floor(xy[rows].max(axis=0)).astype(int) + halo_px + 1).tolist()
         boxes.append((x0 - x0 % align_px, y0 - y0 % align_px, x1, y1))
     sources = [_source(box, scale=scale) for box in boxes]
-    regions = ChunkReader(image, sources)
+    reader = ChunkReader(image, sources)
     for i, (rows, box) in enumerate(zip(groups, boxes, strict=True)):
-        pixels = _resampled(regions.read(i), sources[i], box, scale=scale)
-        yield Block(pixels, rows, place[rows] - box[:2], box[:2])
+        pixels = _resampled(reader.read(i), sources[i], box, scale=scale)
+        yield Block(pixels, rows, xy[rows] - box[:2], box[:2])
 
 
 def _source(box: Box, *, scale: float) -> Box:
-    """What of the source a box of the resampled image is made of."""
+    """The box of the source that a box of the resampled image is made of."""
     if scale == 1:
         return box
     # the triangle filter of an antialiased shrink reaches `scale` pixels to either side
@@ -105,7 +102,7 @@ def _source(box: Box, *, scale: float) -> Box:
 
 
 def _resampled(source: UInt8, at: Box, box: Box, *, scale: float) -> UInt8:
-    """Make a box of the resampled image of the source, which lies ``at``."""
+    """Make a box of the resampled image from pixels of the source, which lie ``at``."""
     if scale == 1:
         return source
     x0, y0, x1, y1 = box
@@ -126,7 +123,7 @@ def _resampled(source: UInt8, at: Box, box: Box, *, scale: float) -> UInt8:
 
 
 def cut(block: Block, *, tile_px: int, out: UInt8 | None = None) -> UInt8:
-    """Cut the tile around each place of a block: (m, 3, tile_px, tile_px), into ``out`` where that is given."""
+    """Cut the tile around each position of a block: (m, 3, tile_px, tile_px), into ``out`` where that is given."""
     # halves always round up: rint would round them by the block's own offset
     start = np.floor(block.xy_px - tile_px / 2 + 0.5).astype(np.int64)  # (m, 2), (x, y)
     out = np.empty((len(start), 3, tile_px, tile_px), np.uint8) if out is None else out
@@ -143,10 +140,10 @@ def _fresh(shape: tuple[int, ...]) -> UInt8:
 def batches(
     found: Iterator[Block], *, tile_px: int, batch_size: int, empty: Callable[[tuple[int, ...]], UInt8] = _fresh
 ) -> Iterator[tuple[UInt8, NDArray[np.int64]]]:
-    """Cut a tile around each place of blocks, in batches of ``batch_size`` (the last may be smaller), ahead of time.
+    """Cut a tile around each position of blocks, in batches of ``batch_size`` (the last may be smaller), ahead of time.
 
-    Tiles lie in a few buffers that are used again and again: new memory costs more than the copy. A batch holds until
-    the next one is asked for.
+    Tiles lie in a few buffers that are reused: new memory costs more than the copy. A batch is valid until the next one
+    is requested.
 
     Parameters
     ----------
@@ -164,7 +161,7 @@ def batches(
     tiles
         (b, 3, tile_px, tile_px) uint8.
     rows
-        (b,) which places these are.
+        (b,) which positions these are.
     """
 
     def filled() -> Iterator[tuple[UInt8, NDArray[np.int64]]]:
@@ -190,7 +187,7 @@ def batches(
             if waiting:
                 yield buffers[turn][:waiting], np.concatenate(rows)
         finally:
-            # a traceback may hold the caller's frame, and with it `found` and the thread that reads behind it
+            # a traceback may keep the caller's frame alive, and with it `found` and its reading thread
             if hasattr(found, "close"):
                 found.close()
 
@@ -200,7 +197,7 @@ def batches(
 def tile_batches(
     image: LazyImage, xy_px: NDArray[np.float64], *, scale: float, tile_px: int, batch_size: int
 ) -> Iterator[tuple[UInt8, NDArray[np.int64]]]:
-    """Cut a tile around each place of an image, as :func:`batches` does."""
+    """Cut a tile around each position of an image, as :func:`batches` does."""
     return batches(tile_blocks(image, xy_px, scale=scale, tile_px=tile_px), tile_px=tile_px, batch_size=batch_size)
 
 
@@ -230,12 +227,12 @@ def prefetch(items: Iterator[T], *, depth: int = 2) -> Iterator[T]:
             for item in items:
                 if not put((True, item)):
                     return
-                del item  # or it would be held until the next one is made
+                del item  # otherwise it stays in memory until the next one is made
         except BaseException as err:  # noqa: BLE001  handed over and raised in the caller's thread
             put((False, err))
             return
         finally:
-            if hasattr(items, "close"):  # another thread may stand behind them
+            if hasattr(items, "close"):  # they may come from another thread
                 items.close()
         put((False, None))
 

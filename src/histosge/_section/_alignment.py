@@ -25,30 +25,30 @@ ORIENTATIONS = {
     "turned by 90 degrees to the right": lambda a: a.swapaxes(0, 1)[:, ::-1],
     "with rows and columns swapped across the other diagonal": lambda a: a[::-1, ::-1].swapaxes(0, 1),
 }
-"""What is done to an image (height, width, ...) that is stored upright; the first is nothing."""
+"""Operations on an image (height, width, ...) that is stored upright; the first leaves it as it is"""
 UPRIGHT = next(iter(ORIENTATIONS))
 
 _WINDOWS = 8
-"""Windows along each side of the image that are compared: few, since each costs a chunk of the image."""
+"""Windows along each side of the image that are compared: few, since each reads a chunk of the image."""
 _WINDOW_CELLS = 2
 _CELL_PX = 4
-"""Pixels of the small copy that are averaged, so that a shift by one or two of them does no harm."""
+"""Pixels of the small copy that are averaged, so that a shift by one or two does not matter."""
 _FITS = 0.85
-"""Rank correlation from which two pictures are the same: those of real sections have 0.99, in other orientations up to 0.82."""
+"""Rank correlation from which two images are the same: on real sections it is 0.99, in other orientations up to 0.82."""
 _CLEARLY = 0.05
 """By how much the correlation in another orientation must be larger."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well an image agrees with a small copy of the one that it should be."""
+    """How well an image agrees with a small copy of the one that spots were aligned to."""
 
     orientation: str
-    """The one of :data:`ORIENTATIONS` that fits best"""
+    """The key of :data:`ORIENTATIONS` that fits best"""
     best: float
     """Rank correlation of grey levels in that orientation"""
     upright: float
-    """The same as the image is stored"""
+    """Rank correlation for the image as it is stored"""
 
     @property
     def fits(self) -> bool:
@@ -56,14 +56,15 @@ class Agreement:
 
     @property
     def turned(self) -> bool:
-        """Whether another orientation clearly fits."""
+        """Whether another orientation fits clearly better."""
         return self.best >= _FITS and self.best >= self.upright + _CLEARLY
 
 
 def compare(image: LazyImage, small: NDArray[Any]) -> Agreement | None:
-    """Compare an image with a small copy, (h, w, 3), in the orientations that have its sides.
+    """Compare an image with a small copy, (h, w, 3), in the orientations that keep its shape.
 
-    Only ranks of grey levels count, so that colour, brightness and contrast may differ. ``None`` where either is uniform.
+    Ranks of grey levels are compared, so that colour, brightness and contrast may differ. ``None`` where either image is
+    uniform.
     """
     grey = np.asarray(small, float)[..., :3].mean(axis=-1)  # (h, w)
     windows = _windows(image, grey.shape)
@@ -104,7 +105,7 @@ def check_image(image: LazyImage, small: NDArray[Any], name: str) -> None:
 
 
 def _windows(image: LazyImage, shape: tuple[int, int]) -> tuple[NDArray[np.float64], Any, Any] | None:
-    """Grey levels of cells in windows all over the image, and where the windows begin in the small copy: x, y."""
+    """Grey levels of cells in windows all over the image, and corners (x, y) of the windows in the small copy."""
     edge = _WINDOW_CELLS * _CELL_PX
     if min(shape) < 2 * edge:
         return None
@@ -113,10 +114,10 @@ def _windows(image: LazyImage, shape: tuple[int, int]) -> tuple[NDArray[np.float
     y, x = (a.ravel() for a in np.meshgrid(at[1], at[0], indexing="ij"))
     corners = np.column_stack([x * per_px[0], y * per_px[1], (x + edge) * per_px[0], (y + edge) * per_px[1]])
     boxes = [(int(a), int(b), max(int(c), int(a) + edge), max(int(d), int(b) + edge)) for a, b, c, d in corners]
-    regions = ChunkReader(replace(image, coarser=()), boxes)
+    reader = ChunkReader(replace(image, coarser=()), boxes)
     grey = []
     for i in range(len(boxes)):
-        pixels = regions.read(i).mean(axis=0)  # (height, width)
+        pixels = reader.read(i).mean(axis=0)  # (height, width)
         rows, cols = (np.linspace(0, n, _WINDOW_CELLS + 1).astype(int) for n in pixels.shape)
         sums = np.add.reduceat(np.add.reduceat(pixels, rows[:-1], axis=0), cols[:-1], axis=1)
         grey.append((sums / np.outer(np.diff(rows), np.diff(cols))).ravel())

@@ -1,4 +1,4 @@
-"""Where elements of a ``SpatialData`` lie upon an image: coordinate systems, matrices and centres."""
+"""Where elements of a ``SpatialData`` lie on an image: coordinate systems, matrices, centres and sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 _SAME_PLACE_PITCH = 0.01
-"""Coordinate systems that place shapes this near to one another, in pitches, are one alignment."""
+"""Largest difference between coordinate systems, in pitches, that counts as the same alignment."""
 
 
 def align(
@@ -48,7 +48,7 @@ def align(
 
 
 def _check_agreement(shapes: GeoDataFrame, image: Any, systems: list[str], *, shapes_key: str, image_key: str) -> None:
-    """Refuse coordinate systems that place the shapes differently upon the image."""
+    """Refuse coordinate systems that align the shapes differently with the image."""
     xy = centroids(shapes)
     xy = xy[np.isfinite(xy).all(axis=1)]
     if len(xy) < 2:
@@ -57,7 +57,7 @@ def _check_agreement(shapes: GeoDataFrame, image: Any, systems: list[str], *, sh
     first = apply(matrices[systems[0]], xy)
     some = np.arange(0, len(first), max(1, len(first) // 1000))
     pitch_px = float(np.median(nearest_spots(first[some], first, k=1, exclude=some)[1]))
-    # how far systems differ is affine in the place: largest at a corner
+    # the difference of two systems is affine in the position: largest at a corner
     corners = np.array([[x, y] for x in (xy[:, 0].min(), xy[:, 0].max()) for y in (xy[:, 1].min(), xy[:, 1].max())])
     groups: list[list[str]] = []
     for system in systems:
@@ -71,7 +71,7 @@ def _check_agreement(shapes: GeoDataFrame, image: Any, systems: list[str], *, sh
     if len(groups) > 1:
         off = np.hypot(*(apply(matrices[groups[1][0]], corners) - apply(matrices[groups[0][0]], corners)).T).max()
         msg = (
-            f"coordinate systems place {shapes_key!r} differently upon the image {image_key!r}: {groups[0][0]!r} and "
+            f"coordinate systems align {shapes_key!r} differently with the image {image_key!r}: {groups[0][0]!r} and "
             f"{groups[1][0]!r} differ by up to {off:.4g} px ({off / pitch_px:.3g} times the distance of neighbours). Say which "
             f"aligns them: coordinate_system= one of {[g[0] for g in groups]}."
         )
@@ -109,7 +109,7 @@ def scale_of(matrix: NDArray[np.float64], source_key: str, target_key: str) -> f
 
 
 def apply(matrix: NDArray[np.float64], xy: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Apply a (3, 3) affine matrix to (n, 2) places."""
+    """Apply a (3, 3) affine matrix to (n, 2) positions."""
     return xy @ matrix[:2, :2].T + matrix[:2, 2]
 
 

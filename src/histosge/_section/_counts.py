@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 RAW = "raw"
-"""Names ``table.raw.X``, unless a layer is called so."""
+"""Means ``table.raw.X``, unless a layer has this name."""
 
 _KIND_COLUMNS = ("featuretypes", "featuretype", "modality", "featureclass", "codeclass")
-"""Columns of ``var`` that say what a feature is, in small letters without signs."""
+"""Columns of ``var`` that state what a feature is, in lower case without punctuation."""
 _GENES = {"geneexpression", "gex", "rna", "mrna", "gene", "genes", "expression", "transcript", "transcripts"}
 _GENES |= {"transcriptome", "endogenous", "housekeeping"}
 _NO_GENES = re.compile(
     "antibod|capture|crispr|guide|hashtag|control|codeword|blank|multiplex"
     "|^(proteins?|proteinexpression|prot|adts?|htos?|custom|peaks?|atac|chromatinaccessibility|negative|vdj)$"
 )
-"""Other kinds of features. Biotypes (protein coding, lncRNA), which such a column may hold as well, are none."""
+"""Other kinds of features. Biotypes (protein coding, lncRNA) in such a column are not among them."""
 
 
 def named_layers(table: AnnData) -> list[str]:
@@ -40,7 +40,7 @@ def named_layers(table: AnnData) -> list[str]:
 
 
 def match_rows(table: AnnData, element: GeoDataFrame, spots_key: str, table_key: str) -> tuple[Any, pd.Index, int]:
-    """Which rows of the table belong to the spots, and which spots these are: matched by name, never by position."""
+    """Rows of the table for the spots, and names of these spots: matched by name, never by order."""
     from spatialdata.models import get_table_keys
 
     _, region_key, instance_key = get_table_keys(table)
@@ -75,19 +75,19 @@ def match_rows(table: AnnData, element: GeoDataFrame, spots_key: str, table_key:
 
 @dataclass(frozen=True)
 class Source:
-    """Values of a table as they are stored, and which of its features are genes."""
+    """Values of a table as they are stored, and which features are genes."""
 
     matrix: Any
     """(rows, features), in memory or not"""
     genes: pd.Index
     others: pd.Series
-    """Kind, by name, of features that are no gene expression"""
+    """Kind, by name, of features that are not gene expression"""
     is_gene: NDArray[np.bool_]
     """(features,)"""
     named: str
     """In messages"""
     base: float | None
-    """Base of the logarithm that ``uns`` names for these values; ``None`` where it is silent"""
+    """Base of the logarithm that ``uns`` states for these values; ``None`` where it states none"""
     remedy: Callable[[], str]
     """Where whole numbers are"""
 
@@ -99,7 +99,7 @@ class Source:
         return genes, None if genes is rows else rows[:, ~self.is_gene]
 
     def values(self, genes: sparse.csr_matrix, others: sparse.csr_matrix | None) -> Values:
-        """Tell what they are."""
+        """Find out what they are."""
         if not _whole(genes):
             return recognise(genes, others, named=self.named, base=self.base, remedy=self.remedy)
         if genes.data.max(initial=0) == 1:
@@ -124,7 +124,7 @@ class Source:
 
 
 def open_layer(table: AnnData, layer: str | None, table_key: str) -> Source:
-    """Find the values that ``layer`` names, and which of them are of genes; nothing is read."""
+    """Find the values of ``layer``, and which of them are of genes; nothing is read."""
     if layer is not None and layer not in named_layers(table):
         hint = " (and there is no table.raw)" if layer == RAW else ""
         msg = f"layer={layer!r} is not among the layers of table {table_key!r}: {named_layers(table)}{hint} (None means X)."
@@ -166,13 +166,13 @@ def read_layer(
 
 def select(matrix: Any, rows: NDArray[np.int64]) -> Any:
     """Some rows (sorted) of a matrix of any kind."""
-    if type(matrix).__module__.startswith("h5py"):  # which reads a block fast and a list of rows one by one
+    if type(matrix).__module__.startswith("h5py"):  # fast for a block, slow for a list of rows
         return matrix[rows[0] : rows[-1] + 1][rows - rows[0]]
     return matrix[rows]
 
 
 def as_rows(part: Any, named: str) -> sparse.csr_matrix:
-    """Rows of a matrix of any kind and type, as float64; what was given stays as it is."""
+    """A matrix of any kind and type as float64 rows; the input stays as it is."""
     part = part.compute() if hasattr(part, "compute") else part
     if part.dtype.kind not in "iuf":
         msg = (
@@ -180,7 +180,7 @@ def as_rows(part: Any, named: str) -> sparse.csr_matrix:
             "convert what is written as text: table.X = table.X.astype('float32')."
         )
         raise ValueError(msg)
-    if part.dtype == np.float16:  # which scipy does not take
+    if part.dtype == np.float16:  # scipy does not accept it
         part = part.astype(np.float32)
     found = sparse.csr_matrix(part).astype(np.float64)
     found.sum_duplicates()
@@ -188,19 +188,19 @@ def as_rows(part: Any, named: str) -> sparse.csr_matrix:
 
 
 def feature_kinds(var: pd.DataFrame) -> pd.Series:
-    """What features are that are no gene expression, by the table's own word; NaN for genes, (features,)."""
+    """Kinds of features that are not gene expression, as the table states them; NaN for genes, (features,)."""
     columns = {_letters(name): name for name in var.columns}
     for name in (columns[wanted] for wanted in _KIND_COLUMNS if wanted in columns):
-        said = pd.Series(var[name].astype(object).to_numpy())
-        said = said.where(said.notna() & said.map(_letters).ne(""))
-        code, kinds = pd.factorize(said)
+        stated = pd.Series(var[name].astype(object).to_numpy())
+        stated = stated.where(stated.notna() & stated.map(_letters).ne(""))
+        code, kinds = pd.factorize(stated)
         words = [_letters(kind) for kind in kinds]
         if gene := [word in _GENES for word in words]:
             other = [_NO_GENES.search(word) is not None for word in words]
-            if any(gene):  # what is not said to be a gene is none
-                return said.where(said.notna(), "of no kind").mask(np.array([*gene, False])[code])
+            if any(gene):  # where genes are marked, unmarked features are none
+                return stated.where(stated.notna(), "of no kind").mask(np.array([*gene, False])[code])
             if any(other):
-                return said.where(np.array([*other, False])[code])
+                return stated.where(np.array([*other, False])[code])
     return pd.Series(np.full(len(var), np.nan), dtype=object)
 
 
@@ -226,13 +226,13 @@ def _log_base(table: AnnData) -> float | None:
     if "log1p" not in table.uns:
         return None
     written = table.uns["log1p"]
-    base = written.get("base") if isinstance(written, Mapping) else None  # files lose it where it is None
+    base = written.get("base") if isinstance(written, Mapping) else None  # files do not keep a base of None
     base = np.e if base is None else float(np.asarray(base).item())
     return base if base > 1 else None
 
 
 def _where_counts_are(table: AnnData, layer: str | None) -> str:
-    """Say which layers hold whole numbers."""
+    """Text for messages: which layers hold whole numbers."""
     found = []
     for name in (None, *named_layers(table)):
         if name == layer:

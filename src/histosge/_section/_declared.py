@@ -1,4 +1,4 @@
-"""What a file says about the array that its spots are of: names, columns, scale factors, and the reader that read it."""
+"""What a file states about the array of its spots: names, columns, scale factors, and the reader that read it."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BARCODE_OF_BIN = re.compile(r"s_(\d{3})um_(\d{5})_(\d{5})")
-"""Of Visium HD, anywhere in a name: edge in µm, row, column."""
+"""Barcode of Visium HD, anywhere in a name: edge in µm, row, column."""
 _VISIUM_BARCODE = re.compile(r"(?<![ACGT])[ACGT]{16}(?![ACGT])")
 _ST_NAME = re.compile(r"(?<![\d.])(\d{1,3}(?:\.\d+)?)x(\d{1,3}(?:\.\d+)?)(?![\d.])")
 _KEY_OF_BINS = re.compile(r"square_(\d{3})um")
 
 _ST_ARRAY = (34, 36)
-"""Columns and rows of the largest array of Spatial Transcriptomics (33 x 35), and the rounding of places on it."""
+"""Columns and rows of the largest array of Spatial Transcriptomics (33 x 35), with a margin for rounding."""
 _SAMPLE = 200
-"""Names that are looked at, evenly over all."""
+"""Names that are checked, evenly over all."""
 _FEWEST_PLACES = 20
 _DOUBLED = 0.05
-"""Share of the spots that may have a place on the array which is taken."""
+"""Largest share of the spots that may share a position on the array."""
 
 
 @dataclass(frozen=True)
 class Declared:
-    """What a file says about the array of its spots."""
+    """What a file states about the array of its spots."""
 
     technology: Technology | None = None
     source: str = ""
-    """Where it says so"""
+    """Where the file states it"""
     row: NDArray[np.int64] | None = None
     """(n,) on the array"""
     col: NDArray[np.int64] | None = None
@@ -47,7 +47,7 @@ class Declared:
     spot_px: float | None = None
     """Diameter of a spot in pixels of the image, as Space Ranger estimates it"""
     doubtful: bool = False
-    """Whether other technologies name their spots alike"""
+    """Whether other technologies use the same names of spots"""
 
 
 def read_declared(
@@ -60,7 +60,7 @@ def read_declared(
     xy_px: NDArray[np.float64],
     scale_factors: Mapping[str, Any],
 ) -> Declared:
-    """Collect what names, columns, keys and scale factors say about the array.
+    """Collect what names, columns, keys and scale factors state about the array.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def read_declared(
     keys
         Names of the elements.
     attrs
-        Of the ``SpatialData``, where readers leave their name.
+        Those of the ``SpatialData``, where readers write their name.
     xy_px
         (n, 2) spots in pixels of the image.
     scale_factors
@@ -99,12 +99,12 @@ def read_declared(
 
 
 def scale_factors(table: AnnData, *, spots_key: str, rows: NDArray[np.int64]) -> dict[str, Any]:
-    """Space Ranger's scale factors in ``uns["spatial"]``, of the library that the spots are of; empty without any."""
+    """Space Ranger's scale factors in ``uns["spatial"]``, for the library of the spots; empty without any."""
     return dict(library_of(table, spots_key=spots_key, rows=rows).get("scalefactors", {}))
 
 
 def library_of(table: AnnData, *, spots_key: str, rows: NDArray[np.int64]) -> Mapping[str, Any]:
-    """The entry of ``uns["spatial"]`` that the spots are of; empty where there is none, or no telling which."""
+    """The entry of ``uns["spatial"]`` for the spots; empty where there is none, or where it is not clear which."""
     libraries = table.uns.get("spatial", {})
     libraries = {k: v for k, v in libraries.items() if hasattr(v, "get")} if hasattr(libraries, "items") else {}
     if len(libraries) > 1 and "library_id" in table.obs:
@@ -116,16 +116,16 @@ def library_of(table: AnnData, *, spots_key: str, rows: NDArray[np.int64]) -> Ma
 
 
 def check_single_section(table: AnnData, rows: NDArray[np.int64], spots_key: str, *, remedy: str) -> None:
-    """Refuse spots of several sections that lie in one element: their places on the array are taken twice."""
+    """Refuse spots of several sections in one element: they share positions on the array."""
     row, col = _array(table.obs.iloc[rows], [table.obs_names[rows].astype(str)])
     if row is None or col is None:
         return
     again = pd.DataFrame({"row": row, "col": col}).duplicated()
-    # columns that hold next to nothing are no places
+    # columns with only a few values are not positions
     if again.mean() > _DOUBLED and (~again).sum() >= _FEWEST_PLACES:
         msg = (
-            f"{again.mean():.0%} of the {len(rows)} spots of {spots_key!r} have a place on the array (array_row, array_col or "
-            f"their names) that another spot has, too: they are of several sections. Read one of them: {remedy}"
+            f"{again.mean():.0%} of the {len(rows)} spots of {spots_key!r} have a position on the array (array_row, array_col or "
+            f"their names) that another spot has as well: they are of several sections. Read one of them: {remedy}"
         )
         raise ValueError(msg)
 
@@ -161,13 +161,13 @@ def _technology(
         if len(at) > 0.5 * len(column):
             col, row = (np.array([float(m[i]) for m in at]) for i in (1, 2))
             if col.max() <= _ST_ARRAY[0] and row.max() <= _ST_ARRAY[1]:
-                whole = not any("." in m[0] for m in at)  # the spot detector's places are no whole numbers
+                whole = not any("." in m[0] for m in at)  # positions of the spot detector are not whole numbers
                 return LEGACY_ST, f"names of spots, as {at[0][0]}", whole
     return None, "", False
 
 
 def _array(obs: pd.DataFrame, names: list[Any]) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
-    """Row and column of each spot on the array: columns of ``obs``, or what names say."""
+    """Row and column of each spot on the array, from columns of ``obs`` or from names."""
     array = _columns(obs)
     if array is not None:
         return array[:, 0], array[:, 1]
@@ -199,7 +199,7 @@ def _is_visium_array(row: NDArray[np.int64], col: NDArray[np.int64]) -> bool:
 
 
 def _pixels_of_full(table: AnnData, rows: NDArray[np.int64], xy_px: NDArray[np.float64]) -> float | None:
-    """Pixels of the image for one of Space Ranger's full-resolution image, in which ``obsm["spatial"]`` is."""
+    """Pixels of the image per pixel of Space Ranger's full-resolution image, the unit of ``obsm["spatial"]``."""
     if "spatial" not in table.obsm:
         return None
     full = np.asarray(table.obsm["spatial"], float)[rows, :2]
@@ -220,7 +220,7 @@ def _share(names: list[str], pattern: re.Pattern[str]) -> float:
 
 
 def _positive(value: Any) -> float | None:
-    """A number above 0, or ``None``: files hold anything."""
+    """The value as a number above 0; ``None`` for anything else that a file may hold."""
     try:
         number = float(value)
     except (TypeError, ValueError):

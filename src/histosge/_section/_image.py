@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _THUMBNAILS = ("_hires_image", "_lowres_image")
 
 _SAME_GREY = 2.0
-"""Grey levels, of 255, that a level of a pyramid may differ from the mean of the finest."""
+"""Largest difference, in grey levels of 255, of a pyramid level from the mean of the finest."""
 
 
 def find_image(sdata: SpatialData, key: str | None) -> str:
@@ -54,7 +54,7 @@ def find_image(sdata: SpatialData, key: str | None) -> str:
 
 
 def thumbnail_of(sdata: SpatialData, key: str, system: str) -> Any:
-    """Space Ranger's small copy of an image, (h, w, 3), where it lies beside and covers it; else ``None``."""
+    """Space Ranger's small copy of an image, (h, w, 3), if it is there and covers the image; else ``None``."""
     from spatialdata import get_pyramid_levels
     from spatialdata.transformations import get_transformation
     from xarray import DataTree
@@ -81,7 +81,7 @@ def thumbnail_of(sdata: SpatialData, key: str, system: str) -> Any:
 
 
 def lazy_image(element: Any, key: str) -> LazyImage:
-    """Take an image with all its scales, lazily, as RGB."""
+    """Open an image with all its scales, lazily, as RGB."""
     from spatialdata import get_pyramid_levels
     from xarray import DataTree
 
@@ -111,7 +111,7 @@ def lazy_image(element: Any, key: str) -> LazyImage:
 
 
 def _check_looks(data: Any, white: float, key: str, *, named: bool) -> None:
-    """Warn of what does not look like stained tissue; refuse it where nothing says that its channels are colours."""
+    """Warn of an image that does not look like stained tissue; refuse it if its channels have no names of colours."""
     seen = sample(data, white)
     if len(seen) == 4 and not named and not is_opacity(seen[3], seen[3].max()):
         msg = (
@@ -165,7 +165,7 @@ def _white(data: Any, key: str) -> float:
 
 
 def _coarser(data: list[Any], white: float) -> Iterator[tuple[Any, float]]:
-    """Levels of a pyramid that show what the finest shows: shrunken by a whole factor, by means and not by leaving out."""
+    """Levels of a pyramid that are means of the finest, shrunken by a whole factor."""
     finest = LazyImage(data[0], white)
     height, width = data[0].shape[1:]
     for level in data[1:]:
@@ -177,7 +177,7 @@ def _coarser(data: list[Any], white: float) -> Iterator[tuple[Any, float]]:
 
 
 def _agree(fine: LazyImage, coarse: LazyImage, factor: int) -> bool:
-    """Whether a level is the mean of the finest, in the middle of the image: levels of any origin come along."""
+    """Whether a level is the mean of the finest, in the middle of the image: files hold levels of any origin."""
     side = max(1, min(128, 1024 // factor, coarse.height_px, coarse.width_px))
     x, y = (coarse.width_px - side) // 2, (coarse.height_px - side) // 2
     there = coarse.read(x, y, x + side, y + side).astype(float)

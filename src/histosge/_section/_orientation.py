@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from histosge._section._section import Section
 
 _ON_TISSUE = 0.15
-"""Share of the spots by which more must lie on tissue in another orientation."""
+"""How much larger the share of spots on tissue must be in another orientation."""
 _EXPLAINED = 0.1
-"""Share of the variance of expression by which the colours of another orientation must explain more; of real sections in
-the right one they explain 0.02 to 0.34, in others at most 0.10."""
+"""How much more variance of expression the colours of another orientation must explain. On real sections they explain
+0.02 to 0.34 in the right orientation, and at most 0.10 in others."""
 _AHEAD = 0.05
-"""How far that orientation must be ahead of every other."""
+"""How much better that orientation must be than every other."""
 EVIDENCE_PX = 384
 """Largest edge of the shrunken image"""
 _N_SPOTS, _N_GENES, _N_COMPONENTS, _N_BLOCKS = 2000, 300, 10, 5
@@ -35,7 +35,7 @@ _PENALTY = 0.05
 
 
 def warn_of_orientation(section: Section, small: NDArray[np.uint8], factor: int) -> None:
-    """Warn where tissue and expression of a section speak for another orientation of its image, shrunken by ``factor``."""
+    """Warn where tissue and expression fit another orientation of the image better; ``small`` is shrunken by ``factor``."""
     from PIL import Image
 
     if not section.measured:
@@ -66,7 +66,7 @@ def check_orientation(section: Section) -> None:
 def likelier_orientation(
     small: NDArray[np.uint8], xy: NDArray[np.float64], expression: sparse.csr_matrix, *, spot_cells: float
 ) -> str | None:
-    """Name the orientation of an image that tissue and expression of its spots speak for, or ``None`` for the given one.
+    """Name the orientation of an image that fits tissue and expression of its spots best; ``None`` for the given one.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def likelier_orientation(
     fold, maps = _blocks(xy), _maps(small, sigma=max(spot_cells / 4, 1.0))
     on_tissue, explained = {}, {}
     for name, orient in ORIENTATIONS.items():
-        turned = orient(maps)  # what they would be if the image were stored upright
+        turned = orient(maps)  # as they would be if the image were stored upright
         if (xy >= turned.shape[1::-1]).any():
             continue
         under = turned[tuple(xy.astype(int).T[::-1])].astype(float)  # (n, maps)

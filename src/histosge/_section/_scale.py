@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from histosge._section._declared import Declared
 
 _VISIUM_SPOTS = 128 * 112
-"""Of the largest capture area, 11 mm wide."""
+"""Spots of the largest capture area, 11 mm wide"""
 _VISIUM_DIAGONAL = 160
-"""Pitches across the largest capture area, and a little."""
+"""Pitches across the largest capture area, with a margin"""
 _SPOT_PER_PITCH = (0.5, 0.8)
 """Diameter of a Visium spot as Space Ranger writes it (55 to 70 µm), over 100 µm."""
 _TOUCHING = 0.9
 """Drawn diameter over pitch from which spots leave no gap."""
 _COARSE_UM = 10.0
-"""No image of a whole section that is worth an encoder has larger pixels; thumbnails have up to 10 µm."""
+"""Pixels of microscope images are smaller; those of thumbnails have up to 10 µm."""
 _FEWEST_PX = 3.0
-"""Spots nearer than this lie on no image: the smallest thumbnails have 6 px from spot to spot."""
+"""Least distance of spots on an image: on the smallest thumbnails it is 6 px."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _checked(scale: Scale, spots_key: str) -> Scale:
 
 
 def _lattice(declared: Declared, xy_px: NDArray[np.float64]) -> tuple[Lattice | None, str]:
-    """The lattice that the array's rows and columns give, where spots alone give none or another; and why there is none."""
+    """The lattice of the spots, or of the array's rows and columns where those disagree; else why there is none."""
     lattice, why_not = None, ""
     try:
         lattice = estimate_lattice(xy_px)
@@ -193,7 +193,7 @@ def _recognised(
 
 
 def _check_no_indices(declared: Declared, xy_px: NDArray[np.float64], spots_key: str) -> None:
-    """Refuse places on the array where pixels should be."""
+    """Refuse rows and columns of the array where pixels should be."""
     if declared.row is None or declared.col is None or declared.technology is not VISIUM:
         return
     array = np.column_stack([declared.col, declared.row])
@@ -207,7 +207,7 @@ def _check_no_indices(declared: Declared, xy_px: NDArray[np.float64], spots_key:
 
 
 def _check_pixels(lattice: Lattice, declared: Declared, found: Technology, spots_key: str) -> None:
-    """Refuse coordinates that are no pixels, or of another image than the scale factors are of."""
+    """Refuse coordinates that are not pixels, or not of the image that the scale factors describe."""
     ratio = None if declared.spot_px is None else declared.spot_px / lattice.pitch_px
     if found is VISIUM and ratio is not None and not _SPOT_PER_PITCH[0] <= ratio <= _SPOT_PER_PITCH[1]:
         usual = [declared.spot_px / r for r in reversed(_SPOT_PER_PITCH) if declared.spot_px is not None]
@@ -235,7 +235,7 @@ def _warn_if_doubtful(declared: Declared, found: Technology, lattice: Lattice, s
         )  # fmt: skip
     elif declared.doubtful:
         logger.warning(
-            "%r: taken as Spatial Transcriptomics, %g µm apart (%s); DBiT-seq names its squares alike: if these are such, "
+            "%r: taken as Spatial Transcriptomics, %g µm apart (%s); DBiT-seq uses the same names for its squares: if these are such, "
             "pass mpp=",
             spots_key, found.pitch_um, declared.source,
         )  # fmt: skip

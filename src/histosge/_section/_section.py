@@ -1,4 +1,4 @@
-"""``SpatialData`` → :class:`Section`. All places are in pixels (x, y) of the image's finest scale."""
+"""``SpatialData`` → :class:`Section`. All positions are in pixels (x, y) of the image's finest scale."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 MIN_SPOTS = 30
 _MOST_OUTSIDE = 0.05
-"""Share of the spots that may lie beyond the image and are left out; with more, the image is another one."""
+"""Largest share of the spots that may lie outside the image and are left out; with more, it is the wrong image."""
 NEARLY_EMPTY = 0.02
-"""Scaled to 10,000, the one count of a spot would be the largest value of its gene."""
+"""Spots with a smaller share of the median total are left out: scaled to 10,000, their single counts would dominate a gene."""
 _XY = ("x", "y")
 
 
@@ -61,7 +61,7 @@ class Section:
     """(n, genes) float32, in the unit of :attr:`values`"""
     genes: pd.Index
     values: Values
-    """What the table held, and what was made of it"""
+    """What the values of the table are, and how they became the expression"""
     mpp: float
     pitch_um: float
     spot_um: float
@@ -69,9 +69,9 @@ class Section:
     technology: str
     mpp_source: str
     n_left_out: int = field(default=0)
-    """Spots without counts or outside the tissue, by the table's own word"""
+    """Spots without counts, off the tissue (by the table) or outside the image"""
     others: pd.Series = field(default_factory=lambda: pd.Series(dtype=object))
-    """Kind, by name, of features of the table that are no gene expression"""
+    """Kind, by name, of the features of the table that are not gene expression"""
     rows: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     """(n,) rows of the spots in the table"""
     counts: sparse.csr_matrix | None = None
@@ -87,12 +87,12 @@ class Section:
 
     @property
     def log_normalised(self) -> bool:
-        """Whether the table held log-normalised values already."""
+        """Whether the table holds log-normalised values."""
         return self.values.log_normalised
 
     @property
     def measured(self) -> bool:
-        """Whether there are spots at all: of an H&E image alone there are none."""
+        """Whether there are spots; of an H&E image alone there are none."""
         return len(self.instances) > 0
 
     @property
@@ -102,7 +102,7 @@ class Section:
 
     @property
     def footprints(self) -> Footprints:
-        """Area of the image that was measured, (n,): discs, or the squares of a lattice that may be turned."""
+        """Measured areas of the image, (n,): discs, or the squares of a lattice that may be turned."""
         if not self.contiguous or self.lattice is None:
             return Footprints.discs(self.xy_px, diameter_px=self.spot_um / self.mpp)
         corner = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]]) @ self.lattice.basis
@@ -160,9 +160,9 @@ def read_section(
     )
     element = sdata.shapes[spots_key].loc[instances]
     xy_px = apply(to_image, centroids(element))
-    layer_read, counts, beside = read_layer(table, layer, rows, table_key)
+    layer_read, counts, other_features = read_layer(table, layer, rows, table_key)
     log_left_out(layer_read.others, level=logging.INFO if report else logging.DEBUG)
-    values = layer_read.values(counts, beside)
+    values = layer_read.values(counts, other_features)
     total = values.totals(counts)
     if not (total > 0).any():
         msg = f"the table {table_key!r} holds no counts at all. Name the layer that does: layer={named_layers(table)}."
@@ -260,7 +260,7 @@ def read_image_only(
     image_key = find_image(sdata, image_key)
     if mpp is None:
         msg = (
-            f"nothing was measured on this section, so that the µm per pixel of its image {image_key!r} cannot be told "
+            f"nothing was measured on this section, so that the µm per pixel of its image {image_key!r} cannot be derived "
             "from the pitch of spots. Pass mpp=, as the scanner states it (about 0.25 at 40x, 0.5 at 20x)."
         )
         raise ValueError(msg)
@@ -327,7 +327,7 @@ def _whole_counts(counts: sparse.csr_matrix, expression: sparse.csr_matrix) -> s
 def _inside(
     image: LazyImage, xy_px: NDArray[np.float64], spots: str, image_key: str, system: str, *, drawn_px: float
 ) -> NDArray[np.bool_]:
-    """Which centres lie on the image; a few beyond it are no sign of misalignment, and those that its border cuts are none."""
+    """Which centres lie on the image; a few outside, or spots cut by its border, are no sign of misalignment."""
     beyond = np.maximum(-xy_px, xy_px - [image.width_px, image.height_px]).max(1)
     if (beyond > drawn_px / 2).mean() > _MOST_OUTSIDE:
         low, high = xy_px.min(0), xy_px.max(0)

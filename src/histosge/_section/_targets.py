@@ -36,7 +36,7 @@ INVALID = ("raise", "skip")
 SMALLEST_BIN_UM = 1.0
 _TISSUE_BLUR_PITCH = 0.25
 _SAME_PLACE_PITCH = 0.01
-"""A target this near to a spot, in pitches, is the spot itself."""
+"""Largest distance, in pitches, of a target that counts as the spot itself."""
 
 
 def own_spots(section: Section) -> Targets:
@@ -48,17 +48,17 @@ def own_spots(section: Section) -> Targets:
 
 
 def _in_tissue(section: Section, xy_px: NDArray[np.float64], *, tissue: str) -> tuple[NDArray[np.bool_], str]:
-    """Tell which places lie on tissue: dark enough in the image, and for ``"auto"`` inside it."""
+    """Which positions lie on tissue, and how that was found; all must lie in the image."""
     inside = np.asarray(((xy_px >= 0) & (xy_px < [section.image.width_px, section.image.height_px])).all(1))
     if tissue == "spots" and not section.measured:
-        msg = "tissue='spots' keeps places within reach of a spot, and nothing was measured here. Pass tissue='auto'."
+        msg = "tissue='spots' keeps targets within reach of a spot, and nothing was measured here. Pass tissue='auto'."
         raise ValueError(msg)
     if tissue == "spots":
         return inside, "within reach of a measured spot"
     small, factor = thumbnail(section.image, max_px=1024)
     warn_of_orientation(section, small, factor)
     cell_um = factor * section.mpp
-    # a place stands for about as much tissue as a spot covers, pale stroma included
+    # smoothed over about a spot, so that pale stroma is tissue
     mask, share = tissue_mask(
         small, section.xy_px / factor, blur_cells=max(_TISSUE_BLUR_PITCH * section.pitch_um / cell_um, 0.5)
     )
@@ -71,7 +71,7 @@ def _in_tissue(section: Section, xy_px: NDArray[np.float64], *, tissue: str) -> 
 def lay_targets(
     section: Section, *, key: str, upsample: int | None, bin_um: float | None, tissue: str = "auto"
 ) -> Targets:
-    """Lay targets between the spots, or square bins, and keep those on tissue; the spots' own places are always kept."""
+    """Lay targets between the spots, or square bins, and keep those on tissue; targets at spots are always kept."""
     if tissue not in TISSUE:
         msg = (
             f"tissue={tissue!r}: choose 'auto' (dark enough in the image and within reach of a spot) "
@@ -102,7 +102,7 @@ def _lay_spots(section: Section, *, upsample: int) -> Targets:
 
 def _lay_bins(section: Section, bin_um: float) -> Targets:
     """Lay square bins over all that lies within reach of a spot or, without spots, over the image."""
-    if not SMALLEST_BIN_UM <= bin_um <= section.spot_um * (1 + 1e-6):  # which may be measured: 19.999...
+    if not SMALLEST_BIN_UM <= bin_um <= section.spot_um * (1 + 1e-6):  # spot_um may be computed, as 19.999...
         msg = (
             f"bin_um={bin_um!r}: bins must be at least {SMALLEST_BIN_UM:g} µm wide and no wider than a measured spot "
             f"({section.spot_um:g} µm), above which nothing is resolved. For targets between spots pass upsample=."
@@ -121,20 +121,18 @@ def to_image(sdata: SpatialData, section: Section, key: str) -> NDArray[np.float
 
 
 def read_targets(sdata: SpatialData, section: Section, key: str, *, on_invalid: str = "raise") -> Targets:
-    """Take the places of any shapes element; ``on_invalid="skip"`` leaves out what is no place of the image."""
+    """Take any shapes element as targets; ``on_invalid="skip"`` leaves out shapes that are invalid or off the image."""
     import shapely
 
     if key not in sdata.shapes:
         msg = f"target_key={key!r} is not among the shapes of this SpatialData: {list(sdata.shapes)}."
         raise KeyError(msg)
     if on_invalid not in INVALID:
-        msg = (
-            f"on_invalid={on_invalid!r}: choose 'raise', or 'skip' to leave out shapes that are no places of the image."
-        )
+        msg = f"on_invalid={on_invalid!r}: choose 'raise', or 'skip' to leave out shapes that are invalid or outside the image."
         raise ValueError(msg)
     element = sdata.shapes[key]
     if not element.index.is_unique:
-        msg = f"target_key={key!r}: its index has doubles, so that rows cannot be told apart. Reset the index."
+        msg = f"target_key={key!r}: its index has duplicates, so that rows cannot be matched by name. Reset the index."
         raise ValueError(msg)
     matrix = to_image(sdata, section, key)
     outlines = element.geometry.to_numpy()
@@ -146,12 +144,14 @@ def read_targets(sdata: SpatialData, section: Section, key: str, *, on_invalid: 
     if wrong.any():
         found = {
             "shapes are not valid": broken,
-            f"places lie outside the image {section.image_key!r}": outside & ~broken,
+            f"shapes lie outside the image {section.image_key!r}": outside & ~broken,
         }
-        told = " and ".join(f"{int(rows.sum())} of {len(element)} {name}" for name, rows in found.items() if rows.any())
-        what = f"target_key={key!r}: {told} (for example {list(element.index[wrong][:3])})"
+        counts = " and ".join(
+            f"{int(rows.sum())} of {len(element)} {name}" for name, rows in found.items() if rows.any()
+        )
+        what = f"target_key={key!r}: {counts} (for example {list(element.index[wrong][:3])})"
         if on_invalid == "raise" or wrong.all():
-            msg = f"{what}. Remove them (shapely.make_valid mends some), or pass on_invalid='skip' to leave them out."
+            msg = f"{what}. Remove them (shapely.make_valid repairs some), or pass on_invalid='skip' to leave them out."
             raise ValueError(msg)
         logger.warning("%s: leaving them out", what)
         element, xy_px = element[~wrong], xy_px[~wrong]
@@ -171,7 +171,7 @@ def read_targets(sdata: SpatialData, section: Section, key: str, *, on_invalid: 
 
 
 def smaller_than_spot(section: Section, targets: Targets) -> bool:
-    """Whether places stand for clearly less than what a spot measured."""
+    """Whether most targets are clearly smaller than a spot."""
     return len(targets) > 0 and float(np.mean(_smaller(section, targets.footprints))) > 0.5
 
 
@@ -189,13 +189,13 @@ def _footprints(
     if not (element.geom_type == "Point").all():
         return Footprints.of_polygons(shapely.transform(element.geometry.to_numpy(), lambda xy: apply(matrix, xy)))
     spot_px = section.spot_um / section.mpp
-    # places that were laid between spots are drawn as wide as their step, but stand for what a spot would measure
+    # targets that were laid between spots are drawn as wide as their step, but stand for what a spot would measure
     if "radius" not in element.columns or "is_spot" in element.columns:
         return Footprints.discs(xy_px, diameter_px=spot_px)
     size_px = 2 * element["radius"].to_numpy(float) * scale_of(matrix, "shapes", section.image_key)
     if not section.measured:
         return Footprints.discs(xy_px, diameter_px=size_px)
-    # readers draw spots larger than they are: what is drawn as they are is a spot
+    # readers draw spots larger than they are: a circle of the drawn size is a spot
     spots = sdata.shapes[section.spots_key]
     drawn_px = drawn_size(spots) * scale_of(section.to_image, section.spots_key, section.image_key)
     return Footprints.discs(xy_px, diameter_px=np.where(np.abs(size_px / drawn_px - 1) < 0.01, spot_px, size_px))

@@ -1,8 +1,9 @@
 """What the values of a table are: counts, or logarithms and roots of them, whose base and total are found.
 
-Three things tell. Normalised counts sum to the same in every spot, and so does what logarithms of them are made of.
-Counts are whole multiples of one count, whatever their spot was scaled by and however few genes are left. And scanpy
-writes ``uns["log1p"]``. What fits none of these is taken as corrected counts, unless something speaks against it.
+There are three kinds of evidence. Normalised counts have the same sum in every spot, and so have logarithms of them,
+once undone. Counts are whole multiples of one count, whatever factor their spot was scaled by and however few genes are
+left. And scanpy writes ``uns["log1p"]``. Values with no such evidence are taken as corrected counts, unless there is
+evidence against that.
 """
 
 from __future__ import annotations
@@ -27,27 +28,27 @@ TARGET_SUM = 1e4
 """Counts of a spot are scaled to this sum before log1p, as in the paper."""
 UNIT = "log1p of counts per 10,000"
 UNIT_AS_GIVEN = "log1p of normalised counts, scaled as given"
-"""Of logarithms without all of their genes: what the spots were scaled to is not known."""
+"""For logarithms without all of their genes: the total that spots were scaled to is not known."""
 
 _SAMPLE = 1000
-"""Spots that are looked at."""
+"""Spots that are checked."""
 _CONSTANT = 0.01
-"""Sums are constant if 98 % of them lie within this share of their median. Half precision and rounding to two decimals move
-a sum by 0.5 %; sums that were never made equal differ by 10 % and more."""
+"""Sums are constant if 98 % of them lie within this share of their median. Half precision and rounding to two decimals
+change a sum by 0.5 %; sums that were never made equal differ by 10 % and more."""
 _EXACT = 1e-3
 _N_SPOTS = 100
-"""Spots in which one count is looked for, in as many as ``_N_VALUES`` of their smallest values."""
+"""Spots that are searched for the value of one count, in up to ``_N_VALUES`` of their smallest values."""
 _N_VALUES = 32
 _MOST_COUNTS = 256
-"""Counts that the smallest value of a spot may stand for"""
+"""Largest number of counts that the smallest value of a spot may be"""
 _FEW_VALUES = 6
-"""Fewer values than this are multiples of something by chance: the smallest has to be one count."""
+"""Fewer values than this are multiples of something by chance: then the smallest must be one count."""
 _WHOLE = 0.02
 _LEAST_SPOTS = 20
 _LARGEST_LOG = 20.0
 """log2 of a million is 19.9"""
 _LARGEST = 1e9
-"""No spot has as many counts: what has was no logarithm."""
+"""No spot has as many counts: where undoing a logarithm gives more, it was none."""
 _LIBRARY = 0.15
 """Least standard deviation of library sizes, relative to their mean: 0.3 to 0.6 on real sections, 0.04 to 0.1 of logarithms."""
 _FALLS = -0.4
@@ -85,20 +86,20 @@ class Values:
     """In words, for ``uns``"""
     transform: Transform = NONE
     normalise: bool = True
-    """Whether spots are scaled to :data:`TARGET_SUM`, or left at the scale that they have"""
+    """Whether spots are scaled to :data:`TARGET_SUM`, or keep their scale"""
     unit: str = UNIT
-    """Of the expression"""
+    """Unit of the expression"""
     log_normalised: bool = False
-    """Whether the table held logarithms of normalised counts"""
+    """Whether the table holds logarithms of normalised counts"""
 
     def linear(self, matrix: sparse.csr_matrix) -> sparse.csr_matrix:
-        """Undo the transform: (n, genes), in each spot proportional to counts."""
+        """Undo the transform: (n, genes), proportional to counts in each spot."""
         if self.transform is NONE:
             return matrix
         return sparse.csr_matrix((self.transform.inverse(matrix.data), matrix.indices, matrix.indptr), matrix.shape)
 
     def totals(self, matrix: sparse.csr_matrix) -> NDArray[np.float64]:
-        """Sum of each spot, (n,): of counts the library size."""
+        """Sum of each spot, (n,): for counts the library size."""
         return _row_sums(self.linear(matrix) if self.normalise else matrix)
 
     def expression(self, matrix: sparse.csr_matrix, totals: Floats | None = None) -> sparse.csr_matrix:
@@ -128,7 +129,7 @@ def per_target_sum(counts: sparse.csr_matrix, totals: Floats | None = None) -> s
 
 
 def sample(n: int) -> NDArray[np.int64]:
-    """Rows to look at, all over the table."""
+    """Rows to check, evenly over the table."""
     return np.unique(np.linspace(0, n - 1, min(n, _SAMPLE)).round().astype(np.int64))
 
 
@@ -140,18 +141,18 @@ def recognise(
     base: float | None,
     remedy: Callable[[], str],
 ) -> Values:
-    """Find out what values are that are not whole numbers, and log it.
+    """Find out what values are that are not whole numbers, and log the result.
 
     Parameters
     ----------
     genes
         (n, genes) values, none below 0.
     others
-        (n, features) values of what was measured beside genes, which may have been normalised with them.
+        (n, features) values of other features, which may have been normalised together with genes.
     named
-        What to call the values in messages.
+        Name of the values in messages.
     base
-        Base of the logarithm that ``uns["log1p"]`` names; ``None`` where it is silent.
+        Base of the logarithm that ``uns["log1p"]`` states; ``None`` where it states none.
     remedy
         What to do where they are not known.
     """
@@ -164,18 +165,18 @@ def recognise(
     rows = np.flatnonzero(np.asarray(genes.sum(axis=1)).ravel() > 0)
     rows = rows[sample(len(rows))]
     genes = genes[rows]
-    beside = [None] if others is None else [None, others[rows]]
+    normalised_with = [None] if others is None else [None, others[rows]]
     largest = float(genes.data.max())
     transforms = list(_TRANSFORMS)
     if base is not None and base not in (np.e, 2.0, 10.0):
         transforms.append(_log(base))
     with np.errstate(over="ignore"):
         transforms = [t for t in transforms if t is NONE or t.inverse(np.array(largest)) < _LARGEST]
-    sums = [(*_sums(genes, more, t), t, more) for t in transforms for more in beside]
+    sums = [(*_sums(genes, more, t), t, more) for t in transforms for more in normalised_with]
     spread, total, transform, more = min(sums, key=lambda found: found[0])
     one = _one_count(genes, transforms)
     if transform is SQUARE_ROOT and abs(total - 1) < _CONSTANT and (one is None or one[0] is not SQUARE_ROOT):
-        spread = np.inf  # rows of unit length: it is not their squares that were counted
+        spread = np.inf  # rows of unit length: their squares are not counts
     if spread < _CONSTANT:
         return _normalised(transform, total, named=named, whole=more is None)
     if one is not None:
@@ -203,7 +204,7 @@ def _plain(genes: sparse.csr_matrix) -> str:
     return f"values that are not whole numbers (largest {genes.data.max():.4g})"
 
 
-# -- what speaks for it
+# ------------------------------------------------------------------------------------------------------- evidence
 
 
 def _sums(genes: sparse.csr_matrix, others: sparse.csr_matrix | None, transform: Transform) -> tuple[float, float]:
@@ -223,28 +224,28 @@ def _one_count(genes: sparse.csr_matrix, transforms: list[Transform]) -> tuple[T
     spots = np.unique(np.linspace(0, genes.shape[0] - 1, _N_SPOTS).round().astype(int))
     rows = [np.unique(genes.data[genes.indptr[i] : genes.indptr[i + 1]]) for i in spots]
     values = [row[row > 0][:_N_VALUES] for row in rows]
-    values = [row for row in values if len(row) > 1]  # one value is a multiple of itself
+    values = [row for row in values if len(row) > 1]  # a single value is always a multiple of itself
     if len(values) < _LEAST_SPOTS:
         return None
     together = np.concatenate(values)
-    # rounded to a few decimals, everything is a multiple of these, and so are squares
+    # values rounded to a few decimals are multiples of the last one, and so are their squares
     rounded = any(np.abs(together * s - np.rint(together * s)).max() < 0.005 for s in (10, 100, 1000))
     fits: dict[Transform, tuple[float, Floats]] = {}
     for transform in (t for t in transforms if not rounded or t.log):
         found = [_unit(transform.inverse(row)) for row in values]
         fitting = [each for each in found if each is not None]
-        if len(fitting) > len(values) / 2:  # else the weakest gene of most has too many counts
+        if len(fitting) > len(values) / 2:  # otherwise the weakest gene of most spots has too many counts
             error, units = np.array(fitting).T
             fits[transform] = float(error.mean()), units
-    if NONE in fits:  # the squares of whole multiples are whole multiples too
+    if NONE in fits:  # squares of whole multiples are whole multiples as well
         fits.pop(SQUARE_ROOT, None)
     best = min(fits, key=lambda transform: fits[transform][0], default=None)
     return None if best is None else (best, fits[best][1])
 
 
 def _unit(values: Floats) -> tuple[float, float] | None:
-    """Mean error and the number that all values (sorted) are whole multiples of."""
-    counts = np.arange(1, 2 if len(values) < _FEW_VALUES else _MOST_COUNTS + 1)  # that the smallest may stand for
+    """Mean error, and the number of which all values (sorted) are whole multiples."""
+    counts = np.arange(1, 2 if len(values) < _FEW_VALUES else _MOST_COUNTS + 1)  # that the smallest value may be
     multiple = values * counts[:, None] / values[0]
     error = np.abs(multiple - np.rint(multiple))
     fitting = np.flatnonzero((error < _WHOLE + 2e-6 * multiple).all(axis=1))
@@ -254,18 +255,18 @@ def _unit(values: Floats) -> tuple[float, float] | None:
 
 
 def _no_library_sizes(genes: sparse.csr_matrix) -> str | None:
-    """What speaks against counts: these differ by the depth that a spot was sequenced to, which logarithms hide."""
+    """Evidence against counts: their sums vary with sequencing depth, which logarithms hide."""
     total, n = np.asarray(genes.sum(axis=1)).ravel(), np.diff(genes.indptr)
     if total.std() < _LIBRARY * total.mean():
         return f"the sums of spots differ by {total.std() / total.mean():.1%} only"
-    # a deeper spot has more genes, and more counts of each; normalised, it has less of each
+    # a deeper spot has more genes and more counts of each; after normalisation it has less of each
     if n.std() > 0.02 * n.mean() and np.corrcoef(np.log(n), np.log(total / n))[0, 1] < _FALLS:
         return "genes are the lower, the more of them a spot has"
     return None
 
 
 def _scaled(genes: sparse.csr_matrix, *, within: float) -> str | None:
-    """What nearly all genes have in common, if they were scaled one by one: how strong they are is lost then."""
+    """The statistic that is 1 for nearly all genes, if they were scaled gene by gene, which loses their strength."""
     high = genes.max(axis=0).toarray().ravel()
     seen = high > 0
     mean, square = (np.asarray(of.mean(axis=0)).ravel()[seen] for of in (genes, genes.power(2)))
@@ -275,11 +276,11 @@ def _scaled(genes: sparse.csr_matrix, *, within: float) -> str | None:
     return None
 
 
-# -- what follows from it
+# ------------------------------------------------------------------------------------------------------ conclusions
 
 
 def _normalised(transform: Transform, total: float, *, named: str, whole: bool) -> Values:
-    """Of counts that were scaled to one total; ``whole`` if genes alone sum to it."""
+    """Values of counts that were scaled to one total; ``whole`` if genes alone sum to it."""
     what = f"counts scaled to {total:,.0f}" if total >= TARGET_SUM / 100 else f"counts scaled to {total:.4g}"
     if transform is LOG1P and whole and abs(total / TARGET_SUM - 1) < _EXACT:
         logger.info("%s is log-normalised already (every spot sums to 10,000 before log1p): taken as it is", named)
@@ -292,7 +293,7 @@ def _normalised(transform: Transform, total: float, *, named: str, whole: bool) 
 
 
 def _multiples(transform: Transform, one: Floats, *, named: str) -> Values:
-    """Of values that are whole multiples of one count, which is ``one`` in each spot."""
+    """Values that are whole multiples of one count, which is ``one`` in each spot."""
     same = np.quantile(one, 0.99) / np.quantile(one, 0.01) - 1 < _CONSTANT
     if transform.log and not same:
         return _as_given(transform, named)
@@ -309,7 +310,7 @@ def _multiples(transform: Transform, one: Floats, *, named: str) -> Values:
 
 
 def _as_given(transform: Transform, named: str) -> Values:
-    """Of logarithms whose spots do not sum to one total any more: genes were left out since."""
+    """Logarithms whose spots no longer have one total: genes were left out afterwards."""
     logger.warning(
         "%s holds %s of normalised counts whose total is not known, since spots do not sum to one (genes were left out since?): "
         "the scale is kept as given. Counts, in another layer=, would be better",

@@ -1,4 +1,4 @@
-"""Arrays → elements and tables of ``SpatialData``. Everything is made and checked before anything is written."""
+"""Arrays → elements and tables of ``SpatialData``. All are made and checked before the first is written."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def shapes_element(section: Section, targets: Targets) -> GeoDataFrame:
         frame["radius"] = float(targets.step_px or 0) / 2 * scale_of(back, section.image_key, section.spots_key)
     frame["array_row"], frame["array_col"] = targets.array_row, targets.array_col
     frame["is_spot"] = targets.spot_index >= 0
-    # a dict of its own: moving the targets later must not move the spots
+    # a copy of the dict: moving the targets later must not move the spots
     return ShapesModel.parse(frame, transformations=dict(section.transformations))
 
 
 def make_table(adata: AnnData, *, region: str, instances: NDArray[Any]) -> AnnData:
-    """Link a table to the shapes element its rows describe."""
+    """Link a table to the shapes element that its rows describe."""
     from spatialdata.models import TableModel
 
     adata.obs[_keys.REGION] = pd.Categorical([region] * adata.n_obs)
@@ -69,7 +69,7 @@ def predicted_table(
 
     _, dist, present = nearest_spots(targets.xy_px, section.xy_px, k=1)
     distance_um = np.where(present[:, 0], dist[:, 0] * section.mpp, np.nan)
-    # contiguous bins leave no gap: the corner of a bin belongs to it as well
+    # contiguous bins have no gaps: up to its corner a bin is measured
     radius_um = section.spot_um / (np.sqrt(2) if section.contiguous else 2)
     obs = pd.DataFrame(index=pd.Index([f"{targets.key}-{i}" for i in targets.instances], dtype=str))
     if targets.array_row is not None and targets.array_col is not None:
@@ -84,7 +84,7 @@ def predicted_table(
     adata.uns[_keys.UNS] = provenance
     if intervals is not None:
         write_intervals(adata, intervals)
-    # scanpy asks here whether, and to what base, values are logarithms; natural is written as no base at all
+    # scanpy reads here that values are logarithms; without a base they are natural
     adata.uns["log1p"] = {}
     return make_table(adata, region=targets.key, instances=targets.instances)
 
@@ -106,22 +106,22 @@ def embedding_table(
 def find_embedding(
     section: Section, targets: Targets, *, encoder: str, provenance: dict[str, Any]
 ) -> NDArray[np.float32] | None:
-    """Take the embeddings of these targets from ``sdata``, if they were made in the same way; else ``None``."""
+    """Take the embeddings of these targets from ``sdata`` if they were made with the same settings; else ``None``."""
     name = _keys.embedding_table(targets.key, encoder)
     table = section.written.get(name)
     if table is None:
         return None
-    same = {k: _alike(table.uns[_keys.UNS].get(k), v) for k, v in provenance.items()}
+    same = {k: _equal(table.uns[_keys.UNS].get(k), v) for k, v in provenance.items()}
     rows = pd.Index(table.obs[_keys.INSTANCE]).get_indexer(pd.Index(targets.instances))
     moved = (rows >= 0).all() and not np.allclose(table.obsm["spatial"][rows], targets.xy_px, atol=1e-3)
     if not all(same.values()) or (rows < 0).any() or moved:
-        other = [k for k, v in same.items() if not v] or ["places"]
+        other = [k for k, v in same.items() if not v] or ["targets"]
         logger.info("table %r was made with other %s: embedding again", name, ", ".join(other))
         return None
     return np.asarray(table.obsm[_keys.embedding(encoder)], dtype=np.float32)[rows]
 
 
-def _same_places(old: GeoDataFrame, new: GeoDataFrame) -> bool:
+def _same_shapes(old: GeoDataFrame, new: GeoDataFrame) -> bool:
     """Whether two shapes elements are the same, transformations included."""
     from spatialdata.transformations import get_transformation
 
@@ -132,10 +132,10 @@ def _same_places(old: GeoDataFrame, new: GeoDataFrame) -> bool:
     )
 
 
-def _alike(a: Any, b: Any) -> bool:
-    """Compare what was written into ``uns`` with what came back from disk, where numbers are numpy's."""
+def _equal(a: Any, b: Any) -> bool:
+    """Compare values of ``uns``; read from disk, numbers are numpy's."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_alike(a[k], b[k]) for k in a)
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
     return np.array_equal(a, b)
 
 
@@ -146,7 +146,7 @@ def commit(
     tables: dict[str, AnnData | None] | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Write everything or, where it would touch what is not ours, nothing; ``dry_run`` only checks."""
+    """Write all elements; where one would replace what is not ours, raise and write none. ``dry_run`` only checks."""
     shapes, tables = shapes or {}, tables or {}
     for key in [*shapes, *tables]:
         _keys.check("key_added", key)
@@ -162,7 +162,7 @@ def commit(
             raise ValueError(msg)
     for kind, keys in (("shapes", shapes), ("tables", tables)):
         for key in keys:
-            # SpatialData tells names apart by neither kind nor case
+            # for SpatialData, names of elements must differ whatever their kind or case
             taken = [(k, name) for k, name, _ in sdata.gen_elements() if name.lower() == key.lower()]
             if any((k, name) != (kind, key) for k, name in taken):
                 msg = (
@@ -175,16 +175,16 @@ def commit(
     for name, holder in (("shapes", shapes), ("tables", tables)):
         for key, element in holder.items():
             existing = getattr(sdata, name)
-            if key in existing and name == "shapes" and _same_places(existing[key], element):
-                continue  # tables on these places stay true
+            if key in existing and name == "shapes" and _same_shapes(existing[key], element):
+                continue  # tables on these shapes stay valid
             if key in existing:
                 logger.warning("replacing sdata.%s[%r] of an earlier run", name, key)
-                # tables of ours on the old places describe places that are no more
+                # our tables on the old shapes describe targets that no longer exist
                 stale = [
                     n for n, t in sdata.tables.items() if name == "shapes" and regions(t) == [key] and n not in tables
                 ]
                 for old in stale:
-                    logger.warning("removing sdata.tables[%r], which describes the replaced places", old)
+                    logger.warning("removing sdata.tables[%r], which describes the replaced shapes", old)
                     del sdata.tables[old]
                 del existing[key]
             existing[key] = element
