@@ -57,7 +57,7 @@ class Grid:
             raise ValueError(msg)
 
 
-def coverage(footprints: Footprints, grid: Grid) -> sparse.csr_matrix:
+def area_fractions(footprints: Footprints, grid: Grid) -> sparse.csr_matrix:
     """Share of each footprint's area that lies in each cell.
 
     Parameters
@@ -118,7 +118,7 @@ def spot_by_bin(spots: Footprints, bins_xy_px: Floats, *, bin_px: float, row: In
     high = np.ceil((box[:, 2:].max(axis=0) - origin) / bin_px).astype(np.int64)
     n_cols, n_rows = (int(n) for n in high - low)
     x0, y0 = (float(v) for v in origin + low * bin_px)
-    shares = coverage(spots, Grid(x0, y0, bin_px, n_rows, n_cols)).tocoo()
+    shares = area_fractions(spots, Grid(x0, y0, bin_px, n_rows, n_cols)).tocoo()
 
     near = np.flatnonzero(((index >= low) & (index < high)).all(axis=1))  # (m,) bins that a spot can reach
     key = (index[near, 1] - low[1]) * n_cols + index[near, 0] - low[0]
@@ -155,7 +155,7 @@ def divide(footprints: Footprints, *, edge_px: float) -> tuple[Floats, Ints, Flo
     low = np.floor(box[:, :2].min(axis=0) / edge_px - _EDGE)
     n_cols, n_rows = (int(n) for n in np.ceil(box[:, 2:].max(axis=0) / edge_px + _EDGE) - low)
     x0, y0 = (float(v) for v in low * edge_px)
-    share = coverage(footprints, Grid(x0, y0, edge_px, n_rows, n_cols))
+    share = area_fractions(footprints, Grid(x0, y0, edge_px, n_rows, n_cols))
     cells, column = np.unique(share.indices, return_inverse=True)
     row, col = np.divmod(cells, n_cols)
     xy_px = np.column_stack([x0 + (col + 0.5) * edge_px, y0 + (row + 0.5) * edge_px])
