@@ -278,6 +278,25 @@ def test_centre_of_mass_of_shares_is_near_the_centre(kind, grid, seed):
     assert off.max() <= grid.cell_px / np.sqrt(2)
 
 
+@pytest.mark.parametrize("turn", [0.0, 0.3, -2.0, np.pi / 2])
+def test_turned_squares_are_the_polygons_of_their_corners(turn):
+    """Sizes and centres stay; shapely's rotation says where the corners are."""
+    xy, edge = np.array([[30.0, 40.0], [55.5, 20.25]]), np.array([8.0, 3.0])
+    turned = Footprints.squares(xy, edge_px=edge, turn=turn)
+    upright = shapely.box(*np.column_stack([xy - edge[:, None] / 2, xy + edge[:, None] / 2]).T)
+    wanted = Footprints.of_polygons([rotate(square, turn, use_radians=True) for square in upright])
+    np.testing.assert_allclose(turned.bounds(), wanted.bounds(), atol=1e-9)
+    np.testing.assert_allclose(turned.extent, shapely.total_bounds(wanted.polygons), atol=1e-9)
+    made = turned.as_polygons()
+    np.testing.assert_allclose(shapely.area(shapely.symmetric_difference(made.polygons, wanted.polygons)), 0, atol=1e-9)
+    np.testing.assert_allclose(made.size_px, wanted.size_px)
+    grid = Grid(0, 0, 2.5, 40, 40)
+    for some in (turned, turned.take([1, 0]).take([1, 0]), turned.scaled(2).scaled(0.5)):
+        found = area_fractions(some, grid).toarray()
+        np.testing.assert_allclose(found, area_fractions(wanted, grid).toarray(), atol=1e-9)
+    assert (turned.digest() == Footprints.squares(xy, edge_px=edge).digest()) == (turn == 0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_are_worked_on_in_parts_and_it_is_the_same(kind):
     """Enough footprints, each over many cells, for several parts."""

@@ -72,6 +72,8 @@ def area_fractions(footprints: Footprints, grid: Grid) -> sparse.csr_matrix:
     (n, n_rows * n_cols), cells row by row; rows sum to 1. float64, because rows of a float32 matrix would sum to 1
     only to 1e-7, and products of such matrices to less: cast once, where it meets the tokens.
     """
+    if footprints.turn:
+        footprints = footprints.as_polygons()
     first, count = _cells_around(footprints, grid)
     n_cells = int(grid.n_rows) * int(grid.n_cols)
     itype = sparse.get_index_dtype(maxval=max(n_cells, int(count.prod(axis=1).sum())))
