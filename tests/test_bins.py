@@ -27,7 +27,7 @@ from torch.nn.functional import avg_pool2d, grid_sample
 
 import histosge as sge
 from histosge._embedding import Embedder
-from histosge._geometry import Footprints, Grid, coverage, spot_by_bin
+from histosge._geometry import Footprints, Grid, area_fractions, spot_by_bin
 from histosge._model import _predict as _prediction
 from histosge._model import check_memory
 from histosge._section import TableStore, read_section, read_targets, smaller_than_spot
@@ -988,7 +988,7 @@ def test_a_turned_square_covers_itself():
         assert area.intersection(shapely.Polygon(centre + corner)).area == pytest.approx(64, rel=1e-3)
     # they leave no gap and do not overlap: all of the array is covered once
     assert shapely.union_all(areas.polygons).area == pytest.approx(144 * 64, rel=2e-3)
-    share = coverage(areas, Grid(0, 0, 8.0, 40, 40))
+    share = area_fractions(areas, Grid(0, 0, 8.0, 40, 40))
     assert isinstance(areas, Footprints)
     np.testing.assert_allclose(share.sum(1), 1)
 

@@ -9,11 +9,11 @@ import pytest
 import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 from shapely.affinity import rotate
 from tests import rounding
 
-from histosge._geometry import Footprints, Grid, block_order, coverage, spot_by_bin
-from histosge._geometry import _areas as _coverage
+from histosge._geometry import Footprints, Grid, _areas, area_fractions, block_order, spot_by_bin
 
 properties = settings(deadline=None, max_examples=40)
 KINDS = ["disc", "square", "polygon"]
@@ -81,7 +81,7 @@ seeds = st.integers(0, 9999)
 
 
 def as_map(footprints, grid):
-    return coverage(footprints, grid).toarray().reshape(-1, grid.n_rows, grid.n_cols)
+    return area_fractions(footprints, grid).toarray().reshape(-1, grid.n_rows, grid.n_cols)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_square_on_a_cell_is_that_cell_alone(kind, cell):
     squares = Footprints.squares(xy, edge_px=cell)
     if kind == "polygon":
         squares = Footprints.of_polygons(outlines(squares))
-    found = coverage(squares, Grid(1234.5, 1234.5, cell, 20, 30))
+    found = area_fractions(squares, Grid(1234.5, 1234.5, cell, 20, 30))
     assert found.nnz == 600
     np.testing.assert_array_equal(found.indices, np.arange(600))
     np.testing.assert_array_equal(found.data, 1.0)
@@ -123,7 +123,7 @@ def test_square_over_parts_of_cells():
 
 
 def test_columns_are_x_and_rows_are_y():
-    found = coverage(Footprints.discs([[25, 5]], diameter_px=4), Grid(0, 0, 10, 2, 4))
+    found = area_fractions(Footprints.discs([[25, 5]], diameter_px=4), Grid(0, 0, 10, 2, 4))
     assert found.indices.tolist() == [2]
     assert found.data.tolist() == [1.0]
 
@@ -178,7 +178,7 @@ def test_direction_start_and_doubled_corners_of_an_outline_do_not_matter():
         shapely.Polygon(doubled, [hole[::-1] for hole in holes]),
         shapely.MultiPolygon([ring]),
     ]
-    found = coverage(Footprints.of_polygons(same), Grid(-24.7, -25.1, 5, 10, 10)).toarray()
+    found = area_fractions(Footprints.of_polygons(same), Grid(-24.7, -25.1, 5, 10, 10)).toarray()
     np.testing.assert_allclose(found, found[[0]].repeat(4, axis=0), atol=1e-14)
 
 
@@ -189,7 +189,7 @@ def test_direction_start_and_doubled_corners_of_an_outline_do_not_matter():
 @properties
 def test_agrees_with_shapely(kind, grid, seed):
     footprints = lay(kind, n=6, seed=seed, grid=grid)
-    found = coverage(footprints, grid).toarray()
+    found = area_fractions(footprints, grid).toarray()
     # the inscribed polygon of 1024 corners lacks (2 pi^2 / 3) / 1024^2 of the disc
     np.testing.assert_allclose(found, oracle(footprints, grid), atol=1e-5 if kind == "disc" else 1e-9)
 
@@ -214,7 +214,7 @@ def test_outlines_along_the_lines_of_the_grid(seed, share, per_cell, at):
 @properties
 def test_rows_sum_to_one(kind, grid, seed):
     footprints = lay(kind, n=20, seed=seed, grid=grid)
-    found = coverage(footprints, grid)
+    found = area_fractions(footprints, grid)
     assert found.shape == (20, grid.n_rows * grid.n_cols)
     assert found.has_canonical_format
     assert found.data.min() > 0
@@ -225,9 +225,9 @@ def test_rows_sum_to_one(kind, grid, seed):
 def test_rows_sum_to_one_before_they_are_made_to(kind):
     grid = Grid(0, 0, 7.3, 40, 50)
     footprints = lay(kind, n=500, seed=1, grid=grid, largest=8)
-    first, count = _coverage._cells_around(footprints, grid)
-    pairs = _coverage._Pairs.lay(first, count, grid)
-    share = _coverage._SHARES[kind](footprints, pairs)
+    first, count = _areas._cells_around(footprints, grid)
+    pairs = _areas._Pairs.lay(first, count, grid)
+    share = _areas._SHARES[kind](footprints, pairs)
     assert share.min() > -1e-12
     size_cells = footprints.size_px / grid.cell_px
     # a footprint of a hundredth of a cell has that much fewer digits for its size than for its place
@@ -240,8 +240,10 @@ def test_rows_sum_to_one_before_they_are_made_to(kind):
 def test_a_finer_grid_adds_up_to_the_coarser(kind, grid, seed):
     footprints = lay(kind, n=10, seed=seed, grid=grid)
     fine = Grid(grid.x0, grid.y0, grid.cell_px / 3, 3 * grid.n_rows, 3 * grid.n_cols)
-    parts = coverage(footprints, fine).toarray().reshape(10, grid.n_rows, 3, grid.n_cols, 3)
-    np.testing.assert_allclose(parts.sum(axis=(2, 4)).reshape(10, -1), coverage(footprints, grid).toarray(), atol=1e-9)
+    parts = area_fractions(footprints, fine).toarray().reshape(10, grid.n_rows, 3, grid.n_cols, 3)
+    np.testing.assert_allclose(
+        parts.sum(axis=(2, 4)).reshape(10, -1), area_fractions(footprints, grid).toarray(), atol=1e-9
+    )
 
 
 @given(kind=kinds, grid=grids, seed=seeds, by=st.tuples(st.integers(-9, 9), st.integers(-9, 9)))
@@ -263,8 +265,8 @@ def test_moving_footprints_by_whole_cells_moves_their_shares(kind, grid, seed, b
 def test_scaling_footprints_and_grid_changes_nothing(kind, grid, seed, factor):
     footprints = lay(kind, n=5, seed=seed, grid=grid)
     scaled = Grid(grid.x0 * factor, grid.y0 * factor, grid.cell_px * factor, grid.n_rows, grid.n_cols)
-    found = coverage(footprints.scaled(factor), scaled).toarray()
-    np.testing.assert_allclose(found, coverage(footprints, grid).toarray(), atol=1e-9)
+    found = area_fractions(footprints.scaled(factor), scaled).toarray()
+    np.testing.assert_allclose(found, area_fractions(footprints, grid).toarray(), atol=1e-9)
 
 
 @given(kind=kinds, grid=grids, seed=seeds)
@@ -272,22 +274,41 @@ def test_scaling_footprints_and_grid_changes_nothing(kind, grid, seed, factor):
 def test_centre_of_mass_of_shares_is_near_the_centre(kind, grid, seed):
     footprints = lay(kind, n=10, seed=seed, grid=grid, largest=5)
     at = shapely.get_coordinates(shapely.centroid(cells(grid)))
-    off = np.hypot(*(coverage(footprints, grid) @ at - footprints.xy_px).T)
+    off = np.hypot(*(area_fractions(footprints, grid) @ at - footprints.xy_px).T)
     assert off.max() <= grid.cell_px / np.sqrt(2)
 
 
+@pytest.mark.parametrize("turn", [0.0, 0.3, -2.0, np.pi / 2])
+def test_turned_squares_are_the_polygons_of_their_corners(turn):
+    """Sizes and centres stay; shapely's rotation says where the corners are."""
+    xy, edge = np.array([[30.0, 40.0], [55.5, 20.25]]), np.array([8.0, 3.0])
+    turned = Footprints.squares(xy, edge_px=edge, turn=turn)
+    upright = shapely.box(*np.column_stack([xy - edge[:, None] / 2, xy + edge[:, None] / 2]).T)
+    wanted = Footprints.of_polygons([rotate(square, turn, use_radians=True) for square in upright])
+    np.testing.assert_allclose(turned.bounds(), wanted.bounds(), atol=1e-9)
+    np.testing.assert_allclose(turned.extent, shapely.total_bounds(wanted.polygons), atol=1e-9)
+    made = turned.as_polygons()
+    np.testing.assert_allclose(shapely.area(shapely.symmetric_difference(made.polygons, wanted.polygons)), 0, atol=1e-9)
+    np.testing.assert_allclose(made.size_px, wanted.size_px)
+    grid = Grid(0, 0, 2.5, 40, 40)
+    for some in (turned, turned.take([1, 0]).take([1, 0]), turned.scaled(2).scaled(0.5)):
+        found = area_fractions(some, grid).toarray()
+        np.testing.assert_allclose(found, area_fractions(wanted, grid).toarray(), atol=1e-9)
+    assert (turned.digest() == Footprints.squares(xy, edge_px=edge).digest()) == (turn == 0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_worked_on_in_parts_it_is_the_same(kind, monkeypatch):
-    grid = Grid(-3, 5, 4, 30, 20)
-    footprints = lay(kind, n=50, seed=2, grid=grid)
-    whole = coverage(footprints, grid)
-    monkeypatch.setattr(_coverage, "_PAIRS", 20)
-    first, count = _coverage._cells_around(footprints, grid)
-    assert len(list(_coverage._parts(footprints, count))) > 3
-    parts = coverage(footprints, grid)
-    np.testing.assert_array_equal(parts.indices, whole.indices)
-    np.testing.assert_array_equal(parts.indptr, whole.indptr)
-    np.testing.assert_allclose(parts.data, whole.data, rtol=1e-9)
+def test_many_are_worked_on_in_parts_and_it_is_the_same(kind):
+    """Enough footprints, each over many cells, for several parts."""
+    grid = Grid(-3, 5, 4, 90, 80)
+    footprints = lay(kind, n=2700, seed=2, grid=grid, largest=60)
+    whole = area_fractions(footprints, grid)
+    few = [area_fractions(footprints.take(slice(start, start + 100)), grid) for start in range(0, 2700, 100)]
+    assert whole.nnz > 300_000
+    apart = sparse.vstack(few).tocsr()
+    np.testing.assert_array_equal(apart.indices, whole.indices)
+    np.testing.assert_array_equal(apart.indptr, whole.indptr)
+    np.testing.assert_allclose(apart.data, whole.data, rtol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -298,11 +319,11 @@ def test_worked_on_in_parts_it_is_the_same(kind, monkeypatch):
 def test_no_footprints(none):
     assert len(none) == 0
     assert none.bounds().shape == (0, 4)
-    assert coverage(none, Grid(0, 0, 1, 3, 4)).shape == (0, 12)
+    assert area_fractions(none, Grid(0, 0, 1, 3, 4)).shape == (0, 12)
 
 
 def test_a_grid_of_more_cells_than_int32_counts():
-    found = coverage(Footprints.discs([[9e4, 8e4]], diameter_px=2), Grid(0, 0, 1, 100_000, 100_000))
+    found = area_fractions(Footprints.discs([[9e4, 8e4]], diameter_px=2), Grid(0, 0, 1, 100_000, 100_000))
     assert found.indices.tolist() == [r * 100_000 + c for r in (79_999, 80_000) for c in (89_999, 90_000)]
     np.testing.assert_allclose(found.data, 0.25)
 
@@ -319,12 +340,12 @@ def test_bounds_take_and_scaled(kind):
     assert (x0 < x1).all()
     assert (y0 < y1).all()
 
-    whole = coverage(footprints, grid).toarray()
+    whole = area_fractions(footprints, grid).toarray()
     for rows in (np.array([4, 0, 4]), np.arange(9) % 2 == 0, slice(2, 5)):
         taken = footprints.take(rows)
         assert len(taken) == len(np.arange(9)[rows])
         np.testing.assert_array_equal(taken.xy_px, footprints.xy_px[rows])
-        np.testing.assert_allclose(coverage(taken, grid).toarray(), whole[rows], atol=1e-12)
+        np.testing.assert_allclose(area_fractions(taken, grid).toarray(), whole[rows], atol=1e-12)
 
     twice = footprints.scaled(2.0)
     np.testing.assert_allclose(twice.bounds(), 2 * footprints.bounds(), atol=1e-12)
@@ -355,20 +376,20 @@ def test_outside_the_grid_is_an_error_that_names_a_grid_to_hold_all():
     with pytest.raises(
         ValueError, match=r"2 of 4 footprints \(rows 1, 2\) reach outside the grid .*lay a larger"
     ) as told:
-        coverage(discs, Grid(0, 0, 5, 8, 7))
+        area_fractions(discs, Grid(0, 0, 5, 8, 7))
     x0, y0, n_rows, n_cols = re.search(
         r"one; x0=(\S+), y0=(\S+), n_rows=(\d+), n_cols=(\d+) would", str(told.value)
     ).groups()
     larger = Grid(float(x0), float(y0), 5, int(n_rows), int(n_cols))
     assert larger == Grid(-5, 0, 5, 20, 9)
-    np.testing.assert_allclose(coverage(discs, larger).sum(axis=1), 1)
+    np.testing.assert_allclose(area_fractions(discs, larger).sum(axis=1), 1)
 
 
 def test_touching_the_edge_of_the_grid_is_inside():
     grid = Grid(0.3, 0.1, 0.7, 3, 3)
     all_of_it = Footprints.squares([[0.3 + 1.05, 0.1 + 1.05]], edge_px=3 * 0.7)
-    np.testing.assert_allclose(coverage(all_of_it, grid).toarray(), 1 / 9)
-    np.testing.assert_allclose(coverage(Footprints.of_polygons(outlines(all_of_it)), grid).toarray(), 1 / 9)
+    np.testing.assert_allclose(area_fractions(all_of_it, grid).toarray(), 1 / 9)
+    np.testing.assert_allclose(area_fractions(Footprints.of_polygons(outlines(all_of_it)), grid).toarray(), 1 / 9)
 
 
 @pytest.mark.parametrize("make", [Footprints.discs, Footprints.squares])
@@ -444,7 +465,7 @@ def test_grid_must_be_one(grid, message):
 def test_footprint_smaller_than_the_last_digit_of_its_place():
     far = Footprints.discs([[0.5, 0.5], [1e9, 1e9]], diameter_px=[1, 1e-9])
     with pytest.raises(ValueError, match=r"shares of footprint 1 sum to .* instead of 1: it is too small for its dist"):
-        coverage(far, Grid(0, 0, 1e6, 1001, 1001))
+        area_fractions(far, Grid(0, 0, 1e6, 1001, 1001))
 
 
 # ------------------------------------------------------------------------------------------------ spot_by_bin
@@ -467,7 +488,7 @@ def test_bins_under_spots_are_the_cells_under_spots(kind, bin_px, first, seed):
     found = spot_by_bin(spots, **bins)
     assert found.shape == (8, 63)
     assert found.has_canonical_format
-    np.testing.assert_allclose(found.toarray(), coverage(spots, grid).toarray()[:, order], atol=1e-9)
+    np.testing.assert_allclose(found.toarray(), area_fractions(spots, grid).toarray()[:, order], atol=1e-9)
 
 
 def test_missing_bins_leave_their_share_to_the_others():

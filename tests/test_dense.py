@@ -12,7 +12,7 @@ from histosge._embedding import embed, step_tokens
 from histosge._embedding._dense import _window
 from histosge._encoders import EncoderSpec
 from histosge._encoders.stain_texture import CELL_PX, MPP, StainTexture
-from histosge._geometry import Footprints, Grid, coverage
+from histosge._geometry import Footprints, Grid, area_fractions
 from histosge._image import LazyImage
 from histosge._settings import logger
 
@@ -80,7 +80,7 @@ def test_an_area_is_the_mean_of_the_tokens_under_it(noise, kind):
     )
     truth = tokens_of(noise)
     grid = Grid(0, 0, TOKEN, *truth.shape[:2])
-    np.testing.assert_allclose(values[:, :3], coverage(areas, grid) @ truth.reshape(-1, 3), rtol=1e-5)
+    np.testing.assert_allclose(values[:, :3], area_fractions(areas, grid) @ truth.reshape(-1, 3), rtol=1e-5)
 
 
 def test_a_token_is_where_its_pixels_are(noise):

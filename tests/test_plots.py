@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import dask.array as da
@@ -24,8 +23,9 @@ from spatialdata.models import ShapesModel
 from spatialdata.transformations import Affine, get_transformation
 
 import histosge as sge
+from histosge._geometry import Footprints
 from histosge._section import read_section
-from histosge.pl._canvas import Outlines, _polygons
+from histosge.pl._places import of_polygons, raster
 
 IMAGES = Path(__file__).parent / "images"
 TOLERANCE = 4.0
@@ -83,7 +83,7 @@ def as_expected(figure, name, folder):
 @pytest.fixture
 def many(monkeypatch):
     """Draw as if a hundred places were many."""
-    monkeypatch.setattr("histosge.pl._canvas.MANY", 100)
+    monkeypatch.setattr("histosge.pl._places.MANY", 100)
 
 
 @pytest.fixture(scope="module")
@@ -432,37 +432,35 @@ def squares(angle):
 )
 def test_raster_shows_the_polygon_under_each_pixel(kind, polygons, monkeypatch):
     """shapely says which it is, by another way; the outline itself may fall to either side."""
-    monkeypatch.setattr("histosge.pl._canvas._RASTER_PX", 200)
+    monkeypatch.setattr("histosge.pl._places._RASTER_PX", 200)
     keep = np.arange(len(polygons)) % 7 != 3
-    outlines = _polygons(gpd.GeoDataFrame(geometry=polygons[keep]), np.eye(3))
-    assert outlines.kind == kind
-    np.testing.assert_allclose(outlines.bounds, shapely.total_bounds(polygons[keep]))
-    if kind == "square":  # many have no geometry of their own
-        outlines = replace(outlines, polygons=None)
-        np.testing.assert_allclose(outlines.bounds, shapely.total_bounds(polygons[keep]))
-    raster = outlines.raster
-    x0, y0, x1, y1 = outlines.bounds
-    y, x = (np.indices(raster.shape) + 0.5).reshape(2, -1)
-    x, y = x0 + (x1 - x0) * x / raster.shape[1], y0 + (y1 - y0) * y / raster.shape[0]
+    places = of_polygons(polygons[keep], np.eye(3))
+    assert places.kind == kind
+    np.testing.assert_allclose(places.extent, shapely.total_bounds(polygons[keep]))
+    found = raster(places)
+    x0, y0, x1, y1 = places.extent
+    y, x = (np.indices(found.shape) + 0.5).reshape(2, -1)
+    x, y = x0 + (x1 - x0) * x / found.shape[1], y0 + (y1 - y0) * y / found.shape[0]
     pixel, under = shapely.STRtree(polygons[keep]).query(shapely.points(x, y), predicate="within")
-    wanted = np.full(raster.size, -1)
+    wanted = np.full(found.size, -1)
     wanted[pixel] = under
-    differ = (wanted != raster.ravel()).mean()
+    differ = (wanted != found.ravel()).mean()
     assert differ < (0.05 if kind == "polygon" else 1e-3)
-    assert (raster == -1).mean() > 0.05
-    assert set(np.unique(raster)) == {-1, *range(keep.sum())}
+    assert (found == -1).mean() > 0.05
+    assert set(np.unique(found)) == {-1, *range(keep.sum())}
+    assert raster(places) is found  # of all panels
 
 
 def test_raster_of_discs():
     xy = np.array([[50.0, 50.0], [80.0, 50.0], [50.0, 90.0]])
-    outlines = Outlines(xy, np.array([20.0, 30.0, 10.0]), "disc")
-    np.testing.assert_allclose(outlines.bounds, [40, 35, 95, 95])
-    raster = outlines.raster
-    step = 55 / raster.shape[1]
-    for i, diameter in enumerate(outlines.size):
-        rows, columns = np.nonzero(raster == i)
+    places = Footprints.discs(xy, diameter_px=[20.0, 30.0, 10.0])
+    np.testing.assert_allclose(places.extent, [40, 35, 95, 95])
+    found = raster(places)
+    step = 55 / found.shape[1]
+    for i, diameter in enumerate(places.size_px):
+        rows, columns = np.nonzero(found == i)
         assert len(rows) * step**2 == pytest.approx(np.pi * diameter**2 / 4, rel=0.02)
-        centre = np.array([columns.mean(), rows.mean()]) * step + step / 2 + outlines.bounds[:2]
+        centre = np.array([columns.mean(), rows.mean()]) * step + step / 2 + places.extent[:2]
         np.testing.assert_allclose(centre, xy[i], atol=step)
 
 

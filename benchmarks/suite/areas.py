@@ -27,9 +27,9 @@ class Coverage:
         self.grid = Grid(0.0, 0.0, 14.0, cells, cells)
 
     def time_coverage(self, n: int, kind: str) -> None:
-        from histosge._geometry import coverage
+        from histosge._geometry import area_fractions
 
-        coverage(self.footprints, self.grid)
+        area_fractions(self.footprints, self.grid)
 
     def peakmem_coverage(self, n: int, kind: str) -> None:
         self.time_coverage(n, kind)

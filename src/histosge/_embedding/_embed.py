@@ -21,7 +21,7 @@ from histosge._embedding._dense import share_of_tiles, step_tokens, tiles_over, 
 from histosge._embedding._device import _buffers, _Forward, _on_device
 from histosge._embedding._forecast import Forecast, in_words
 from histosge._encoders import BUILT_IN, load_encoder
-from histosge._geometry import Footprints, Grid, coverage
+from histosge._geometry import Footprints, Grid, area_fractions
 from histosge._image import LazyImage, batches, blocks, prefetch, snap_scale, tile_batches, tile_blocks
 from histosge._settings import logger, progress_bar
 
@@ -267,7 +267,7 @@ def _reach(places: Footprints) -> int:
 def _under(places: Footprints, grid: Grid, tokens: Tensor, around: NDArray[np.float32]) -> NDArray[np.float32]:
     """Mean of the tokens (rows, cols, c) under each place, beside its surroundings: (n, c + d)."""
     flat = tokens.reshape(-1, tokens.shape[-1]).float().cpu().numpy()
-    share = coverage(places, grid).astype(np.float32)
+    share = area_fractions(places, grid).astype(np.float32)
     return np.concatenate([share @ flat, around], axis=1)
 
 

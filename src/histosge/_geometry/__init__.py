@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from histosge._geometry._areas import Grid, coverage, divide, padded, spot_by_bin
+from histosge._geometry._areas import Grid, area_fractions, divide, padded, spot_by_bin
 from histosge._geometry._footprints import Footprints
 from histosge._geometry._lattice import (
     LEGACY_ST,
@@ -38,9 +38,9 @@ __all__ = [
     "NotALattice",
     "Targets",
     "Technology",
+    "area_fractions",
     "block_order",
     "check_upsample",
-    "coverage",
     "divide",
     "estimate_lattice",
     "in_mask",

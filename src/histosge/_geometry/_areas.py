@@ -57,7 +57,7 @@ class Grid:
             raise ValueError(msg)
 
 
-def coverage(footprints: Footprints, grid: Grid) -> sparse.csr_matrix:
+def area_fractions(footprints: Footprints, grid: Grid) -> sparse.csr_matrix:
     """Share of each footprint's area that lies in each cell.
 
     Parameters
@@ -72,6 +72,8 @@ def coverage(footprints: Footprints, grid: Grid) -> sparse.csr_matrix:
     (n, n_rows * n_cols), cells row by row; rows sum to 1. float64, because rows of a float32 matrix would sum to 1
     only to 1e-7, and products of such matrices to less: cast once, where it meets the tokens.
     """
+    if footprints.turn:
+        footprints = footprints.as_polygons()
     first, count = _cells_around(footprints, grid)
     n_cells = int(grid.n_rows) * int(grid.n_cols)
     itype = sparse.get_index_dtype(maxval=max(n_cells, int(count.prod(axis=1).sum())))
@@ -118,7 +120,7 @@ def spot_by_bin(spots: Footprints, bins_xy_px: Floats, *, bin_px: float, row: In
     high = np.ceil((box[:, 2:].max(axis=0) - origin) / bin_px).astype(np.int64)
     n_cols, n_rows = (int(n) for n in high - low)
     x0, y0 = (float(v) for v in origin + low * bin_px)
-    shares = coverage(spots, Grid(x0, y0, bin_px, n_rows, n_cols)).tocoo()
+    shares = area_fractions(spots, Grid(x0, y0, bin_px, n_rows, n_cols)).tocoo()
 
     near = np.flatnonzero(((index >= low) & (index < high)).all(axis=1))  # (m,) bins that a spot can reach
     key = (index[near, 1] - low[1]) * n_cols + index[near, 0] - low[0]
@@ -155,7 +157,7 @@ def divide(footprints: Footprints, *, edge_px: float) -> tuple[Floats, Ints, Flo
     low = np.floor(box[:, :2].min(axis=0) / edge_px - EDGE)
     n_cols, n_rows = (int(n) for n in np.ceil(box[:, 2:].max(axis=0) / edge_px + EDGE) - low)
     x0, y0 = (float(v) for v in low * edge_px)
-    share = coverage(footprints, Grid(x0, y0, edge_px, n_rows, n_cols))
+    share = area_fractions(footprints, Grid(x0, y0, edge_px, n_rows, n_cols))
     cells, column = np.unique(share.indices, return_inverse=True)
     row, col = np.divmod(cells, n_cols)
     xy_px = np.column_stack([x0 + (col + 0.5) * edge_px, y0 + (row + 0.5) * edge_px])

@@ -6,7 +6,8 @@ Positions are (x, y) in pixels of one plane, where pixel ``i`` covers ``[i, i + 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,17 +24,19 @@ if TYPE_CHECKING:
 _POLYGONAL = (3, 6)  # shapely.GeometryType: POLYGON, MULTIPOLYGON
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Footprints:
-    """Areas of the image that spots or targets stand for; made with `discs`, `squares` or `of_polygons`."""
+    """Areas of the image that spots or targets stand for, and that plots draw; made with `discs`, `squares` or `of_polygons`."""
 
     xy_px: Floats
     """(n, 2) centres"""
     kind: Literal["disc", "square", "polygon"]
     size_px: Floats
-    """(n,) diameter of a disc, edge of a square along the axes; of a polygon, diameter of the disc of its area."""
+    """(n,) diameter of a disc, edge of a square; of a polygon, diameter of the disc of its area."""
     polygons: NDArray[np.object_] | None = None
     """(n,) shapely polygons or multipolygons, for ``kind="polygon"``."""
+    turn: float = 0.0
+    """Angle between the edges of squares and the axes, in radians."""
 
     def __post_init__(self) -> None:
         shapes = {"xy_px": (len(self), 2), "size_px": (len(self),)}
@@ -63,10 +66,10 @@ class Footprints:
         return cls(xy, "disc", _one_each(diameter_px, len(xy)))
 
     @classmethod
-    def squares(cls, xy_px: ArrayLike, *, edge_px: ArrayLike) -> Footprints:
-        """Lay squares along the axes, of one edge or of one each, around centres (n, 2)."""
+    def squares(cls, xy_px: ArrayLike, *, edge_px: ArrayLike, turn: float = 0.0) -> Footprints:
+        """Lay squares of one edge, or of one each, around centres (n, 2), along the axes unless they are turned."""
         xy = np.asarray(xy_px, float)
-        return cls(xy, "square", _one_each(edge_px, len(xy)))
+        return cls(xy, "square", _one_each(edge_px, len(xy)), turn=turn)
 
     @classmethod
     def of_polygons(cls, polygons: Sequence[Any] | NDArray[np.object_]) -> Footprints:
@@ -92,18 +95,35 @@ class Footprints:
     def take(self, rows: Ints | NDArray[np.bool_] | slice) -> Footprints:
         """Return the footprints of ``rows``: numbers, a mask or a slice."""
         outlines = None if self.polygons is None else self.polygons[rows]
-        return Footprints(self.xy_px[rows], self.kind, self.size_px[rows], outlines)
+        return replace(self, xy_px=self.xy_px[rows], size_px=self.size_px[rows], polygons=outlines)
+
+    def as_polygons(self) -> Footprints:
+        """Return squares as polygons of the same areas."""
+        if self.kind != "square":
+            return self
+        cos, sin = np.cos(self.turn), np.sin(self.turn)
+        corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) @ [[cos, sin], [-sin, cos]] / 2  # of edge 1
+        rings = self.xy_px[:, None] + corners * self.size_px[:, None, None]  # (n, 4, 2)
+        return Footprints(self.xy_px, "polygon", 2 * self.size_px / np.sqrt(np.pi), shapely.polygons(rings))
 
     def bounds(self) -> Floats:
         """Return x0, y0, x1, y1 of the smallest box around each, (n, 4)."""
         if self.polygons is not None:
             return shapely.bounds(self.polygons)
         half = self.size_px[:, None] / 2
+        if self.kind == "square":
+            half = half * (abs(np.cos(self.turn)) + abs(np.sin(self.turn)))
         return np.hstack([self.xy_px - half, self.xy_px + half])
+
+    @cached_property
+    def extent(self) -> Floats:
+        """x0, y0, x1, y1 of the smallest box around all."""
+        each = self.bounds()
+        return np.concatenate([each[:, :2].min(axis=0), each[:, 2:].max(axis=0)])
 
     def digest(self) -> bytes:
         """Digest that differs for any other areas."""
-        made = hashlib.sha256(self.kind.encode())
+        made = hashlib.sha256(f"{self.kind} {self.turn}".encode())
         for array in (self.xy_px, self.size_px):
             made.update(np.ascontiguousarray(array))
         for outline in () if self.polygons is None else shapely.to_wkb(self.polygons):
@@ -116,7 +136,7 @@ class Footprints:
             msg = f"factor={factor!r}: give a finite number above 0 (pixels of the new plane per pixel of this one)."
             raise ValueError(msg)
         outlines = None if self.polygons is None else shapely.transform(self.polygons, lambda xy: xy * factor)
-        return Footprints(self.xy_px * factor, self.kind, self.size_px * factor, outlines)
+        return replace(self, xy_px=self.xy_px * factor, size_px=self.size_px * factor, polygons=outlines)
 
 
 def _one_each(size: ArrayLike, n: int) -> Floats:

@@ -1,31 +1,28 @@
-"""What the maps share: the image of a section, places drawn over it at their true size, colours, layout.
+"""What the maps share: the image of a section, the places over it, colours, layout.
 
-All is in pixels of the image's finest scale. Few places are drawn one by one and stay sharp at any size; of many a
-raster is made once, the number of the place under each pixel, which then serves every panel.
+All is in pixels of the image's finest scale.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import shapely
 
 from histosge import _keys
-from histosge._geometry import LEGACY_ST, VISIUM
+from histosge._geometry import LEGACY_ST, VISIUM, Footprints
 from histosge._image import thumbnail
 from histosge._section import affine, centroids, lazy_image, match_rows
+from histosge.pl._places import fill, of_polygons
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import pandas as pd
     from anndata import AnnData
-    from geopandas import GeoDataFrame
     from matplotlib.axes import Axes
-    from matplotlib.cm import ScalarMappable
     from numpy.typing import NDArray
     from spatialdata import SpatialData
 
@@ -33,10 +30,6 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-MANY = 20_000
-"""More places than this are drawn as a raster: one by one, a million take seconds a panel, and as many objects in a PDF."""
-_RASTER_PX = 800
-_MOST_PX = 4000
 _IMAGE_PX = 1500
 _EDGE, _TITLE = 0.08, 0.42
 """Inches around the figure, and for two lines above a panel."""
@@ -46,108 +39,6 @@ PLAIN = 0.1
 _MISSING = (0.83, 0.83, 0.83, 1.0)
 _DIAMETER_UM = {technology.name: technology.spot_um for technology in (VISIUM, LEGACY_ST)}
 """Readers draw spots larger than they are."""
-
-
-@dataclass(frozen=True)
-class Outlines:
-    """Discs, equal squares or polygons, in pixels of the image."""
-
-    xy: Floats
-    """(n, 2) centres"""
-    size: Floats
-    """(n,) diameter of a disc, edge of a square, root of the area of a polygon"""
-    kind: str
-    polygons: NDArray[Any] | None = None
-    """(n,) of polygons, and of few squares"""
-    turn: float = 0.0
-    """Angle of a square's edge to the x axis; 0 for discs"""
-
-    def __len__(self) -> int:
-        return len(self.xy)
-
-    def take(self, rows: NDArray[Any]) -> Outlines:
-        """Return some of the places."""
-        polygons = None if self.polygons is None else self.polygons[rows]
-        return replace(self, xy=self.xy[rows], size=self.size[rows], polygons=polygons)
-
-    @cached_property
-    def bounds(self) -> Floats:
-        """x0, y0, x1, y1."""
-        if self.polygons is not None:
-            return np.asarray(shapely.total_bounds(self.polygons))
-        half = self.size[:, None] / 2 * (abs(np.cos(self.turn)) + abs(np.sin(self.turn)))
-        return np.concatenate([(self.xy - half).min(0), (self.xy + half).max(0)])
-
-    @cached_property
-    def raster(self) -> NDArray[np.int32]:
-        """(h, w) which place lies under each pixel of ``bounds``, -1 for none."""
-        low, span = self.bounds[:2], self.bounds[2:] - self.bounds[:2]
-        longest, size = float(span.max()), float(np.median(self.size))
-        # squares along the axes are met by whole pixels; what lies aslant needs more of them
-        least = 1 if self.kind == "square" and abs(np.sin(2 * self.turn)) < 1e-6 else 2
-        step = max(size / max(least, int(_RASTER_PX * size / longest)), longest / _MOST_PX)
-        width, height = np.ceil(span / step - 1e-6).astype(int).tolist()
-        if self.kind == "polygon":
-            return self._burn(width, height)
-        from scipy.spatial import cKDTree
-
-        x, y = (low[i] + span[i] / n * (np.arange(n) + 0.5) for i, n in ((0, width), (1, height)))
-        pixels = np.stack(np.broadcast_arrays(x[None], y[:, None]), axis=-1).reshape(-1, 2)
-        turned, norm = np.eye(2), 2.0
-        if self.kind == "square":  # the nearest centre, by the larger of two distances along the edges
-            c, s = np.cos(self.turn), np.sin(self.turn)
-            turned, norm = np.array([[c, -s], [s, c]]), np.inf
-        tree = cKDTree(self.xy @ turned, balanced_tree=False, compact_nodes=False)
-        reach = self.size.max() / 2 * (1 + 1e-6)
-        distance, found = tree.query(pixels @ turned, p=norm, distance_upper_bound=reach)
-        inside = distance <= np.append(self.size, 0)[found] / 2 * (1 + 1e-6)
-        return np.where(inside, found, -1).astype(np.int32).reshape(height, width)
-
-    def _burn(self, width: int, height: int) -> NDArray[np.int32]:
-        """Draw many polygons, the last on top."""
-        import datashader as ds
-        import geopandas as gpd
-
-        x0, y0, x1, y1 = self.bounds
-        canvas = ds.Canvas(width, height, x_range=(x0, x1), y_range=(y0, y1))
-        frame = gpd.GeoDataFrame({"row": np.arange(len(self))}, geometry=self.polygons)
-        rows = canvas.polygons(frame, "geometry", agg=ds.max("row")).to_numpy()
-        return np.nan_to_num(rows, nan=-1).astype(np.int32)
-
-    def fill(self, ax: Axes, *, numbers: Any = None, colours: Any = None, **style: Any) -> ScalarMappable:
-        """Draw all places: coloured by (n,) numbers, with ``cmap`` and ``clim``, or in (n, 4) colours."""
-        if len(self) > MANY:
-            raster = self.raster
-            if numbers is not None:
-                values = np.ma.masked_invalid(np.append(np.asarray(numbers, np.float32), np.nan)[raster])
-            else:
-                paint = np.rint(255 * np.asarray(colours)).astype(np.uint8)
-                values = np.append(paint, np.zeros((1, 4), np.uint8), axis=0)[raster]
-            x0, y0, x1, y1 = self.bounds
-            image = ax.imshow(values, extent=(x0, x1, y1, y0))
-            image.set(**style)
-            return image
-        if self.polygons is not None:
-            import geopandas as gpd
-
-            how: dict[str, Any] = {"color": list(map(tuple, colours))} if numbers is None else {}
-            frame = gpd.GeoDataFrame(
-                {"value": np.zeros(len(self)) if numbers is None else numbers}, geometry=self.polygons
-            )
-            frame.plot("value" if numbers is not None else None, ax=ax, aspect=None, linewidth=0, **how)
-            drawn: Any = ax.collections[-1]
-        else:
-            from matplotlib.collections import EllipseCollection
-
-            where: dict[str, Any] = {"offsets": self.xy, "offset_transform": ax.transData}
-            drawn = EllipseCollection(self.size, self.size, np.zeros(len(self)), units="xy", linewidths=0, **where)
-            ax.add_collection(drawn)
-            if numbers is None:
-                drawn.set_facecolor(list(map(tuple, colours)))
-            else:
-                drawn.set_array(np.asarray(numbers, float))
-        drawn.set(**style)
-        return drawn
 
 
 @dataclass(frozen=True)
@@ -163,7 +54,7 @@ class Canvas:
     factor: int
     """Pixels of the image in one of ``small``"""
 
-    def outlines(self, key: str, instances: Any, *, diameter_um: float | None = None) -> Outlines:
+    def outlines(self, key: str, instances: Any, *, diameter_um: float | None = None) -> Footprints:
         """Some shapes of an element, by their names; circles may be drawn in another size than the stored one."""
         element = self.sdata.shapes[key]
         missing = ~np.isin(instances, element.index)
@@ -182,8 +73,8 @@ class Canvas:
             xy = centroids(element) @ matrix[:2, :2].T + matrix[:2, 2]
             scale = np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
             stored = 2 * scale * element["radius"].to_numpy(float)
-            return Outlines(xy, stored if diameter_um is None else np.full(len(xy), diameter_um / self.mpp), "disc")
-        return _polygons(element, matrix)
+            return Footprints.discs(xy, diameter_px=stored if diameter_um is None else diameter_um / self.mpp)
+        return of_polygons(element.geometry.to_numpy(), matrix)
 
     def tissue(self, ax: Axes) -> None:
         """Draw the image."""
@@ -191,7 +82,7 @@ class Canvas:
             self.small, extent=(0, self.small.shape[1] * self.factor, self.small.shape[0] * self.factor, 0), zorder=-1
         )
 
-    def frame(self, axes: NDArray[Any], shown: Sequence[Outlines]) -> None:
+    def frame(self, axes: NDArray[Any], shown: Sequence[Footprints]) -> None:
         """Show the same part of the section in all axes, without ticks; a scale bar in the first."""
         from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 
@@ -235,7 +126,7 @@ def open_canvas(sdata: SpatialData, table: AnnData, key: str) -> Canvas:
     return Canvas(sdata, image, system if system in common else common[0], float(made["mpp"]), small, factor)
 
 
-def measured_spots(canvas: Canvas, made: dict[str, Any]) -> tuple[AnnData, NDArray[np.int64], Outlines]:
+def measured_spots(canvas: Canvas, made: dict[str, Any]) -> tuple[AnnData, NDArray[np.int64], Footprints]:
     """Table that was predicted from, which of its rows are spots of the section, and their outlines."""
     spots, name = str(made["spots"]), str(made["table"])
     table = canvas.sdata.tables[name]
@@ -258,40 +149,21 @@ def region(table: AnnData) -> str:
     return str(np.asarray(table.obs[_keys.REGION])[0])
 
 
-def _polygons(element: GeoDataFrame, matrix: Floats) -> Outlines:
-    """Polygons, moved; equal squares are told apart, since many of them are drawn faster and need no geometry."""
-    stored = element.geometry.to_numpy()
-    plain = shapely.get_type_id(stored) == shapely.GeometryType.POLYGON
-    if plain.all() and (shapely.get_num_coordinates(stored) == 5).all():
-        corners = (shapely.get_coordinates(stored) @ matrix[:2, :2].T + matrix[:2, 2]).reshape(-1, 5, 2)
-        edges = np.diff(corners, axis=1)  # (n, 4, 2)
-        one, next_one = edges[0, 0], edges[0, 1]
-        size = float(np.hypot(*one))
-        square = abs(np.hypot(*next_one) - size) < 1e-3 * size and abs(one @ next_one) < 1e-3 * size**2
-        if square and np.allclose(edges, edges[:1], atol=1e-3 * size):
-            xy, turn = corners[:, :4].mean(1), float(np.arctan2(one[1], one[0]))
-            few = shapely.polygons(corners) if len(corners) <= MANY else None
-            return Outlines(xy, np.full(len(xy), size), "square", few, turn)
-    moved = shapely.transform(stored, lambda xy: xy @ matrix[:2, :2].T + matrix[:2, 2])
-    xy = shapely.get_coordinates(shapely.centroid(moved))
-    return Outlines(xy, np.sqrt(shapely.area(moved)), "polygon", moved)
-
-
-def view(shown: Sequence[Outlines]) -> Floats:
+def view(shown: Sequence[Footprints]) -> Floats:
     """x0, y0, x1, y1 of all that is shown, with a margin."""
-    bounds = np.array([outlines.bounds for outlines in shown])
+    bounds = np.array([places.extent for places in shown])
     low, high = bounds[:, :2].min(0), bounds[:, 2:].max(0)
     margin = 0.015 * (high - low).max()
     return np.concatenate([low - margin, high + margin])
 
 
-def to_show(places: Outlines, others: Sequence[Outlines]) -> list[Outlines]:
+def to_show(places: Footprints, others: Sequence[Footprints]) -> list[Footprints]:
     """Everything, or the places alone where they are a small part of it, such as the cells of a region."""
     own, whole = (np.diff(view(some).reshape(2, 2), axis=0) for some in ([places], [places, *others]))
     return [places] if (own < whole / 2).any() else [places, *others]
 
 
-def panel_inches(shown: Sequence[Outlines], longest: float) -> tuple[float, float]:
+def panel_inches(shown: Sequence[Footprints], longest: float) -> tuple[float, float]:
     """Width and height of a panel of the section's proportions; none is too narrow for its title."""
     x0, y0, x1, y1 = view(shown)
     width, height = longest * np.array([x1 - x0, y1 - y0]) / max(x1 - x0, y1 - y0)
@@ -317,10 +189,10 @@ def lay_panels(n_rows: int, *, panel: tuple[float, float], beside: Sequence[floa
     return axes
 
 
-def draw_numbers(ax: Axes, outlines: Outlines, values: Any, *, cmap: str, label: str) -> None:
+def draw_numbers(ax: Axes, places: Footprints, values: Any, *, cmap: str, label: str) -> None:
     """Colour places by numbers, from the 1st to the 99th percentile, with a scale beside."""
     values = np.asarray(values, float)
-    drawn = outlines.fill(ax, numbers=values, cmap=cmap, clim=_limits(values))
+    drawn = fill(ax, places, numbers=values, cmap=cmap, clim=_limits(values))
     inch = 1 / _inches(ax)[0]  # in widths of the panel
     bar = ax.figure.colorbar(drawn, cax=ax.inset_axes((1 + 0.06 * inch, 0.0, 0.12 * inch, 1.0)))
     bar.ax.tick_params(labelsize=7, length=2)
@@ -338,14 +210,14 @@ def _limits(values: Floats) -> tuple[float, float]:
     return float(low), float(high if high > low else low + 1)
 
 
-def draw_categories(ax: Axes, outlines: Outlines, values: pd.Categorical, colours: dict[str, Any]) -> None:
+def draw_categories(ax: Axes, places: Footprints, values: pd.Categorical, colours: dict[str, Any]) -> None:
     """Colour places by category, with a legend beside."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import to_rgba_array
 
     names = list(map(str, values.categories))
     paint = np.vstack([to_rgba_array([colours[name] for name in names]), _MISSING])  # the last is that of code -1
-    outlines.fill(ax, colours=paint[values.codes])
+    fill(ax, places, colours=paint[values.codes])
     seen = [names[i] for i in np.unique(values.codes) if i >= 0]
     marks = [(colours[name], name) for name in seen] + [(_MISSING, "missing")] * bool((values.codes < 0).any())
     handles = [plt.Line2D([], [], marker="s", ls="", markersize=6, color=c, label=n) for c, n in marks]

@@ -8,6 +8,7 @@ import numpy as np
 
 from histosge import _keys
 from histosge.pl._canvas import PLAIN, lay_panels, open_canvas, panel_inches, region
+from histosge.pl._places import fill
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -61,7 +62,7 @@ def embedding(sdata: SpatialData, *, key: str | None = None, panel_size: float =
     axes = lay_panels(1, panel=panel_inches([places], panel_size), beside=[PLAIN, PLAIN])[0]
     canvas.tissue(axes[0])
     axes[0].set_title("H&E", fontsize=9)
-    places.fill(axes[1], colours=colours)
+    fill(axes[1], places, colours=colours)
     told = ", ".join(f"{name} {s:.0%}" for name, s in zip(("red", "green", "blue"), share, strict=True))
     what = "area of each place" if made.get("dense") else "tile around each place"
     axes[1].set_title(f"{encoder}, {what}\nshare of variance: {told}", fontsize=9)

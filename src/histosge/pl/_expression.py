@@ -16,7 +16,6 @@ from histosge.pl._canvas import (
     BAR,
     PLAIN,
     Canvas,
-    Outlines,
     categories,
     colours_of,
     draw_categories,
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
     from spatialdata import SpatialData
+
+    from histosge._geometry import Footprints
 
     Values = NDArray[np.float32]
 
@@ -122,7 +123,7 @@ def expression(
     level = level if kept is None else kept.choose_level(level)
     canvas = open_canvas(sdata, table, key)
     places = canvas.outlines(region(table), table.obs[_keys.INSTANCE].to_numpy())
-    drawn: dict[str, tuple[Outlines, Values]] = {}
+    drawn: dict[str, tuple[Footprints, Values]] = {}
     measured: pd.Index = pd.Index([])
     if "measured" in kinds:
         layer = made.get("layer") if layer is None else layer
@@ -209,7 +210,7 @@ def _predicted(table: AnnData, columns: NDArray[np.int64]) -> Values:
 
 def _measured(
     canvas: Canvas, made: dict[str, Any], genes: Sequence[str], layer: str | None
-) -> tuple[pd.Index, Outlines, Values]:
+) -> tuple[pd.Index, Footprints, Values]:
     """Which genes were measured, at which spots, and what :func:`read_section` would make of their counts.
 
     It would hold all genes in memory, several times over; here they are read in runs of rows for their sums.
