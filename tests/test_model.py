@@ -15,7 +15,7 @@ from tests import rounding
 
 import histosge as sge
 from histosge import _keys
-from histosge._embedding import EmbeddingConfig
+from histosge._embedding import EmbeddingConfig, EncoderConfig
 from histosge._encoders import EncoderSpec
 from histosge._geometry import nearest_spots
 from histosge._heads import HEADS, Queries, Schedule, Spots, get_head, in_context
@@ -27,7 +27,7 @@ from histosge._statistics import block_folds, calibrate, random_folds
 
 CPU = torch.device("cpu")
 SPEC = EncoderSpec(name="by-hand", mpp=0.5, tile_px=224, embed_dim=10)
-CONFIG = EmbeddingConfig(SPEC.to_dict(), 112.0, ("pilm", "rgb"))
+CONFIG = EmbeddingConfig((EncoderConfig(SPEC, 0.5),))
 OPTIONS = {"published": {"n_steps": 3}}
 every_head = pytest.mark.parametrize("head", sorted(HEADS))
 
@@ -643,8 +643,7 @@ def test_round_trip(section, embedding, head, tmp_path):
     assert list(loaded.genes) == list(model.genes)
     assert list(loaded.context_genes) == list(model.context_genes)
     assert len(loaded.heads) == len(model.heads)
-    assert loaded.config.to_dict() == model.config.to_dict()
-    assert loaded.config.stack == ("pilm", "rgb")
+    assert loaded.config == model.config
     pd.testing.assert_frame_equal(loaded.scores, model.scores, check_dtype=False, check_names=False)
     assert repr(loaded) == repr(model)
     pd.testing.assert_frame_equal(loaded.training, model.training)
@@ -726,23 +725,25 @@ def test_loading_what_is_no_model(tmp_path):
             Model.load(folder)
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 5, None, "4"])
+@pytest.mark.parametrize("version", [1, 2, 3, 4, 6, None, "5"])
 def test_loading_another_format(ridge, tmp_path, version):
     ridge.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"format": version}))
     with pytest.raises(
-        ValueError, match=rf"has model format {version!r}; this version of histosge reads 4\. Fit it again"
+        ValueError, match=rf"has model format {version!r}; this version of histosge reads 5\. Fit it again"
     ):
         Model.load(tmp_path)
 
 
 def test_config_is_plain():
-    """For JSON and ``uns``: no tuples, no None."""
+    """For JSON, and for ``uns``: no tuples, no None."""
     plain = CONFIG.to_dict()
     assert json.loads(json.dumps(plain)) == plain
-    assert (plain["tile_um"], plain["stack"], plain["encoder"]["name"]) == (112.0, "pilm+rgb", "by-hand")
-    assert None not in plain["encoder"].values()
+    assert EmbeddingConfig.from_dict(plain) == CONFIG
+    uns = CONFIG.to_uns()
+    assert (uns["tile_um"], uns["encoder"]["name"], uns["dense"]) == (112.0, "by-hand", False)
+    assert None not in uns["encoder"].values()
 
 
 # ------------------------------------------------------------------------------------------- settings and names

@@ -17,6 +17,7 @@ from histosge._model._context import FAR_UM, stack_sections
 from histosge._model._crossfit import compare, cross_fit, score, summary
 from histosge._model._genes import _select
 from histosge._model._model import Model, training_table
+from histosge._model._projection import Projection
 from histosge._settings import logger
 from histosge._statistics import BASELINES, better_baselines, block_folds, calibrate
 
@@ -63,6 +64,8 @@ def fit_model(
     final, per_fold, highly_variable = _select(genes, names, everything, spread_out, fold)
     union = np.flatnonzero(final | per_fold.any(axis=0))
     spots = stack_sections(sections, embeddings, names[union], parts=parts).to(device)
+    projection = Projection.fit(spots.embedding, config.splits)
+    spots = projection.of_spots(spots)
 
     logger.info("fitting %s on %d spots x %d genes, %d folds", head, len(spots), int(final.sum()), n_folds)
     fitted = cross_fit(spots, head=head, fold=fold, rng=rng, options=head_options, progress=progress)
@@ -104,7 +107,7 @@ def fit_model(
     scores.index.name = None
     found = pd.Index(scores.index), pd.Index(names[union]), fitted.heads
     kept = replace(spots, parts=None).to("cpu")
-    return Model(head, *found, scores, held_out, config, kept, bars, info, training_table(fitted.losses))
+    return Model(head, *found, scores, held_out, config, kept, bars, info, training_table(fitted.losses), projection)
 
 
 def check_arguments(

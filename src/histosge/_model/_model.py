@@ -15,6 +15,7 @@ import torch
 from histosge._embedding import EmbeddingConfig
 from histosge._heads import POSITION_ONLY, LowRank, Queries, Spots, get_head, parts_of, workers
 from histosge._model._context import FAR_UM, spots_of
+from histosge._model._projection import Projection
 from histosge._statistics import PredictionIntervals
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from histosge._heads._protocol import Expansion, Run
     from histosge._section import Section
 
-_FORMAT = 4
+_FORMAT = 5
 _PLACES_AT_ONCE = 16384
 """Places that all heads are asked at together"""
 _VALUES_AT_ONCE = 2**17
@@ -67,6 +68,8 @@ class Model:
     training
         One row an epoch of every head that is trained in epochs: ``head`` and ``fold`` (held out), ``epoch`` (from 1),
         ``loss`` (on the stopping spots).
+    projection
+        Brings the embeddings of joined encoders into balance; the embedding of a single encoder stays as it is.
 
     Examples
     --------
@@ -91,11 +94,12 @@ class Model:
     bars: PredictionIntervals | None = None
     info: dict[str, Any] = field(default_factory=dict)
     training: pd.DataFrame = field(default_factory=lambda: training_table({}))
+    projection: Projection = field(default_factory=Projection)
 
     def __repr__(self) -> str:
         pcc = self.held_out[self.head]["pcc"]
         return (
-            f"Model: {self.head} on {self.config.encoder['name']}, {len(self.genes)} genes, "
+            f"Model: {self.head} on {self.config.name}, {len(self.genes)} genes, "
             f"held-out PCC {pcc:.3f} (mean over genes)"
         )
 
@@ -158,7 +162,8 @@ class Model:
                 f"{section.spots_key!r} (for example {list(missing[:3])}). Fit on genes that all sections have: genes=."
             )
             raise ValueError(msg)
-        return spots_of(section, spots, section.dense(self.context_genes)).to(device)
+        found = spots_of(section, spots, section.dense(self.context_genes)).to(device)
+        return self.projection.of_spots(found)
 
     def predict_from(
         self,
@@ -176,7 +181,7 @@ class Model:
             for start in range(0, len(out), _PLACES_AT_ONCE):
                 rows = slice(start, start + _PLACES_AT_ONCE)
                 where = Queries(
-                    torch.as_tensor(places[rows]).to(device),
+                    self.projection(torch.as_tensor(places[rows]).to(device)),
                     torch.as_tensor(xy_um[rows], dtype=torch.float32).to(device),
                     torch.as_tensor(spot_index[rows]).to(device),
                 )
@@ -214,7 +219,8 @@ class Model:
             digest.update(json.dumps([head.name, weight, config], sort_keys=True).encode())
             for name, tensor in sorted(tensors.items()):
                 digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-        for tensor in (self.spots.embedding, self.spots.expression, self.spots.xy_um):
+        projection = [tensor for _, tensor in sorted(self.projection.state().items())]
+        for tensor in (self.spots.embedding, self.spots.expression, self.spots.xy_um, *projection):
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         digest.update(json.dumps([*self.genes, *self.context_genes, self.config.to_dict()], sort_keys=True).encode())
         return digest.hexdigest()[:16]
@@ -249,6 +255,7 @@ class Model:
         }
         spots = {"embedding": self.spots.embedding, "expression": self.spots.expression, "xy_um": self.spots.xy_um}
         tensors |= {f"spots.{name}": t.detach().cpu().contiguous() for name, t in spots.items()}
+        tensors |= {f"projection.{name}": t.detach().cpu().contiguous() for name, t in self.projection.state().items()}
         if self.bars is not None:
             tensors |= {f"bars.{name}": torch.as_tensor(a) for name, a in self.bars.to_arrays().items()}
         config = {
@@ -304,6 +311,7 @@ class Model:
         for i, c in enumerate(config["heads"]):
             mine = {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
             heads.append((c["weight"], get_head(c["name"]).from_state(c["config"], mine)))
+        projection = {n.removeprefix("projection."): t for n, t in tensors.items() if n.startswith("projection.")}
         bars = {n.removeprefix("bars."): t.numpy() for n, t in tensors.items() if n.startswith("bars.")}
         scores = pd.read_csv(path / "scores.csv", index_col="gene", dtype={"gene": str}, keep_default_na=False)
         scores.index.name = None
@@ -320,6 +328,7 @@ class Model:
             PredictionIntervals.from_arrays(bars) if bars else None,
             config["info"],
             pd.read_csv(path / "training.csv").astype(_TRAINING),
+            Projection.from_state(projection),
         )
 
 

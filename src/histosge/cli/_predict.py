@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from spatialdata import SpatialData
 
-_OF_THE_MODEL = ("head", "genes", "n_folds", "level", "head_options", "tile_um", "stack")
+_OF_THE_MODEL = ("head", "genes", "n_folds", "level", "head_options", "tile_um")
 """Options that a fitted model brings with it."""
 _BARS = ("sd", "lower", "upper")
 _FIGURE = (".png", ".pdf", ".svg")
@@ -136,10 +136,10 @@ def predict(
             found = True
             if model is not None:
                 options["model"] = sge.Model.load(model)
-                trained_with = options["model"].config.encoder
-                found = trained_with["source"] in ("built-in", "lazyslide-models")
+                config = options["model"].config
+                found = config.by_name
                 if not _given("encoder"):
-                    options["encoder"] = trained_with["name"]
+                    options["encoder"] = config.name
             [sdata] = read_sections([source], images=images, bin_size=bin_size, dataset_id=dataset_id)
             lost = set(layers) & set(_BARS)
             if lost and (options["level"] is None or (model is not None and not is_measured(sdata))):

@@ -317,14 +317,16 @@ KEYS = (
     click.option("--pitch-um", type=float, help="Distance of neighbouring spots in µm. By default the technology's."),
 )
 ENCODER = (
-    click.option("--encoder", default=DEFAULT_ENCODER, show_default=True, help="Encoder; see `histosge encoders`."),
+    click.option(
+        "--encoder",
+        default=DEFAULT_ENCODER,
+        show_default=True,
+        help="Encoder, or several as uni+rgb; see `histosge encoders`.",
+    ),
     click.option(
         "--weights", type=click.Path(exists=True), metavar="FOLDER", help="Local weights, for machines without network."
     ),
     click.option("--tile-um", type=float, help="Edge of a tile in µm. By default the encoder's own."),
-    click.option(
-        "--stack", type=Names(), default="pilm", show_default=True, help="Maps to stack: 'pilm', or 'pilm,rgb'."
-    ),
 )
 LEARN = (
     click.option(

@@ -11,8 +11,6 @@ from histosge._section import commit, embedding_table, own_spots, read_section, 
 from histosge._settings import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from anndata import AnnData
     from spatialdata import SpatialData
 
@@ -23,7 +21,6 @@ def embed(
     target_key: str | None = None,
     encoder: Any = DEFAULT_ENCODER,
     tile_um: float | None = None,
-    stack: Sequence[str] = ("pilm",),
     dense: bool = False,
     image_key: str | None = None,
     spots_key: str | None = None,
@@ -50,11 +47,10 @@ def embed(
     target_key
         Shapes to embed. ``None`` takes the measured spots.
     encoder
-        Name of an encoder (see :func:`histosge.encoders`), or one that :func:`histosge.load_encoder` made.
+        Name of an encoder (see :func:`histosge.encoders`), names joined by ``+`` as in ``"uni+rgb"``, the paper's, or one
+        that :func:`histosge.load_encoder` made.
     tile_um
         Edge of a tile in µm. ``None`` takes the encoder's own, at which it was trained.
-    stack
-        Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
     dense
         Embed the area of each place, from the encoder's tokens, beside the surroundings of its centre, instead of the tile
         around its centre.
@@ -121,7 +117,6 @@ def embed(
         section,
         encoder,
         tile_um=tile_um,
-        stack=stack,
         dense=dense,
         device=device,
         batch_size=batch_size,
@@ -131,7 +126,7 @@ def embed(
         target_key = section.spots_key
     targets = own_spots(section) if target_key == section.spots_key else read_targets(sdata, section, target_key)
     values = embedder.embed(targets)
-    used = embedder.encoder.spec.name
+    used = embedder.config.name
     table = embedding_table(targets, encoder=used, values=values, provenance=embedder.provenance)
     if not inplace:
         return table

@@ -39,7 +39,6 @@ def evaluate(
     labels: str | None = None,
     encoder: Any = DEFAULT_ENCODER,
     tile_um: float | None = None,
-    stack: Sequence[str] = ("pilm",),
     dense: bool = False,
     genes: int | Sequence[str] | str = 1000,
     n_folds: int = 5,
@@ -95,11 +94,10 @@ def evaluate(
         predicted and of measured expression, found as by :func:`histosge.tl.domains` with its defaults, are compared with
         it; nothing learns from it. With ``split="blocks"`` only.
     encoder
-        Name of an encoder (see :func:`histosge.encoders`), or one that :func:`histosge.load_encoder` made.
+        Name of an encoder (see :func:`histosge.encoders`), names joined by ``+`` as in ``"uni+rgb"``, the paper's, or one
+        that :func:`histosge.load_encoder` made.
     tile_um
         Edge of a tile in µm. ``None`` takes the encoder's own, at which it was trained.
-    stack
-        Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
     dense
         Embed the area of a spot, from the encoder's tokens, instead of the tile around its centre, as for bins and cells.
     genes
@@ -222,7 +220,7 @@ def evaluate(
     for _ in trials(measured, plan, rng=copy.deepcopy(rng)):
         pass  # what cannot be held out is refused before an hour of embedding
     forecast = Forecast(sum(len(section.xy_px) for section in sections))
-    how: dict[str, Any] = {"tile_um": tile_um, "stack": stack, "dense": dense}
+    how: dict[str, Any] = {"tile_um": tile_um, "dense": dense}
     run: dict[str, Any] = {"device": device, "batch_size": batch_size, "progress": progress}
     for i, section in enumerate(sections):
         check_orientation(section)

@@ -26,7 +26,6 @@ def fit(
     head: str | None = None,
     genes: int | Sequence[str] | str = 1000,
     tile_um: float | None = None,
-    stack: Sequence[str] = ("pilm",),
     dense: bool = False,
     n_folds: int = 5,
     level: float | None = 0.9,
@@ -56,7 +55,8 @@ def fit(
     sdata
         Section with an H&E image and measured spots, or a list of sections.
     encoder
-        Name of an encoder (see :func:`histosge.encoders`), or one that :func:`histosge.load_encoder` made.
+        Name of an encoder (see :func:`histosge.encoders`), names joined by ``+`` as in ``"uni+rgb"``, the paper's, or one
+        that :func:`histosge.load_encoder` made.
     head
         ``"in-context"`` (attention over measured neighbours), ``"aggregate"`` (the same, learnt through the mean of each
         spot's parts), ``"kriging"`` (Gaussian process on position and image), ``"published"`` (the paper's network,
@@ -66,8 +66,6 @@ def fit(
         Number of genes, chosen by spatial autocorrelation; a list of names; or ``"all"`` that were seen.
     tile_um
         Edge of a tile in µm. ``None`` takes the encoder's own, at which it was trained.
-    stack
-        Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
     dense
         Embed the area of a spot, from the encoder's tokens, instead of the tile around its centre: for models that predict
         bins and cells.
@@ -145,7 +143,7 @@ def fit(
     check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, level=level, head_options=head_options)
     values, parts = [], []
     forecast = Forecast(sum(len(section.xy_px) for section in sections))
-    how: dict[str, Any] = {"tile_um": tile_um, "stack": stack, "dense": dense}
+    how: dict[str, Any] = {"tile_um": tile_um, "dense": dense}
     run: dict[str, Any] = {"device": device, "batch_size": batch_size, "progress": progress}
     for section in sections:
         check_orientation(section)

@@ -63,7 +63,6 @@ def predict(
     pitch_um: float | None = None,
     encoder: Any = DEFAULT_ENCODER,
     tile_um: float | None = None,
-    stack: Sequence[str] = ("pilm",),
     head: str | None = None,
     genes: int | Sequence[str] | str = 1000,
     n_folds: int = 5,
@@ -109,12 +108,10 @@ def predict(
     pitch_um
         Distance of neighbouring spots in µm. ``None`` takes the technology's: Visium 100, ST 200.
     encoder
-        Name of an encoder (see :func:`histosge.encoders`), or one that :func:`histosge.load_encoder` made. With
-        ``model=``, the model's own.
+        Name of an encoder (see :func:`histosge.encoders`), names joined by ``+`` as in ``"uni+rgb"``, the paper's, or one
+        that :func:`histosge.load_encoder` made. With ``model=``, the model's own.
     tile_um
         Edge of a tile in µm. ``None`` takes the encoder's own, at which it was trained.
-    stack
-        Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
     head
         ``"in-context"``, ``"aggregate"``, ``"kriging"``, ``"published"``, ``"ridge"``, ``"coordinates"``, ``"nearest"`` or
         ``"mean"``, or several joined by ``+`` for their mean; see :func:`histosge.tl.fit`. ``None`` takes
@@ -284,7 +281,7 @@ def predict(
         head = default_head(dense=dense) if head is None else head
         learn = {"head": head, "genes": genes, "n_folds": n_folds, "level": level, "head_options": head_options}
         names = check_arguments(sections=[section], **learn)
-        embedder = Embedder.open(section, encoder, tile_um=tile_um, stack=stack, dense=dense, **run)
+        embedder = Embedder.open(section, encoder, tile_um=tile_um, dense=dense, **run)
         n_genes = len(names) if isinstance(genes, str) else len(genes) if isinstance(genes, Collection) else int(genes)
     if conserve:
         check_conservation(section, targets)
