@@ -1,4 +1,4 @@
-"""Embeddings kept on disk: the same values back or none, never more than the limit, nothing of anybody else's touched."""
+"""Embeddings kept on disk: the same values back or none, pruned when opened, no foreign file touched."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import histosge as sge
-from histosge._embedding import EmbeddingCache, _cache, cache_folder, open_cache
+from histosge._embedding import EmbeddingCache, cache_folder, open_cache
 from histosge._settings import Settings, logger, settings
 
 RECIPE = {"encoder": {"name": "uni", "mpp": 0.5}, "tile_um": 112.0, "dense": False, "versions": ["torch 2.9"]}
@@ -43,18 +43,18 @@ def values(seed=0, shape=(8, 4), dtype=np.float16):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-def small(root, n_blocks, *, spare=0):
+def small(root, n_blocks):
     """A cache with room for so many blocks of `values()`."""
-    return EmbeddingCache(root, n_blocks * BLOCK_BYTES + spare)
+    return EmbeddingCache(root, n_blocks * BLOCK_BYTES)
 
 
 def size(root):
     return sum(p.stat().st_size for p in root.rglob("*") if p.is_file() and p.suffix in {".npy", ".part"})
 
 
-def there(shelf, n):
+def there(group, n):
     """Which of the first n blocks are kept, without touching them."""
-    return [i for i in range(n) if (shelf.folder / f"{digest(i)}.npy").exists()]
+    return [i for i in range(n) if (group.folder / f"{digest(i)}.npy").exists()]
 
 
 # --------------------------------------------------------------------------------------------------------- get and put
@@ -65,44 +65,44 @@ def there(shelf, n):
 def test_what_was_put_is_got(root, dtype, shape):
     put = values(shape=shape, dtype=dtype)
     put.flat[:2] = [np.nan, -0.0][: put.size]  # nothing is rounded or mended
-    open_cache().shelf(RECIPE).put(digest(0), put)
-    got = open_cache().shelf(dict(reversed(RECIPE.items()))).get(digest(0))
+    open_cache().group(RECIPE).put(digest(0), put)
+    got = open_cache().group(dict(reversed(RECIPE.items()))).get(digest(0))
     assert (got.dtype, got.shape) == (put.dtype, put.shape)
     assert got.tobytes() == put.tobytes()
     got[:] = 0  # the caller's own
-    assert open_cache().shelf(RECIPE).get(digest(0)).tobytes() == put.tobytes()
+    assert open_cache().group(RECIPE).get(digest(0)).tobytes() == put.tobytes()
 
 
 @pytest.mark.parametrize(
     "view", [np.transpose, lambda a: a[::2, 1:], np.asfortranarray], ids=["transposed", "strided", "fortran"]
 )
 def test_any_order_in_memory(root, view):
-    shelf = open_cache().shelf(RECIPE)
-    shelf.put(digest(0), view(values()))
-    np.testing.assert_array_equal(shelf.get(digest(0)), view(values()))
+    group = open_cache().group(RECIPE)
+    group.put(digest(0), view(values()))
+    np.testing.assert_array_equal(group.get(digest(0)), view(values()))
 
 
 def test_numpy_reads_the_files(root):
-    shelf = open_cache().shelf(RECIPE)
-    shelf.put(digest(0), values())
-    np.testing.assert_array_equal(np.load(shelf.folder / f"{digest(0)}.npy", allow_pickle=False), values())
+    group = open_cache().group(RECIPE)
+    group.put(digest(0), values())
+    np.testing.assert_array_equal(np.load(group.folder / f"{digest(0)}.npy", allow_pickle=False), values())
 
 
 def test_nothing_is_made_before_something_is_put(root):
     cache = open_cache()
     assert cache.root == root
-    assert cache.shelf(RECIPE).get(digest(0)) is None
-    assert cache.shelves() == []
+    assert cache.group(RECIPE).get(digest(0)) is None
+    assert cache.groups() == []
     assert cache.clear() == 0
     assert not root.exists()
 
 
 def test_recipe_is_kept_to_be_read(root):
-    shelf = open_cache().shelf(RECIPE)
-    shelf.put(digest(0), values())
-    assert json.loads((shelf.folder / "recipe.json").read_text()) == RECIPE
-    assert re.fullmatch("[0-9a-f]{64}", shelf.folder.name)
-    assert sorted(p.name for p in root.iterdir()) == [shelf.folder.name, MARKER]
+    group = open_cache().group(RECIPE)
+    group.put(digest(0), values())
+    assert json.loads((group.folder / "recipe.json").read_text()) == RECIPE
+    assert re.fullmatch("[0-9a-f]{64}", group.folder.name)
+    assert sorted(p.name for p in root.iterdir()) == [group.folder.name, MARKER]
 
 
 @pytest.mark.parametrize(
@@ -118,15 +118,9 @@ def test_recipe_is_kept_to_be_read(root):
 )
 def test_another_recipe_or_digest_gets_nothing(root, other):
     cache = open_cache()
-    cache.shelf(RECIPE).put(digest(0), values())
-    assert cache.shelf(other).get(digest(0)) is None
-    assert cache.shelf(RECIPE).get(digest(1)) is None
-
-
-def test_another_format_gets_nothing(root, monkeypatch):
-    open_cache().shelf(RECIPE).put(digest(0), values())
-    monkeypatch.setattr(_cache, "_FORMAT", 2)
-    assert open_cache().shelf(RECIPE).get(digest(0)) is None
+    cache.group(RECIPE).put(digest(0), values())
+    assert cache.group(other).get(digest(0)) is None
+    assert cache.group(RECIPE).get(digest(1)) is None
 
 
 def _cut(data):
@@ -143,30 +137,30 @@ def _flip(data):
     ids=["cut", "one bit", "half a head", "empty", "zeros", "one byte", "longer"],
 )
 def test_damaged_blocks_count_as_absent(root, log, details, damage):
-    shelf = open_cache().shelf(RECIPE)
-    shelf.put(digest(0), values())
-    path = shelf.folder / f"{digest(0)}.npy"
+    group = open_cache().group(RECIPE)
+    group.put(digest(0), values())
+    path = group.folder / f"{digest(0)}.npy"
     path.write_bytes(damage(path.read_bytes()))
-    assert shelf.get(digest(0)) is None
+    assert group.get(digest(0)) is None
     assert not path.exists()
     assert "cannot be read" in log.text
     assert [r.levelno for r in log.records] == [logging.DEBUG]
-    shelf.put(digest(0), values())
-    np.testing.assert_array_equal(shelf.get(digest(0)), values())
+    group.put(digest(0), values())
+    np.testing.assert_array_equal(group.get(digest(0)), values())
 
 
 def test_block_that_cannot_be_read_nor_removed(root, log, details):
-    shelf = open_cache().shelf(RECIPE)
-    shelf.put(digest(0), values())
-    (shelf.folder / f"{digest(1)}.npy").mkdir()
-    assert shelf.get(digest(1)) is None
+    group = open_cache().group(RECIPE)
+    group.put(digest(0), values())
+    (group.folder / f"{digest(1)}.npy").mkdir()
+    assert group.get(digest(1)) is None
     assert "cannot be read" in log.text
 
 
 def test_whole_or_not_at_all(root, monkeypatch):
     """An interruption in the middle of writing leaves nothing that could be taken for a block."""
-    shelf = open_cache().shelf(RECIPE)
-    shelf.put(digest(0), values())
+    group = open_cache().group(RECIPE)
+    group.put(digest(0), values())
 
     def interrupted(path, target):
         raise KeyboardInterrupt
@@ -174,24 +168,24 @@ def test_whole_or_not_at_all(root, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            shelf.put(digest(1), values())
-    assert shelf.get(digest(1)) is None
-    assert there(shelf, 2) == [0]
+            group.put(digest(1), values())
+    assert group.get(digest(1)) is None
+    assert there(group, 2) == [0]
     assert not list(root.rglob("*.part"))
-    shelf.put(digest(1), values(1))  # the lock is free again
-    np.testing.assert_array_equal(shelf.get(digest(1)), values(1))
+    group.put(digest(1), values(1))  # the lock is free again
+    np.testing.assert_array_equal(group.get(digest(1)), values(1))
 
 
 def test_threads_put_the_same(root):
-    shelf = open_cache().shelf(RECIPE)
+    group = open_cache().group(RECIPE)
     start = threading.Barrier(4)
     got = []
 
     def work():
         start.wait()
         for i in range(20):
-            shelf.put(digest(i), values(i))
-            got.append(np.array_equal(shelf.get(digest(i)), values(i)))
+            group.put(digest(i), values(i))
+            got.append(np.array_equal(group.get(digest(i)), values(i)))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -199,36 +193,35 @@ def test_threads_put_the_same(root):
     for thread in threads:
         thread.join()
     assert got == [True] * 80
-    assert there(shelf, 20) == list(range(20))
+    assert there(group, 20) == list(range(20))
     assert not list(root.rglob("*.part"))
-    assert _cache._LEDGERS[root].n_bytes == size(root) == 20 * BLOCK_BYTES
+    assert size(root) == 20 * BLOCK_BYTES
 
 
 WORKER = """
 import sys
 from pathlib import Path
 import numpy as np
-from histosge._embedding import _cache
+from histosge._embedding import EmbeddingCache
 
 root, limit_bytes, first, clears = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "clears"
-cache = _cache.EmbeddingCache(root, limit_bytes)
-shelf = cache.shelf({"encoder": "uni"})
+cache = EmbeddingCache(root, limit_bytes)
+group = cache.group({"encoder": "uni"})
 kept = 0
 for i in range(60):
     key = i % 15 + first
-    shelf.put(f"{key:016x}", np.full((8, 4), key, np.float16))
-    got = shelf.get(f"{key:016x}")
+    group.put(f"{key:016x}", np.full((8, 4), key, np.float16))
+    got = group.get(f"{key:016x}")
     kept += got is not None
     assert got is None or (got.shape == (8, 4) and (got == key).all()), got
-    if clears and i % 10 == 9:
-        cache.clear()
-assert not _cache._LEDGERS[root].warned
+    if i % 10 == 9:
+        cache.clear() if clears else cache.prune()
 print(kept)
 """
 
 
 def test_processes_share_a_folder(root):
-    """Three at once, one of which clears again and again and all of which evict: no wrong value, no warning."""
+    """Three at once, one of which clears and two of which prune repeatedly: no wrong value, no warning."""
     workers = [
         subprocess.Popen(
             [
@@ -251,202 +244,156 @@ def test_processes_share_a_folder(root):
         assert (worker.returncode, err) == (0, "")
         assert int(out) > 30  # most of what was put is there a moment later
     assert not list(root.rglob("*.part"))
-    for shelf in root.iterdir():
-        assert shelf.name == MARKER or (shelf / "recipe.json").exists()
+    for group in root.iterdir():
+        assert group.name == MARKER or (group / "recipe.json").exists()
 
 
 def test_cleared_while_something_is_put(root, monkeypatch):
-    """The shelf is made again."""
+    """The group is made again."""
     cache = open_cache()
-    shelf = cache.shelf(RECIPE)
-    shelf.put(digest(0), values())
-    set_up, calls = _cache.CacheGroup._set_up, []
+    group = cache.group(RECIPE)
+    group.put(digest(0), values())
+    rename, calls = Path.rename, []
 
-    def then_cleared(self):
-        set_up(self)
+    def after_a_clear(path, target):
         if not calls:
-            for folder in list(cache._folders()):
-                _cache._remove(folder)
-        calls.append(1)
+            calls.append(path)
+            cache.clear()
+        return rename(path, target)
 
-    monkeypatch.setattr(_cache.CacheGroup, "_set_up", then_cleared)
-    shelf.put(digest(1), values(1))
-    assert len(calls) == 2
-    assert there(shelf, 2) == [1]
-    assert json.loads((shelf.folder / "recipe.json").read_text()) == RECIPE
+    monkeypatch.setattr(Path, "rename", after_a_clear)
+    group.put(digest(1), values(1))
+    assert there(group, 2) == [1]
+    assert json.loads((group.folder / "recipe.json").read_text()) == RECIPE
 
 
 # ------------------------------------------------------------------------------------------------------------ the limit
 
 
-def aged(shelf, *keys):
+def aged(group, *keys):
     """Say that these blocks were last used in this order, long ago."""
     for age, i in enumerate(keys):
-        os.utime(shelf.folder / f"{digest(i)}.npy", (1e9 + age, 1e9 + age))
+        os.utime(group.folder / f"{digest(i)}.npy", (1e9 + age, 1e9 + age))
 
 
 def test_least_recently_used_go_first(root):
-    shelf = small(root, 10).shelf(RECIPE)
-    for i in range(10):
-        shelf.put(digest(i), values(i))
-    assert there(shelf, 10) == list(range(10))
-    aged(shelf, 3, 1, 4, 0, 5, 9, 2, 6, 8, 7)
-    shelf.get(digest(3))  # the oldest becomes the newest
-    shelf.put(digest(4), values(4))  # and so does what is put again
-    shelf.put(digest(10), values(10))  # 10 % are left free: two go
-    assert there(shelf, 11) == [2, 3, 4, 5, 6, 7, 8, 9, 10]
-    shelf.put(digest(11), values(11))
-    shelf.put(digest(12), values(12))
-    assert there(shelf, 13) == [2, 3, 4, 6, 7, 8, 10, 11, 12]
+    cache = small(root, 10)
+    group = cache.group(RECIPE)
+    for i in range(12):
+        group.put(digest(i), values(i))
+    assert there(group, 12) == list(range(12))  # a run may exceed the limit
+    aged(group, 3, 1, 4, 0, 5, 9, 2, 6, 8, 7, 10, 11)
+    group.get(digest(3))  # the oldest becomes the newest
+    group.put(digest(4), values(4))  # and so does what is put again
+    cache.prune()  # 10 % are left free: of 12 blocks nine stay
+    assert there(group, 12) == [2, 3, 4, 6, 7, 8, 9, 10, 11]
+    cache.prune()
+    assert len(there(group, 12)) == 9
 
 
-def test_eviction_is_over_all_shelves(root):
+def test_pruning_is_over_all_groups(root):
     cache = small(root, 4)
-    old, new = cache.shelf(RECIPE), cache.shelf({"encoder": "mine"})
+    old, new = cache.group(RECIPE), cache.group({"encoder": "mine"})
     for i in range(2):
         old.put(digest(i), values(i))
     aged(old, 1, 0)
     for i in range(3):
         new.put(digest(i), values(i))
+    cache.prune()
     assert there(old, 2) == []
     assert there(new, 3) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("spare", [0, 1, BLOCK_BYTES - 1])
-def test_never_larger_than_the_limit(root, spare):
-    rng = np.random.default_rng(0)
-    cache = small(root, 20, spare=spare)
-    shelf = cache.shelf(RECIPE)
-    most = 0
-    for i in range(150):
-        shelf.put(digest(i), values(i, shape=(int(rng.integers(1, 20)), 4)))
-        assert size(root) <= cache.limit_bytes
-        assert _cache._LEDGERS[root].n_bytes == size(root)
-        assert there(shelf, 150)[-1] == i
-        most = max(most, size(root))
-    assert most > 0.9 * cache.limit_bytes
-
-
-def test_another_process_fills_the_folder(root):
-    """What it put is seen after a twentieth of the limit, and then there is room made for both."""
-    cache = small(root, 40)
-    shelf = cache.shelf(RECIPE)
-    shelf.put(digest(0), values())
-    for i in range(100, 139):  # not by this ledger
-        (shelf.folder / f"{digest(i)}.npy").write_bytes(bytes(BLOCK_BYTES))
-    for i in range(1, 5):
-        shelf.put(digest(i), values(i))
-    assert size(root) <= cache.limit_bytes
-    assert there(shelf, 5)[-4:] == [1, 2, 3, 4]
-
-
-def test_the_folder_is_seldom_listed(root, monkeypatch):
-    listed = []
-    blocks = _cache._blocks
-    monkeypatch.setattr(_cache, "_blocks", lambda folder: listed.append(folder) or blocks(folder))
-    shelf = EmbeddingCache(root, 10**9).shelf(RECIPE)
-    for i in range(100):
-        shelf.put(digest(i), values(i))
-        shelf.get(digest(i))
-    assert len(listed) <= 1
-
-
-def test_smaller_limit_holds_at_the_next_put(root):
-    shelf = small(root, 30).shelf(RECIPE)
+def test_opening_prunes_and_looking_does_not(root):
+    group = open_cache().group(RECIPE)
     for i in range(30):
-        shelf.put(digest(i), values(i))
-    small(root, 10).shelf(RECIPE).put(digest(30), values(30))
-    assert size(root) <= 10 * BLOCK_BYTES
-    assert there(shelf, 31)[-1] == 30
+        group.put(digest(i), values(i))
+    aged(group, *range(30))
+    with settings.override(cache_gb=10.5 * BLOCK_BYTES / 1e9):
+        assert len(EmbeddingCache.from_settings().groups()) == 1
+        assert size(root) == 30 * BLOCK_BYTES
+        open_cache()
+        assert there(group, 30) == list(range(21, 30))
 
 
-def test_block_larger_than_the_limit(root, log, details):
+def test_what_cannot_be_removed_stays(root, monkeypatch):
     cache = small(root, 1)
-    shelf = cache.shelf(RECIPE)
-    shelf.put(digest(0), values())
-    shelf.put(digest(1), values(shape=(9, 4)))
-    assert there(shelf, 2) == [0]  # nothing goes for it
-    assert "larger than the cache may grow" in log.text
-    assert [r.levelno for r in log.records] == [logging.DEBUG]
-
-
-def test_what_cannot_be_evicted_leaves_no_room(root, monkeypatch, log, details):
-    shelf = small(root, 1).shelf(RECIPE)
-    shelf.put(digest(0), values())
+    group = cache.group(RECIPE)
+    for i in range(2):
+        group.put(digest(i), values(i))
 
     def held(path, *, missing_ok=False):
         raise PermissionError(13, "in use", str(path))
 
     monkeypatch.setattr(Path, "unlink", held)
-    shelf.put(digest(1), values())
-    assert there(shelf, 2) == [0]
-    assert "there is no room for it" in log.text
+    cache.prune()
+    assert there(group, 2) == [0, 1]
 
 
 def test_unfinished_files_of_killed_processes_count_and_go(root):
-    shelf = small(root, 4).shelf(RECIPE)
-    shelf.put(digest(0), values())
-    left = shelf.folder / f"{digest(9)}.{'0' * 16}.part"
+    cache = small(root, 4)
+    group = cache.group(RECIPE)
+    left = group.folder / f"{digest(9)}.{'0' * 16}.part"
+    half = root / f"{group.folder.name}.{'1' * 16}.part"
+    for i in range(4):
+        group.put(digest(i), values(i))
     left.write_bytes(bytes(BLOCK_BYTES))
     os.utime(left, (1, 1))
-    half = root / f"{shelf.folder.name}.{'1' * 16}.part"
     half.mkdir()
     (half / f"{digest(8)}.npy").write_bytes(bytes(BLOCK_BYTES))
     os.utime(half / f"{digest(8)}.npy", (2, 2))
-    _cache._LEDGERS.clear()  # a new process
-    for i in range(1, 4):
-        shelf.put(digest(i), values(i))
-        assert size(root) <= 4 * BLOCK_BYTES
+    cache.prune()
+    assert size(root) <= 4 * BLOCK_BYTES
     assert not left.exists()
-    assert len(open_cache().shelves()) == 1
+    assert len(open_cache().groups()) == 1
     open_cache().clear()
     assert [p.name for p in root.iterdir()] == [MARKER]
 
 
-# --------------------------------------------------------------------------------------------------- shelves and clear
+# --------------------------------------------------------------------------------------------------- groups and clear
 
 
 @pytest.fixture
 def two(root):
     cache = open_cache()
     for i in range(3):
-        cache.shelf(RECIPE).put(digest(i), values(i))
-    cache.shelf({**RECIPE, "dense": True}).put(digest(0), values())
-    cache.shelf({"encoder": "mine"}).put(digest(0), values())
+        cache.group(RECIPE).put(digest(i), values(i))
+    cache.group({**RECIPE, "dense": True}).put(digest(0), values())
+    cache.group({"encoder": "mine"}).put(digest(0), values())
     return cache
 
 
-def test_shelves(two, root):
-    old = two.shelf(RECIPE)
+def test_groups(two, root):
+    old = two.group(RECIPE)
     aged(old, 1, 2, 0)
-    found = two.shelves()
+    found = two.groups()
     assert [info.encoder for info in found[:2]] in (["uni", "mine"], ["mine", "uni"])
     info = found[-1]  # last used first
     assert (info.folder, info.recipe, info.n_blocks, info.n_bytes) == (old.folder, RECIPE, 3, 3 * BLOCK_BYTES)
     assert info.last_used.timestamp() == 1e9 + 2
     assert sum(info.n_bytes for info in found) == size(root)
     assert (info.value("mpp"), info.value("tile_um"), info.value("nothing")) == (0.5, 112.0, None)
-    assert {info.encoder for info in two.shelves(encoder="uni")} == {"uni"}
+    assert {info.encoder for info in two.groups(encoder="uni")} == {"uni"}
 
 
 def test_clear_one_encoder(two, root):
     assert two.clear(encoder="uni") == 4 * BLOCK_BYTES
-    assert [info.encoder for info in two.shelves()] == ["mine"]
-    assert two.shelf(RECIPE).get(digest(0)) is None
-    assert two.shelf({"encoder": "mine"}).get(digest(0)) is not None
-    two.shelf(RECIPE).put(digest(0), values())
-    assert _cache._LEDGERS[root].n_bytes == size(root) == 2 * BLOCK_BYTES
+    assert [info.encoder for info in two.groups()] == ["mine"]
+    assert two.group(RECIPE).get(digest(0)) is None
+    assert two.group({"encoder": "mine"}).get(digest(0)) is not None
+    two.group(RECIPE).put(digest(0), values())
+    assert size(root) == 2 * BLOCK_BYTES
 
 
 def test_clear_all(two, root):
     assert two.clear() == 5 * BLOCK_BYTES
     assert [p.name for p in root.iterdir()] == [MARKER]  # the folder stays ours
     assert two.clear() == 0
-    assert open_cache().shelves() == []
+    assert open_cache().groups() == []
 
 
 def test_clear_removes_only_what_the_cache_made(two, root, tmp_path):
-    mine = [root / "notes.txt", root / ("f" * 63), two.shelf(RECIPE).folder / "thesis.docx", tmp_path / "a.npy"]
+    mine = [root / "notes.txt", root / ("f" * 63), two.group(RECIPE).folder / "thesis.docx", tmp_path / "a.npy"]
     for path in mine[:3]:
         path.write_text("mine")
     outside = tmp_path / "outside"
@@ -461,21 +408,21 @@ def test_clear_removes_only_what_the_cache_made(two, root, tmp_path):
     assert mine[1].exists()
     assert (outside / f"{digest(0)}.npy").exists()
     assert (root / "sub" / f"{digest(0)}.npy").exists()
-    assert two.shelves() == []
+    assert two.groups() == []
 
 
 @pytest.mark.parametrize("recipe", [None, "{", "[]"])
-def test_shelf_without_its_recipe(root, recipe):
+def test_group_without_its_recipe(root, recipe):
     cache = open_cache()
-    shelf = cache.shelf(RECIPE)
-    shelf.put(digest(0), values())
-    (shelf.folder / "recipe.json").unlink()
+    group = cache.group(RECIPE)
+    group.put(digest(0), values())
+    (group.folder / "recipe.json").unlink()
     if recipe is not None:
-        (shelf.folder / "recipe.json").write_text(recipe)
-    (info,) = cache.shelves()
+        (group.folder / "recipe.json").write_text(recipe)
+    (info,) = cache.groups()
     assert (info.encoder, info.recipe, info.n_blocks) == (None, {}, 1)
     assert cache.clear() == BLOCK_BYTES
-    assert cache.shelves() == []
+    assert cache.groups() == []
 
 
 def test_unknown_encoder(two, root):
@@ -507,28 +454,28 @@ def test_folder_of_somebody_else_is_refused(root, name):
 
 def test_empty_folder_is_taken(root):
     root.mkdir()
-    open_cache().shelf(RECIPE).put(digest(0), values())
-    assert open_cache().shelf(RECIPE).get(digest(0)) is not None
+    open_cache().group(RECIPE).put(digest(0), values())
+    assert open_cache().group(RECIPE).get(digest(0)) is not None
 
 
 def test_turned_off(root):
-    open_cache().shelf(RECIPE).put(digest(0), values())
+    open_cache().group(RECIPE).put(digest(0), values())
     with settings.override(cache_gb=0):
         assert open_cache() is None
-        assert len(EmbeddingCache.from_settings().shelves()) == 1  # but it can be looked at, and cleared
+        assert len(EmbeddingCache.from_settings().groups()) == 1  # but it can be looked at, and cleared
         EmbeddingCache.from_settings().clear()
-    assert open_cache().shelves() == []
+    assert open_cache().groups() == []
 
 
 def test_file_in_the_place_of_the_folder(root, log):
     root.write_text("mine")
     for _ in range(3):
         assert open_cache() is None
-    (told,) = log.records  # once
-    assert told.levelno == logging.WARNING
-    assert told.getMessage().startswith(f"embeddings cannot be kept in {root} and will be computed again next time (")
+    (record,) = log.records  # once
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith(f"embeddings cannot be kept in {root} and will be computed again next time (")
     for word in ("Not a directory", "settings.cache_dir", "HISTOSGE_CACHE", "settings.cache_gb=0"):
-        assert word in told.getMessage()
+        assert word in record.getMessage()
     assert root.read_text() == "mine"
 
 
@@ -536,20 +483,20 @@ def test_folder_that_becomes_unusable(root, log):
     cache = open_cache()
     root.parent.mkdir(exist_ok=True)
     root.write_text("mine")
-    shelf = cache.shelf(RECIPE)
+    group = cache.group(RECIPE)
     for i in range(3):
-        shelf.put(digest(i), values())
-        assert shelf.get(digest(i)) is None
-    (told,) = log.records
-    assert f"cannot be kept in {root}" in told.getMessage()
+        group.put(digest(i), values())
+        assert group.get(digest(i)) is None
+    (record,) = log.records
+    assert f"cannot be kept in {root}" in record.getMessage()
 
 
 @pytest.mark.parametrize("n_before", [0, 2])
 def test_full_disk(root, log, monkeypatch, n_before):
     """The run goes on, says so once, leaves nothing half, and still reads what is there."""
-    shelf = open_cache().shelf(RECIPE)
+    group = open_cache().group(RECIPE)
     for i in range(n_before):
-        shelf.put(digest(i), values(i))
+        group.put(digest(i), values(i))
 
     def full(path, target):
         raise OSError(28, "No space left on device", str(path))
@@ -557,27 +504,27 @@ def test_full_disk(root, log, monkeypatch, n_before):
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", full)
         for i in range(2, 5):
-            shelf.put(digest(i), values(i))
+            group.put(digest(i), values(i))
     assert [r.levelno for r in log.records] == [logging.WARNING]
     assert "No space left on device" in log.text
-    assert there(shelf, 5) == list(range(n_before))
+    assert there(group, 5) == list(range(n_before))
     assert not list(root.rglob("*.part"))
     for i in range(n_before):
-        np.testing.assert_array_equal(shelf.get(digest(i)), values(i))
-    shelf.put(digest(5), values(5))  # space was freed
-    np.testing.assert_array_equal(shelf.get(digest(5)), values(5))
+        np.testing.assert_array_equal(group.get(digest(i)), values(i))
+    group.put(digest(5), values(5))  # space was freed
+    np.testing.assert_array_equal(group.get(digest(5)), values(5))
     assert len(log.records) == 1
 
 
 def test_cache_that_is_only_read(root, monkeypatch):
-    shelf = open_cache().shelf(RECIPE)
-    shelf.put(digest(0), values())
+    group = open_cache().group(RECIPE)
+    group.put(digest(0), values())
 
     def refused(*_args, **_options):
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "utime", refused)
-    np.testing.assert_array_equal(shelf.get(digest(0)), values())
+    np.testing.assert_array_equal(group.get(digest(0)), values())
 
 
 def test_where_it_is(root, monkeypatch, tmp_path):
@@ -627,8 +574,8 @@ def test_wrong_folder(value):
     "name", ["", "abc", "../" + "a" * 20, "A" * 16, "g" * 16, "a" * 129, "a" * 16 + "\n", None, b"a" * 16]
 )
 def test_wrong_digest(root, name):
-    shelf = open_cache().shelf(RECIPE)
-    for use in (shelf.get, lambda d: shelf.put(d, values())):
+    group = open_cache().group(RECIPE)
+    for use in (group.get, lambda d: group.put(d, values())):
         with pytest.raises(ValueError, match=f"^{re.escape(f'digest={name!r}: pass 16 to 128 hexadecimal digits')}"):
             use(name)
     assert not root.exists()
@@ -647,20 +594,20 @@ def test_wrong_digest(root, name):
 def test_wrong_values(root, wrong, told):
     msg = f"values is {told}: pass an array of places x features, float16 or float32."
     with pytest.raises(ValueError, match=re.escape(msg)):
-        open_cache().shelf(RECIPE).put(digest(0), wrong)
+        open_cache().group(RECIPE).put(digest(0), wrong)
 
 
 @pytest.mark.parametrize("value", [np.float32(1), np.zeros(2), float("nan"), Path("x"), {1, 2}, {"a": b"b"}])
 def test_recipe_that_is_not_json(root, value):
     msg = f"recipe['mpp']={value!r} cannot be written as JSON ("
     with pytest.raises(TypeError, match=rf"{re.escape(msg)}.*\): pass finite numbers, strings"):
-        open_cache().shelf({"encoder": "uni", "mpp": value})
+        open_cache().group({"encoder": "uni", "mpp": value})
 
 
 @pytest.mark.parametrize("recipe", [{}, {"encoder": None}, {"encoder": ""}, {"encoder": {"mpp": 1}}, {"encoder": 3}])
 def test_recipe_without_encoder(root, recipe):
     with pytest.raises(ValueError, match=r"recipe=.* does not name its encoder.*a name or a dict with a 'name'\."):
-        open_cache().shelf(recipe)
+        open_cache().group(recipe)
 
 
 def test_logger_is_back_to_its_level():

@@ -328,8 +328,7 @@ ALL_OPTIONS = {  # each with another value than the default
     "--genes GENE003,GENE001": {"genes": ["GENE003", "GENE001"]},
     "--bin-um 50 --conserve --on-invalid skip": {"bin_um": 50.0, "conserve": True, "on_invalid": "skip"},
     "--upsample 2 --target-key cells --tissue spots": {"upsample": 2, "target_key": "cells", "tissue": "spots"},
-    "--encoder stain-texture --tile-um 100": {"encoder": "stain-texture", "tile_um": 100.0},
-    "--stack pilm,rgb --no-dense": {"stack": ("pilm", "rgb"), "dense": False},
+    "--encoder uni+rgb --tile-um 100 --no-dense": {"encoder": "uni+rgb", "tile_um": 100.0, "dense": False},
     "--head nearest --n-folds 3": {"head": "nearest", "n_folds": 3},
     '--head-options {"n_neighbours":6}': {"head_options": {"n_neighbours": 6}},
     "--key-added fine --rng 3 --mpp 2.0": {"key_added": "fine", "rng": 3, "mpp": 2.0},
@@ -877,15 +876,15 @@ def test_datasets_synthetic(tmp_path):
 def kept(cache_folder):
     """A cache with embeddings of two encoders."""
     cache = open_cache()
-    uni = cache.shelf({"encoder": {"name": "uni", "mpp": 0.5}, "tile_um": 112.0, "dense": True})
+    uni = cache.group({"encoder": {"name": "uni", "mpp": 0.5}, "tile_um": 112.0, "dense": True})
     uni.put("a" * 16, np.zeros((120, 64), np.float16))
     uni.put("b" * 16, np.zeros((20, 64), np.float16))
-    cache.shelf({"encoder": "mine"}).put("a" * 16, np.zeros((2, 3), np.float32))
+    cache.group({"encoder": "mine"}).put("a" * 16, np.zeros((2, 3), np.float32))
     return cache
 
 
 def test_cache_list(kept):
-    uni, mine = (next(s for s in kept.shelves() if s.encoder == name) for name in ("uni", "mine"))
+    uni, mine = (next(s for s in kept.groups() if s.encoder == name) for name in ("uni", "mine"))
     os.utime(uni.folder / f"{'a' * 16}.npy", (2e9, 2e9))
     done = run("cache", "list")
     assert done.exit_code == 0, done.output
@@ -905,8 +904,8 @@ def test_cache_list_as_json(kept):
     told = json.loads(done.stdout)
     assert told["folder"] == str(kept.root)
     assert told["limit_bytes"] == 20_000_000_000
-    assert told["n_bytes"] == sum(row["n_bytes"] for row in told["shelves"])
-    uni = next(row for row in told["shelves"] if row["encoder"] == "uni")
+    assert told["n_bytes"] == sum(row["n_bytes"] for row in told["groups"])
+    uni = next(row for row in told["groups"] if row["encoder"] == "uni")
     assert uni["recipe"] == {"encoder": {"name": "uni", "mpp": 0.5}, "tile_um": 112.0, "dense": True}
     assert uni["n_blocks"] == 2
     assert datetime.fromisoformat(uni["last_used"]).tzinfo is not None
@@ -914,7 +913,7 @@ def test_cache_list_as_json(kept):
 
 def test_cache_that_is_empty(cache_folder):
     assert run("cache", "list").stdout == f"0 B of at most 20 GB in {cache_folder}\n"
-    assert json.loads(run("cache", "list", "--json").stdout)["shelves"] == []
+    assert json.loads(run("cache", "list", "--json").stdout)["groups"] == []
     assert run("cache", "clear").stdout == f"freed 0 B in {cache_folder}\n"  # and asks nothing
     assert not cache_folder.exists()
 
@@ -925,25 +924,25 @@ def test_cache_clear_asks(kept):
     assert f"Remove the embeddings by all encoders, 18.3 kB, from {kept.root}?" in done.stderr
     assert done.stdout.strip() == ""
     assert "Aborted" in fails("cache", "clear")  # nobody there to answer
-    assert len(kept.shelves()) == 2
+    assert len(kept.groups()) == 2
     done = CliRunner().invoke(main, ["cache", "clear", "--encoder", "uni"], input="y\n")
     assert done.exit_code == 0
     assert "Remove the embeddings by 'uni', 18.2 kB" in done.stderr
     assert f"freed 18.2 kB in {kept.root}" in done.stdout
-    assert [s.encoder for s in kept.shelves()] == ["mine"]
+    assert [s.encoder for s in kept.groups()] == ["mine"]
 
 
 def test_cache_clear(kept):
     done = run("cache", "clear", "--yes")
     assert done.exit_code == 0
     assert done.stdout == f"freed 18.3 kB in {kept.root}\n"
-    assert kept.shelves() == []
+    assert kept.groups() == []
 
 
 def test_cache_clear_of_an_unknown_encoder(kept):
     told = fails("cache", "clear", "--encoder", "unii", "--yes")
     assert told == f"histosge: encoder='unii': nothing is kept of it in {kept.root}; there are 'mine', 'uni'.\n"
-    assert len(kept.shelves()) == 2
+    assert len(kept.groups()) == 2
 
 
 @pytest.mark.parametrize("command", [["list"], ["clear", "--yes"]])

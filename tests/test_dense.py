@@ -8,8 +8,7 @@ import shapely
 import torch
 from tests import rounding
 
-from histosge._embedding import embed, step_tokens
-from histosge._embedding._dense import _window
+from histosge._embedding import embed, step_tokens, tile_weight
 from histosge._encoders import EncoderSpec
 from histosge._encoders.stain_texture import CELL_PX, MPP, StainTexture
 from histosge._geometry import Footprints, Grid, area_fractions
@@ -143,7 +142,7 @@ def test_tiles_overlap_without_a_seam():
 
 def test_windows_leave_no_token_without_weight():
     for side in range(1, 40):
-        step, edge = step_tokens(side), _window((np.arange(side) + 0.5) / side)
+        step, edge = step_tokens(side), tile_weight((np.arange(side) + 0.5) / side)
         assert 1 <= step <= side
         covered = np.zeros(4 * side)
         for start in range(-side, 4 * side, step):
@@ -195,21 +194,6 @@ def test_memory_runs_out_once(noise, caplog):
             device=CPU,
             batch_size=16,
         )
-
-
-def test_rgb_stands_beside_the_tokens(noise):
-    areas = some("disc")
-    values = embed(
-        LazyImage(noise),
-        areas.xy_px,
-        mpp=1.0,
-        encoder=SeesTokens(),
-        footprints=areas,
-        stack=("pilm", "rgb"),
-        device=CPU,
-    )
-    assert values.shape == (40, 3 + 3 + 3)
-    assert ((values[:, 6:] > 0.3) & (values[:, 6:] < 0.7)).all()
 
 
 # ------------------------------------------------------------------------------------------------------ stain-texture

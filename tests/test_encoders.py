@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 import histosge as sge
-from histosge._encoders import EncoderSpec, _hub
-from histosge._encoders import _load as _registry
+from histosge._encoders import ALIASES, DEFAULT_ENCODER, OPEN, TABLE, EncoderSpec, commit, listed_spec
 
 LUNIT_MEAN = (0.70322989, 0.53606487, 0.66096631)  # as the authors of lunit-dino state them
 LUNIT_STD = (0.21716536, 0.26081574, 0.20723464)
@@ -41,13 +40,12 @@ def save_weights(folder, *, name, seed=0, model_args=None, **kwargs):
     return model
 
 
-def by_its_library(name, folder, some):
-    """What lazyslide-models makes of the same tiles with its own transform."""
+def by_its_library(name, network, some):
+    """Embed tiles with the class of lazyslide-models and its own transform."""
     from lazyslide_models import MODEL_REGISTRY
 
-    from histosge._encoders import _tile_encoder as _pilm
-
-    theirs = _pilm._made_by_timm(MODEL_REGISTRY[name], f"local-dir:{folder}")()
+    theirs = MODEL_REGISTRY[name].__new__(MODEL_REGISTRY[name])
+    theirs.model, theirs.img_size, theirs.num_prefix_tokens = network, (224, 224), network.num_prefix_tokens
     transform = theirs.get_transform()
     return theirs.encode_image(torch.stack([transform(tile.permute(1, 2, 0).numpy()) for tile in some]))
 
@@ -86,7 +84,7 @@ def own_spec(**values):
 
 def test_list():
     frame = sge.encoders()
-    assert list(frame.index[:2]) == ["stain-texture", "midnight"]
+    assert list(frame.index[:3]) == ["stain-texture", "rgb", "midnight"]
     assert frame.index.is_unique
     assert set(frame["source"]) == {"built-in", "lazyslide-models"}
     columns = ["mpp", "mpp_source", "tile_px", "tile_um", "token_um", "embed_dim", "parameters", "licence", "gated"]
@@ -95,10 +93,11 @@ def test_list():
     np.testing.assert_allclose(frame["tile_um"], frame["mpp"] * frame["tile_px"])
     assert frame["gated"].dtype == bool
     assert frame.loc["midnight", ["gated", "commercial"]].tolist() == [False, True]  # the default: no login, any use
-    assert not frame.loc[[*_hub.OPEN, "stain-texture"], "gated"].any()  # what the errors recommend
-    assert set(_registry._ALIASES.values()) <= set(frame.index)
-    assert not set(_registry._ALIASES) & set(frame.index)
-    assert len({_registry._plain(name) for name in frame.index}) == len(frame)  # names stay apart without their marks
+    assert not frame.loc[[*OPEN, "stain-texture", "rgb"], "gated"].any()  # what the errors recommend
+    assert set(ALIASES.values()) <= set(frame.index)
+    assert not set(ALIASES) & set(frame.index)
+    plain = {re.sub(r"[^a-z0-9]", "", name.lower()) for name in frame.index}
+    assert len(plain) == len(frame)  # names stay apart without case and marks
 
 
 def test_scales_are_those_of_the_cut_tiles():
@@ -113,7 +112,7 @@ def test_list_agrees_with_the_default_of_the_doors():
     import inspect
 
     for door in (sge.tl.embed, sge.tl.fit, sge.tl.predict, sge.tl.evaluate):
-        assert inspect.signature(door).parameters["encoder"].default == _registry.DEFAULT_ENCODER == "midnight"
+        assert inspect.signature(door).parameters["encoder"].default == DEFAULT_ENCODER == "midnight"
 
 
 def test_list_needs_no_model_library():
@@ -139,18 +138,18 @@ def test_list_holds_every_encoder_of_the_registry(registry):
         return [t.value for t in (model.task if isinstance(model.task, list) else [model.task])]
 
     vision = {name for name, model in registry.items() if "vision" in tasks(model)}
-    assert vision <= set(_registry._TABLE)
+    assert vision <= set(TABLE)
     with_text = {n for n, m in registry.items() if "multimodal" in tasks(m) and hasattr(m, "encode_image")}
     general = {"biomedclip", "conceptclip", "medsiglip"}  # of any medical image, not of pathology
-    assert set(_registry._TABLE) == vision | with_text - general - {"titan"}  # an alias of conch_v1.5
+    assert set(TABLE) == vision | with_text - general - {"titan"}  # an alias of conch_v1.5
 
 
 OTHERWISE_GATED = {"h-optimus-0": True, "midnight": False}  # the registry is out of date: see _registry.py
 
 
-@pytest.mark.parametrize("name", sorted(_registry._TABLE))
+@pytest.mark.parametrize("name", sorted(TABLE))
 def test_row_agrees_with_the_registry(registry, name):
-    spec, model = _registry.registered(name), registry[name]
+    spec, model = listed_spec(name), registry[name]
     if name not in ("path_orchestra", "omiclip"):  # the registry does not say
         assert spec.embed_dim == model.encode_dim
     licence = model.license if isinstance(model.license, str) else "; ".join(model.license)
@@ -446,9 +445,9 @@ def test_registered_encoder_from_a_folder(small):
 
 def test_registered_encoder_agrees_with_its_own_library(small):
     """Same tile, same embedding, whether prepared here or by the model's own transform."""
-    folder, _ = small
+    folder, model = small
     some = tiles(3, 224)
-    wanted = by_its_library("lunit-dino-s16", folder, some)
+    wanted = by_its_library("lunit-dino-s16", model, some)
     out = sge.load_encoder("lunit-dino-s16", weights=folder).embed(some)
     torch.testing.assert_close(out, wanted, rtol=1e-3, atol=1e-3)
     assert (wanted[0] - wanted[1]).abs().max() > 0.1
@@ -469,7 +468,7 @@ def test_pooling_stays_that_of_the_encoder(tmp_path):
     with torch.inference_mode():
         tokens = model((some.float() / 255 - mean) / std)  # (2, 1 + 4 + 256, 1280)
     torch.testing.assert_close(out, torch.cat([tokens[:, 0], tokens[:, 5:].mean(1)], 1), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(out, by_its_library("virchow2", tmp_path / "w", some), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(out, by_its_library("virchow2", model, some), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("folder", [True, False], ids=["folder", "file"])
@@ -610,10 +609,10 @@ def test_commit_is_read_from_the_cache(tmp_path, monkeypatch):
     refs = tmp_path / "models--MahmoodLab--uni" / "refs"
     refs.mkdir(parents=True)
     (refs / "main").write_text("a" * 40 + "\n")
-    assert _hub.commit("MahmoodLab/uni", None) == "a" * 40
-    assert _hub.commit("MahmoodLab/uni", "b" * 40) == "b" * 40
-    assert _hub.commit("MahmoodLab/uni", "v2") == "v2"
-    assert _hub.commit("MahmoodLab/UNI2-h", None) is None
+    assert commit("MahmoodLab/uni", None) == "a" * 40
+    assert commit("MahmoodLab/uni", "b" * 40) == "b" * 40
+    assert commit("MahmoodLab/uni", "v2") == "v2"
+    assert commit("MahmoodLab/UNI2-h", None) is None
 
 
 @pytest.mark.parametrize("name", ["lunit-dino-s16", "hf-hub:org/vit"])

@@ -15,7 +15,7 @@ from tests import rounding
 
 import histosge as sge
 from histosge import _keys
-from histosge._embedding import EmbeddingConfig
+from histosge._embedding import EmbeddingConfig, EncoderConfig
 from histosge._encoders import EncoderSpec
 from histosge._geometry import nearest_spots
 from histosge._heads import HEADS, Queries, get_head
@@ -27,7 +27,7 @@ from histosge._statistics import block_folds, calibrate, random_folds
 
 CPU = torch.device("cpu")
 SPEC = EncoderSpec(name="by-hand", mpp=0.5, tile_px=224, embed_dim=10)
-CONFIG = EmbeddingConfig(SPEC.to_dict(), 112.0, ("pilm", "rgb"))
+CONFIG = EmbeddingConfig((EncoderConfig(SPEC, 0.5),))
 OPTIONS = {"published": {"n_steps": 3}, "in-context": {"n_steps": 30}, "aggregate": {"n_steps": 30}}
 """What is tested here is what reaches what, and not how good a network gets."""
 every_head = pytest.mark.parametrize("head", sorted(HEADS))
@@ -637,8 +637,7 @@ def test_round_trip(section, embedding, head, tmp_path):
     assert list(loaded.genes) == list(model.genes)
     assert list(loaded.context_genes) == list(model.context_genes)
     assert len(loaded.heads) == len(model.heads)
-    assert loaded.config.to_dict() == model.config.to_dict()
-    assert loaded.config.stack == ("pilm", "rgb")
+    assert loaded.config == model.config
     pd.testing.assert_frame_equal(loaded.scores, model.scores, check_dtype=False, check_names=False)
     assert repr(loaded) == repr(model)
     pd.testing.assert_frame_equal(loaded.training, model.training)
@@ -723,11 +722,13 @@ def test_loading_another_format(ridge, tmp_path, version):
 
 
 def test_config_is_plain():
-    """For JSON and ``uns``: no tuples, no None."""
+    """For JSON, and for ``uns``: no tuples, no None."""
     plain = CONFIG.to_dict()
     assert json.loads(json.dumps(plain)) == plain
-    assert (plain["tile_um"], plain["stack"], plain["encoder"]["name"]) == (112.0, "pilm+rgb", "by-hand")
-    assert None not in plain["encoder"].values()
+    assert EmbeddingConfig.from_dict(plain) == CONFIG
+    uns = CONFIG.to_uns()
+    assert (uns["tile_um"], uns["encoder"]["name"], uns["dense"]) == (112.0, "by-hand", False)
+    assert None not in uns["encoder"].values()
 
 
 # ------------------------------------------------------------------------------------------- settings and names

@@ -67,12 +67,12 @@ def _texture_once():
     known = {}
     real = _embedder.embed
 
-    def embed(image, xy_px, *, mpp, encoder, stack, progress, **kwargs):
-        key = (getattr(image.data, "name", id(image.data)), xy_px.tobytes(), mpp, stack)
+    def embed(image, xy_px, *, mpp, encoder, progress, **kwargs):
+        key = (getattr(image.data, "name", id(image.data)), xy_px.tobytes(), mpp)
         if encoder.spec.name != "stain-texture" or progress is not None:
-            return real(image, xy_px, mpp=mpp, encoder=encoder, stack=stack, progress=progress, **kwargs)
+            return real(image, xy_px, mpp=mpp, encoder=encoder, progress=progress, **kwargs)
         if key not in known:
-            known[key] = real(image, xy_px, mpp=mpp, encoder=encoder, stack=stack, progress=progress, **kwargs)
+            known[key] = real(image, xy_px, mpp=mpp, encoder=encoder, progress=progress, **kwargs)
         return known[key].copy()
 
     with pytest.MonkeyPatch.context() as patch:
@@ -225,7 +225,6 @@ def test_provenance(predicted):
     wanted = {
         "head": "in-context+kriging",
         "tile_um": 256.0,
-        "stack": "pilm",
         "seed": 0,
         "n_folds": 3,
         "n_spots": 138,
@@ -870,13 +869,40 @@ def test_model_of_an_own_encoder_wants_it_back():
     assert sdata.tables[KEY].uns["histosge"]["encoder"]["name"] == "colours"
 
 
-def test_model_keeps_tile_and_stack():
+def test_model_keeps_tile():
     sdata = fine_section()
-    fitted = sge.tl.fit(
-        sdata, encoder=own_encoder(), head="ridge", genes=5, n_folds=2, tile_um=80.0, stack=("pilm", "rgb")
-    )
+    fitted = sge.tl.fit(sdata, encoder=own_encoder(), head="ridge", genes=5, n_folds=2, tile_um=80.0)
     table = sge.tl.predict(sdata, model=fitted, encoder=own_encoder(), upsample=2, inplace=False)
-    assert (table.uns["histosge"]["tile_um"], table.uns["histosge"]["stack"]) == (80.0, "pilm+rgb")
+    assert table.uns["histosge"]["tile_um"] == 80.0
+
+
+def test_model_of_joined_encoders(tmp_path):
+    """One of them is the user's own: a saved model takes both back, in their order, and the tile that was chosen."""
+    sdata, both = fine_section(), [own_encoder(), "rgb"]
+    fitted = sge.tl.fit(sdata, encoder=both, head="ridge", genes=5, n_folds=2, tile_um=80.0)
+    fitted.save(tmp_path)
+    loaded = sge.Model.load(tmp_path)
+    assert (loaded.config, loaded.fingerprint()) == (fitted.config, fitted.fingerprint())
+    one, two = (
+        sge.tl.predict(sdata, model=model, encoder=both, upsample=2, inplace=False) for model in (fitted, loaded)
+    )
+    np.testing.assert_array_equal(one.X, two.X)
+    np.testing.assert_array_equal(one.uns["histosge"]["tile_um"], [80.0, 55.0])
+    assert one.uns["histosge"]["encoder"]["name"] == "colours+rgb"
+    refuses(sdata, r"'colours\+rgb', which is not in the list of encoders", model=loaded)
+    refuses(sdata, r"encoder='rgb\+colours', but the model was trained", model=loaded, encoder=both[::-1])
+    refuses(sdata, r"encoder='colours', but the model was trained", model=loaded, encoder=both[0])
+    wider = [own_encoder(mpp=2.0), "rgb"]
+    refuses(sdata, r"'colours' is not the one .*: mpp 2\.0 instead of 1\.0", model=loaded, encoder=wider)
+
+
+def test_model_of_joined_encoders_by_name(sdata):
+    fitted = sge.tl.fit(sdata, encoder="stain-texture+rgb", head="ridge", genes=5, n_folds=2)
+    table = sge.tl.predict(sdata, model=fitted, upsample=2, inplace=False)
+    told = table.uns["histosge"]
+    assert list(told["encoder"]["joined"]) == ["stain-texture", "rgb"]
+    assert np.isfinite(table.X).all()
+    assert table.X.std(0).min() > 0
 
 
 def test_fit_on_two_sections(sdata):
@@ -1080,22 +1106,24 @@ def test_pathology_encoder_from_end_to_end(tmp_path):
     assert at.obsm["X_test_vit"].std(0).min() > 0
 
 
-def test_stack_adds_colours():
-    sdata = fine_section()
-    encoder = own_encoder()
-    one, both, colour = (
-        sge.tl.embed(sdata, encoder=encoder, stack=s, inplace=False).obsm["X_colours"]
-        for s in (("pilm",), ("pilm", "rgb"), "rgb")
-    )
-    assert (one.shape[1], both.shape[1], colour.shape[1]) == (6, 9, 3)
+def test_joined_encoders_stand_side_by_side():
+    """As they are: only a model brings them into balance."""
+    sdata, encoder = fine_section(), own_encoder()
+    each = {"X_colours": encoder, "X_rgb": "rgb", "X_colours_rgb": [encoder, "rgb"]}
+    one, colour, both = (sge.tl.embed(sdata, encoder=e, inplace=False).obsm[name] for name, e in each.items())
     np.testing.assert_array_equal(both, np.hstack([one, colour]))
     assert (colour.min(), colour.max()) > (0, 0)
     assert colour.max() <= 1
     assert np.corrcoef(one[:, 0], colour[:, 0])[0, 1] > 0.9  # both see the redness of the same place
-    table = sge.tl.predict(
-        sdata, encoder=encoder, stack=("pilm", "rgb"), head="ridge", genes=5, n_folds=2, upsample=2, inplace=False
-    )
-    assert table.uns["histosge"]["stack"] == "pilm+rgb"
+
+
+def test_joined_embeddings_are_reused(sdata, log):
+    run = {"encoder": "stain-texture+rgb", "bin_um": 30, "head": "ridge", "genes": 5, "n_folds": 2, "inplace": False}
+    wanted = sge.tl.predict(sdata, **run).X
+    sge.tl.embed(sdata, encoder="stain-texture+rgb", dense=True)
+    log.clear()
+    np.testing.assert_array_equal(sge.tl.predict(sdata, **run).X, wanted)
+    assert "using the embeddings of sdata.tables['spots_stain-texture_rgb']" in log.text
 
 
 def test_tile_um():
@@ -1217,9 +1245,10 @@ def test_impossible_genes(sdata, genes, match):
         ({"batch_size": 0}, "batch_size=0: pass a whole number of tiles above 0"),
         ({"batch_size": 2.5}, r"batch_size=2\.5: pass a whole number"),
         ({"batch_size": "64"}, "batch_size='64': pass a whole number"),
-        ({"stack": ("position",)}, r"stack=\('position',\): choose any of \('pilm', 'rgb'\)"),
-        ({"stack": ()}, r"stack=\(\): choose any of"),
-        ({"tile_um": 112}, "tile_um=112: encoder 'stain-texture' looks at several scales of its own"),
+        ({"encoder": "rgb+rgb"}, "encoder names rgb twice"),
+        ({"encoder": []}, "an empty list: name at least one"),
+        ({"tile_um": 112}, "tile_um=112: the tile of encoder 'stain-texture' has a size of its own"),
+        ({"tile_um": 112, "encoder": "stain-texture+rgb"}, "tile of encoder 'stain-texture' and 'rgb' has a size of"),
         ({"tile_um": -1}, "tile_um=-1 is not the edge of a tile in µm"),
         ({"head": "in-contex"}, r"head='in-contex' is unknown\. Did you mean 'in-context'"),
         ({"n_folds": 1}, "n_folds=1: choose a whole number from 2 to 20"),

@@ -269,14 +269,12 @@ def test_the_call_names_what_is_not_the_default(predicted, tmp_path):
         "mpp": 0.97,
         "seed": "generator",
         "layer": "counts",
-        "stack": "pilm+rgb",
     }
     table.var["highly_variable"] = np.arange(20) < 10
     page = read(report(predicted, tmp_path / "r.html", genes=[]))
     told = called(page)
     assert (told["mpp"], told["layer"]) == (0.97, "counts")
     assert {"rng", "target_key", "bin_um", "dense"} & told.keys() == set()
-    assert 'stack=["pilm", "rgb"]' in page.texts["call"]
     assert "genes=list(pd.read_csv('histosge_genes.csv')['gene'])" in page.texts["call"]
 
 

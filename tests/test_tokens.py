@@ -15,9 +15,7 @@ import torch
 from torch import nn
 
 import histosge as sge
-from histosge._encoders import EncoderSpec, _tokens
-from histosge._encoders import _load as _registry
-from histosge._encoders import _tile_encoder as _pilm
+from histosge._encoders import TABLE, EncoderSpec, TileEncoder, known_spec, listed_spec, with_tokens, wrap_model
 
 
 def noise(px, n=1, seed=0):
@@ -83,22 +81,21 @@ def registry():
     return MODEL_REGISTRY
 
 
-ROWS = _registry._TABLE
-DENSE = [name for name, row in ROWS.items() if row.token_px is not None]
+DENSE = [name for name, row in TABLE.items() if row.token_px is not None]
 
 
 def test_list_tells_the_size_of_a_token():
     frame = sge.encoders()
     assert frame["token_um"].dtype == float
-    assert list(frame.index[frame["token_um"].notna()]) == sorted(_registry.with_tokens(), key=list(frame.index).index)
+    assert list(frame.index[frame["token_um"].notna()]) == sorted(with_tokens(), key=list(frame.index).index)
     told = frame.loc[["h-optimus-0", "uni", "lunit-dino-s8", "plip", "conch"], "token_um"]
     np.testing.assert_allclose(told, [7, 8, 4, 16, 64 / 7], rtol=1e-5)
     assert frame.loc[["lunit-bt", "ctranspath", "musk"], "token_um"].isna().all()
 
 
-@pytest.mark.parametrize("name", sorted(ROWS))
+@pytest.mark.parametrize("name", sorted(TABLE))
 def test_row_has_tokens_where_the_library_has(registry, name):
-    assert (ROWS[name].token_px is not None) == hasattr(registry[name], "encode_image_dense")
+    assert (TABLE[name].token_px is not None) == hasattr(registry[name], "encode_image_dense")
 
 
 def _number(text):
@@ -108,7 +105,7 @@ def _number(text):
 def _as_written(name, model):
     """From ``vit_large_patch16_224``, ``ViT-S/16``, ``patch_size = (14, 14)``, ``B-32``: of its page, or of its class."""
     sources = [inspect.getsource(c) for c in model.__mro__ if c.__module__ == model.__module__]
-    for text in (ROWS[name].repo, "\n".join(sources)):
+    for text in (TABLE[name].repo, "\n".join(sources)):
         found = re.findall(r"patch(\d+)_|ViT-[\w*]+/(\d+)|patch_size\D+(\d+)|-B-(\d+)|dinov2_vit\w(\d+)", text)
         if found:
             return {int(number) for numbers in found for number in numbers if number}
@@ -127,7 +124,7 @@ def test_size_of_a_patch_is_what_library_and_cost_say(registry):
     said = {name: _as_written(name, registry[name]) | _by_cost(name, registry[name]) for name in DENSE}
     assert {name for name, sizes in said.items() if not sizes} == {"h-optimus-0", "gigapath"}  # their pages do
     assert {name: sizes for name, sizes in said.items() if sizes} == {
-        name: {ROWS[name].token_px} for name, sizes in said.items() if sizes
+        name: {TABLE[name].token_px} for name, sizes in said.items() if sizes
     }
 
 
@@ -191,7 +188,6 @@ def test_embedding_is_the_same_with_tokens(vit):
     assert len(passes) == 1
     torch.testing.assert_close(summary, encoder.embed(some), rtol=0, atol=0)
     assert summary.std(0).min() > 0
-    assert "forward_features" not in vars(network)
     again, _ = encoder.embed_tokens(some.flip(0))
     torch.testing.assert_close(again.flip(0), tokens)  # nothing is remembered from one call to the next
 
@@ -325,46 +321,13 @@ def test_unpooled_network_is_refused():
 
 
 def test_weights_with_other_patches_are_found_out(encoder):
-    wrong = _pilm.TileEncoder(spec(token_px=8), encoder._forward, encoder.module, dense=encoder._dense)
+    network = encoder.module
+    wrong = TileEncoder(
+        spec(token_px=8), network, network, dense=lambda x: (network.forward_features(x)[:, 1:], network(x))
+    )
     match = r"gave tokens of shape \(1, 100, 64\) for 1 tiles; its spec says token_px=8, 20 x 20 patches a tile"
     with pytest.raises(ValueError, match=match):
         wrong.embed_tokens(noise(160))
-
-
-# -------------------------------------------------------------------------------------- one pass for two questions
-
-
-class Counting:
-    def __init__(self):
-        self.asked = 0
-
-    def square(self, x, *, scale=1):
-        self.asked += 1
-        if scale == 0:
-            msg = "out of memory"
-            raise RuntimeError(msg)
-        return x**2 * scale
-
-
-def test_method_computes_once_for_the_same_tensor():
-    one, x, y = Counting(), torch.ones(2), torch.ones(2)
-    with _tokens.once(((one, "square"),)):
-        assert one.square(x) is one.square(x=x)
-        assert one.asked == 1
-        assert one.square(y) is not one.square(x)  # equal is not the same
-        assert one.asked == 2
-    one.square(x)
-    assert one.asked == 3
-    assert "square" not in vars(one)
-
-
-def test_method_is_put_back_after_an_error():
-    one = Counting()
-    own = one.square
-    one.square = own  # as CONCH sets the forward of its network
-    with pytest.raises(RuntimeError, match="out of memory"), _tokens.once(((one, "square"),)):
-        one.square(torch.ones(2), scale=0)
-    assert vars(one)["square"] is own
 
 
 # -------------------------------------------------------------------------------------------- lazyslide-models
@@ -427,6 +390,13 @@ class Waiv(nn.Module):
         return SimpleNamespace(last_hidden_state=hidden, pooler_output=nn.functional.normalize(hidden[:, 0], dim=-1))
 
 
+class Prepared:
+    """In the place of a processor: tiles are normalised already."""
+
+    def __call__(self, images, **_):
+        return {"pixel_values": images}
+
+
 class Dinov2Hub(nn.Module):
     """The interface of facebookresearch/dinov2."""
 
@@ -470,14 +440,14 @@ class Contrastive(nn.Module):
 class Trunk(nn.Module):
     def __init__(self, px, *, as_conch):
         super().__init__()
-        self.trunk, self.pool = tiny_vit(px), nn.Linear(32, 32)
+        self.trunk, self.head = tiny_vit(px), nn.Linear(32, 32)
         self.as_conch = as_conch
         if as_conch:
             self.trunk.forward = self.trunk.forward_features
 
     def forward(self, x):
         out = self.trunk(x)
-        return self.pool(out.mean(1) if self.as_conch else out)
+        return self.head(out.mean(1) if self.as_conch else out)
 
 
 class OpenClip(nn.Module):
@@ -553,16 +523,16 @@ def first_block(network):
 def family(request, registry):
     """An encoder of the library with a tiny network of the same make, as ``load_registered`` would dress it."""
     name = request.param
-    px = ROWS[name].token_px
+    px = TABLE[name].token_px
     network = FAMILIES[name](px)
     model = registry[name].__new__(registry[name])
     model.model = network
     model.num_prefix_tokens = getattr(network, "num_prefix_tokens", None) or 1 + getattr(
         getattr(network, "config", None), "num_register_tokens", 0
     )
-    model.img_processor = model.processor = _pilm._Prepared()
-    told = replace(_registry.registered(name), tile_px=128 if px == 32 else 112, embed_dim=OWN_POOLING.get(name, 32))
-    return _pilm.TileEncoder(told, model.encode_image, network, owner=model, dense=_tokens.of_library(model)), model
+    model.img_processor = model.processor = Prepared()
+    own_spec = replace(listed_spec(name), tile_px=128 if px == 32 else 112, embed_dim=OWN_POOLING.get(name, 32))
+    return wrap_model(model, own_spec), model
 
 
 def test_family_has_tokens_at_their_places(family):
@@ -599,9 +569,8 @@ def test_family_has_the_tokens_of_its_library(family):
 def test_clip_has_its_last_norm_on_every_token(registry):
     """transformers applies it to the class token alone: the tokens lazyslide-models gives are still without."""
     model = registry["plip"].__new__(registry["plip"])
-    model.model, model.processor = tiny_clip(32), _pilm._Prepared()
-    told = replace(_registry.registered("plip"), tile_px=128, embed_dim=32)
-    encoder = _pilm.TileEncoder(told, model.encode_image, model.model, owner=model, dense=_tokens.of_library(model))
+    model.model, model.processor = tiny_clip(32), Prepared()
+    encoder = wrap_model(model, replace(listed_spec("plip"), tile_px=128, embed_dim=32))
     some = noise(128, n=2)
     vision = model.model.vision_model
     with torch.inference_mode():
@@ -630,10 +599,10 @@ def test_registered_encoder_from_a_folder(tmp_path):
 
 
 def test_exported_encoder_has_none():
-    told = _registry.registered("ctranspath")
+    told = listed_spec("ctranspath")
     assert told.token_um is None
     with pytest.raises(ValueError, match="'ctranspath' gives no token for each patch"):
-        _pilm.TileEncoder(told, Own(), Own()).embed_tokens(noise(224))
+        TileEncoder(told, Own(), Own()).embed_tokens(noise(224))
 
 
 @pytest.mark.gpu
@@ -651,10 +620,8 @@ def test_tokens_on_gpu_agree_with_cpu(encoder):
 
 
 def test_encoders_without_tokens_are_known_before_they_are_loaded():
-    from histosge._encoders import lacks_tokens
-
-    assert lacks_tokens("lunit-bt")
-    assert lacks_tokens("1aurent/resnet50.lunit_bt")
-    assert not lacks_tokens("H-Optimus-0")
-    assert not lacks_tokens("stain-texture")
-    assert not lacks_tokens("timm:resnet18")  # only its network says
+    assert known_spec("lunit-bt").token_px is None
+    assert known_spec("1aurent/resnet50.lunit_bt").token_px is None
+    assert known_spec("H-Optimus-0").token_px == 14
+    assert known_spec("stain-texture").token_px == 4
+    assert known_spec("timm:resnet18") is None  # only its network says

@@ -79,8 +79,8 @@ class Settings:
         ``HISTOSGE_CACHE`` or, without it, ``histosge`` in the system's cache folder. A folder that holds something else
         is refused. ``histosge cache list`` shows where it is and what is in it.
     cache_gb
-        Largest size of that folder, in gigabytes (10⁹ bytes): what was not used for the longest time is removed first.
-        0 turns the cache off.
+        Size in gigabytes (10⁹ bytes) that the folder is brought to when a run opens it: embeddings that were not used for
+        longest are removed. A run may exceed it by what it writes. 0 turns the cache off.
     memory_gb
         Memory that a table and its prediction may take, in gigabytes. ``None`` takes what is free on this machine, or in the
         container or job.

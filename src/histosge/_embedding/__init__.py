@@ -1,6 +1,6 @@
 """Image and places → embeddings: config, forward pass on the device, dense tokens, cache.
 
-Files are imported when a name of theirs is first used: ``histosge cache`` needs the cache and does not wait for torch.
+Files are imported when one of their names is first used: ``histosge cache`` needs the cache, and torch takes seconds.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from histosge._embedding._cache import EmbeddingCache, cache_folder, open_cache
-    from histosge._embedding._config import EmbeddingConfig
-    from histosge._embedding._dense import step_tokens
+    from histosge._embedding._config import EmbeddingConfig, EncoderConfig
+    from histosge._embedding._dense import step_tokens, tile_weight
     from histosge._embedding._device import resolve_device
     from histosge._embedding._embed import block_edge_px, embed
     from histosge._embedding._embedder import Embedder, SpotParts
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 _FILES = {
     "_cache": ("EmbeddingCache", "cache_folder", "open_cache"),
-    "_config": ("EmbeddingConfig",),
-    "_dense": ("step_tokens",),
+    "_config": ("EmbeddingConfig", "EncoderConfig"),
+    "_dense": ("step_tokens", "tile_weight"),
     "_device": ("resolve_device",),
     "_embed": ("block_edge_px", "embed"),
     "_embedder": ("Embedder", "SpotParts"),
@@ -31,6 +31,7 @@ __all__ = [
     "Embedder",
     "EmbeddingCache",
     "EmbeddingConfig",
+    "EncoderConfig",
     "Forecast",
     "SpotParts",
     "block_edge_px",
@@ -40,6 +41,7 @@ __all__ = [
     "open_cache",
     "resolve_device",
     "step_tokens",
+    "tile_weight",
 ]
 
 

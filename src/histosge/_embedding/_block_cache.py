@@ -1,9 +1,4 @@
-"""Places → blocks or tiles → encoder on the device → one embedding per place.
-
-A place is embedded as the centre of a tile or, densely, as the area it stands for: the mean of the tokens under its
-footprint, beside the surroundings of its centre. Dense embeddings of a spot and of its bins go together: the spot's
-tokens are the mean of its bins' (but for their surroundings).
-"""
+"""Which blocks of a run are in the cache already, and which are put there: the forward pass computes only the others."""
 
 from __future__ import annotations
 
@@ -27,14 +22,14 @@ if TYPE_CHECKING:
     from histosge._image import Block
 
 _SCHEME = 1
-"""Counts up when the same pixels and places come to other embeddings."""
+"""Counts up when the same pixels and places give other embeddings."""
 
 
 class BlockCache:
-    """What of the blocks is on the shelf already, and what is put there.
+    """Blocks of one run that are read from the cache, and those that are put there.
 
     A block is known by its own pixels and places, so that nothing is ever read back for another image, another scale or
-    other places, and a run that was killed goes on at its last block.
+    other places, and a run that was interrupted continues at its last block.
     """
 
     def __init__(
@@ -48,7 +43,7 @@ class BlockCache:
         self.n_found = 0
         self._on_found = on_found
         self._cache, self._recipe, self._rounds = cache, recipe, rounds
-        self._shelf: CacheGroup | None = None
+        self._group: CacheGroup | None = None
         self._areas: Footprints | None = None
         self._found: deque[tuple[NDArray[np.int64], NDArray[Any]]] = deque()
         self._waiting: deque[tuple[str, int]] = deque()  # digest of a block and how many places it has
@@ -58,24 +53,25 @@ class BlockCache:
     def open(
         cls, encoder: Any, device: torch.device, *, tile_um: float, on_found: Callable[[int], None] | None = None
     ) -> Self:
-        """Keep nothing where nobody can tell whether the encoder would say the same again."""
-        identity, cache = getattr(encoder, "identity", None), open_cache()
+        """Use the cache, except for encoders that do not say what their embeddings depend on."""
+        identity = getattr(encoder, "identity", None)
+        cache = None if identity is None else open_cache()
         made_by = None if identity is None or cache is None else identity(device)
         recipe = None if made_by is None else {"encoder": made_by, "tile_um": tile_um, "scheme": _SCHEME}
-        # an encoder that is not ours may mean every digit
+        # an encoder without an identity is not ours: every digit of it may count
         rounds = identity is not None and settings.precision != "float32"
         return cls(cache, recipe, rounds=rounds, on_found=on_found)
 
     def todo(self, found: Iterator[Block], *, way: str, areas: Footprints | None = None) -> Iterator[Block]:
-        """Pass on blocks that are not on the shelf; runs in the thread that reads ahead."""
+        """Pass on blocks that are not in the cache; runs in the thread that reads ahead."""
         self._areas = areas
         if self._cache is not None and self._recipe is not None:
-            self._shelf = self._cache.shelf(self._recipe | {"way": way, "dense": areas is not None})
+            self._group = self._cache.group(self._recipe | {"way": way, "dense": areas is not None})
         try:
             for block in found:
-                if self._shelf is not None:
+                if self._group is not None:
                     digest = self._digest(block)
-                    values = self._shelf.get(digest)
+                    values = self._group.get(digest)
                     if values is not None and len(values) == len(block.rows):
                         self._found.append((block.rows, values))
                         if self._on_found is not None:
@@ -87,7 +83,7 @@ class BlockCache:
             found.close()  # type: ignore[attr-defined]
 
     def found(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Rows and values of the blocks that were on the shelf."""
+        """Rows and values of the blocks that were in the cache."""
         while self._found:
             rows, values = self._found.popleft()
             self.n_found += len(rows)
@@ -96,18 +92,18 @@ class BlockCache:
     def done(
         self, rows: NDArray[np.int64], values: NDArray[np.float32]
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Give what was computed, in the order of ``todo``, rounded as it is kept; put whole blocks on the shelf."""
+        """Return what was computed, in the order of ``todo``, rounded as it is kept; put whole blocks into the cache."""
         fits = np.abs(values).max(initial=0) <= np.finfo(np.float16).max
         kept: NDArray[Any] = values.astype(np.float16) if self._rounds and fits else values
         yield rows, kept.astype(np.float32)
-        if self._shelf is None:
+        if self._group is None:
             return
         self._values.append(kept)
         while self._waiting and sum(map(len, self._values)) >= self._waiting[0][1]:
             digest, n = self._waiting.popleft()
             so_far = np.concatenate(self._values)
-            if np.isfinite(so_far[:n]).all():  # what is about to be refused is not kept
-                self._shelf.put(digest, so_far[:n])
+            if np.isfinite(so_far[:n]).all():  # what the caller refuses is not kept
+                self._group.put(digest, so_far[:n])
             self._values = [so_far[n:]]
 
     def _digest(self, block: Block) -> str:

@@ -1,22 +1,20 @@
-"""Embeddings kept on disk: a shelf for each recipe, a file for each block, named by what was embedded.
+"""Embeddings kept on disk: a group for each recipe, a file for each block, named by what was embedded.
 
-Nothing here knows what an embedding is. Whoever asks gives a recipe, which is all that the values depend on but the
+Nothing here knows what an embedding is. The caller passes a recipe, which is all that the values depend on except the
 pixels, and a digest of the pixels and the places in them: the same two give the same values back, anything else nothing.
-Shelves and blocks come and go by being renamed, so that processes that share the folder never see half of one.
+Groups and blocks appear and disappear by being renamed, so that processes that share the folder never see half of one.
+The folder is pruned when it is opened: a run may exceed the limit by what it writes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
-import threading
-import zlib
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from secrets import token_hex
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from histosge._embedding._block_file import checksum, header, read
 from histosge._settings import logger, settings
 
 if TYPE_CHECKING:
@@ -32,44 +31,27 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MARKER = "histosge-cache.json"
-"""Says that a folder is ours: from no other is anything removed."""
+"""Marks a folder as ours: nothing is removed from any other."""
 _RECIPE = "recipe.json"
 _FORMAT = 1
-"""Part of every shelf's name: blocks of another format are never read."""
-_EVICT_TO = 0.9
-"""Share of the limit that is left after old blocks went, so that this is seldom."""
-_UNLISTED = 0.05
-"""Share of the limit after which the folder is listed again: other processes may have filled it."""
+"""Part of every group's name: blocks of another format are never read."""
+_PRUNE_TO = 0.9
+"""Share of the limit that is left after old blocks are removed, so that this is seldom."""
 _TURNS = 8
-"""Times a block is written while other processes keep clearing its shelf."""
-_DTYPES = ("float16", "float32")
-_CHECKSUM_BYTES = 4
+"""Times a block is written while other processes keep clearing its group."""
 
 # what the cache makes and may remove; `.part` is not yet, or no longer, in use
-_SHELF_NAME = re.compile(r"[0-9a-f]{64}(\.[0-9a-f]{16}\.part)?")
+_GROUP_NAME = re.compile(r"[0-9a-f]{64}(\.[0-9a-f]{16}\.part)?")
 _BLOCK_NAME = re.compile(r"[0-9a-f]+(\.npy|\.[0-9a-f]{16}\.part)")
 _DIGEST = re.compile(r"[0-9a-f]{16,128}")
 
-
-@dataclass(eq=False)
-class _Ledger:
-    """What this process knows of a folder."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    """Held while something is put: the sum is exact, and threads do not evict at once"""
-    n_bytes: int | None = None
-    """In all blocks, as far as known; ``None`` before the first listing"""
-    n_unlisted: int = 0
-    """Bytes that were put since the last listing"""
-    warned: bool = False
-
-
-_LEDGERS: dict[Path, _Ledger] = {}
+_WARNED: set[Path] = set()
+"""Folders that a warning was logged about in this process"""
 
 
 @dataclass(frozen=True)
 class CacheGroupInfo:
-    """What is kept of one recipe."""
+    """What is kept of one recipe: an entry of :meth:`EmbeddingCache.groups`."""
 
     folder: Path
     recipe: dict[str, Any]
@@ -91,14 +73,14 @@ class CacheGroupInfo:
 
 @dataclass(frozen=True)
 class EmbeddingCache:
-    """A folder of shelves, kept below a limit."""
+    """A folder of groups, pruned to a limit."""
 
     root: Path
     limit_bytes: int
 
     @classmethod
     def from_settings(cls) -> EmbeddingCache:
-        """Take folder and limit from the settings; to look at it or clear it, though it may be turned off.
+        """Take folder and limit from the settings, to list or clear it even where the cache is turned off.
 
         Raises
         ------
@@ -111,13 +93,13 @@ class EmbeddingCache:
         _refuse_foreign(root)
         return cls(root, int(settings.cache_gb * 1e9))
 
-    def shelf(self, recipe: dict[str, Any]) -> CacheGroup:
-        """Shelf for the blocks of a recipe; nothing is made before the first block is put.
+    def group(self, recipe: dict[str, Any]) -> CacheGroup:
+        """Group for the blocks of a recipe; no file is made before the first block is put.
 
         Parameters
         ----------
         recipe
-            All that values depend on but pixels and places, in JSON values. ``"encoder"`` is a name, or a dict with a
+            All that values depend on except pixels and places, in JSON values. ``"encoder"`` is a name, or a dict with a
             ``"name"``.
         """
         text = _canonical(recipe)
@@ -130,8 +112,8 @@ class EmbeddingCache:
         name = hashlib.sha256(f"{_FORMAT}\n{text}".encode()).hexdigest()
         return CacheGroup(self, recipe, self.root / name)
 
-    def shelves(self, *, encoder: str | None = None) -> list[CacheGroupInfo]:
-        """What is kept, by all encoders or by one, last used first."""
+    def groups(self, *, encoder: str | None = None) -> list[CacheGroupInfo]:
+        """What is kept, of all encoders or of one, last used first."""
         found = [info for folder in self._folders() if "." not in folder.name and (info := _info(folder))]
         if encoder is not None:
             there = sorted({info.encoder for info in found if info.encoder})
@@ -144,51 +126,33 @@ class EmbeddingCache:
 
     def clear(self, *, encoder: str | None = None) -> int:
         """Remove all blocks, or those of one encoder, and return how many bytes that freed."""
-        folders = list(self._folders()) if encoder is None else [info.folder for info in self.shelves(encoder=encoder)]
+        folders = list(self._folders()) if encoder is None else [info.folder for info in self.groups(encoder=encoder)]
         freed = 0
-        with self._ledger.lock:
-            self._ledger.n_bytes = None  # whatever happens now, it is to be listed again
-            for folder in folders:
-                with suppress(FileNotFoundError):  # another process was faster
-                    freed += _remove(folder)
+        for folder in folders:
+            with suppress(FileNotFoundError):  # another process was faster
+                freed += _remove(folder)
         return freed
 
-    @property
-    def _ledger(self) -> _Ledger:
-        return _LEDGERS.setdefault(self.root, _Ledger())
+    def prune(self) -> None:
+        """Remove the blocks that were not used for longest, where all together exceed the limit."""
+        blocks = sorted(block for folder in self._folders() for block in _blocks(folder))
+        before = left = sum(size for _, size, _ in blocks)
+        if before <= self.limit_bytes:
+            return
+        for _, size, path in blocks:
+            if left <= _PRUNE_TO * self.limit_bytes:
+                break
+            with suppress(OSError):  # being read, on Windows, or another user's
+                Path(path).unlink(missing_ok=True)
+                left -= size
+        logger.debug("the cache is full: %d bytes of the oldest embeddings are removed", before - left)
 
     def _folders(self) -> Iterator[Path]:
-        """Folders of shelves, those included that are being made or removed, or were left so."""
+        """Folders of groups, including those that are being made or removed, or were left so."""
         with suppress(FileNotFoundError), os.scandir(self.root) as entries:
             for entry in entries:
-                if _SHELF_NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                if _GROUP_NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                     yield Path(entry.path)
-
-    def _make_room(self, n_bytes: int) -> bool:
-        """Evict what was not used for longest if there is no room; return whether there is now. Needs the lock."""
-        ledger, limit = self._ledger, self.limit_bytes
-        if (
-            ledger.n_bytes is not None
-            and ledger.n_bytes + n_bytes <= limit
-            and ledger.n_unlisted + n_bytes <= _UNLISTED * limit
-        ):
-            return True
-        blocks = sorted(block for folder in self._folders() for block in _blocks(folder))
-        left = sum(size for _, size, _ in blocks)
-        if left + n_bytes > limit:
-            before = left
-            for _, size, path in blocks:
-                if left + n_bytes <= _EVICT_TO * limit:
-                    break
-                with suppress(OSError):  # being read, on Windows, or another user's
-                    Path(path).unlink(missing_ok=True)
-                    left -= size
-            logger.debug("the cache is full: %d bytes of the oldest embeddings are removed", before - left)
-        ledger.n_bytes, ledger.n_unlisted = left, 0
-        return left + n_bytes <= limit
-
-    def _warn(self, err: OSError) -> None:
-        _warn(self.root, err)
 
 
 @dataclass(frozen=True)
@@ -200,14 +164,14 @@ class CacheGroup:
     folder: Path
 
     def get(self, digest: str) -> NDArray[Any] | None:
-        """(m, d) values as they were put, the caller's to change, or ``None``; a damaged block counts as absent."""
+        """Return (m, d) values as they were put, the caller's to change, or ``None``. A damaged block counts as absent."""
         path = self._path(digest)
         try:
-            values = _read(path)
+            values = read(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as err:
-            logger.debug("%s cannot be read (%s): it is made again", path, err)
+            logger.debug("%s cannot be read (%s): it is computed again", path, err)
             with suppress(OSError):
                 path.unlink()
             return None
@@ -216,30 +180,17 @@ class CacheGroup:
         return values
 
     def put(self, digest: str, values: NDArray[Any]) -> None:
-        """Keep (m, d) values, wholly or not at all; never fails for want of space or permission, but warns once.
+        """Keep (m, d) values, wholly or not at all. Never fails for lack of space or permission, but warns once.
 
-        What is there under this digest stays: it is the same, or :meth:`get` removes it.
+        A block that exists under this digest stays: it is the same, or :meth:`get` removes it.
         """
         path = self._path(digest)
-        head, body = _header(values), np.ascontiguousarray(values)
-        n_bytes = len(head) + body.nbytes + _CHECKSUM_BYTES
-        if n_bytes > self.cache.limit_bytes:
-            logger.debug("a block of %d bytes is larger than the cache may grow: it is not kept", n_bytes)
-            return
-        ledger = self.cache._ledger
-        with ledger.lock:
-            try:
-                if _touch(path):
-                    return
-                if self.cache._make_room(n_bytes):
-                    checksum = zlib.crc32(body, zlib.crc32(head)).to_bytes(_CHECKSUM_BYTES, "little")
-                    self._write(path, head, body, checksum)
-                    ledger.n_bytes = (ledger.n_bytes or 0) + n_bytes
-                    ledger.n_unlisted += n_bytes
-                else:
-                    logger.debug("a block of %d bytes is not kept: there is no room for it", n_bytes)
-            except OSError as err:
-                self.cache._warn(err)
+        head, body = header(values), np.ascontiguousarray(values)
+        try:
+            if not _touch(path):
+                self._write(path, head, body, checksum(head, body))
+        except OSError as err:
+            _warn(self.cache.root, err)
 
     def _path(self, digest: str) -> Path:
         if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
@@ -257,7 +208,7 @@ class CacheGroup:
                     for part in parts:
                         file.write(part)
                 fresh.rename(path)
-            except FileNotFoundError:  # another process cleared the shelf, or made room, meanwhile
+            except FileNotFoundError:  # another process cleared the group meanwhile
                 if turn == _TURNS - 1:
                     raise
             except FileExistsError:  # Windows does not rename over what another process put
@@ -301,7 +252,7 @@ def cache_folder() -> Path:
 
 
 def open_cache() -> EmbeddingCache | None:
-    """Open the cache that the settings name, or ``None`` where it is turned off or cannot be used.
+    """Open the cache that the settings name and prune it; ``None`` where it is turned off or cannot be used.
 
     Raises
     ------
@@ -311,10 +262,12 @@ def open_cache() -> EmbeddingCache | None:
     if settings.cache_gb == 0:
         return None
     try:
-        return EmbeddingCache.from_settings()
+        cache = EmbeddingCache.from_settings()
+        cache.prune()
     except OSError as err:
         _warn(cache_folder(), err)
         return None
+    return cache
 
 
 def _refuse_foreign(root: Path) -> None:
@@ -334,12 +287,11 @@ def _refuse_foreign(root: Path) -> None:
 
 
 def _warn(root: Path, err: OSError) -> None:
-    """Say once in a process that a folder cannot be used; the rest is detail."""
-    ledger = _LEDGERS.setdefault(root, _Ledger())
-    if ledger.warned:
+    """Warn once in a process that a folder cannot be used; after that, log it as a detail."""
+    if root in _WARNED:
         logger.debug("not kept: %s", err)
         return
-    ledger.warned = True
+    _WARNED.add(root)
     logger.warning(
         "embeddings cannot be kept in %s and will be computed again next time (%s). Free space, set settings.cache_dir "
         "or HISTOSGE_CACHE to another folder, or turn the cache off with settings.cache_gb=0",
@@ -368,31 +320,6 @@ def _encoder_name(recipe: dict[str, Any]) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-def _header(values: NDArray[Any]) -> bytes:
-    """Head of a ``.npy`` file."""
-    if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.name not in _DTYPES:
-        told = f"{values.dtype} of shape {values.shape}" if isinstance(values, np.ndarray) else type(values).__name__
-        msg = f"values is {told}: pass an array of places x features, {' or '.join(_DTYPES)}."
-        raise ValueError(msg)
-    file = io.BytesIO()
-    described = {"descr": values.dtype.str, "fortran_order": False, "shape": values.shape}
-    np.lib.format.write_array_header_1_0(file, described)
-    return file.getvalue()
-
-
-def _read(path: Path) -> NDArray[Any]:
-    """Read a ``.npy`` file that ends with a checksum: what a crash or a bad disk left half is told from what is whole."""
-    data = np.fromfile(path, np.uint8)
-    content = data[:-_CHECKSUM_BYTES]
-    if zlib.crc32(content) != int.from_bytes(data[-_CHECKSUM_BYTES:].tobytes(), "little"):
-        msg = "its checksum is wrong"
-        raise ValueError(msg)
-    head = io.BytesIO(content[:1024].tobytes())
-    np.lib.format.read_magic(head)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(head)
-    return content[head.tell() :].view(dtype).reshape(shape)
-
-
 def _touch(path: Path) -> bool:
     """Mark a block as used now, if it is there: in one step, as another process may remove it between two."""
     try:
@@ -411,13 +338,13 @@ def _blocks(folder: Path) -> Iterator[tuple[int, int, str]]:
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             if _BLOCK_NAME.fullmatch(entry.name):
-                with suppress(FileNotFoundError):  # evicted by another process meanwhile
-                    told = entry.stat(follow_symlinks=False)
-                    yield told.st_mtime_ns, told.st_size, entry.path
+                with suppress(FileNotFoundError):  # removed by another process meanwhile
+                    found = entry.stat(follow_symlinks=False)
+                    yield found.st_mtime_ns, found.st_size, entry.path
 
 
 def _info(folder: Path) -> CacheGroupInfo | None:
-    """Look at a shelf; ``None`` where it is no longer there."""
+    """Describe a group; ``None`` where it is no longer there."""
     recipe = folder / _RECIPE
     try:
         made_ns = recipe.stat().st_mtime_ns
@@ -440,9 +367,9 @@ def _info(folder: Path) -> CacheGroupInfo | None:
 
 
 def _remove(folder: Path) -> int:
-    """Remove a shelf and return the bytes of its blocks; what somebody else laid there stays."""
+    """Remove a group and return the bytes of its blocks; foreign files in its folder stay."""
     gone = _part(folder)
-    folder.rename(gone)  # from here on nobody finds half a shelf
+    folder.rename(gone)  # from here on no process finds half a group
     freed = 0
     for _, size, path in list(_blocks(gone)):
         Path(path).unlink(missing_ok=True)

@@ -1,116 +1,190 @@
-"""How places are embedded: which encoder, at which scale, from tiles or from tokens."""
+"""How places are embedded: with which encoders, the scale of each, from tiles or from tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from histosge._embedding._embed import STACKS
-from histosge._encoders import DEFAULT_ENCODER, lacks_tokens, load_encoder, with_tokens
+import numpy as np
+import torch
+
+from histosge import _keys
+from histosge._encoders import DEFAULT_ENCODER, EncoderSpec, known_spec, load_encoder, split_encoder, with_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from histosge._section import Section
 
+_BY_NAME = ("built-in", "lazyslide-models")
+"""Sources of encoders that are loaded by their name alone."""
 
-_COARSEST_PILM_MPP = 1.5
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """One encoder, and the scale of its tiles."""
+
+    spec: EncoderSpec
+    mpp: float
+    """µm per pixel of the tiles that it is given; ``spec.mpp`` unless the user chose another tile"""
+
+    @property
+    def tile_um(self) -> float:
+        """Edge of a tile in µm."""
+        return self.mpp * self.spec.tile_px
+
+    @property
+    def token_um(self) -> float | None:
+        """Edge of a token in µm; ``None`` where there are none."""
+        return None if self.spec.token_px is None else self.mpp * self.spec.token_px
 
 
 @dataclass(frozen=True)
 class EmbeddingConfig:
     """How places are embedded. The same config makes comparable embeddings."""
 
-    encoder: dict[str, Any]
-    """The encoder's spec"""
-    tile_um: float
-    stack: tuple[str, ...] = ("pilm",)
+    encoders: tuple[EncoderConfig, ...]
+    """Usually one; the embeddings of several are joined"""
     dense: bool = False
-    """Whether the area of a place was embedded, from tokens, instead of a tile around its centre"""
+    """Whether the area of a place is embedded, from tokens, instead of a tile around its centre"""
+    splits: tuple[int, ...] = ()
+    """Columns at which the embedding of each further encoder begins"""
+
+    @classmethod
+    def of(cls, encoder: Any, *, tile_um: float | None = None, dense: bool = False) -> Self:
+        """Describe how a loaded encoder is used; ``tile_um`` is the edge of a tile, by default the encoder's own."""
+        several = split_encoder(encoder)
+        _check_tile([one.spec for one in several], tile_um)
+        mpps = [
+            one.spec.mpp if tile_um is None or one.spec.fixed_tile else tile_um / one.spec.tile_px for one in several
+        ]
+        ends = np.cumsum([_n_columns(one, dense=dense) for one in several[:-1]])
+        parts = tuple(EncoderConfig(one.spec, float(mpp)) for one, mpp in zip(several, mpps, strict=True))
+        return cls(parts, dense, tuple(ends.astype(int).tolist()))
+
+    @property
+    def name(self) -> str:
+        """Names of the encoders, joined by ``+``."""
+        return "+".join(one.spec.name for one in self.encoders)
+
+    @property
+    def by_name(self) -> bool:
+        """Whether the encoders are loaded by their names alone."""
+        return all(one.spec.source in _BY_NAME for one in self.encoders)
 
     @property
     def token_um(self) -> float | None:
-        """Edge of a token, of a dense embedding."""
-        token_px = self.encoder.get("token_px")
-        return None if not self.dense or token_px is None else self.tile_um * token_px / self.encoder["tile_px"]
+        """Edge of a token of a dense embedding, the widest where encoders are joined."""
+        sizes = [one.token_um for one in self.encoders if one.token_um is not None]
+        return max(sizes) if self.dense and sizes else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON and ``uns``."""
-        spec = {k: v for k, v in self.encoder.items() if v is not None}
-        return {"encoder": spec, "tile_um": float(self.tile_um), "stack": "+".join(self.stack), "dense": self.dense}
+        """Plain values, for JSON."""
+        encoders = [{"spec": one.spec.to_dict(), "mpp": one.mpp} for one in self.encoders]
+        return {"encoders": encoders, "dense": self.dense, "splits": list(self.splits)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EmbeddingConfig:
         """Restore what :meth:`to_dict` gave."""
-        return cls(values["encoder"], values["tile_um"], tuple(values["stack"].split("+")), values["dense"])
+        encoders = tuple(EncoderConfig(EncoderSpec(**one["spec"]), one["mpp"]) for one in values["encoders"])
+        return cls(encoders, values["dense"], tuple(values["splits"]))
+
+    def to_uns(self) -> dict[str, Any]:
+        """Values for ``uns``. Lists come back from disk as arrays, so they are arrays from the start."""
+        each = {
+            _keys.slug(one.spec.name): {
+                k: np.array(v) if isinstance(v, list) else v for k, v in one.spec.to_dict().items()
+            }
+            for one in self.encoders
+        }
+        if len(each) == 1:
+            return {"encoder": next(iter(each.values())), "tile_um": self.encoders[0].tile_um, "dense": self.dense}
+        tile_um = np.array([one.tile_um for one in self.encoders])
+        return {"encoder": {"name": self.name, "joined": each}, "tile_um": tile_um, "dense": self.dense}
 
 
-def prepare(
-    section: Section, encoder: Any, *, tile_um: float | None, stack: Sequence[str], dense: bool = False
-) -> tuple[Any, EmbeddingConfig]:
-    """Load the encoder, if it is not loaded, and settle how places are embedded."""
-    stack = (stack,) if isinstance(stack, str) else tuple(stack)
-    if not stack or set(stack) - set(STACKS):
-        msg = f"stack={stack!r}: choose any of {STACKS}."
+def load_for(section: Section, encoder: Any, *, dense: bool) -> Any:
+    """Load an encoder, unless it is loaded. What cannot work is refused before gigabytes are loaded."""
+    for one in split_encoder(encoder):
+        _check_spec(section, known_spec(one), dense=dense)
+    loaded = load_encoder(encoder)
+    for one in split_encoder(loaded):
+        _check_spec(section, one.spec, dense=dense)
+    return loaded
+
+
+def load_of_model(section: Section, encoder: Any, config: EmbeddingConfig) -> Any:
+    """Load the encoder that a fitted model needs; ``encoder`` may be that one, loaded before."""
+    if isinstance(encoder, str) and encoder == DEFAULT_ENCODER:  # the default of the doors: nothing was chosen
+        encoder = config.name
+    given = [one if (spec := known_spec(one)) is None else spec.name for one in split_encoder(encoder)]
+    if given != [one.spec.name for one in config.encoders]:
+        msg = (
+            f"encoder={'+'.join(map(str, given))!r}, but the model was trained on embeddings of {config.name!r}. "
+            "Leave encoder= out."
+        )
         raise ValueError(msg)
-    name = getattr(getattr(encoder, "spec", None), "name", encoder)
-    if section.mpp > _COARSEST_PILM_MPP * (1 + 1e-6) and name != "stain-texture":
+    if isinstance(encoder, str) and not config.by_name:
+        msg = (
+            f"the model was trained on embeddings of {config.name!r}, which is not in the list of encoders: pass the "
+            "same one, encoder=histosge.load_encoder(...)."
+        )
+        raise ValueError(msg)
+    for part in config.encoders:
+        _check_spec(section, part.spec, dense=config.dense)
+    loaded = load_encoder(encoder)
+    for one, wanted in zip(split_encoder(loaded), config.encoders, strict=True):
+        pairs = {
+            k: (getattr(one.spec, k), getattr(wanted.spec, k)) for k in ("mpp", "tile_px", "embed_dim", "token_px")
+        }
+        differs = ", ".join(f"{k} {got} instead of {want}" for k, (got, want) in pairs.items() if got != want)
+        if differs:
+            msg = (
+                f"encoder {wanted.spec.name!r} is not the one the model was trained with: {differs}. Pass that one as "
+                "encoder=."
+            )
+            raise ValueError(msg)
+    return loaded
+
+
+def _check_spec(section: Section, spec: EncoderSpec | None, *, dense: bool) -> None:
+    """Refuse an encoder for a section; ``None`` stands for one of which only its network tells more."""
+    coarsest = EncoderSpec.coarsest_mpp if spec is None else spec.coarsest_mpp
+    if section.mpp > coarsest * (1 + 1e-6):
         msg = (
             f"image {section.image_key!r} has {section.mpp:.3g} µm per pixel, far too coarse for a pathology encoder "
-            f"(at most {_COARSEST_PILM_MPP}): it is probably the hires image. Read the section with the full-resolution "
+            f"(at most {coarsest}): it is probably the hires image. Read the section with the full-resolution "
             "image, `sge.io.read(path, image=...)`, or use encoder='stain-texture'."
         )
         raise ValueError(msg)
-    _check_dense(encoder, dense=dense)  # before gigabytes are loaded
-    loaded = load_encoder(encoder)
-    if tile_um is not None and not 1 <= tile_um <= 10_000:
-        msg = f"tile_um={tile_um!r} is not the edge of a tile in µm. Pass a positive number, or None for the encoder's own."
-        raise ValueError(msg)
-    spec = loaded.spec
-    if tile_um is not None and hasattr(loaded, "embed_block"):
-        msg = f"tile_um={tile_um!r}: encoder {spec.name!r} looks at several scales of its own. Leave tile_um out."
-        raise ValueError(msg)
-    _check_dense(loaded, dense=dense)
-    return loaded, EmbeddingConfig(spec.to_dict(), float(tile_um or spec.tile_um), stack, dense)
-
-
-def _check_dense(encoder: Any, *, dense: bool) -> None:
-    if dense and lacks_tokens(encoder):
-        name = getattr(getattr(encoder, "spec", None), "name", encoder)
+    if dense and spec is not None and spec.token_px is None:
         msg = (
-            f"encoder {name!r} gives no tokens below its tile, so that nothing smaller than a spot can be embedded "
+            f"encoder {spec.name!r} gives no tokens below its tile, so that nothing smaller than a spot can be embedded "
             f"by its area. Choose one of {with_tokens()}, or pass dense=False to embed the tile around each place."
         )
         raise ValueError(msg)
 
 
-def encoder_of_model(config: EmbeddingConfig, encoder: Any) -> tuple[Any, float | None, tuple[str, ...]]:
-    """Encoder, tile and stack that a fitted model needs."""
-    wanted = config.encoder
-    name = getattr(getattr(encoder, "spec", None), "name", encoder)
-    if name not in (wanted["name"], DEFAULT_ENCODER):
-        msg = f"encoder={name!r}, but the model was trained on embeddings of {wanted['name']!r}. Leave encoder= out."
+def _check_tile(specs: Sequence[EncoderSpec], tile_um: float | None) -> None:
+    if tile_um is None:
+        return
+    if not 1 <= tile_um <= 10_000:
+        msg = f"tile_um={tile_um!r} is not the edge of a tile in µm. Pass a positive number, or None for the encoder's own."
         raise ValueError(msg)
-    use = encoder if not isinstance(encoder, str) else wanted["name"]
-    if isinstance(use, str) and wanted["source"] not in ("built-in", "lazyslide-models"):
-        msg = (
-            f"the model was trained on embeddings of {wanted['name']!r}, which is not in the list of encoders: pass the "
-            "same one, encoder=histosge.load_encoder(...)."
-        )
+    if all(spec.fixed_tile for spec in specs):
+        names = " and ".join(repr(spec.name) for spec in specs)
+        msg = f"tile_um={tile_um!r}: the tile of encoder {names} has a size of its own. Leave tile_um out."
         raise ValueError(msg)
-    use = load_encoder(use)
-    differs = [k for k in ("mpp", "tile_px", "embed_dim", "token_px") if getattr(use.spec, k) != wanted.get(k)]
-    if differs:
-        told = ", ".join(f"{k} {getattr(use.spec, k)} instead of {wanted.get(k)}" for k in differs)
-        msg = (
-            f"encoder {wanted['name']!r} is not the one the model was trained with: {told}. Pass that one as encoder=."
-        )
-        raise ValueError(msg)
-    own_tile = wanted["mpp"] * wanted["tile_px"]
-    tile_um = None if abs(config.tile_um - own_tile) < 1e-6 else config.tile_um
-    return use, tile_um, config.stack
 
 
-def _tile_um(config: EmbeddingConfig, encoder: Any) -> float | None:
-    """The tile's edge where it is not the encoder's own."""
-    return None if abs(config.tile_um - encoder.spec.tile_um) < 1e-6 else config.tile_um
+def _n_columns(encoder: Any, *, dense: bool) -> int:
+    """Numbers that an encoder gives for a place. Only an encoder's tokens say how wide they are."""
+    spec = encoder.spec
+    if not dense:
+        return int(spec.embed_dim)
+    if spec.whole_blocks:
+        block = torch.zeros(3, spec.tile_px, spec.tile_px, dtype=torch.uint8)
+        tokens, around = encoder.embed_block_dense(block, torch.zeros(0, 2))
+    else:
+        tokens, around = encoder.embed_tokens(torch.zeros(0, 3, spec.tile_px, spec.tile_px, dtype=torch.uint8))
+    return int(tokens.shape[-1] + around.shape[-1])

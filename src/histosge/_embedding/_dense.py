@@ -1,4 +1,4 @@
-"""Tokens of a whole block from tiles that overlap: at its border a tile lacks context, so its neighbours speak there."""
+"""Tokens of a whole block, from tiles that overlap: a tile lacks context at its border, so its neighbours count there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def step_tokens(side: int) -> int:
     return max(1, round(_TILE_STEP * side))
 
 
-def _window(u: NDArray[np.floating]) -> NDArray[np.floating]:
+def tile_weight(u: NDArray[np.floating]) -> NDArray[np.floating]:
     """Weight of what lies at a share ``u`` of a tile's edge (Hann): none at its border, where it lacks context."""
     return np.where((u > 0) & (u < 1), np.sin(np.pi * u) ** 2, 0.0)
 
@@ -59,7 +59,7 @@ def token_grid(
     step = step_px // spec.token_px
     row, col = np.nonzero(number >= 0)
     centre = np.stack([col, row], 1) * step_px + spec.tile_px / 2  # (n_tiles, 2), (x, y)
-    edge = _window((np.arange(side) + 0.5) / side)
+    edge = tile_weight((np.arange(side) + 0.5) / side)
     weight = torch.as_tensor(edge[:, None] * edge, dtype=torch.float32)[..., None]  # (side, side, 1)
     shape = [n // spec.token_px for n in block.pixels.shape[1:]]
     total: Any = None
@@ -90,7 +90,7 @@ def share_of_tiles(
     last = np.floor(xy_px / step_px).astype(np.int64)  # (n, 2), (x, y)
     back = np.arange(per_edge)
     tile = last[:, None] - back[None, :, None]  # (n, per_edge, 2)
-    weight = _window((xy_px[:, None] - tile * step_px) / spec.tile_px)
+    weight = tile_weight((xy_px[:, None] - tile * step_px) / spec.tile_px)
     inside = (tile >= 0) & (tile < number.shape[::-1])
     weight = np.where(inside, weight, 0.0)
     tile = np.where(inside, tile, 0)
@@ -98,8 +98,8 @@ def share_of_tiles(
     which = number[tile[:, :, None, 1], tile[:, None, :, 0]]
     both = np.where(which >= 0, both, 0.0).reshape(len(xy_px), -1)
     both /= both.sum(1, keepdims=True)
-    where = np.repeat(np.arange(len(xy_px)), both.shape[1])
+    row = np.repeat(np.arange(len(xy_px)), both.shape[1])
     shape = (len(xy_px), int(number.max()) + 1)
-    made = sparse.csr_matrix((both.ravel(), (where, which.clip(0).ravel())), shape=shape, dtype=np.float32)
+    made = sparse.csr_matrix((both.ravel(), (row, which.clip(0).ravel())), shape=shape, dtype=np.float32)
     made.eliminate_zeros()
     return made

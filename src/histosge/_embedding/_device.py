@@ -1,9 +1,4 @@
-"""Places → blocks or tiles → encoder on the device → one embedding per place.
-
-A place is embedded as the centre of a tile or, densely, as the area it stands for: the mean of the tokens under its
-footprint, beside the surroundings of its centre. Dense embeddings of a spot and of its bins go together: the spot's
-tokens are the mean of its bins' (but for their surroundings).
-"""
+"""The device that computes: which one, how tiles get there, and batches that fit into its memory."""
 
 from __future__ import annotations
 
@@ -52,7 +47,7 @@ def _on_device(block: Any, device: torch.device) -> Tensor:
 
 
 def _buffers(*, pinned: bool) -> Callable[[tuple[int, ...]], NDArray[np.uint8]]:
-    """What makes memory for tiles: pinned, a GPU fetches it by itself."""
+    """Make memory for tiles: a GPU fetches pinned memory by itself."""
     return lambda shape: torch.empty(shape, dtype=torch.uint8, pin_memory=pinned).numpy()
 
 
@@ -62,7 +57,7 @@ _FIRST_TILES = 4
 
 
 class _Forward:
-    """Run tiles through an encoder in batches, halved once if memory runs out; say how long it will take."""
+    """Run tiles through an encoder in batches, halved once if memory runs out; forecast how long the run takes."""
 
     def __init__(
         self,
@@ -97,7 +92,7 @@ class _Forward:
             self._say(seconds)
 
     def __call__(self, tiles: NDArray[np.uint8], call: Callable[[Tensor], Any]) -> Iterator[Any]:
-        """Yield what the encoder says of (b, 3, tile, tile) uint8, batch after batch."""
+        """Yield what the encoder gives for (b, 3, tile, tile) uint8, batch after batch."""
         start = 0
         self.begin()
         while start < len(tiles):
@@ -108,7 +103,7 @@ class _Forward:
                 copied = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
                 values = call(on_device)
                 if copied is not None:
-                    copied.synchronize()  # the buffer that tiles lie in is filled anew as soon as the caller goes on
+                    copied.synchronize()  # the caller fills the buffer of these tiles with the next ones
             except torch.OutOfMemoryError as err:
                 if self.halved or self.batch_size == 1:
                     spec = self.encoder.spec

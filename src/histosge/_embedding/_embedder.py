@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from histosge import _keys
-from histosge._embedding._config import EmbeddingConfig, _tile_um, encoder_of_model, prepare
+from histosge._embedding._config import EmbeddingConfig, load_for, load_of_model
 from histosge._embedding._device import resolve_device
 from histosge._embedding._embed import block_edge_px, embed
 from histosge._embedding._forecast import Forecast
+from histosge._encoders import split_encoder
 from histosge._geometry import Footprints, Targets, divide
 from histosge._section import Section, find_embedding, own_spots
 from histosge._settings import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
     from numpy.typing import NDArray
 
@@ -47,7 +46,7 @@ class SpotParts:
 
 @dataclass(frozen=True)
 class Embedder:
-    """Embeds places of one section with one encoder and one config."""
+    """Embeds places of one section in one way."""
 
     section: Section
     encoder: Any
@@ -70,14 +69,14 @@ class Embedder:
         encoder: Any,
         *,
         tile_um: float | None = None,
-        stack: Sequence[str] = ("pilm",),
         dense: bool = False,
         device: str | torch.device | None = None,
         batch_size: int = 64,
         progress: bool | None = None,
     ) -> Self:
         """Load the encoder, unless it is loaded, and fix how places are embedded."""
-        loaded, config = prepare(section, encoder, tile_um=tile_um, stack=stack, dense=dense)
+        loaded = load_for(section, encoder, dense=dense)
+        config = EmbeddingConfig.of(loaded, tile_um=tile_um, dense=dense)
         return cls(section, loaded, config, resolve_device(device), batch_size, progress)
 
     @classmethod
@@ -92,29 +91,19 @@ class Embedder:
         progress: bool | None = None,
     ) -> Self:
         """Embed as a fitted model needs it; ``encoder`` may be the loaded encoder of the model."""
-        loaded, tile_um, stack = encoder_of_model(config, encoder)
-        return cls.open(
-            section,
-            loaded,
-            tile_um=tile_um,
-            stack=stack,
-            dense=config.dense,
-            device=device,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        loaded = load_of_model(section, encoder, config)
+        return cls(section, loaded, config, resolve_device(device), batch_size, progress)
 
     @property
     def block_edge_px(self) -> float:
         """Edge, in pixels of the image, of the blocks that places are embedded by."""
-        return block_edge_px(self.encoder, mpp=self.section.mpp, tile_um=self.config.tile_um)
+        several = zip(split_encoder(self.encoder), self.config.encoders, strict=True)
+        return max(block_edge_px(one, mpp=self.section.mpp, encoder_mpp=how.mpp) for one, how in several)
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What goes into ``uns``. Lists come back from disk as arrays, so they are arrays from the start."""
-        made = self.config.to_dict()
-        made["encoder"] = {k: np.array(v) if isinstance(v, list) else v for k, v in made["encoder"].items()}
-        return {**made, "image": self.section.image_key, "mpp": float(self.section.mpp)}
+        """What goes into ``uns``."""
+        return {**self.config.to_uns(), "image": self.section.image_key, "mpp": float(self.section.mpp)}
 
     def embed(self, targets: Targets, *, forecast: Forecast | None = None, quiet: bool = False) -> NDArray[np.float32]:
         """Return the embeddings (n, d) of some places of the section: existing ones, or new ones.
@@ -128,7 +117,7 @@ class Embedder:
         quiet
             Whether to log no more than the forecast and to show no progress bar: for parts of a run.
         """
-        name = self.encoder.spec.name
+        name = self.config.name
         log = logger.debug if quiet else logger.info
         if not quiet:
             self.warn_below_token(targets)
@@ -194,19 +183,32 @@ class Embedder:
         if size_um < 0.99 * token_um:
             logger.warning(
                 "%s of %.3g µm are smaller than the tokens of %r (%.3g µm): what is resolved is the token",
-                "bins" if targets.are_bins else "places", size_um, self.encoder.spec.name, token_um,
+                "bins" if targets.are_bins else "places", size_um, self.config.name, token_um,
             )  # fmt: skip
 
-    def _embed(self, xy_px: NDArray[np.float64], footprints: Footprints | None, **how: Any) -> NDArray[np.float32]:
-        return embed(
-            self.section.image,
-            xy_px,
-            mpp=self.section.mpp,
-            encoder=self.encoder,
-            footprints=footprints,
-            tile_um=_tile_um(self.config, self.encoder),
-            stack=self.config.stack,
-            device=self.device,
-            batch_size=self.batch_size,
-            **how,
-        )
+    def _embed(
+        self,
+        xy_px: NDArray[np.float64],
+        footprints: Footprints | None,
+        *,
+        forecast: Forecast | None = None,
+        **how: Any,
+    ) -> NDArray[np.float32]:
+        """Embed places with each encoder. The forecast of the run is that of the first one; others have their own."""
+        own = None if forecast is None else Forecast(len(xy_px), alternative=forecast.alternative)
+        values = [
+            embed(
+                self.section.image,
+                xy_px,
+                mpp=self.section.mpp,
+                encoder=one,
+                encoder_mpp=part.mpp,
+                footprints=footprints,
+                device=self.device,
+                batch_size=self.batch_size,
+                forecast=forecast if i == 0 else own,
+                **how,
+            )
+            for i, (one, part) in enumerate(zip(split_encoder(self.encoder), self.config.encoders, strict=True))
+        ]
+        return values[0] if len(values) == 1 else np.concatenate(values, axis=1)

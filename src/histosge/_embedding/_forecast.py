@@ -11,11 +11,11 @@ _SLOW_BATCH_S = 60.0
 
 
 class Forecast:
-    """Expected duration of a run over places, said once.
+    """Expected duration of a run over places, given once.
 
     The first batch includes what happens only once, so the second one is timed, from the end of the first; where the
-    first one takes a minute by itself, it is good enough. Places whose embeddings exist already cost nothing, and count
-    nowhere.
+    first one takes a minute by itself, it is good enough. Places whose embeddings exist already cost nothing and are not
+    counted.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ class Forecast:
         self.n_existing = 0
         self._since: float | None = None
         self._n_batches = 0
-        self._said = False
+        self._forecasted = False
 
     @property
     def n_to_compute(self) -> int:
@@ -53,14 +53,14 @@ class Forecast:
 
     def computed(self, n: float) -> float | None:
         """A batch of ``n`` places is computed; gives the seconds of the whole run when they are known and worth saying."""
-        if self._said or self._since is None:
+        if self._forecasted or self._since is None:
             return None
         now = monotonic()
         took, self._since = now - self._since, now
         self._n_batches += 1
         if self._n_batches == 1 and took < _SLOW_BATCH_S:
             return None
-        self._said = True
+        self._forecasted = True
         expected = took / n * self.n_to_compute
         return expected if expected > WORTH_SAYING_S else None
 

@@ -1,29 +1,63 @@
-"""Encoders: frozen pathology image large models (PILM) and the built-in one, behind one spec.
+"""Encoders: frozen pathology networks and those built in, behind one spec.
 
-A tile encoder has ``embed(tiles)``, a block encoder ``embed_block(block, centres)``; both have ``spec`` and
-``to(device)``. Where ``spec.token_px`` is set, they are dense as well: ``embed_tokens(tiles)`` gives the tokens of tiles,
-``embed_block_dense(block, centres)`` those of a block.
+An encoder has ``spec`` and ``to(device)``. One of tiles has ``embed(tiles)``, one of whole blocks
+``embed_block(block, centres)``. Where ``spec.token_px`` is set, they are dense as well: ``embed_tokens(tiles)`` gives
+the tokens of tiles, ``embed_block_dense(block, centres)`` those of a block.
 Importing this imports neither torch nor timm: weights and their libraries are loaded when an encoder is asked for.
 """
 
 from __future__ import annotations
 
-from histosge._encoders._hub import OPEN, PAGES, EncoderAccessError, weights_kept
-from histosge._encoders._load import BUILT_IN, DEFAULT_ENCODER, encoders, lacks_tokens, load_encoder, with_tokens
-from histosge._encoders._spec import IMAGENET_MEAN, IMAGENET_STD, EncoderSpec
+import importlib
+from typing import TYPE_CHECKING, Any
 
+from histosge._encoders._hub import OPEN, PAGES, EncoderAccessError, commit, weights_kept
+from histosge._encoders._load import JoinedEncoder, known_spec, load_encoder, split_encoder
+from histosge._encoders._spec import IMAGENET_MEAN, IMAGENET_STD, EncoderSpec
+from histosge._encoders._table import (
+    ALIASES,
+    BUILT_IN,
+    DEFAULT_ENCODER,
+    QUICK_ENCODER,
+    TABLE,
+    encoders,
+    listed_spec,
+    with_tokens,
+)
+
+if TYPE_CHECKING:
+    from histosge._encoders._lazyslide import wrap_model
+    from histosge._encoders._tile_encoder import TileEncoder
+
+_WITH_TORCH = {"TileEncoder": "_tile_encoder", "wrap_model": "_lazyslide"}
 __all__ = [
+    "ALIASES",
     "BUILT_IN",
     "DEFAULT_ENCODER",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "OPEN",
     "PAGES",
+    "QUICK_ENCODER",
+    "TABLE",
     "EncoderAccessError",
     "EncoderSpec",
+    "JoinedEncoder",
+    "TileEncoder",
+    "commit",
     "encoders",
-    "lacks_tokens",
+    "known_spec",
+    "listed_spec",
     "load_encoder",
+    "split_encoder",
     "weights_kept",
     "with_tokens",
+    "wrap_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WITH_TORCH:
+        msg = f"module 'histosge._encoders' has no attribute {name!r}; there are {', '.join(__all__)}."
+        raise AttributeError(msg)
+    return getattr(importlib.import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)

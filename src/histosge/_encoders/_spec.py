@@ -13,14 +13,14 @@ MPP_SOURCES = ("stated", "magnification", "convention", "given")
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """What an encoder needs to be fed rightly: scale, tile size, colours; and who may use it.
+    """What an encoder needs as input: scale, tile size, colours; and who may use it.
 
     Attributes
     ----------
     name
         Name, as in :func:`histosge.encoders`.
     mpp
-        µm per pixel it was trained at; tiles are resampled to it.
+        µm per pixel that it was trained at; tiles are resampled to it.
     mpp_source
         How ``mpp`` is known: ``"stated"`` by its authors; from the ``"magnification"`` they state (20x is 0.5);
         ``"convention"``, what its users take where they state neither; ``"given"`` by you.
@@ -31,7 +31,7 @@ class EncoderSpec:
     token_px
         Edge of a patch in pixels of its input, where it gives a token for each patch of a tile: whole patches fill a
         tile. ``None`` where it gives an embedding of the whole tile only. A module of your own has tokens only where
-        it is a vision transformer of timm, and this is then read off it.
+        it is a vision transformer of timm, and this is then read from it.
     mean
         Mean of red, green and blue (0 to 1) that it was trained with.
     std
@@ -50,6 +50,13 @@ class EncoderSpec:
         Commit of the weights on the hub, where they came from there.
     n_parameters
         Number of parameters, as its authors state it.
+    coarsest_mpp
+        Largest µm per pixel of an image that it is used on.
+    fixed_tile
+        Whether the size of its tile in µm is its own, so that ``tile_um=`` cannot change it.
+    whole_blocks
+        Whether it embeds all places of a block of the image at once (method ``embed_block``), instead of a tile around
+        each place (method ``embed``).
 
     Examples
     --------
@@ -76,14 +83,19 @@ class EncoderSpec:
     url: str | None = None
     revision: str | None = None
     n_parameters: str | None = None
+    coarsest_mpp: float = 1.5
+    fixed_tile: bool = False
+    whole_blocks: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             msg = f"EncoderSpec: name={self.name!r} must be a word."
             raise ValueError(msg)
-        if not isinstance(self.mpp, int | float) or not 0.01 <= self.mpp <= 100:
-            msg = f"EncoderSpec {self.name!r}: mpp={self.mpp!r} is not a number of µm per pixel (0.5 is usual)."
-            raise ValueError(msg)
+        for field in ("mpp", "coarsest_mpp"):
+            value = getattr(self, field)
+            if not isinstance(value, int | float) or not 0.01 <= value <= 100:
+                msg = f"EncoderSpec {self.name!r}: {field}={value!r} is not a number of µm per pixel (0.5 is usual)."
+                raise ValueError(msg)
         for field in ("tile_px", "embed_dim", "token_px"):
             value = getattr(self, field)
             if field == "token_px" and value is None:

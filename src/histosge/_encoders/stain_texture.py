@@ -29,7 +29,7 @@ CELL_PX = 4
 TOKEN_DISC_UM = 24.0
 """Diameter that maps are averaged over around a token: a few nuclei."""
 CONTEXT_DISC_UM = DISC_UM[1:]
-"""Discs around the centre of a place that stand beside its tokens; that of a spot's size would only blur them."""
+"""Discs around the centre of a place that are joined with its tokens; that of a spot's size would only blur them."""
 
 # optical density of haematoxylin, eosin and DAB in red, green and blue (Ruifrok and Johnston, 2001, table 2)
 _STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
@@ -88,6 +88,9 @@ class StainTexture:
             commercial=True,
             source="built-in",
             token_px=CELL_PX,
+            coarsest_mpp=100.0,
+            fixed_tile=True,
+            whole_blocks=True,
         )
 
     def to(self, device: torch.device | str) -> Self:

@@ -17,6 +17,7 @@ from histosge._model._predict import (
     save_fitted,
     write_parts,
 )
+from histosge._model._projection import Projection
 
 __all__ = [
     "MIN_SHARE",
@@ -28,6 +29,7 @@ __all__ = [
     "Model",
     "Plan",
     "Predictor",
+    "Projection",
     "Scores",
     "Trial",
     "ask",

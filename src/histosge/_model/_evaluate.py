@@ -317,7 +317,7 @@ def evaluate(
 
 def ask(model: Model, trial: Trial, *, device: torch.device) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Predicted and measured (m, genes) at the places of a trial."""
-    spots = stack_sections(trial.sections, trial.embeddings, model.context_genes)
+    spots = model.projection.of_spots(stack_sections(trial.sections, trial.embeddings, model.context_genes))
     context = model.condition(spots, section=0 if trial.measured else UNMEASURED, device=device)
     predicted = model.predict_from(context, places=trial.place, xy_um=trial.xy_um, spot_index=trial.spot_index)
     columns = trial.sections[0].genes.get_indexer(model.genes)

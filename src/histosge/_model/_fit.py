@@ -17,6 +17,7 @@ from histosge._model._context import section_numbers, stack_sections
 from histosge._model._crossfit import compare, cross_fit, score, summary
 from histosge._model._genes import select_genes
 from histosge._model._model import Model, training_table
+from histosge._model._projection import Projection
 from histosge._settings import logger
 from histosge._statistics import BASELINES, better_baselines, block_folds, calibrate
 
@@ -57,6 +58,8 @@ def fit_model(
     final, per_fold, highly_variable = select_genes(genes, names, everything, xy_um, groups=number, fold=fold)
     union = np.flatnonzero(final | per_fold.any(axis=0))
     spots = stack_sections(sections, embeddings, names[union], sub_spots=sub_spots).to(device)
+    projection = Projection.fit(spots.embedding, config.splits)
+    spots = projection.of_spots(spots)
 
     name = head_name(head)
     logger.info("fitting %s on %d spots x %d genes, %d folds", name, len(spots), int(final.sum()), n_folds)
@@ -97,7 +100,8 @@ def fit_model(
     scores.index.name = None
     found = pd.Index(scores.index), pd.Index(names[union]), fitted.heads
     kept = replace(spots, sub_spots=None).to("cpu")
-    return Model(name, *found, scores, held_out, config, kept, intervals, info, training_table(fitted.losses))
+    training = training_table(fitted.losses)
+    return Model(name, *found, scores, held_out, config, kept, intervals, info, training, projection)
 
 
 def check_arguments(

@@ -15,6 +15,7 @@ import torch
 from histosge._embedding import EmbeddingConfig
 from histosge._heads import POSITION_ONLY, LowRank, Queries, Spots, get_head, workers
 from histosge._model._context import UNMEASURED, Context, stack_sections
+from histosge._model._projection import Projection
 from histosge._statistics import PredictionIntervals
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class Model:
     training
         One row an epoch of every head that is trained in epochs: ``head`` and ``fold`` (held out), ``epoch`` (from 1),
         ``loss`` (on the stopping spots).
+    projection
+        Brings the embeddings of joined encoders into balance; the embedding of a single encoder stays as it is.
 
     Examples
     --------
@@ -92,11 +95,12 @@ class Model:
     intervals: PredictionIntervals
     info: dict[str, Any] = field(default_factory=dict)
     training: pd.DataFrame = field(default_factory=lambda: training_table({}))
+    projection: Projection = field(default_factory=Projection)
 
     def __repr__(self) -> str:
         pcc = self.held_out[self.head]["pcc"]
         return (
-            f"Model: {self.head} on {self.config.encoder['name']}, {len(self.genes)} genes, "
+            f"Model: {self.head} on {self.config.name}, {len(self.genes)} genes, "
             f"held-out PCC {pcc:.3f} (mean over genes)"
         )
 
@@ -122,7 +126,8 @@ class Model:
                 f"{section.spots_key!r} (for example {list(missing[:3])}). Fit on genes that all sections have: genes=."
             )
             raise ValueError(msg)
-        return self.condition(stack_sections([section], [embedding], self.context_genes), device=device)
+        spots = stack_sections([section], [embedding], self.context_genes).to(device)
+        return self.condition(self.projection.of_spots(spots), device=device)
 
     def condition(self, spots: Spots, *, device: torch.device, section: int = 0) -> Context:
         """Prepare to predict from measured spots with the genes ``context_genes``.
@@ -169,7 +174,7 @@ class Model:
             for start in range(0, len(out), _PLACES_AT_ONCE):
                 rows = slice(start, start + _PLACES_AT_ONCE)
                 queries = Queries(
-                    torch.as_tensor(places[rows]).to(device),
+                    self.projection(torch.as_tensor(places[rows]).to(device)),
                     torch.as_tensor(xy_um[rows], dtype=torch.float32).to(device),
                     torch.full((len(places[rows]),), context.section, device=device),
                     torch.as_tensor(spot_index[rows]).to(device),
@@ -208,7 +213,8 @@ class Model:
             digest.update(json.dumps([head.name, weight, config], sort_keys=True).encode())
             for name, tensor in sorted(tensors.items()):
                 digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-        for tensor in self._spot_tensors().values():
+        projection = [tensor for _, tensor in sorted(self.projection.state().items())]
+        for tensor in (*self._spot_tensors().values(), *projection):
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         digest.update(json.dumps([*self.genes, *self.context_genes, self.config.to_dict()], sort_keys=True).encode())
         return digest.hexdigest()[:16]
@@ -245,6 +251,7 @@ class Model:
             f"{i}.{name}": t.detach().cpu().contiguous() for i, (_, ws) in enumerate(states) for name, t in ws.items()
         }
         tensors |= {f"spots.{name}": t.detach().cpu().contiguous() for name, t in self._spot_tensors().items()}
+        tensors |= {f"projection.{name}": t.detach().cpu().contiguous() for name, t in self.projection.state().items()}
         tensors |= {f"intervals.{name}": torch.as_tensor(a) for name, a in self.intervals.to_arrays().items()}
         config = {
             "format": _FORMAT,
@@ -305,6 +312,7 @@ class Model:
         for i, c in enumerate(config["heads"]):
             mine = {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
             heads.append((c["weight"], _stored_head(path, c["name"]).from_state(c["config"], mine)))
+        projection = {n.removeprefix("projection."): t for n, t in tensors.items() if n.startswith("projection.")}
         prefix = "intervals."
         intervals = {n.removeprefix(prefix): t.numpy() for n, t in tensors.items() if n.startswith(prefix)}
         scores = pd.read_csv(path / "scores.csv", index_col="gene", dtype={"gene": str}, keep_default_na=False)
@@ -322,6 +330,7 @@ class Model:
             PredictionIntervals.from_arrays(intervals),
             config["info"],
             pd.read_csv(path / "training.csv").astype(_TRAINING),
+            Projection.from_state(projection),
         )
 
 

@@ -32,33 +32,33 @@ def cache_list(*, as_json_: bool) -> str:
     from histosge._embedding import EmbeddingCache
 
     kept = EmbeddingCache.from_settings()
-    shelves = kept.shelves()
-    n_bytes = sum(shelf.n_bytes for shelf in shelves)
+    groups = kept.groups()
+    n_bytes = sum(group.n_bytes for group in groups)
     if as_json_:
         rows = [
             {
-                "encoder": shelf.encoder,
-                "n_blocks": shelf.n_blocks,
-                "n_bytes": shelf.n_bytes,
-                "last_used": shelf.last_used.isoformat(timespec="seconds"),
-                "recipe": shelf.recipe,
+                "encoder": group.encoder,
+                "n_blocks": group.n_blocks,
+                "n_bytes": group.n_bytes,
+                "last_used": group.last_used.isoformat(timespec="seconds"),
+                "recipe": group.recipe,
             }
-            for shelf in shelves
+            for group in groups
         ]
-        return as_json({"folder": kept.root, "limit_bytes": kept.limit_bytes, "n_bytes": n_bytes, "shelves": rows})
+        return as_json({"folder": kept.root, "limit_bytes": kept.limit_bytes, "n_bytes": n_bytes, "groups": rows})
     summary = f"{readable_size(n_bytes)} of at most {readable_size(kept.limit_bytes)} in {kept.root}"
-    if not shelves:
+    if not groups:
         return summary
     names = ("encoder", "mpp", "tile_um", "dense", "blocks", "size", "last used")
     lines = [
         (
-            shelf.encoder,
-            *(shelf.value(name) for name in ("mpp", "tile_um", "dense")),
-            shelf.n_blocks,
-            readable_size(shelf.n_bytes),
-            f"{shelf.last_used.astimezone():%Y-%m-%d %H:%M}",
+            group.encoder,
+            *(group.value(name) for name in ("mpp", "tile_um", "dense")),
+            group.n_blocks,
+            readable_size(group.n_bytes),
+            f"{group.last_used.astimezone():%Y-%m-%d %H:%M}",
         )
-        for shelf in shelves
+        for group in groups
     ]
     return f"{as_table(names, lines)}\n{summary}"
 
@@ -77,9 +77,9 @@ def cache_clear(*, encoder: str | None, yes: bool) -> str:
     from histosge._embedding import EmbeddingCache
 
     kept = EmbeddingCache.from_settings()
-    shelves = kept.shelves(encoder=encoder)
-    size = readable_size(sum(shelf.n_bytes for shelf in shelves))
-    if shelves and not yes:
+    groups = kept.groups(encoder=encoder)
+    size = readable_size(sum(group.n_bytes for group in groups))
+    if groups and not yes:
         whose = "all encoders" if encoder is None else repr(encoder)
         click.confirm(f"Remove the embeddings by {whose}, {size}, from {kept.root}?", abort=True, err=True)
     return f"freed {readable_size(kept.clear(encoder=encoder))} in {kept.root}"

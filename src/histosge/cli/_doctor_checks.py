@@ -243,7 +243,7 @@ def disks(folders: Mapping[str, tuple[Path, str]]) -> Iterator[Check]:
 
     try:
         kept = EmbeddingCache.from_settings()
-        size = readable_size(sum(shelf.n_bytes for shelf in kept.shelves()))
+        size = readable_size(sum(group.n_bytes for group in kept.groups()))
         used = f"holds {size} of at most {readable_size(kept.limit_bytes)}, "
         yield check_folder("disk embeddings", kept.root, used=used, variable="HISTOSGE_CACHE")
     except (OSError, ValueError) as err:

@@ -89,7 +89,7 @@ def fit(
         summary = {
             "model": target,
             "head": model.head,
-            "encoder": model.config.encoder["name"],
+            "encoder": model.config.name,
             "n_genes": len(model.genes),
             "n_predictable": int(model.scores["predictable"].sum()),
             "held_out": model.held_out,

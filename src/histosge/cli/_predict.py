@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from spatialdata import SpatialData
 
-_OF_THE_MODEL = ("head", "genes", "n_folds", "head_options", "tile_um", "stack")
+_OF_THE_MODEL = ("head", "genes", "n_folds", "head_options", "tile_um")
 """Options that a fitted model fixes"""
 _FIGURE = (".png", ".pdf", ".svg")
 _MOST_DRAWN = 4
@@ -132,10 +132,10 @@ def predict(
             found = True
             if model is not None:
                 options["model"] = sge.Model.load(model)
-                trained_with = options["model"].config.encoder
-                found = trained_with["source"] in ("built-in", "lazyslide-models")
+                config = options["model"].config
+                found = config.by_name
                 if not _given("encoder"):
-                    options["encoder"] = trained_with["name"]
+                    options["encoder"] = config.name
             [sdata] = read_sections([source], images=images, bin_size=bin_size, dataset_id=dataset_id)
             if weights is not None or not found:  # the model cannot load it by name
                 options["encoder"] = sge.load_encoder(options["encoder"], weights=weights)

@@ -336,9 +336,6 @@ ENCODER = (
     click.option(
         "--weights", type=click.Path(exists=True), metavar="FOLDER", help="Local weights, for machines without network."
     ),
-    click.option(
-        "--stack", type=Names(), default="pilm", show_default=True, help="Maps to stack: 'pilm', or 'pilm,rgb'."
-    ),
 )
 LEARN = (*from_python(Learning),)
 COMPUTE = (

@@ -279,10 +279,15 @@ class _Run:
     @property
     def token_um(self) -> float | None:
         """Edge of a token, where places were embedded by their area."""
+        sizes = [um * one["token_px"] / one["tile_px"] for one, um in self.encoders if "token_px" in one]
+        return float(max(sizes)) if self.made["dense"] and sizes else None
+
+    @property
+    def encoders(self) -> list[tuple[dict[str, Any], float]]:
+        """Each encoder, and the edge of its tile in µm."""
         encoder = self.made["encoder"]
-        if not self.made["dense"] or "token_px" not in encoder:
-            return None
-        return float(self.made["tile_um"] * encoder["token_px"] / encoder["tile_px"])
+        each = list(encoder["joined"].values()) if "joined" in encoder else [encoder]
+        return list(zip(each, np.atleast_1d(self.made["tile_um"]).tolist(), strict=True))
 
     @property
     def bin_um(self) -> float | None:
@@ -356,8 +361,8 @@ class _Run:
 
     def call(self) -> str:
         """Write the call that predicts this again, as far as it was recorded."""
-        made, encoder = self.made, self.made["encoder"]
-        own_tile_um = float(encoder["mpp"] * encoder["tile_px"])
+        made = self.made
+        changed = [um for one, um in self.encoders if abs(um - one["mpp"] * one["tile_px"]) > 1e-6]
         laid = self.region == _keys.targets(self.key)
         counted = bool(self.table.var["highly_variable"].all())
         learnt = {
@@ -372,9 +377,9 @@ class _Run:
             "layer": made.get("layer"),
             "coordinate_system": made["coordinate_system"],
             "mpp": float(made["mpp"]) if made["mpp_source"] == "given" else None,
-            "encoder": encoder["name"],
-            "tile_um": None if abs(float(made["tile_um"]) - own_tile_um) < 1e-6 else float(made["tile_um"]),
-            "stack": None if made["stack"] == "pilm" else made["stack"].split("+"),
+            "pitch_um": float(made["pitch_um"]) if made["mpp_source"] == "pitch_um given" else None,
+            "encoder": made["encoder"]["name"],
+            "tile_um": changed[0] if changed else None,
         }
         asked = {
             "upsample": self.upsample,
@@ -454,7 +459,7 @@ def _page(run: _Run, pictures: dict[str, list[_Picture]], *, wanted: list[str], 
     return template.render(
         run=run,
         made=run.made,
-        encoder=run.made["encoder"],
+        encoders=run.encoders,
         section=name if name != "global" else run.made.get("spots", run.made["image"]),
         generator=f"histosge {version('histosge')}",
         date=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",

@@ -11,8 +11,6 @@ from histosge._section import commit, embedding_table, own_spots, read_section, 
 from histosge._settings import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from anndata import AnnData
     from spatialdata import SpatialData
 
@@ -22,7 +20,6 @@ def embed(
     sdata: SpatialData,
     *,
     target_key: str | None = None,
-    stack: Sequence[str] = ("pilm",),
     dense: bool = False,
     inplace: bool = True,
     **options: Unpack[EmbedOptions],
@@ -40,8 +37,6 @@ def embed(
     target_key
         Shapes to embed. ``None`` takes the measured spots.
     encoder, tile_um
-    stack
-        Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
     dense
         Embed the area of each place, from the encoder's tokens, together with the surroundings of its centre, instead of
         the tile around its centre.
@@ -81,7 +76,6 @@ def embed(
         section,
         options["encoder"],
         tile_um=options["tile_um"],
-        stack=stack,
         dense=dense,
         **pick(options, Running),
     )
@@ -89,7 +83,7 @@ def embed(
         target_key = section.spots_key
     targets = own_spots(section) if target_key == section.spots_key else read_targets(sdata, section, target_key)
     values = embedder.embed(targets)
-    used = embedder.encoder.spec.name
+    used = embedder.config.name
     table = embedding_table(targets, encoder=used, values=values, provenance=embedder.provenance)
     if not inplace:
         return table

@@ -38,7 +38,6 @@ def evaluate(
     keep: int = 4,
     protocol: str = "held-out",
     labels: str | None = None,
-    stack: Sequence[str] = ("pilm",),
     dense: bool = False,
     head_options: dict[str, dict[str, Any]] | None = None,
     **options: Unpack[FitOptions],
@@ -81,8 +80,6 @@ def evaluate(
         predicted and of measured expression, found as by :func:`histosge.tl.domains` with its defaults, are compared with
         it; nothing learns from it. With ``split="blocks"`` only.
     encoder, tile_um
-    stack
-        Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
     dense
         Embed the area of a spot, from the encoder's tokens, instead of the tile around its centre, as for bins and cells.
     genes, n_folds
@@ -170,7 +167,7 @@ def evaluate(
     for _ in trials(measured, plan, rng=copy.deepcopy(rng)):
         pass  # what cannot be held out is refused before an hour of embedding
     forecast = Forecast(sum(len(section.xy_px) for section in sections))
-    how: dict[str, Any] = {"tile_um": tile_um, "stack": stack, "dense": dense}
+    how: dict[str, Any] = {"tile_um": tile_um, "dense": dense}
     for i, section in enumerate(sections):
         check_orientation(section)
         embedder = Embedder.open(section, encoder, **how, **run)

@@ -25,7 +25,6 @@ def fit(
     sdata: SpatialData | Sequence[SpatialData],
     *,
     head: str | type[Head] | Head | None = None,
-    stack: Sequence[str] = ("pilm",),
     dense: bool = False,
     head_options: dict[str, Any] | None = None,
     **options: Unpack[FitOptions],
@@ -50,8 +49,6 @@ def fit(
         Or a head of your own, see :class:`histosge.Head`. ``None`` takes ``"in-context+kriging"``, or
         ``"aggregate+kriging"`` where ``dense``.
     genes, tile_um
-    stack
-        Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
     dense
         Embed the area of a spot, from the encoder's tokens, instead of the tile around its centre: for models that predict
         bins and cells.
@@ -97,7 +94,7 @@ def fit(
     check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, head_options=head_options)
     values, parts = [], []
     forecast = Forecast(sum(len(section.xy_px) for section in sections))
-    how: dict[str, Any] = {"tile_um": tile_um, "stack": stack, "dense": dense}
+    how: dict[str, Any] = {"tile_um": tile_um, "dense": dense}
     for section in sections:
         check_orientation(section)
         embedder = Embedder.open(section, encoder, **how, **run)

@@ -38,7 +38,6 @@ from histosge._section import (
 from histosge._settings import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from anndata import AnnData
@@ -55,7 +54,6 @@ if TYPE_CHECKING:
 def predict(
     sdata: SpatialData,
     *,
-    stack: Sequence[str] = ("pilm",),
     head: str | type[Head] | Head | None = None,
     head_options: dict[str, Any] | None = None,
     model: Model | None = None,
@@ -85,11 +83,9 @@ def predict(
         µm per pixel of the image. ``None`` takes what the file states, else what follows from the pitch of the spots. A
         section without spots needs it.
     encoder
-        Name of an encoder (see :func:`histosge.encoders`), or one that :func:`histosge.load_encoder` made. With
-        ``model=``, the model's own.
+        Name of an encoder (see :func:`histosge.encoders`), names joined by ``+`` as in ``"uni+rgb"``, the paper's, or one
+        that :func:`histosge.load_encoder` made. With ``model=``, the model's own.
     tile_um
-    stack
-        Maps to stack: ``"pilm"`` the encoder's, ``"rgb"`` the mean colour around the place, as in the paper's figure.
     head
         ``"in-context"``, ``"aggregate"``, ``"kriging"``, ``"published"``, ``"ridge"``, ``"coordinates"``, ``"nearest"`` or
         ``"mean"``, or several joined by ``+`` for their mean; see :func:`histosge.tl.fit`. ``None`` takes
@@ -239,7 +235,7 @@ def predict(
         head = default_head(dense=dense) if head is None else head
         learn = {"head": head, "genes": genes, "n_folds": n_folds, "head_options": head_options}
         names = check_arguments(sections=[section], **learn)
-        embedder = Embedder.open(section, encoder, tile_um=tile_um, stack=stack, dense=dense, **run)
+        embedder = Embedder.open(section, encoder, tile_um=tile_um, dense=dense, **run)
         n_genes = len(names) if isinstance(genes, str) else len(genes) if isinstance(genes, Collection) else int(genes)
     if conserve:
         check_conservation(section, targets)
