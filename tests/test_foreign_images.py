@@ -20,7 +20,6 @@ from tests import spaceranger as sr
 
 import histosge as sge
 from histosge._readers import Turn, image_size, names_other_image, open_pixels, orientation, parse_image
-from histosge._readers._tiff import _Tiff
 from histosge._section import lazy_image
 
 HIGH, WIDE = 203, 301
@@ -820,14 +819,19 @@ def test_a_section_of_such_an_image(tmp_path):
     Image2DModel().validate(image)
 
 
-def test_pieces_are_read_when_they_are_asked_for(tmp_path, monkeypatch):
-    """Converting keeps to the piece: nothing else is read."""
-    pixels = np.tile(YCC, (8, 8, 1))
-    tifffile.imwrite(
-        tmp_path / "a.tif", pixels, photometric="ycbcr", subsampling=(1, 1), compression="zlib", tile=(256, 256)
-    )
-    lazy = open_pixels(tmp_path / "a.tif")
-    sizes, original = [], _Tiff._read
-    monkeypatch.setattr(_Tiff, "_read", lambda self, *key: sizes.append(original(self, *key)) or sizes[-1])
-    lazy[:, :10, :10].compute()
-    assert [part.shape for part in sizes] == [(3, 10, 10)]
+def test_only_the_pieces_that_are_needed_are_read(tmp_path):
+    """All tiles but the first are destroyed after the file was opened."""
+    path, pixels = tmp_path / "a.tif", np.tile(YCC, (8, 8, 1))
+    tifffile.imwrite(path, pixels, photometric="ycbcr", subsampling=(1, 1), compression="zlib", tile=(256, 256))
+    lazy = open_pixels(path)
+    wanted = lazy[:, :10, :10].compute()
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[0]
+        others = list(zip(page.dataoffsets, page.databytecounts, strict=True))[1:]
+    with path.open("r+b") as file:
+        for offset, size in others:
+            file.seek(offset)
+            file.write(bytes(size))
+    np.testing.assert_array_equal(lazy[:, :10, :10].compute(), wanted)
+    with pytest.raises(Exception, match=r"."):
+        lazy[:, -10:, -10:].compute()

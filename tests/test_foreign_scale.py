@@ -376,7 +376,9 @@ def test_two_sections_in_one_element():
     names = [f"{c + 1}x{r + 1}-{i}" for i in (0, 1) for r, c in zip(row, col, strict=True)]
     with pytest.raises(ValueError, match=r"50% of the 144 spots of 'spots' have a position on the array"):
         read_section(section(both, names))
-    with pytest.raises(ValueError, match=r"50% of the 144 spots of 'spots' have a position on the array .* that another"):
+    with pytest.raises(
+        ValueError, match=r"50% of the 144 spots of 'spots' have a position on the array .* that another"
+    ):
         read_section(section(both, obs=obs))
 
 
