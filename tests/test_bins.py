@@ -135,6 +135,13 @@ def in_parts():
         yield
 
 
+@pytest.fixture
+def small_parts():
+    """Several parts of 40 shapes."""
+    with sge.settings.override(part_rows=16):
+        yield
+
+
 # ----------------------------------------------------------------------------------------------------- what is written
 
 
@@ -663,10 +670,9 @@ def test_a_store_of_a_model_gives_a_lazy_table(small, model, tmp_path):
     assert set(small.shapes) == {"spots"}
 
 
-@pytest.mark.usefixtures("in_parts")
-def test_a_store_of_the_users_places(small, model, tmp_path, monkeypatch):
-    """Their shapes are written whole, in their own coordinates, under their own name."""
-    monkeypatch.setattr(sge.settings, "part_rows", 16)
+@pytest.mark.usefixtures("small_parts")
+def test_a_store_of_the_users_shapes(small, model, tmp_path):
+    """They are written in their own coordinates, under their own name."""
     frame = add_shapes(small, "cells", cells_of(small), index=[f"c{i}" for i in range(40)], kind=["a", "b"] * 20)
     ask = {"model": model, "encoder": Colours(), "target_key": "cells"}
     sge.tl.predict(small, store=tmp_path / "out.zarr", **ask)
@@ -767,9 +773,9 @@ def test_another_run_does_not_continue_its_parts(small, model, tmp_path, interru
     sge.tl.predict(small, **ask | {"batch_size": 7, "device": "cpu", "inplace": False})
 
 
-def test_outlines_that_changed_are_another_run(small, model, tmp_path, interrupt, monkeypatch):
-    """The same names and centres, but wider; and the same places at another scale."""
-    monkeypatch.setattr(sge.settings, "part_rows", 16)
+@pytest.mark.usefixtures("small_parts")
+def test_outlines_that_changed_are_another_run(small, model, tmp_path, interrupt):
+    """The same names and centres, but wider; and the same shapes at another scale."""
     px = [p.centroid.buffer(3) for p in cells_of(small)]
     add_shapes(small, "cells", px)
     ask = {"model": model, "encoder": Colours(), "target_key": "cells", "store": tmp_path / "out.zarr"}
@@ -899,9 +905,9 @@ def test_one_factor_for_the_bins_of_a_spot(predicted):
     np.testing.assert_allclose(factor, factor[0], rtol=1e-3)
 
 
-def test_conservation_of_spots_that_overlap(small, monkeypatch, tmp_path):
+@pytest.mark.usefixtures("in_parts")
+def test_conservation_of_spots_that_overlap(small, tmp_path):
     """Spots that lie anywhere: a bin may be under two, and parts give what the whole gives."""
-    monkeypatch.setattr(sge.settings, "part_rows", 300)
     frame = small.shapes["spots"]
     xy = np.column_stack([frame.geometry.x, frame.geometry.y])
     xy += np.random.default_rng(3).uniform(-70, 70, xy.shape)  # half µm

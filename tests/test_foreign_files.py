@@ -300,10 +300,11 @@ def test_several_sections_in_one_table(h5ad, pixels, tissue, column, uns):
 
 
 def test_several_sections_that_nothing_tells_apart(h5ad, pixels):
-    with pytest.raises(ValueError, match=r'holds 2 sections, .*no column of obs says.*obs\["library_id"\]'):
+    with pytest.raises(ValueError, match=r'holds 2 sections, .*no column of obs states.*obs\["library_id"\]'):
         sge.io.read(h5ad(lambda t: two_sections(t, pixels, column="", uns=True)))
     with pytest.raises(
-        ValueError, match="that another spot has.*of several sections. Read one of them: write to obs\\['library_id'\\]"
+        ValueError,
+        match="that another spot has.*of several sections. Read one of them: write the section of each spot to obs\\['library_id'\\]",
     ):
         sge.io.read(h5ad(lambda t: two_sections(t, pixels, column="", uns=False)))
 

@@ -145,27 +145,23 @@ def test_regions_far_apart_read_only_their_chunks():
     assert image.seen.sum() == 64**2 + (256 - 192) ** 2
 
 
-def test_what_is_kept_is_bounded(monkeypatch):
+def test_what_is_kept_is_bounded():
     """Chunks beyond the bound are read twice, and the pixels are the same."""
-    from histosge._image import _chunks as _image
-
-    monkeypatch.setattr(_image, "_MOST_KEPT", 3 * 16 * 16)
     data = noise(64, 64)
-    image = Chunks(data, (16, 16))
     boxes = boxes_over(64, 64, step=24, halo=6)
-    regions = ChunkReader(LazyImage(image), boxes)
-    for i, (x0, y0, x1, y1) in enumerate(boxes):
-        assert (regions.read(i) == padded(data, 80)[:, y0 + 80 : y1 + 80, x0 + 80 : x1 + 80]).all()
-        assert regions._kept_bytes <= 3 * 16 * 16
-    assert image.seen.max() > 1
+    n_read = []
+    for most_kept in (0, 3 * 16 * 16, 2**20):
+        image = Chunks(data, (16, 16))
+        reader = ChunkReader(LazyImage(image), boxes, most_kept=most_kept)
+        for i, (x0, y0, x1, y1) in enumerate(boxes):
+            assert (reader.read(i) == padded(data, 80)[:, y0 + 80 : y1 + 80, x0 + 80 : x1 + 80]).all()
+        n_read.append(image.seen.sum())
+    assert n_read[0] > n_read[1] > n_read[2] == 64**2
 
 
-def test_chunks_too_large_for_memory_are_read_by_parts(monkeypatch):
-    from histosge._image import _chunks as _image
-
-    monkeypatch.setattr(_image, "_LARGEST_CHUNK", 3 * 40 * 40 - 1)
+def test_chunks_too_large_for_memory_are_read_in_pieces():
     image = Chunks(noise(80, 80), (40, 40))
-    regions = ChunkReader(LazyImage(image), [(0, 0, 10, 10)])
+    regions = ChunkReader(LazyImage(image), [(0, 0, 10, 10)], largest_chunk=3 * 40 * 40 - 1)
     regions.read(0)
     assert image.seen.sum() == 100
 

@@ -156,11 +156,11 @@ def test_st(tmp_path, squared, log):
         sge.io.read(written.source)
     spots.assign(new_x=spots["x"], new_y=spots["y"], x=-1)[1:].to_csv(path, sep="\t", index=False)
     assert sge.io.read(written.source).tables["table"].n_obs == 137
-    assert "leaving out 1 of 138 rows of counts.tsv.gz that have no place" in log.text
+    assert "leaving out 1 of 138 rows of counts.tsv.gz that have no position" in log.text
     spots.assign(selected=[0, *[1] * 137]).to_csv(path, sep="\t", index=False)
     assert len(read_section(sge.io.read(written.source)).instances) == 137
     path.unlink()
-    with pytest.raises(ValueError, match="needs one file of spots beside it"):
+    with pytest.raises(ValueError, match="needs one file of spots in its folder"):
         sge.io.read(written.source)
 
 
@@ -225,14 +225,14 @@ def test_image_named_and_found(tmp_path, sdata, log):
 def test_several_images_are_listed(tmp_path, sdata):
     written = sr.write_visium(tmp_path / "run", sdata)
     shutil.copy(written.image, written.source / "copy.tif")
-    with pytest.raises(ValueError, match=r"several images lie beside .*image= one of \[.*copy.tif.*tissue.tif"):
+    with pytest.raises(ValueError, match=r"there are several images for .*image= one of \[.*copy.tif.*tissue.tif"):
         sge.io.read(written.source)
 
 
 def test_image_of_another_size(tmp_path, sdata, log):
     written = sr.write_visium(tmp_path / "run", sdata)
     small = sr.write_image(written.source / "cytassist.tif", sr.full_image(sdata)[::3, ::3])
-    check_same(sge.io.read(written.source), sdata, within_px=0.5)  # left alone
+    check_same(sge.io.read(written.source), sdata, within_px=0.5)  # not used
     told = "cytassist.tif has 284 x 258 px, but Space Ranger was given one of about 852 x 771 px"
     assert told not in log.text  # there is another
     away = written.image.rename(tmp_path / "away.tif")
@@ -251,7 +251,7 @@ def test_without_image(tmp_path, sdata, log):
     written.image.unlink()
     read = sge.io.read(written.source)
     assert list(read.images) == ["run_hires_image"]
-    assert "no full-resolution image lies beside" in log.text
+    assert "there is no full-resolution image for" in log.text
     section = read_section(read)
     assert section.mpp == pytest.approx(2.0 * 852 / sr.HIRES_PX, rel=0.005)  # places fit the thumbnail, too
     with pytest.raises(ValueError, match="far too coarse for a pathology encoder"):
@@ -367,13 +367,13 @@ def test_files_that_are_no_whole_image(tmp_path, sdata, log, name):
         sr.write_image(path, PIXELS)
     whole = path.read_bytes()
     path.write_bytes({"text": b"text", "empty": b""}.get(path.stem, whole[: len(whole) // 2]))
-    with pytest.raises(ValueError, match=rf"{name}' cannot be read as an image \(.*\)\. Is the file whole\?"):
+    with pytest.raises(ValueError, match=rf"{name}' cannot be read as an image \(.*\)\. Is the file complete\?"):
         sge.io.read(path)
     written = sr.write_h5ad(tmp_path / "beside", sdata)
     path.rename(written.source.parent / name)
     if path.stem in ("text", "empty"):  # not even its size can be told
         assert len(sge.io.read(written.source).images) == 1
-        assert f"left alone: '{written.source.parent / name}' cannot be read as an image" in log.text
+        assert f"not used: '{written.source.parent / name}' cannot be read as an image" in log.text
 
 
 def test_other_files_that_are_not_whole(tmp_path, sdata):
@@ -390,7 +390,7 @@ def test_other_files_that_are_not_whole(tmp_path, sdata):
     del table.uns["spatialdata_attrs"]
     table.obsm["spatial"] = np.zeros((table.n_obs, 2))
     table.write_h5ad(tmp_path / "one.h5ad")
-    with pytest.raises(ValueError, match=r"most spots of .*one.h5ad' lie at one place"):
+    with pytest.raises(ValueError, match=r"most spots of .*one.h5ad' have the same position"):
         sge.io.read(tmp_path / "one.h5ad")
 
 
@@ -409,7 +409,7 @@ def test_what_cannot_be_read(tmp_path, sdata):
         sge.io.read(written.source, bin_size=8)
     with pytest.raises(ValueError, match="dataset_id='a b' is not a valid name"):
         sge.io.read(written.source, dataset_id="a b")
-    with pytest.raises(FileNotFoundError, match="image='no.tif' is no file"):
+    with pytest.raises(FileNotFoundError, match="image='no.tif' is not a file"):
         sge.io.read(written.source, image="no.tif")
 
 
@@ -442,7 +442,7 @@ def test_files_of_two_runs(tmp_path, sdata):
     written = sr.write_visium(tmp_path / "run", sdata)
     path = written.source / "spatial/tissue_positions.csv"
     path.write_text(path.read_text().replace("SPOT-05", "TOPS-05"))
-    with pytest.raises(ValueError, match=r"\d+ of 138 barcodes of .* have no place"):
+    with pytest.raises(ValueError, match=r"\d+ of 138 barcodes of .* have no position"):
         sge.io.read(written.source)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from histosge._image import Block, LazyImage, batches, blocks, cut, prefetch, tile_batches
+from histosge._image import Block, LazyImage, batches, blocks, cut, prefetch, tile_batches, tile_blocks
 
 properties = settings(deadline=None, max_examples=25)
 
@@ -198,20 +198,18 @@ def test_tile_batches_cover_every_place_once(n, batch_size, seed):
         assert (tiles[known, 1, 0, 0] == corner[known, 1] % 241).all()
 
 
-def test_a_dense_block_is_not_cut_all_at_once(monkeypatch):
-    """100,000 bins under one block: no more than a batch of tiles exists at a time."""
-    from histosge._image import _tiles
+def test_a_dense_block_is_not_cut_all_at_once():
+    """A thousand bins in one block: only a few batches of tiles are in memory."""
+    buffers = []
 
-    sizes = []
+    def empty(shape):
+        buffers.append(np.empty(shape, np.uint8))
+        return buffers[-1]
 
-    def counting(block, *, tile_px, out):
-        sizes.append(len(block.rows))
-        return cut(block, tile_px=tile_px, out=out)
-
-    monkeypatch.setattr(_tiles, "cut", counting)
     image, xy = LazyImage(noise(64, 64)), places(1000, 64, 64)
-    assert sum(len(rows) for _, rows in tile_batches(image, xy, scale=1.0, tile_px=8, batch_size=32)) == 1000
-    assert max(sizes) <= 32
+    found = batches(tile_blocks(image, xy, scale=1.0, tile_px=8), tile_px=8, batch_size=32, empty=empty)
+    assert sum(len(rows) for _, rows in found) == 1000
+    assert sum(len(buffer) for buffer in buffers) <= 4 * 32
 
 
 def test_a_batch_holds_until_the_next_one_is_asked_for():

@@ -1,4 +1,4 @@
-"""Every string histosge writes into a ``SpatialData`` object, in one place."""
+"""Every string that histosge writes into a ``SpatialData`` object."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _VALID = re.compile(r"[A-Za-z0-9_.\-]+")
 
 
 def targets(key: str) -> str:
-    """Name of the shapes element that holds the places predicted for table ``key``."""
+    """Name of the shapes element with the targets of table ``key``."""
     return f"{key}_targets"
 
 

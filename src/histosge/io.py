@@ -30,59 +30,59 @@ def read(
 ) -> SpatialData:
     """Read a section from the folder or file that an instrument or another program wrote.
 
-    What comes back holds one image, one set of spots and one table, so that :func:`histosge.tl.predict` needs no key.
+    The result has one image, one set of spots and one table, so that :func:`histosge.tl.predict` needs no key.
 
     Parameters
     ----------
     source
         One of: the ``outs`` folder of Space Ranger 1 to 4, the folder above it or one inside, for Visium (CytAssist too) or
         Visium HD; a folder of files downloaded from 10x Genomics (``NAME_filtered_feature_bc_matrix.h5``, ``spatial``) or GEO
-        (all beside one another, packed or not); a ``SpatialData``
-        on disk (``.zarr``); an ``.h5ad`` with ``obsm["spatial"]``, x and y in pixels of its image; the counts of an ST array
-        (``.tsv`` or ``.tsv.gz``, rows called ``XxY``) with the table of its spots beside (columns ``x``, ``y``, ``pixel_x``, ``pixel_y``);
-        an image alone, of which a model of other sections can predict (``predict(model=, mpp=)``).
+        (all in one folder, compressed or not); a ``SpatialData`` on disk (``.zarr``); an ``.h5ad`` with
+        ``obsm["spatial"]``, x and y in pixels of its image; the counts of an ST array (``.tsv`` or ``.tsv.gz``, rows named
+        ``XxY``) with the table of its spots in the same folder (columns ``x``, ``y``, ``pixel_x``, ``pixel_y``); an image
+        alone, from which a model of other sections can predict (``predict(model=, mpp=)``).
     image
         The full-resolution image that the spots were aligned to: TIFF (also OME-TIFF, ``.svs``, ``.ndpi``, ``.qptiff``), JPEG or
-        PNG. It is read as RGB of 8 bits, as the file describes itself: YCbCr, names of channels, bit depth, opacity on white,
-        EXIF or TIFF orientation. Other formats and fluorescence are refused. ``None`` takes the only such image
-        that lies in the folder (or above ``outs``) and has the size of the one that the spots were aligned to, or holds all spots.
-        It is compared with Space Ranger's thumbnail, or the one in ``uns["spatial"]``.
+        PNG. It is read as RGB of 8 bits, as the file states: YCbCr, names of channels, bit depth, opacity on white, EXIF or
+        TIFF orientation. Other formats and fluorescence are refused. ``None`` takes the only image in the folder (or above
+        ``outs``) that has the size of the one that the spots were aligned to, or that contains all spots. It is compared
+        with Space Ranger's thumbnail, or the one in ``uns["spatial"]``.
     bin_size
-        Visium HD: which bins to read, their edge in µm. ``None`` takes 8, or the only ones there are.
+        Visium HD: edge in µm of the bins to read. ``None`` takes 8, or the only ones.
     dataset_id
-        Name of the section, which its elements begin with. ``None`` takes the prefix of the files, or the folder's name. Of
-        an ``.h5ad`` with several sections, the one to read.
+        Name of the section; names of its elements begin with it. ``None`` takes the prefix of the files, or the name of
+        the folder. For an ``.h5ad`` with several sections, the one to read.
 
     Returns
     -------
-    A ``SpatialData``; of a ``.zarr`` all that it holds, otherwise:
+    A ``SpatialData``; from a ``.zarr`` all its elements, otherwise:
 
     ``images["{dataset_id}_full_image"]``
         uint8 RGB, channels ``r``, ``g``, ``b``, with halved scales down to 1000 px. Without a full-resolution image
-        ``images["{dataset_id}_hires_image"]``, Space Ranger's thumbnail, or no image: then a warning is logged.
+        ``images["{dataset_id}_hires_image"]``, Space Ranger's thumbnail, or no image, and a warning.
     ``shapes["{dataset_id}"]``
         Circles, or with Visium HD the squares ``shapes["{dataset_id}_square_008um"]``, in pixels of the full image.
     ``tables["table"]``
-        Counts of genes at the spots on the tissue, or ``tables["square_008um"]``; of an ``.h5ad`` all that it holds, linked to
-        the shapes by columns of ``obs`` with names that are free (``"region"``, ``"spot_id"``). ``obsm["spatial"]`` (n, 2):
-        (x, y) in pixels of the full image. Of an image alone neither shapes nor table.
+        Counts of genes at the spots on the tissue, or ``tables["square_008um"]``; from an ``.h5ad`` the whole table, linked to
+        the shapes by columns of ``obs`` with free names (``"region"``, ``"spot_id"``). ``obsm["spatial"]`` (n, 2): (x, y) in
+        pixels of the full image. From an image alone neither shapes nor table.
 
     Raises
     ------
     FileNotFoundError
-        Where ``source``, ``image`` or one of the files of Space Ranger is not there.
+        Where ``source``, ``image`` or one of the files of Space Ranger does not exist.
     ValueError
-        Where ``source`` is nothing of the above, an argument does not apply to it, several sections or images may be meant, the
-        image is not RGB, or it is not the one that the spots were aligned to: of another size, mirrored or turned.
+        Where ``source`` is none of these, an argument does not apply to it, there are several sections or images to choose
+        from, the image is not RGB, or it is not the one that the spots were aligned to: of another size, mirrored or turned.
 
     Notes
     -----
-    :func:`spatialdata_io.visium` and :func:`spatialdata_io.visium_hd` read counts and places. Of what they return, the
-    thumbnails (where there is a full-resolution image), other bins and cells are left out: they are read with these functions.
+    :func:`spatialdata_io.visium` and :func:`spatialdata_io.visium_hd` read counts and positions. Thumbnails (where there is
+    a full-resolution image), other bins and cells are left out: use these functions to read them.
 
-    A TIFF stays on disk and is read in pieces of about 3 MB when they are asked for, its coarser scales too: keep it where it
-    is, or call ``sdata.write``. A JPEG or PNG is held in memory, 3 bytes a pixel, and takes 10 while it is read; so is a TIFF that is compressed in
-    one piece.
+    A TIFF stays on disk and is read lazily in pieces of about 3 MB, its coarser scales as well: keep the file where it is,
+    or call ``sdata.write``. A JPEG or PNG is held in memory, 3 bytes a pixel, and takes 10 while it is read; so does a TIFF
+    that is compressed in one piece.
 
     Examples
     --------
@@ -114,16 +114,16 @@ def write_h5ad(
     Parameters
     ----------
     sdata
-        A section with a predicted table, or such a table: also one that was left on disk
-        (``predict(store=..., inplace=False)``), which is then copied piece by piece.
+        A section with a predicted table, or such a table. One that is on disk (``predict(store=..., inplace=False)``) is
+        copied piece by piece.
     path
         File to write, ``"NAME.h5ad"``.
     key
         The table in ``sdata.tables``.
     layers
-        Layers to write beside ``X``: each is as large as ``X``.
+        Layers to write in addition to ``X``; each is as large as ``X``.
     overwrite
-        Replace a file that is there.
+        Replace an existing file.
 
     Returns
     -------
@@ -138,22 +138,23 @@ def write_h5ad(
     ``uns``
         Without ``"spatialdata_attrs"``, whose shapes are not in the file, and without what an h5ad cannot hold, which the log names.
     ``layers``
-        Those asked for.
+        Those in ``layers=``.
 
     Raises
     ------
     FileExistsError
-        Where ``path`` is there and ``overwrite`` is not set.
+        Where ``path`` exists and ``overwrite`` is not set.
     KeyError
         Where there is no such table or layer.
     ValueError
-        Where the table has no ``obsm["spatial"]``, or names of places, genes or columns are not unique.
+        Where the table has no ``obsm["spatial"]``, or names of rows, genes or columns are not unique.
 
     Notes
     -----
-    What cellxgene 1.x asks for, by its documentation ("data requirements") and the checks of its server: counts or expression in ``X``,
-    float32; unique names of ``obs``, ``var`` and their columns; an embedding in ``obsm`` whose name begins with ``X_``, a numpy array of
-    two columns or more without infinite values. ``obsm["spatial"]`` itself it does not offer (its issue 2553).
+    Requirements of cellxgene 1.x, by its documentation ("data requirements") and the checks of its server: counts or
+    expression in ``X``, float32; unique names of ``obs``, ``var`` and their columns; an embedding in ``obsm`` whose name begins
+    with ``X_``, a numpy array of two columns or more without infinite values. It does not show ``obsm["spatial"]`` (its issue
+    2553).
 
     Examples
     --------
@@ -174,7 +175,7 @@ def write_h5ad(
         raise KeyError(msg)
     path = Path(path).expanduser()
     if path.exists() and not overwrite:
-        msg = f"path={str(path)!r} is there already. Name another file, or pass overwrite=True."
+        msg = f"path={str(path)!r} exists already. Name another file, or pass overwrite=True."
         raise FileExistsError(msg)
     unknown = [name for name in layers if name not in table.layers]
     if unknown:
@@ -185,11 +186,11 @@ def write_h5ad(
     # anndata before 0.11 cannot read nullable strings
     with replacing(path) as draft, ad.settings.override(allow_write_nullable_strings=False):
         out.write_h5ad(draft)
-    logger.info("wrote %d places x %d genes to %s", *out.shape, path)
+    logger.info("wrote %d targets x %d genes to %s", *out.shape, path)
 
 
 def _for_viewers(table: AnnData, layers: Sequence[str]) -> AnnData:
-    """The table as viewers read it; values are shared with the one given."""
+    """The table as viewers read it; it shares its values with the given one."""
     import anndata as ad
 
     axes = {
@@ -204,7 +205,7 @@ def _for_viewers(table: AnnData, layers: Sequence[str]) -> AnnData:
             msg = f"names of {what} are not unique (for example {twice}), which viewers refuse. Rename or drop them."
             raise ValueError(msg)
     if "spatial" not in table.obsm:
-        msg = f'the table has no obsm["spatial"], (n, 2), to draw places at: it has {list(table.obsm)}. Write it there first.'
+        msg = f'the table has no obsm["spatial"], (n, 2), to draw its rows at: it has {list(table.obsm)}. Write it there first.'
         raise ValueError(msg)
     xy = np.asarray(table.obsm["spatial"])
     uns = {name: value for name, value in table.uns.items() if name != "spatialdata_attrs"}
@@ -231,7 +232,7 @@ def _text_categories(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _fits_h5ad(name: str, value: Any) -> bool:
-    """Try to write it, to memory; ``None`` is nothing that viewers' older versions of anndata can read."""
+    """Whether an h5ad can hold it: written to memory to find out; older anndata of viewers cannot read ``None``."""
     import anndata as ad
     import h5py
 
@@ -240,7 +241,7 @@ def _fits_h5ad(name: str, value: Any) -> bool:
         try:
             with ad.settings.override(allow_write_nullable_strings=False):
                 ad.io.write_elem(file, name, value)
-        except Exception as err:  # noqa: BLE001  whatever it is, the file shall not hold it
+        except Exception as err:  # noqa: BLE001  whatever it is, the file cannot hold it
             logger.debug("uns[%r]: %s", name, err)
             return False
         file.visititems(lambda _, item: kinds.append(item.attrs.get("encoding-type")))

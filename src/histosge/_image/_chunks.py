@@ -15,11 +15,6 @@ from histosge._settings import logger
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-_LARGEST_CHUNK = 2**28
-"""Bytes. Larger chunks are read in pieces: several whole ones would not fit into memory."""
-_MOST_KEPT = 2**29
-"""Bytes of chunks that are kept for later boxes; beyond that, chunks are read again."""
-
 
 class ChunkReader:
     """Reads boxes of an image in a given order, and each chunk on disk once.
@@ -33,12 +28,19 @@ class ChunkReader:
         The image.
     boxes
         All boxes, in the order in which they will be read.
+    largest_chunk
+        Bytes. Larger chunks are read in pieces: several whole ones would not fit into memory.
+    most_kept
+        Bytes of chunks that are kept for later boxes; beyond that, chunks are read again.
     """
 
-    def __init__(self, image: LazyImage, boxes: Sequence[Box]) -> None:
+    def __init__(
+        self, image: LazyImage, boxes: Sequence[Box], *, largest_chunk: int = 2**28, most_kept: int = 2**29
+    ) -> None:
         self._image = replace(image, data=underlying_zarr(image.data))
         self._boxes = boxes
-        self._edges = _chunk_edges(self._image.data)
+        self._most_kept = most_kept
+        self._edges = _chunk_edges(self._image.data, largest_chunk)
         self._users: dict[tuple[int, int], list[int]] = {}
         self._kept: dict[tuple[int, int], tuple[UInt8, int, int]] = {}  # pixels, and where they begin: x, y
         self._kept_bytes = 0
@@ -80,7 +82,7 @@ class ChunkReader:
         right = min(x_edges[col + 1], max(box[2] for box in later))
         bottom = min(y_edges[row + 1], max(box[3] for box in later))
         size = 3 * (bottom - top) * (right - left)
-        if self._kept_bytes + size <= _MOST_KEPT:
+        if self._kept_bytes + size <= self._most_kept:
             self._kept[chunk] = part[:, top - y0 : bottom - y0, left - x0 : right - x0].copy(), left, top
             self._kept_bytes += size
 
@@ -132,7 +134,7 @@ def _rectangles(chunks: Sequence[tuple[int, int]]) -> list[tuple[slice, slice]]:
     return found
 
 
-def _chunk_edges(data: Any) -> tuple[list[int], list[int]] | None:
+def _chunk_edges(data: Any, largest_chunk: int) -> tuple[list[int], list[int]] | None:
     """Where chunks begin and end along y and x; ``None`` where reading whole chunks does not pay."""
     chunks = getattr(data, "chunks", None)
     if chunks is None or data.ndim != 3:
@@ -143,7 +145,7 @@ def _chunk_edges(data: Any) -> tuple[list[int], list[int]] | None:
         step = getattr(data, "shards", None) or chunks
         sizes = [[min(k, n - at) for at in range(0, n, k)] for n, k in zip(data.shape, step, strict=True)]
     largest = max(sizes[1], default=0) * max(sizes[2], default=0) * data.shape[0] * data.dtype.itemsize
-    if largest > _LARGEST_CHUNK or 0 in data.shape:
+    if largest > largest_chunk or 0 in data.shape:
         return None
     y_edges, x_edges = (np.cumsum([0, *each]).tolist() for each in sizes[1:])
     return y_edges, x_edges

@@ -50,19 +50,19 @@ def is_image(path: Path) -> bool:
 
 
 def names_other_image(path: Path) -> bool:
-    """Whether a name is one of an image in a format that is not read; :func:`open_pixels` says what to do about it."""
+    """Whether a name is of an image format that is not read; :func:`open_pixels` then raises, and says what to do."""
     return path.suffix.lower() in _OTHERS
 
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Say which file it is that a library cannot read, whatever the library raises."""
+    """Name the file in errors of libraries that cannot read it."""
     try:
         yield
     except (ImageError, MemoryError):
         raise
     except Exception as err:
-        if isinstance(err, OSError) and err.errno is not None:  # of the system, which names the file
+        if isinstance(err, OSError) and err.errno is not None:  # errors of the system name the file
             raise
         raise _unreadable(path, str(err)) from err
 
@@ -79,7 +79,7 @@ def image_size(path: Path, *, oriented: bool = True) -> tuple[int, int]:
 
 
 def orientation(path: Path) -> int:
-    """How an image is stored, 1 (as it is shown) to 8, by the tag of EXIF or TIFF."""
+    """Orientation of the stored image, 1 (as it is shown) to 8, by the tag of EXIF or TIFF."""
     with _named(path):
         if _kind(path) == "TIFF":
             return tiff_orientation(path)
@@ -88,9 +88,9 @@ def orientation(path: Path) -> int:
 
 
 def open_pixels(path: Path, *, oriented: bool = True) -> da.Array:
-    """Open an image as RGB of 8 bits, (3, y, x): a TIFF is read in pieces when they are asked for, others at once.
+    """Open an image as RGB of 8 bits, (3, y, x): a TIFF lazily in pieces, other formats at once.
 
-    ``oriented`` shows it the way that its tag of orientation says, as viewers do, and not as it is stored.
+    ``oriented`` follows its tag of orientation, as viewers do; else pixels are as they are stored.
     """
     with _named(path):
         opened = open_tiff if _kind(path) == "TIFF" else _open_picture
@@ -102,7 +102,7 @@ def open_pixels(path: Path, *, oriented: bool = True) -> da.Array:
 
 
 def _kind(path: Path) -> str:
-    """``"TIFF"``, ``"JPEG"`` or ``"PNG"``, by what the file holds and not by its name."""
+    """``"TIFF"``, ``"JPEG"`` or ``"PNG"``, by the content of the file and not by its name."""
     found = _OTHERS.get(path.suffix.lower(), "")
     if not found:
         with path.open("rb") as file:
@@ -119,7 +119,7 @@ def _kind(path: Path) -> str:
 
 
 def parse_image(path: Path, name: str, *, oriented: bool = True) -> DataArray | DataTree:
-    """Read an image in pieces, with a pyramid of means that is computed when it is asked for."""
+    """Read an image in pieces, with a lazy pyramid of means."""
     import dask.array as da
     from spatialdata.models import Image2DModel
     from spatialdata.transformations import Identity
@@ -136,7 +136,7 @@ def parse_image(path: Path, name: str, *, oriented: bool = True) -> DataArray | 
         chunks=pixels.chunksize,
         transformations={name: Identity()},
     )
-    # levels of spatialdata's are resized chunk by chunk, and shifted where chunks have odd sizes
+    # spatialdata resizes its levels chunk by chunk, which shifts them where chunks have odd sizes
     size, dtype = pixels.chunksize, pixels.dtype
     for i in range(1, n_halved + 1):
         size = (-1, *(max(edge // 2, _SMALLEST_CHUNK_PX) for edge in size[1:]))
@@ -170,14 +170,14 @@ def _open_picture(path: Path, *, oriented: bool) -> da.Array:
         n, (width, height) = len(picture.mode), picture.size
         deep = _deep_png(path)
         samples = Samples(alpha=3 if n == 4 else None)
-        if deep is not None:  # of which pillow gives the upper 8 bits
+        if deep is not None:  # pillow gives only the upper 8 bits
             values = spread(np.moveaxis(deep, -1, 0), range(3))
             white = white_value(repr(str(path)), deep.dtype, values)
             logger.info("%s: taken as %d bit: its largest values are %d", path, bits(white), largest(values))
             samples = Samples(white=white, alpha=samples.alpha, opaque=65535.0)
         whole = np.empty((3, height, width), np.uint8)
         seen = n == 3
-        for y in range(0, height, _CHUNK_PX):  # strip by strip: a second copy of it all would not fit
+        for y in range(0, height, _CHUNK_PX):  # strip by strip: a second copy of the whole image would not fit
             bottom = min(y + _CHUNK_PX, height)
             strip = np.asarray(picture.crop((0, y, width, bottom))) if deep is None else deep[y:bottom]
             seen |= bool(strip[..., -1].any())
@@ -188,7 +188,7 @@ def _open_picture(path: Path, *, oriented: bool) -> da.Array:
 
 
 def _deep_png(path: Path) -> NDArray[np.uint16] | None:
-    """Colours of 16 bits, (y, x, c), where a PNG has such."""
+    """Pixels (y, x, c) of a PNG of 16 bits; ``None`` for others."""
     import imagecodecs
 
     with path.open("rb") as file:
@@ -203,9 +203,7 @@ def _exif_orientation(picture: Any, path: Path) -> int:
     from PIL import Image
 
     late = False
-    if (
-        picture.format == "PNG" and "exif" not in picture.info
-    ):  # it may come behind the pixels, which pillow decodes for it
+    if picture.format == "PNG" and "exif" not in picture.info:  # it may follow the pixels, which pillow then decodes
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             late = content.find(b"eXIf") >= 0
     found = (picture.getexif() if late else Image.Image.getexif(picture)).get(274, 1)
@@ -214,7 +212,7 @@ def _exif_orientation(picture: Any, path: Path) -> int:
 
 @contextlib.contextmanager
 def _picture(path: Path) -> Iterator[Any]:
-    """Open with pillow, of whatever size: slides are what its limit guards against."""
+    """Open with pillow without its limit of size, which slides exceed."""
     from PIL import Image
 
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -226,5 +224,5 @@ def _picture(path: Path) -> Iterator[Any]:
 
 
 def _unreadable(path: Path, why: str) -> ImageError:
-    msg = f"{str(path)!r} cannot be read as an image ({why}). Is the file whole? Copy it again, or export it as an RGB TIFF."
+    msg = f"{str(path)!r} cannot be read as an image ({why}). Is the file complete? Copy it again, or export it as an RGB TIFF."
     return ImageError(msg)

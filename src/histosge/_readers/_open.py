@@ -143,7 +143,7 @@ def _with_image(found: Found, source: Path, given: str | Path | None) -> Spatial
 
 
 def _choose_image(found: Found, source: Path, given: str | Path | None) -> Path | None:
-    """The image named, or the only one beside that has the spots in it."""
+    """The image that the user names, or the only one in the folders of the section that fits."""
     high = centroids(found.shapes).max(axis=0)
 
     def fits(path: Path) -> bool:
@@ -162,7 +162,7 @@ def _choose_image(found: Found, source: Path, given: str | Path | None) -> Path 
         if names_other_image(path):
             open_pixels(path)
         if not path.is_file():
-            msg = f"image={str(given)!r} is no file: check the path."
+            msg = f"image={str(given)!r} is not a file: check the path."
             raise FileNotFoundError(msg)
         if not fits(path):
             msg = (
@@ -177,29 +177,29 @@ def _choose_image(found: Found, source: Path, given: str | Path | None) -> Path 
     for path in there:
         try:
             (fitting if fits(path) else others).append(path)
-        except ValueError as err:  # half of a download, say
-            logger.warning("left alone: %s", err)
+        except ValueError as err:  # such as an incomplete download
+            logger.warning("not used: %s", err)
     if len(fitting) > 1:
-        msg = f"several images lie beside {str(source)!r}; pass image= one of {[str(path) for path in fitting]}."
+        msg = f"there are several images for {str(source)!r}; pass image= one of {[str(path) for path in fitting]}."
         raise ValueError(msg)
-    for path in others:  # our own pictures, say: worth a word only where the image is not there
+    for path in others:  # such as plots: reported only where the image is missing
         logger.log(
             logging.DEBUG if fitting else logging.WARNING,
-            "%s has %s px, but %s: left alone", path.name, " x ".join(map(str, image_size(path))), wanted,
+            "%s has %s px, but %s: not used", path.name, " x ".join(map(str, image_size(path))), wanted,
         )  # fmt: skip
     if fitting:
         logger.info("image: %s", fitting[0])
         return fitting[0]
     logger.warning(
-        "no full-resolution image lies beside %s: the section has %s. Pass image= the microscope image that the spots were aligned "
-        "to, to predict with a pathology encoder.",
+        "there is no full-resolution image for %s: the section has %s. To predict with a pathology encoder, pass image=, the "
+        "microscope image that the spots were aligned to.",
         source, "no image" if found.hires is None else "Space Ranger's hires image only",
     )  # fmt: skip
     return None
 
 
 def _resized(found: Found, path: Path) -> str:
-    """What was done to an image of another size, where that is plain."""
+    """Text for messages: what was done to an image of another size, where that is clear."""
     if found.size_px is None:
         return ""
     size = np.array(image_size(path))
@@ -214,7 +214,7 @@ def _resized(found: Found, path: Path) -> str:
 def _aligned_image(found: Found, path: Path) -> Any:
     """Read the image, and compare it with the small copy of the one that the spots were aligned to.
 
-    Programs differ in whether they follow a tag of orientation: of an image that has one, the copy decides.
+    Programs differ in whether they follow a tag of orientation. For an image that has one, the copy decides.
     """
     element = parse_image(path, found.name)
     if found.small is None:
@@ -224,7 +224,7 @@ def _aligned_image(found: Found, path: Path) -> Any:
         shown, element_stored = compare(image, found.small), parse_image(path, found.name, oriented=False)
         stored = compare(lazy_image(element_stored, path.name), found.small)
         if stored is not None and stored.fits and not (shown is not None and shown.fits):
-            logger.info("%s is read as it is stored: so it agrees with the thumbnail", path)
+            logger.info("%s is read as it is stored, since this agrees with the thumbnail", path)
             return element_stored
     check_image(image, found.small, str(path))
     return element

@@ -1,4 +1,4 @@
-"""Orientation of a stored image, 1 to 8 as in EXIF and TIFF: which way it is shown."""
+"""Orientation of a stored image, 1 to 8 as in EXIF and TIFF."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Turn:
-    """How pixels as stored become the image as shown: rows and columns are swapped, then either is reversed."""
+    """How stored pixels become the image as shown: rows and columns are swapped, then either is reversed."""
 
     orientation: int
 
@@ -35,14 +35,14 @@ class Turn:
 
     @property
     def flips(self) -> tuple[bool, bool]:
-        """Whether rows and columns of what is shown are reversed."""
+        """Whether rows and columns of the shown image are reversed."""
         return self.orientation in (3, 4, 7, 8), self.orientation in (2, 3, 6, 7)
 
     def swapped(self, pair: tuple[int, int]) -> tuple[int, int]:
         return (pair[1], pair[0]) if self.swaps else pair
 
     def source(self, key: tuple[slice, slice], shown: tuple[int, int]) -> tuple[slice, slice]:
-        """Rows and columns as stored of a part (y, x) of what is shown."""
+        """Stored rows and columns of a part (y, x) of the shown image."""
         there = []
         for part, n, flip in zip(key, shown, self.flips, strict=True):
             start, stop, _ = part.indices(n)
@@ -50,7 +50,7 @@ class Turn:
         return (there[1], there[0]) if self.swaps else (there[0], there[1])
 
     def apply(self, pixels: NDArray[Any]) -> NDArray[Any]:
-        """Show (c, y, x)."""
+        """Turn stored pixels (c, y, x)."""
         if self.swaps:
             pixels = pixels.transpose(0, 2, 1)
         y, x = (-1 if flip else 1 for flip in self.flips)

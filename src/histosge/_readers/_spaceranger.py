@@ -60,7 +60,7 @@ def _is_hd(outs: Path) -> bool:
 
 
 def _bins_of(source: Path) -> int | None:
-    """Edge in µm of the bins whose folder ``source`` is."""
+    """Edge in µm of the bins in a folder ``square_NNNum``; ``None`` for others."""
     match = _BINS.fullmatch(source.name)
     return int(match[1]) if match else None
 
@@ -85,7 +85,7 @@ def read_visium(source: Path, *, dataset_id: str | None = None) -> Found:
     with _canonical(outs, counts, positions, factors) as (folder, counts_file), quiet():
         sdata = spatialdata_io.visium(folder, dataset_id=name, counts_file=counts_file)
         hires = sdata.images.get(f"{name}_hires_image")
-        if hires is not None and folder != outs:  # the copy goes away
+        if hires is not None and folder != outs:  # the copy is temporary
             hires.data = da.from_array(hires.data.compute())
     if raw:
         sdata = _on_tissue(sdata, "table", name, counts)
@@ -121,7 +121,7 @@ def read_visium_hd(source: Path, *, dataset_id: str | None = None, bin_size: int
             filtered_counts_file=not raw,
             load_segmentations_only=False,
             gex_only=True,
-            fullres_image_file=outs / "none",  # ours is read in pieces, theirs in one
+            fullres_image_file=outs / "none",  # read here in pieces, and not at once
         )
     if raw and counts is not None:
         sdata = _on_tissue(sdata, bins, f"{name}_{bins}", counts)
@@ -129,11 +129,11 @@ def read_visium_hd(source: Path, *, dataset_id: str | None = None, bin_size: int
     return _found(sdata, name, outs, inner / "spatial" / _FACTORS, hires=hires, bins=bins)
 
 
-# -- where files lie
+# ------------------------------------------------------------------------------------------------------------- files
 
 
 def _counts(folder: Path) -> tuple[Path | None, bool]:
-    """Counts, and whether they are of all barcodes and not only of those on the tissue."""
+    """Counts, and whether they are of all barcodes (raw) or only of those on the tissue."""
     for tail, raw in ((_COUNTS, False), (_RAW, True)):
         found = named(folder, f"{tail}.h5") or named(folder, tail)
         if found is not None:
@@ -142,7 +142,7 @@ def _counts(folder: Path) -> tuple[Path | None, bool]:
 
 
 def _find(outs: Path, tail: str) -> Path | None:
-    """A file of ``spatial``, there or beside the counts as in downloads from GEO, packed or not."""
+    """A file of ``spatial``, in that folder or with the counts as in downloads from GEO, compressed or not."""
     tries = ((folder, name) for folder in (outs / "spatial", outs) for name in (tail, f"{tail}.gz"))
     return next((path for folder, name in tries if (path := named(folder, name)) is not None), None)
 
@@ -152,7 +152,7 @@ def _positions(outs: Path) -> Path | None:
 
 
 def _name_of(outs: Path, file: Path, tail: str) -> str:
-    """Name a section after its files, or its folder."""
+    """Name a section by the prefix of its files, or by its folder."""
     prefix = file.name.partition(tail)[0].removesuffix("_")
     folder = outs.resolve()
     return valid_name(prefix or (folder.parent if folder.name == "outs" else folder).name)
@@ -160,7 +160,7 @@ def _name_of(outs: Path, file: Path, tail: str) -> str:
 
 @contextlib.contextmanager
 def _canonical(outs: Path, counts: Path, positions: Path, factors: Path) -> Iterator[tuple[Path, str]]:
-    """The folder as Space Ranger writes it, and its counts file; a copy with links where people have changed it."""
+    """The folder as Space Ranger writes it, and its counts file; for other layouts, a temporary copy with links."""
     header = _has_header(positions)
     matrix = ("matrix.mtx.gz", "features.tsv.gz", "barcodes.tsv.gz")
     odd_counts = counts.is_dir() and not all((counts / name).is_file() for name in matrix)
@@ -208,7 +208,7 @@ def _text(path: Path, *, n_bytes: int | None = None) -> str:
 
 
 def _pack_matrix(folder: Path, to: Path) -> None:
-    """Write a matrix folder as Space Ranger does: three packed files, and the type of each feature."""
+    """Write a matrix folder as Space Ranger does: three compressed files, and the type of each feature."""
     to.mkdir()
     for tails in (("matrix.mtx",), ("barcodes.tsv",), ("features.tsv", "genes.tsv")):
         source = next((p for tail in tails for n in (tail, f"{tail}.gz") if (p := named(folder, n)) is not None), None)
@@ -226,18 +226,18 @@ def _pack_matrix(folder: Path, to: Path) -> None:
                 shutil.copyfileobj(plain, packed)
 
 
-# -- what was read
+# ----------------------------------------------------------------------------------------------------------- results
 
 
 def _on_tissue(sdata: SpatialData, table_key: str, shapes_key: str, counts: Path) -> SpatialData:
-    """Leave out barcodes that the positions place off the tissue."""
+    """Leave out barcodes that are off the tissue by ``tissue_positions``."""
     from spatialdata import SpatialData
     from spatialdata.models import get_table_keys
 
     table: AnnData = sdata.tables[table_key]
     keep = (table.obs["in_tissue"] == 1).to_numpy()
     logger.warning(
-        "there is no %s, only %s: kept the %d of %d barcodes that tissue_positions places on the tissue",
+        "there is no %s, only %s: kept the %d of %d barcodes that are on the tissue by tissue_positions",
         _COUNTS, counts.name, keep.sum(), len(keep),
     )  # fmt: skip
     table = table[keep].copy()
@@ -252,9 +252,7 @@ def _found(sdata: SpatialData, name: str, outs: Path, factors: Path, *, hires: A
     lost = int((~np.isfinite(centroids(sdata.shapes[shapes_key])).all(axis=1)).sum())
     if lost:
         n = len(sdata.shapes[shapes_key])
-        msg = (
-            f"{lost} of {n} barcodes of {str(outs)!r} have no place in its tissue_positions: are the files of one run?"
-        )
+        msg = f"{lost} of {n} barcodes of {str(outs)!r} have no position in its tissue_positions: are the files of one run?"
         raise ValueError(msg)
     small = _thumbnail(factors)
     return Found(

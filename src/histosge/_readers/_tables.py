@@ -1,4 +1,4 @@
-"""Tables with places of their spots → shapes and table: ``.h5ad`` files, and counts of ST arrays."""
+"""Tables with positions of their spots → shapes and table: ``.h5ad`` files, and counts of ST arrays."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _SPOT_PER_PITCH = 0.55
-"""Of Visium; all that matters of it is that spots do not touch."""
+"""Of Visium; it only matters that spots do not touch."""
 _MOST_NOWHERE = 0.05
-"""Share of the spots that may have no place, and are left out."""
+"""Largest share of the spots that may have no position, and are left out."""
 _SECTION_COLUMNS = ("library_id", "library", "sample_id", "sample", "section", "slide", "batch", "dataset")
-"""Columns of ``obs`` by which people tell sections apart."""
+"""Columns of ``obs`` that often name the section of a spot."""
 
 
 def is_h5ad(path: Path) -> bool:
@@ -53,7 +53,7 @@ def read_h5ad(path: Path, *, dataset_id: str | None = None) -> Found:
         )
         raise ValueError(msg)
     if nowhere.any():
-        logger.warning("leaving out %d of %d spots of %s without a place", nowhere.sum(), len(nowhere), path.name)
+        logger.warning("leaving out %d of %d spots of %s without a position", nowhere.sum(), len(nowhere), path.name)
         table, xy_px = table[~nowhere].copy(), xy_px[~nowhere]
     rows = _rows_of_section(table, path, dataset_id)
     if len(rows) < table.n_obs:
@@ -62,7 +62,7 @@ def read_h5ad(path: Path, *, dataset_id: str | None = None) -> Found:
 
 
 def read_st(path: Path, *, dataset_id: str | None = None) -> Found:
-    """Counts and places as the ST pipeline and spot detector write them: rows are called ``XxY``."""
+    """Counts and positions as the ST pipeline and spot detector write them, with rows named ``XxY``."""
     import anndata as ad
     from scipy import sparse
 
@@ -70,12 +70,12 @@ def read_st(path: Path, *, dataset_id: str | None = None) -> Found:
     tables = {file.name: pd.read_csv(file, sep="\t", dtype=str) for file in files if _is_selection(file)}
     if len(tables) != 1:
         msg = (
-            f"{str(path)!r} needs one file of spots beside it, a .tsv with columns x, y, pixel_x and pixel_y; there are "
+            f"{str(path)!r} needs one file of spots in its folder, a .tsv with columns x, y, pixel_x and pixel_y; there are "
             f"{list(tables) or [file.name for file in files]}."
         )
         raise ValueError(msg)
     (name, spots), counts = tables.popitem(), pd.read_csv(path, sep="\t", index_col=0)
-    for x, y in (("x", "y"), ("new_x", "new_y")):  # rows are called by either
+    for x, y in (("x", "y"), ("new_x", "new_y")):  # rows are named by either
         known = spots.set_index(spots[x] + "x" + spots[y]) if x in spots else spots.iloc[:0]
         rows = counts.index.isin(known.index)
         if rows.any():
@@ -85,7 +85,7 @@ def read_st(path: Path, *, dataset_id: str | None = None) -> Found:
         raise ValueError(msg)
     if not rows.all():
         logger.warning(
-            "leaving out %d of %d rows of %s that have no place in %s", (~rows).sum(), len(rows), path.name, name
+            "leaving out %d of %d rows of %s that have no position in %s", (~rows).sum(), len(rows), path.name, name
         )
     counts, known = counts[rows], known.loc[counts.index[rows]]
     if "selected" in known:  # on the tissue
@@ -113,7 +113,7 @@ def _of_table(
     *,
     attrs: dict[str, Any] | None = None,
 ) -> Found:
-    """Shapes for a table: circles that do not touch, or the squares that its barcodes name."""
+    """Shapes for a table: circles that do not touch, or squares for barcodes of Visium HD."""
     import geopandas as gpd
     import shapely
     from spatialdata.models import ShapesModel, TableModel
@@ -121,7 +121,7 @@ def _of_table(
     name = dataset_id or valid_name(path.name.partition(".")[0])
     pitch_px = float(np.median(nearest_spots(xy_px, xy_px, k=1, exclude=np.arange(len(xy_px)))[1]))
     if pitch_px <= 0:
-        msg = f"most spots of {str(path)!r} lie at one place: are their x and y pixels of the image?"
+        msg = f"most spots of {str(path)!r} have the same position: are their x and y pixels of the image?"
         raise ValueError(msg)
     rows = np.arange(table.n_obs)
     factors = scale_factors(table, spots_key=name, rows=rows)
@@ -139,7 +139,7 @@ def _of_table(
         shapes = gpd.GeoDataFrame(geometry=shapely.points(xy_px), index=range(len(xy_px)))
         shapes = gpd.GeoDataFrame(geometry=shapes.buffer(pitch_px / 2, cap_style="square"))
     table.uns.pop("spatialdata_attrs", None)
-    # columns of the user's may be called so, too
+    # the user's columns may have these names
     instance_key = free_name("spot_id", table.obs.columns)
     region_key = free_name("region", table.obs.columns)
     table.obs[instance_key], table.obs[region_key] = np.arange(len(xy_px)), key
@@ -171,11 +171,11 @@ def _thumbnail(library: Any) -> tuple[NDArray[Any] | None, tuple[float, float] |
     return None, None
 
 
-# -- several sections in one table
+# --------------------------------------------------------------------------------------- several sections in one table
 
 
 def _rows_of_section(table: AnnData, path: Path, dataset_id: str | None) -> NDArray[np.int64]:
-    """Rows of the section to read: all, or those of the one that ``dataset_id`` names where there are several."""
+    """Rows of the section to read: all, or where there are several sections, those of ``dataset_id``."""
     everything = np.arange(table.n_obs)
     libraries = table.uns.get("spatial", {})
     names = [str(k) for k, v in libraries.items() if hasattr(v, "get")] if hasattr(libraries, "items") else []
@@ -183,15 +183,15 @@ def _rows_of_section(table: AnnData, path: Path, dataset_id: str | None) -> NDAr
     if column is None:
         if len(names) > 1:
             msg = (
-                f'uns["spatial"] of {str(path)!r} holds {len(names)} sections, {names}, and no column of obs says which spot '
-                'is of which. Write it to obs["library_id"], or remove the others from uns["spatial"].'
+                f'uns["spatial"] of {str(path)!r} holds {len(names)} sections, {names}, and no column of obs states the '
+                'section of each spot. Write it to obs["library_id"], or remove the others from uns["spatial"].'
             )
             raise ValueError(msg)
         check_single_section(
             table,
             everything,
             path.name,
-            remedy="write to obs['library_id'] which spot is of which, then pass dataset_id=.",
+            remedy="write the section of each spot to obs['library_id'], then pass dataset_id=.",
         )
         return everything
     of_spot = table.obs[column].astype(str).to_numpy()
@@ -201,8 +201,8 @@ def _rows_of_section(table: AnnData, path: Path, dataset_id: str | None) -> NDAr
         options = [valid_name(s) for s in sections]
         got = "" if dataset_id is None else f"dataset_id={dataset_id!r} is none of them: "
         msg = (
-            f"{str(path)!r} holds the spots of {len(sections)} sections, {sections} (obs[{column!r}]), each with an image of its "
-            f"own. {got}Read one of them: pass dataset_id= one of {options}, with image= of that section."
+            f"{str(path)!r} holds the spots of {len(sections)} sections, {sections} (obs[{column!r}]), each with its own "
+            f"image. {got}Read one of them: pass dataset_id= one of {options}, with image= of that section."
         )
         raise ValueError(msg)
     chosen = sections[0] if chosen is None else chosen
@@ -215,7 +215,7 @@ def _rows_of_section(table: AnnData, path: Path, dataset_id: str | None) -> NDAr
 
 
 def _section_column(table: AnnData, names: list[str]) -> str | None:
-    """Column of ``obs`` that tells sections apart; ``None`` where there is one section, or no such column."""
+    """Column of ``obs`` with the section of each spot; ``None`` where there is one section, or no such column."""
     columns = [c for c in (*_SECTION_COLUMNS, *table.obs.columns) if c in table.obs]
     if len(names) > 1:
         for column in columns:

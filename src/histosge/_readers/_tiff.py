@@ -1,4 +1,4 @@
-"""TIFFs as lazy RGB arrays: what a file says of its channels, colours, depth and orientation is taken at its word."""
+"""TIFFs as lazy RGB arrays: channels, colours, depth and orientation are as the file states them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _CHUNK_PX = 1024
 _LARGEST_PIECE = 2**28
-"""Bytes. TIFFs compressed in larger pieces are read as a whole, once."""
+"""Bytes. TIFFs compressed in larger pieces are read once, whole."""
 
 
 def tiff_size(path: Path) -> tuple[int, int]:
@@ -69,7 +69,7 @@ def open_tiff(path: Path, *, oriented: bool) -> da.Array:
         mapped = bool(page.is_memmappable and series.dataoffset is not None)
         stored: Any = zarr.open_array(series.aszarr(level=0), mode="r").chunks
         high, wide = (stored[axis] for axis in order[1:])  # tiles, or strips
-        names, said_bits = channel_names(file, number), stated_bits(file, number)
+        names, depths = channel_names(file, number), stated_bits(file, number)
         turn = Turn(orientation_of(page) if oriented else 1)
         raw = _Tiff(
             path=path.resolve(),
@@ -86,10 +86,10 @@ def open_tiff(path: Path, *, oriented: bool) -> da.Array:
     if mapped or raw.whole is not None:
         high, wide = _CHUNK_PX, _CHUNK_PX
     else:
-        _ = raw[:, :1, :1]  # a compression that cannot be decoded is found now, and not in the midst of the work
+        _ = raw[:, :1, :1]  # a compression that cannot be decoded is found now, not during the work
     wide *= max(1, _CHUNK_PX // wide)
     high *= max(1, _CHUNK_PX**2 // (high * wide))
-    samples = replace(samples, white=_white(raw, samples, (high, wide), said_bits, path))
+    samples = replace(samples, white=_white(raw, samples, (high, wide), depths, path))
     if unnamed and seems_fluorescent(samples.rgb8(sample(raw.lazy((high, wide)), samples.white)[..., None])[..., 0]):
         what = (
             f"has three channels without a colour (photometric {photometric(page)}) that are dark, as of fluorescence"
@@ -106,7 +106,7 @@ def open_tiff(path: Path, *, oriented: bool) -> da.Array:
 
 def _in_memory(whole: np.ndarray[Any, Any], samples: Samples) -> np.ndarray[Any, Any]:
     out = np.empty((3, *whole.shape[1:]), np.uint8)
-    for y in range(0, out.shape[1], _CHUNK_PX):  # strip by strip: copies of it all would not fit
+    for y in range(0, out.shape[1], _CHUNK_PX):  # strip by strip: copies of the whole image would not fit
         out[:, y : y + _CHUNK_PX] = samples.rgb8(whole[:, y : y + _CHUNK_PX])
     return out
 
@@ -121,7 +121,7 @@ def _chunked(pixels: np.ndarray[Any, Any]) -> da.Array:
 class _Tiff:
     """An image of a TIFF as an array (c, y, x), opened for each piece: it can be pickled and leaves no file open.
 
-    Without ``samples`` it has the channels of the file, as they are.
+    Without ``samples`` it has the channels of the file as they are stored.
     """
 
     path: Path
@@ -133,13 +133,13 @@ class _Tiff:
     kind: np.dtype[Any]
     """Type of the values in the file"""
     mapped: bool
-    """Whether pixels lie in the file as they do in memory"""
+    """Whether the file can be mapped into memory"""
     jpeg_of_ycbcr: bool
-    """Whether JPEGs hold YCbCr though the file calls it RGB"""
+    """Whether JPEGs hold YCbCr although the file states RGB"""
     samples: Samples | None = None
     turn: Turn = Turn(1)
     whole: Any = None
-    """All pixels, where pieces are too large to be decoded again and again"""
+    """All pixels, where pieces are too large to be decoded more than once"""
     ndim = 3
 
     @property
@@ -179,21 +179,20 @@ class _Tiff:
             series = file.series[self.series]
             if self.jpeg_of_ycbcr:
                 series.keyframe.photometric = tifffile.PHOTOMETRIC.YCBCR
-            fill = (
-                0 if self.samples is None or self.samples.luma else self.samples.white
-            )  # tiles left out are background
+            # missing tiles are background
+            fill = 0 if self.samples is None or self.samples.luma else self.samples.white
             array: Any = zarr.open_array(series.aszarr(level=0, fillvalue=fill), mode="r")
             return np.asarray(array[there]).transpose(self.order)
 
 
-def _white(raw: _Tiff, samples: Samples, chunk_px: tuple[int, int], said: dict[str, int], path: Path) -> float:
-    """The value of white: by the file, where it says less than the type of its values holds, else by the largest value."""
-    kind, packed = raw.kind, said.get("BitsPerSample", 8)
+def _white(raw: _Tiff, samples: Samples, chunk_px: tuple[int, int], depths: dict[str, int], path: Path) -> float:
+    """The value of white: from the file, where it states fewer bits than its type has, else from the largest value."""
+    kind, packed = raw.kind, depths.get("BitsPerSample", 8)
     if kind == np.uint8:
         return float(2 ** min(packed, 8) - 1)
     lazy = raw.lazy(chunk_px)
     if kind.kind == "u":
-        word, fewest = min(said.items(), key=lambda one: one[1], default=("", 16))
+        word, fewest = min(depths.items(), key=lambda one: one[1], default=("", 16))
         if 8 <= fewest < 16 and largest(sample(lazy, 2**fewest)[list(samples.colours)]) < 2**fewest:
             logger.info("%s: taken as %d bit, by %s of the file", path, fewest, word)
             return float(2**fewest - 1)

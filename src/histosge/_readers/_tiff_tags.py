@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tifffile import TiffFile, TiffPage, TiffPageSeries
 
 _SAME_SIZE = 0.5
-"""Of the area: a level of a pyramid has a quarter, a label or a macro image less."""
+"""Share of the largest area: a level of a pyramid has a quarter, a label or a macro image less."""
 
 
 def side(series: TiffPageSeries, axis: str) -> int:
@@ -30,7 +30,7 @@ def photometric(page: TiffPage) -> str:
 
 
 def _channel_axis(series: TiffPageSeries) -> str:
-    """The axis of channels of an image that has nothing else beside height and width."""
+    """The axis of channels of an image that has no other axes than height and width; else empty."""
     axis = next((axis for axis in "SC" if axis in series.axes), "")
     fits = axis and sorted(series.axes) == sorted(f"{axis}YX") and side(series, axis) in (3, 4)
     return axis if fits else ""
@@ -40,7 +40,7 @@ def slide_number(file: TiffFile, path: Path) -> int:
     """Number of the slide among labels, overviews and masks: the largest image with colours."""
     if file.is_bif or file.is_scn:
         msg = (
-            f"{str(path)!r} is a slide of {'Ventana' if file.is_bif else 'Leica'}, of which tiles overlap or lie apart, and is not "
+            f"{str(path)!r} is a slide of {'Ventana' if file.is_bif else 'Leica'}, in which tiles overlap or have gaps, and is not "
             "read. Convert it to OME-TIFF, as QuPath or Bio-Formats (`bfconvert IN OUT.ome.tif`) does."
         )
         raise ImageError(msg)
@@ -52,11 +52,11 @@ def slide_number(file: TiffFile, path: Path) -> int:
     area = {i: side(file.series[i], "X") * side(file.series[i], "Y") for i in coloured}
     largest = max(coloured, key=lambda i: area[i])  # of several, the first
     sizes = {i: f"{side(file.series[i], 'X')} x {side(file.series[i], 'Y')}" for i in coloured}
-    rivals = [i for i in coloured if area[i] > _SAME_SIZE * area[largest]]
-    if len(rivals) > 1:
+    candidates = [i for i in coloured if area[i] > _SAME_SIZE * area[largest]]
+    if len(candidates) > 1:
         msg = (
-            f"{str(path)!r} holds {len(rivals)} images of about one size ({', '.join(sizes[i] for i in rivals)} px): which is "
-            "the slide is not known. Pass the one that the spots lie on, exported to a file of its own."
+            f"{str(path)!r} holds {len(candidates)} images of about one size ({', '.join(sizes[i] for i in candidates)} px): it is not clear which "
+            "is the slide. Export the one that the spots were aligned to, and pass that file."
         )
         raise ImageError(msg)
     if largest:
@@ -80,10 +80,10 @@ def check_complete(series: TiffPageSeries, path: Path) -> None:
         if part is not None
         for o, n in zip(part.dataoffsets, part.databytecounts, strict=True)
     ]
-    if max(ends, default=0) > path.stat().st_size:  # else pieces would turn out to be missing at any time later
+    if max(ends, default=0) > path.stat().st_size:  # otherwise pieces turn out to be missing during the work
         msg = (
             f"{str(path)!r} cannot be read as an image (it has {path.stat().st_size} bytes, and pixels up to byte {max(ends)}). "
-            "Is the file whole? Copy it again, or export it as an RGB TIFF."
+            "Is the file complete? Copy it again, or export it as an RGB TIFF."
         )
         raise ImageError(msg)
 
@@ -106,7 +106,7 @@ def check_colours(series: TiffPageSeries, n_channels: int, path: Path) -> None:
 
 
 def samples_of(page: TiffPage, names: list[str], n_channels: int, path: Path) -> tuple[Samples, bool]:
-    """Meaning of the channels, and whether the file leaves open that they are colours at all."""
+    """Meaning of the channels, and whether the file does not state that they are colours."""
     from tifffile import EXTRASAMPLE, PHOTOMETRIC
 
     try:
@@ -118,7 +118,7 @@ def samples_of(page: TiffPage, names: list[str], n_channels: int, path: Path) ->
     extra = page.extrasamples[0] if page.extrasamples else None
     named = order is not None and n_channels == 4
     if n_channels == 4 and extra not in (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA) and not named:
-        logger.info("%s: the fourth channel, of which the file does not say that it is opacity, is left out", path)
+        logger.info("%s: the fourth channel is left out, since the file does not state that it is opacity", path)
         where = where[:3]
     top = float(np.iinfo(page.dtype).max) if page.dtype is not None and page.dtype.kind == "u" else 1.0
     samples = Samples(
@@ -137,19 +137,19 @@ def orientation_of(page: TiffPage) -> int:
 
 
 def channel_names(file: TiffFile, number: int) -> list[str]:
-    """Names of channels by OME-XML, ImageJ or tifffile; none where there are none."""
+    """Names of channels from OME-XML, ImageJ or tifffile; empty where there are none."""
     if (pixels := _ome(file, number)) is not None:
         return [_ome_name(child) for child in pixels if child.tag.endswith("}Channel")]
     if file.imagej_metadata:
         return [_label(str(label)) for label in file.imagej_metadata.get("Labels") or []]
-    said = file.shaped_metadata or ()
-    channel = said[number].get("Channel") if number < len(said) else None
+    shaped = file.shaped_metadata or ()
+    channel = shaped[number].get("Channel") if number < len(shaped) else None
     found = channel.get("Name") if isinstance(channel, dict) else None
     return [str(name) for name in found] if isinstance(found, list) else []
 
 
 def _ome(file: TiffFile, number: int) -> ET.Element | None:
-    """The description of an image in OME-XML."""
+    """The pixels element of an image in OME-XML."""
     if not file.is_ome or not file.ome_metadata:
         return None
     try:
@@ -166,18 +166,18 @@ def _ome_name(channel: ET.Element) -> str:
     """A channel's name, or its colour where that is red, green or blue."""
     colour = {0xFF0000: "red", 0x00FF00: "green", 0x0000FF: "blue"}
     code = channel.get("Color", "")
-    said = colour.get((int(code) >> 8) & 0xFFFFFF, "") if code.lstrip("-").isdigit() else ""
-    return channel.get("Name") or said
+    of_colour = colour.get((int(code) >> 8) & 0xFFFFFF, "") if code.lstrip("-").isdigit() else ""
+    return channel.get("Name") or of_colour
 
 
 def _label(text: str) -> str:
-    """ImageJ writes the file's name where a channel has no name, and counts: ``c:1/3 - slide.tif``."""
+    """The name in a label of ImageJ, which for unnamed channels is a number and the file: ``c:1/3 - slide.tif``."""
     name = text.strip().removeprefix("c:").partition(" - ")[2] if text.startswith("c:") else text.strip()
     return "" if name.lower().endswith((".tif", ".tiff", ".jpg", ".jpeg", ".png")) else name
 
 
 def stated_bits(file: TiffFile, number: int) -> dict[str, int]:
-    """Bits in use by the file's own words, of which the type of its values says nothing."""
+    """Bits in use, by the tags and the metadata that state them."""
     page, pixels, found = file.series[number].keyframe, _ome(file, number), {}
     if isinstance(page.bitspersample, int):
         found["BitsPerSample"] = page.bitspersample

@@ -1,4 +1,4 @@
-"""Which TIFFs hold YCbCr behind their decoder: by their tags, and by what JPEGs say of themselves."""
+"""Which TIFFs hold YCbCr after decoding: by their tags, and by the markers of their JPEGs."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ _JPEG = {6, 7, 33007, 34892}
 _JPEG2000 = {33003, 33004, 33005, 34712}
 _APERIO_YCBCR = 33003
 _OWN_COLOURS = {22610, 34934, 34933, 50001, 50002, 52546}
-"""JPEG XR, PNG, WebP and JPEG XL, which come out as RGB"""
+"""JPEG XR, PNG, WebP and JPEG XL, which are decoded to RGB"""
 
 
 def decodes_to_rgb(page: TiffPage) -> bool:
-    """Whether decoders of this compression know of YCbCr themselves."""
+    """Whether decoders of this compression convert YCbCr themselves."""
     return page.compression in _JPEG | _JPEG2000 | _OWN_COLOURS
 
 
 def luma(page: TiffPage) -> tuple[float, ...]:
-    """How to convert what the decoder leaves as YCbCr; empty where it is RGB already."""
+    """Coefficients to convert YCbCr that the decoder does not convert; empty where it gives RGB."""
     from tifffile import PHOTOMETRIC
 
-    said = page.photometric == PHOTOMETRIC.YCBCR
+    states_ycbcr = page.photometric == PHOTOMETRIC.YCBCR
     if page.compression in _JPEG | _OWN_COLOURS:
         return ()
     if page.compression in _JPEG2000:
-        ycbcr = said or (page.compression == _APERIO_YCBCR and page.photometric == PHOTOMETRIC.RGB)
+        ycbcr = states_ycbcr or (page.compression == _APERIO_YCBCR and page.photometric == PHOTOMETRIC.RGB)
         return JPEG_LUMA if ycbcr and _is_untransformed(_first_piece(page)) else ()
-    if not said:
+    if not states_ycbcr:
         return ()
     shares = _rationals(page, 529) or JPEG_LUMA[:3]
     return (*shares, *(_rationals(page, 532) or JPEG_LUMA[3:]))
@@ -55,12 +55,12 @@ def _first_piece(page: TiffPage) -> bytes:
 
 
 def _is_untransformed(stream: bytes) -> bool:
-    """Whether a JPEG 2000 codestream holds three alike components as they are: the decoder leaves those alone.
+    """Whether a JPEG 2000 codestream holds three equally sampled components without a transform, which stay as they are.
 
-    It undoes the transform of components, and converts subsampled ones, which can be nothing but YCbCr.
+    The decoder undoes a transform of components, and converts subsampled ones, which are always YCbCr.
     """
     if not stream.startswith(b"\xff\x4f\xff\x51"):
-        return False  # a file in a file, with a description of its own
+        return False  # a complete JP2 file, which describes its colours
     n = int.from_bytes(stream[40:42], "big")
     steps = {stream[43 + 3 * i : 45 + 3 * i] for i in range(n)}
     style = stream.find(b"\xff\x52", 42 + 3 * n)
@@ -68,7 +68,7 @@ def _is_untransformed(stream: bytes) -> bool:
 
 
 def is_jpeg_of_ycbcr(page: TiffPage) -> bool:
-    """Whether the first JPEG of a page says of itself that it holds YCbCr: by a marker, or as its colours are subsampled."""
+    """Whether the first JPEG of a page holds YCbCr: by its marker, or because its colours are subsampled."""
     stream = _first_piece(page) if page.compression in _JPEG else b""
     at, jfif = 2, False
     while at + 4 <= len(stream) and stream[at] == 0xFF:
