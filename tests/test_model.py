@@ -702,7 +702,7 @@ def test_odd_names_of_genes_survive(section, embedding, tmp_path):
 
 def test_a_saved_model_holds_no_pickles(ridge, tmp_path):
     ridge.save(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["format"] == 4
+    assert json.loads((tmp_path / "config.json").read_text())["format"] == 5
     assert (tmp_path / "model.safetensors").read_bytes()[8:9] == b"{"
     assert (tmp_path / "scores.csv").read_text().startswith("gene,highly_variable,held_out_pcc")
 
@@ -743,7 +743,7 @@ def test_config_is_plain():
     assert EmbeddingConfig.from_dict(plain) == CONFIG
     uns = CONFIG.to_uns()
     assert (uns["tile_um"], uns["encoder"]["name"], uns["dense"]) == (112.0, "by-hand", False)
-    assert None not in uns["encoder"].values()
+    assert all(value is not None for value in uns["encoder"].values())
 
 
 # ------------------------------------------------------------------------------------------- settings and names
