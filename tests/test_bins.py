@@ -45,7 +45,14 @@ class Colours:
     align_px, halo_px = CELL, 2 * CELL
 
     def __init__(self, **changes):
-        known = {"name": "colours", "mpp": MPP, "tile_px": 4 * CELL, "token_px": CELL, "embed_dim": 3}
+        known = {
+            "name": "colours",
+            "mpp": MPP,
+            "tile_px": 4 * CELL,
+            "token_px": CELL,
+            "embed_dim": 3,
+            "whole_blocks": True,
+        }
         self.spec = sge.EncoderSpec(**known | changes)
 
     def to(self, device):

@@ -728,7 +728,7 @@ def test_config_is_plain():
     assert EmbeddingConfig.from_dict(plain) == CONFIG
     uns = CONFIG.to_uns()
     assert (uns["tile_um"], uns["encoder"]["name"], uns["dense"]) == (112.0, "by-hand", False)
-    assert None not in uns["encoder"].values()
+    assert all(value is not None for value in uns["encoder"].values())
 
 
 # ------------------------------------------------------------------------------------------- settings and names
