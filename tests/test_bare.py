@@ -171,7 +171,7 @@ def test_errors(model, image_alone, sdata):
         sge.tl.predict(image_alone, model=model)
     with pytest.raises(ValueError, match=r"mpp=-1 is not a length"):
         sge.tl.predict(image_alone, model=model, mpp=-1)
-    with pytest.raises(ValueError, match=r"tissue='spots' keeps places within reach of a spot"):
+    with pytest.raises(ValueError, match=r"tissue='spots' keeps targets within reach of a spot"):
         sge.tl.predict(image_alone, model=model, mpp=1.6, tissue="spots")
     with pytest.raises(ValueError, match=r"upsample=3: choose one of \(2, 4, 8, 16\)"):
         sge.tl.predict(image_alone, model=model, mpp=1.6, upsample=3)
