@@ -193,7 +193,7 @@ def targets(options) -> None:
         start = perf_counter()
         predictor = Predictor.of(known.model, embedder, some, known.at_spots, provenance={})
         for first in range(0, n, settings.part_rows):
-            predictor.table(np.arange(first, min(first + settings.part_rows, n)))
+            predictor.matrices(np.arange(first, min(first + settings.part_rows, n)))
         seconds.append(perf_counter() - start)
         print(
             f"{n:>9,} targets {seconds[-1]:7.2f} s  {1e6 * seconds[-1] / n:6.1f} µs each  peak {peak_gib():.2f} GiB",

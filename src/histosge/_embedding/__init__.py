@@ -27,26 +27,10 @@ _FILES = {
     "_forecast": ("Forecast", "in_words"),
 }
 _FILE = {name: file for file, names in _FILES.items() for name in names}
-__all__ = [
-    "Embedder",
-    "EmbeddingCache",
-    "EmbeddingConfig",
-    "EncoderConfig",
-    "Forecast",
-    "SpotParts",
-    "block_edge_px",
-    "cache_folder",
-    "embed",
-    "in_words",
-    "open_cache",
-    "resolve_device",
-    "step_tokens",
-    "tile_weight",
-]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _FILE:
-        msg = f"module 'histosge._embedding' has no attribute {name!r}; there are {', '.join(__all__)}."
+        msg = f"module 'histosge._embedding' has no attribute {name!r}; there are {', '.join(sorted(_FILE))}."
         raise AttributeError(msg)
     return getattr(importlib.import_module(f"{__name__}.{_FILE[name]}"), name)

@@ -30,30 +30,6 @@ if TYPE_CHECKING:
     from histosge._encoders._tile_encoder import TileEncoder
 
 _WITH_TORCH = {"TileEncoder": "_tile_encoder", "wrap_model": "_lazyslide"}
-__all__ = [
-    "ALIASES",
-    "BUILT_IN",
-    "DEFAULT_ENCODER",
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "OPEN",
-    "PAGES",
-    "QUICK_ENCODER",
-    "TABLE",
-    "EncoderAccessError",
-    "EncoderSpec",
-    "JoinedEncoder",
-    "TileEncoder",
-    "commit",
-    "encoders",
-    "known_spec",
-    "listed_spec",
-    "load_encoder",
-    "split_encoder",
-    "weights_kept",
-    "with_tokens",
-    "wrap_model",
-]
 
 
 def __getattr__(name: str) -> Any:

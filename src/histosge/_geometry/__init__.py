@@ -27,33 +27,3 @@ from histosge._geometry._targets import (
     square_bins,
 )
 from histosge._geometry._tissue import in_mask, optical_density, tissue_mask
-
-__all__ = [
-    "LEGACY_ST",
-    "UPSAMPLE",
-    "VISIUM",
-    "Footprints",
-    "Grid",
-    "Lattice",
-    "NotALattice",
-    "Targets",
-    "Technology",
-    "area_fractions",
-    "block_order",
-    "check_upsample",
-    "divide",
-    "estimate_lattice",
-    "in_mask",
-    "lattice_of_array",
-    "lay_around",
-    "lay_over",
-    "nearest_spots",
-    "occupied_share",
-    "optical_density",
-    "padded",
-    "refine",
-    "similarity_scale",
-    "spot_by_bin",
-    "square_bins",
-    "tissue_mask",
-]

@@ -22,34 +22,3 @@ from histosge._image._colour import (
 )
 from histosge._image._lazy import LazyImage, UInt8, snap_scale
 from histosge._image._tiles import Block, batches, blocks, cut, prefetch, tile_batches, tile_blocks
-
-__all__ = [
-    "JPEG_LUMA",
-    "Block",
-    "ChunkReader",
-    "ImageError",
-    "LazyImage",
-    "Samples",
-    "UInt8",
-    "background",
-    "batches",
-    "bits",
-    "blocks",
-    "cut",
-    "is_grey",
-    "is_opacity",
-    "largest",
-    "order_by_name",
-    "prefetch",
-    "sample",
-    "seems_fluorescent",
-    "seems_ycbcr",
-    "snap_scale",
-    "spread",
-    "thumbnail",
-    "tile_batches",
-    "tile_blocks",
-    "underlying_zarr",
-    "white_value",
-    "ycbcr_to_rgb",
-]

@@ -5,5 +5,3 @@ from __future__ import annotations
 from histosge._readers._images import image_size, names_other_image, open_pixels, orientation, parse_image
 from histosge._readers._open import open_section
 from histosge._readers._orientation import Turn
-
-__all__ = ["Turn", "image_size", "names_other_image", "open_pixels", "open_section", "orientation", "parse_image"]
