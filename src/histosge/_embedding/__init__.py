@@ -31,6 +31,6 @@ _FILE = {name: file for file, names in _FILES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     if name not in _FILE:
-        msg = f"module 'histosge._embedding' has no attribute {name!r}; there are {', '.join(sorted(_FILE))}."
+        msg = f"module 'histosge._embedding' has no attribute {name!r}."
         raise AttributeError(msg)
     return getattr(importlib.import_module(f"{__name__}.{_FILE[name]}"), name)

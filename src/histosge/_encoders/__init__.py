@@ -34,6 +34,6 @@ _WITH_TORCH = {"TileEncoder": "_tile_encoder", "wrap_model": "_lazyslide"}
 
 def __getattr__(name: str) -> Any:
     if name not in _WITH_TORCH:
-        msg = f"module 'histosge._encoders' has no attribute {name!r}; there are {', '.join(__all__)}."
+        msg = f"module 'histosge._encoders' has no attribute {name!r}."
         raise AttributeError(msg)
     return getattr(importlib.import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)
