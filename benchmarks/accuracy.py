@@ -23,7 +23,7 @@ from sections import load, require_data
 
 from histosge import settings
 from histosge._embedding import Embedder
-from histosge._model import Measured, Plan, ask, fit_model, score_genes, trials
+from histosge._model import Measured, Plan, fit_model, predict_trial, score_genes, trials
 from histosge._section import read_section
 from histosge._statistics import noise_ceiling
 
@@ -58,7 +58,7 @@ def measure(name: str, *, permute: bool = False) -> tuple[Measured, object]:
     if permute:
         order = np.random.default_rng(0).permutation(len(values))
         section, counts = replace(section, expression=section.expression[order]), counts[order]
-    return Measured(name, section, values, counts), embedder.config
+    return Measured(name, section, values), embedder.config
 
 
 def seurat_genes(sections, n_top: int = 1000) -> list[str]:
@@ -93,7 +93,7 @@ def run(name: str, *, seeds: range, heads: list[str], permute: bool = False) -> 
     for one in names:
         measured, config = measure(one, permute=permute)
         several.append(measured)
-    ceilings = {m.name: pd.Series(noise_ceiling(m.counts), m.section.genes) for m in several}
+    ceilings = {m.name: pd.Series(noise_ceiling(m.section.counts), m.section.genes) for m in several}
     device = torch.device("cpu")
     tables = []
     if split == "sections":
@@ -117,7 +117,7 @@ def run(name: str, *, seeds: range, heads: list[str], permute: bool = False) -> 
                         rng=np.random.default_rng(seed), device=device, baselines=(), progress=False,
                     )  # fmt: skip
                     for each in parts(model):
-                        predicted, truth = ask(each, trial, device=device)
+                        predicted, truth = predict_trial(each, trial, device=device)
                         table = score_genes(predicted, truth, each, trial, settled)
                         table["seconds"] = time() - start
                         table["predictable"] = each.scores["predictable"].reindex(table["gene"]).to_numpy(float)

@@ -2,7 +2,7 @@
 
     python benchmarks/aggregate.py [--bed colon synthetic] [--seeds 20 21 22] [--heads default log-mean ...]
 
-Pseudo-spots as in histosge._holdout (same draws for the same seed): big spots of half the counts are learnt from, and the
+Pseudo-spots as in histosge._model (same draws for the same seed): big spots of half the counts are learnt from, and the
 other half of each member is the truth. Genes: dispersion among the big spots. "mean": trained on mean features of the
 members; "parts": trained through their rates. "log": squared error of log1p of the mean rate; "logspace": of the mean of log1p values; "poisson", "nb": likelihood of the raw
 counts of the big spot, given its library size (nb: a dispersion for each gene). Each is five networks, of five folds of blocks, as the
@@ -31,7 +31,7 @@ from histosge._embedding import Embedder
 from histosge._heads import Aggregate, InContext, Kriging, Queries, Spots, SubSpots
 from histosge._model import Measured
 from histosge._section import per_target_sum, read_section
-from histosge._statistics import _metrics, block_folds, pseudo_spots
+from histosge._statistics import block_folds, correlation, pseudo_spots, thin
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,14 @@ class Bed:
 
 
 def lay(one: Measured, exact: pd.DataFrame | None, seed: int) -> Bed:
-    """Draw big spots and halves as :func:`histosge._holdout._pseudo_spots` does, and keep members and counts."""
+    """Draw big spots and halves as histosge does, and keep members and counts."""
     rng = np.random.default_rng(seed)
     section = one.section
     group = pseudo_spots(section.lattice, rng=rng)
     members = np.flatnonzero(group >= 0)
     big = sparse.csr_matrix((np.ones(len(members)), (group[members], members)), shape=(group.max() + 1, len(group)))
     size = np.asarray(big.sum(1)).ravel()
-    half, other = _metrics.thin(one.counts, rng=rng)
+    half, other = thin(one.section.counts, rng=rng)
     merged, other = sparse.csr_matrix(big @ half), other[members]
     expression = per_target_sum(merged)
     known = [SimpleNamespace(expression=expression, genes=section.genes)]
@@ -183,14 +183,14 @@ def score(bed: Bed, predicted: np.ndarray) -> dict[str, float]:
         np.where(bed.counts > 0, bed.counts * np.log(np.maximum(bed.counts, 1) / mean), 0) - bed.counts + mean
     )
     scores = {
-        "PCC": _metrics.correlation(predicted, bed.truth).mean(),
+        "PCC": correlation(predicted, bed.truth).mean(),
         "MSE": ((predicted - bed.truth) ** 2).mean(),
-        "PCC at depth": _metrics.correlation(expected, bed.truth).mean(),
+        "PCC at depth": correlation(expected, bed.truth).mean(),
         "MSE at depth": ((expected - bed.truth) ** 2).mean(),
         "deviance": deviance.mean(),
     }
     if bed.exact is not None:
-        scores["PCC with the exact"] = _metrics.correlation(predicted, bed.exact).mean()
+        scores["PCC with the exact"] = correlation(predicted, bed.exact).mean()
         scores["MSE to the exact"] = ((predicted - bed.exact) ** 2).mean()
     return scores
 
@@ -236,7 +236,7 @@ def synthetic(seed: int) -> tuple[Measured, pd.DataFrame]:
     section = read_section(sdata)
     values = Embedder.open(section, "stain-texture", device="cpu", progress=False).embed_spots()
     exact = datasets.synthetic_truth(sdata).loc[section.instances, section.genes]
-    return Measured("synthetic", section, values, section.counts), exact
+    return Measured("synthetic", section, values), exact
 
 
 def main() -> None:

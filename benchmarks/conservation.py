@@ -30,7 +30,7 @@ from sections import require_data
 import histosge as sge
 from histosge import datasets, settings
 from histosge._heads import Queries
-from histosge._model import Measured, Plan, ask, fit_model, stack_sections, trials
+from histosge._model import Measured, Plan, fit_model, predict_trial, stack_sections, trials
 from histosge._section import per_target_sum, read_section
 from histosge._statistics import block_folds, conserve, correlation, noise_variance, pseudo_spots, shrinkage, thin
 
@@ -79,7 +79,7 @@ def poisson(seeds: range) -> None:
     """The same where counts are Poisson for sure, so that no noise can be in both halves."""
     sdata = sge.datasets.synthetic(n_rows=40, n_cols=40, mpp=2.0)
     section = read_section(sdata, report=False)
-    one = Measured("synthetic, 40 x 40", section, embedding_of(section), section.counts)
+    one = Measured("synthetic, 40 x 40", section, embedding_of(section))
     members_of_big_spots(one, None, seeds, lambda _: "all")
 
 
@@ -89,17 +89,17 @@ def members_of_big_spots(one: Measured, config, seeds: range, choose) -> None:
         (trial,) = trials([one], Plan("pseudo-spots", "held-out", 1, 1), rng=np.random.default_rng(seed))
         again = np.random.default_rng(seed)  # the same draws as in the trial, which does not keep counts
         group = pseudo_spots(one.section.lattice, rng=again)
-        half, _ = thin(one.counts, rng=again)
+        half, _ = thin(one.section.counts, rng=again)
         own = group[trial.rows]
         sums = sparse.csr_matrix((np.ones(len(own)), (own, trial.rows)), shape=(own.max() + 1, len(group)))
         counts = sparse.csr_matrix(sums @ half)
         section = trial.sections[0]
         if abs(per_target_sum(counts) - section.expression).max() > 1e-5:
-            msg = "these are not the counts of the trial's big spots: the draws of histosge._holdout have changed."
+            msg = "these are not the counts of the trial's big spots: the draws of histosge have changed."
             raise RuntimeError(msg)
 
         model = fit(trial.sections, trial.embeddings, config, choose(trial.sections), seed)
-        members, truth = ask(model, trial, device=CPU)
+        members, truth = predict_trial(model, trial, device=CPU)
         spots = stack_sections(trial.sections, trial.embeddings, model.context_genes)
         said = at_spots(model, spots, seed)
         measured = section.dense(model.genes)

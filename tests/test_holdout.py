@@ -1,4 +1,4 @@
-"""Holding out: what a trial knows and does not know, scores by hand, and every way to ask for the impossible."""
+"""Holding out: what a trial knows and does not know, scores by hand, and every impossible request."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import histosge as sge
 from histosge._embedding import Embedder
 from histosge._geometry import estimate_lattice
 from histosge._heads import in_context
-from histosge._model import SPLITS, Measured, Plan, Trial, ask, fit_model, trials
+from histosge._model import SPLITS, Measured, Plan, Trial, fit_model, predict_trial, pseudo_trial, trials
 from histosge._model import _evaluate as _holdout
 from histosge._model import _fit as _fitting
 from histosge._section import per_target_sum, read_section
-from histosge._statistics import _counting_noise, _metrics
+from histosge._statistics import morans_i, noise_ceiling, pseudo_spots, thin
 from histosge.tl import _evaluate
 
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ def score(sdata, **changes):
 def measured_of(sdata, name="spots", labels=None):
     section = read_section(sdata, report=False)
     embedder = Embedder.open(section, "stain-texture", device=CPU, progress=False)
-    return Measured(name, section, embedder.embed_spots(), section.counts, labels), embedder.config
+    return Measured(name, section, embedder.embed_spots(), labels), embedder.config
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +168,8 @@ def test_scores_are_those_of_a_hand(ready, room):
     assert scores["coverage"].tolist() == pytest.approx(((lower <= measured) & (measured <= upper)).mean(0))
     assert scores["width"].tolist() == pytest.approx((upper - lower).mean(0), **close)
     xy = one.section.xy_um[test]
-    assert scores["morans_i_measured"].tolist() == pytest.approx(_metrics.morans_i(measured, xy), **close)
-    ceiling = pd.Series(_counting_noise.noise_ceiling(one.counts), one.section.genes)
+    assert scores["morans_i_measured"].tolist() == pytest.approx(morans_i(measured, xy), **close)
+    ceiling = pd.Series(noise_ceiling(one.section.counts), one.section.genes)
     assert scores["ceiling"].tolist() == pytest.approx(ceiling[scores["gene"]].tolist())
 
 
@@ -256,28 +256,30 @@ def test_head_options_reach_their_head(ready):
 def tampered(one: Measured, rows) -> Measured:
     """The same section, had something else been measured at some of its spots."""
     rng = np.random.default_rng(99)
-    counts = one.counts.tolil(copy=True)
+    counts = one.section.counts.tolil(copy=True)
     counts[rows] = rng.poisson(rng.gamma(0.5, 40, (len(rows), counts.shape[1])))
     counts = sparse.csr_matrix(counts)
     expression = one.section.expression.tolil(copy=True)
     expression[rows] = per_target_sum(counts)[rows]
-    return replace(one, section=replace(one.section, expression=sparse.csr_matrix(expression)), counts=counts)
+    return replace(one, section=replace(one.section, expression=sparse.csr_matrix(expression), counts=counts))
 
 
-def two_worlds(room, other_room, split, monkeypatch) -> tuple[Trial, Trial]:
+def drawn(one: Measured, *, seed: int):
+    """Groups of spots and the two halves of their counts, as the first trial with pseudo-spots draws them."""
+    rng = np.random.default_rng(seed)
+    group = pseudo_spots(one.section.lattice, rng=rng)
+    return group, *thin(one.section.counts, rng=rng)
+
+
+def two_worlds(room, other_room, split) -> tuple[Trial, Trial]:
     """The first trial of a split, and the same one had something else been measured at the spots it scores."""
     if split == "pseudo-spots":
+        group, half, other = drawn(room, seed=1)
+        another = np.random.default_rng(9).permutation(other.toarray().ravel()).reshape(other.shape)
         first = next(trials([room], plan(split), rng=np.random.default_rng(1)))
-        halves = _counting_noise.thin
-
-        def another_truth(counts, *, rng):
-            half, other = halves(counts, rng=rng)
-            return half, sparse.csr_matrix(
-                np.random.default_rng(9).permutation(other.toarray().ravel()).reshape(other.shape)
-            )
-
-        monkeypatch.setattr(_counting_noise, "thin", another_truth)
-        return first, next(trials([room], plan(split), rng=np.random.default_rng(1)))
+        same = pseudo_trial(room, group, half, other)
+        np.testing.assert_array_equal(first.truth.toarray(), same.truth.toarray())
+        return first, pseudo_trial(room, group, half, sparse.csr_matrix(another))
     several = [room, other_room] if split == "sections" else [room]
     first = next(trials(several, plan(split), rng=np.random.default_rng(1)))
     several = [tampered(room, first.rows), *several[1:]]
@@ -285,16 +287,18 @@ def two_worlds(room, other_room, split, monkeypatch) -> tuple[Trial, Trial]:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_held_out_measurements_reach_no_prediction(room, other_room, split, monkeypatch):
+def test_held_out_measurements_reach_no_prediction(room, other_room, split):
     """Neither values nor the choice of genes, with and without spots as context."""
     room, config = room
-    first, second = two_worlds(room, other_room, split, monkeypatch)
+    first, second = two_worlds(room, other_room, split)
     np.testing.assert_array_equal(first.rows, second.rows)
     for head in ("ridge", "mean") if split == "sections" else CHEAP:
         one, other = (fit(trial, config, head=head, genes=8) for trial in (first, second))
         assert list(one.genes) == list(other.genes)
         assert list(one.context_genes) == list(other.context_genes)
-        (predicted, measured), (same, changed) = (ask(m, t, device=CPU) for m, t in ((one, first), (other, second)))
+        (predicted, measured), (same, changed) = (
+            predict_trial(m, t, device=CPU) for m, t in ((one, first), (other, second))
+        )
         np.testing.assert_array_equal(predicted, same)
         assert (measured != changed).mean() > 0.5
 
@@ -302,13 +306,13 @@ def test_held_out_measurements_reach_no_prediction(room, other_room, split, monk
 @pytest.mark.parametrize("split", SPLITS)
 def test_held_out_measurements_do_not_reach_the_default_head(room, other_room, split, monkeypatch):
     room, config = room
-    first, second = two_worlds(room, other_room, split, monkeypatch)
+    first, second = two_worlds(room, other_room, split)
     train = in_context.train
     monkeypatch.setattr(
         in_context, "train", lambda *a, schedule, **k: train(*a, schedule=replace(schedule, n_steps=10), **k)
     )
     quick = {"genes": 8, "head": "in-context+kriging", "head_options": {"kriging": {"n_steps": 2}}}
-    predicted, same = (ask(fit(t, config, **quick), t, device=CPU)[0] for t in (first, second))
+    predicted, same = (predict_trial(fit(t, config, **quick), t, device=CPU)[0] for t in (first, second))
     assert predicted.std(0).min() > 0
     np.testing.assert_array_equal(predicted, same)
 
@@ -320,7 +324,7 @@ def test_spots_learnt_from_do_reach_predictions(room):
     learnt = np.setdiff1d(np.arange(len(room.section.xy_px)), first.rows)
     second = next(trials([tampered(room, learnt)], plan("random"), rng=np.random.default_rng(1)))
     for head in CHEAP:
-        one, other = (ask(fit(t, config, head=head), t, device=CPU)[0] for t in (first, second))
+        one, other = (predict_trial(fit(t, config, head=head), t, device=CPU)[0] for t in (first, second))
         assert (one != other).all(axis=0).any()
 
 
@@ -410,25 +414,17 @@ def squared(one: Measured) -> Measured:
     rows = np.arange(121)
     xy = np.stack(np.meshgrid(np.arange(11.0), np.arange(11.0)), -1).reshape(-1, 2) * 50 + 100
     section = replace(one.section.take(rows), xy_px=xy, lattice=estimate_lattice(xy))
-    return Measured(one.name, section, one.embedding[rows], one.counts[rows])
+    return Measured(one.name, section, one.embedding[rows])
 
 
 @pytest.mark.parametrize(("kind", "places"), [("hexagonal", 7), ("square", 5)])
-def test_big_spots_and_truth_are_made_of_different_counts(room, kind, places, monkeypatch):
+def test_big_spots_and_truth_are_made_of_different_counts(room, kind, places):
     one = room[0] if kind == "hexagonal" else squared(room[0])
     assert one.section.lattice.kind == kind
-    halves, groups = [], []
-    for where, name, kept in ((_counting_noise, "thin", halves), (_holdout, "pseudo_spots", groups)):
-
-        def recorded(*a, make=getattr(where, name), kept=kept, **k):
-            kept.append(make(*a, **k))
-            return kept[-1]
-
-        monkeypatch.setattr(where, name, recorded)
     (trial,) = trials([one], plan("pseudo-spots", n_splits=1), rng=np.random.default_rng(2))
-    ((half, other),), (group,) = halves, groups
-    assert abs(half + other - one.counts).sum() == 0
-    assert half.sum() == pytest.approx(one.counts.sum() / 2, rel=0.01)
+    group, half, other = drawn(one, seed=2)
+    assert abs(half + other - one.section.counts).sum() == 0
+    assert half.sum() == pytest.approx(one.section.counts.sum() / 2, rel=0.01)
 
     members = np.flatnonzero(group >= 0)
     np.testing.assert_array_equal(trial.rows, members)
@@ -466,9 +462,7 @@ def test_ceiling_of_pseudo_spots_is_that_of_half_the_counts(ready):
 
 
 def reordered(one: Measured, genes) -> Measured:
-    columns = one.section.genes.get_indexer(genes)
-    section = replace(one.section, genes=pd.Index(genes), expression=one.section.expression[:, columns])
-    return replace(one, section=section, counts=one.counts[:, columns])
+    return replace(one, section=one.section.with_genes(pd.Index(genes)))
 
 
 def test_genes_in_another_order_are_matched_by_name(room, other_room):
@@ -477,7 +471,7 @@ def test_genes_in_another_order_are_matched_by_name(room, other_room):
     for several in ([one, mixed], [mixed, one]):
         for trial in trials(several, plan("sections"), rng=np.random.default_rng(0)):
             model = fit(trial, config)
-            _, measured = ask(model, trial, device=CPU)
+            _, measured = predict_trial(model, trial, device=CPU)
             scored = one if trial.name == one.name else mixed
             np.testing.assert_array_equal(measured, scored.section.dense(model.genes))
             assert [len(s.xy_px) for s in trial.sections] == [len((mixed if scored is one else one).section.xy_px)]

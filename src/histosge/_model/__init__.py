@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from histosge._model._context import UNMEASURED, Context, stack_sections
 from histosge._model._crossfit import Scores, compare, cross_fit, score, summary
-from histosge._model._evaluate import PROTOCOLS, SPLITS, Measured, Plan, Trial, ask, evaluate, score_genes, trials
+from histosge._model._evaluate import evaluate, predict_trial, score_genes
 from histosge._model._fit import check_arguments, fit_model
 from histosge._model._genes import MIN_SHARE, choose_genes
 from histosge._model._model import Model
@@ -18,3 +18,4 @@ from histosge._model._predict import (
     write_parts,
 )
 from histosge._model._projection import Projection
+from histosge._model._trials import PROTOCOLS, SPLITS, Measured, Plan, Trial, pseudo_trial, trials

@@ -121,6 +121,12 @@ class Section:
             lattice=lattice,
         )
 
+    def with_genes(self, genes: pd.Index) -> Section:
+        """Return the section as if only some of its genes had been measured, in the given order."""
+        columns = self.genes.get_indexer(genes)
+        counts = None if self.counts is None else self.counts[:, columns]
+        return replace(self, expression=self.expression[:, columns], counts=counts, genes=genes)
+
     def dense(self, genes: Iterable[str]) -> NDArray[np.float32]:
         """Expression of some genes: (n, len(genes)) float32."""
         columns = self.genes.get_indexer(pd.Index(list(genes)))

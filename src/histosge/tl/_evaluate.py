@@ -153,7 +153,6 @@ def evaluate(
             name,
             section,
             np.empty((len(section.xy_px), 0), np.float32),
-            section.counts,
             None if labels is None else column(one, section, labels),
         )
         for one, section, name in zip(several, sections, names, strict=True)
