@@ -26,8 +26,12 @@ from histosge._image import LazyImage, batches, blocks, prefetch, snap_scale, ti
 from histosge._settings import logger, progress_bar
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from numpy.typing import NDArray
     from torch import Tensor
+
+    RowsAndValues = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
 _TIMED_PLACES = 20_000
@@ -165,7 +169,9 @@ def block_edge_px(encoder: Any, *, mpp: float, encoder_mpp: float) -> float:
     return (1024 if encoder.spec.whole_blocks else DENSE_BLOCK_PX) * snap_scale(encoder_mpp / mpp)
 
 
-def _embed_blocks(image, xy_px, *, scale, forward, cached):  # type: ignore[no-untyped-def]
+def _embed_blocks(
+    image: LazyImage, xy_px: NDArray[np.float64], *, scale: float, forward: _Forward, cached: BlockCache
+) -> Iterator[RowsAndValues]:
     encoder, device = forward.encoder, forward.device
     for block in prefetch(blocks(image, xy_px, scale=scale, halo_px=encoder.halo_px, align_px=encoder.align_px)):
         forward.begin()
@@ -174,7 +180,9 @@ def _embed_blocks(image, xy_px, *, scale, forward, cached):  # type: ignore[no-u
         yield block.rows, values
 
 
-def _embed_tiles(image, xy_px, *, scale, forward, cached):  # type: ignore[no-untyped-def]
+def _embed_tiles(
+    image: LazyImage, xy_px: NDArray[np.float64], *, scale: float, forward: _Forward, cached: BlockCache
+) -> Iterator[RowsAndValues]:
     tile_px, on_gpu = forward.encoder.spec.tile_px, forward.device.type == "cuda"
     todo = cached.todo(tile_blocks(image, xy_px, scale=scale, tile_px=tile_px), way="tile")
     running: deque[tuple[NDArray[np.int64], list[Tensor]]] = deque()
@@ -189,16 +197,16 @@ def _embed_tiles(image, xy_px, *, scale, forward, cached):  # type: ignore[no-un
     yield from cached.found()
 
 
-def _fetched(
-    batch: tuple[NDArray[np.int64], list[Tensor]], forward: _Forward
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def _fetched(batch: tuple[NDArray[np.int64], list[Tensor]], forward: _Forward) -> RowsAndValues:
     rows, values = batch
     on_host = np.concatenate([v.float().cpu().numpy() for v in values])
     forward.fetched(len(rows))
     return rows, on_host
 
 
-def _embed_blocks_densely(image, places, *, scale, forward, cached):  # type: ignore[no-untyped-def]
+def _embed_blocks_densely(
+    image: LazyImage, places: Footprints, *, scale: float, forward: _Forward, cached: BlockCache
+) -> Iterator[RowsAndValues]:
     encoder, device = forward.encoder, forward.device
     on_grid = places.scaled(1 / snap_scale(scale))  # in pixels of the encoder
     halo_px = encoder.halo_px + _reach(on_grid)
@@ -213,7 +221,9 @@ def _embed_blocks_densely(image, places, *, scale, forward, cached):  # type: ig
         yield block.rows, values
 
 
-def _embed_tiles_densely(image, places, *, scale, forward, cached):  # type: ignore[no-untyped-def]
+def _embed_tiles_densely(
+    image: LazyImage, places: Footprints, *, scale: float, forward: _Forward, cached: BlockCache
+) -> Iterator[RowsAndValues]:
     spec = forward.encoder.spec
     on_grid = places.scaled(1 / snap_scale(scale))
     step_px = step_tokens(spec.tile_px // spec.token_px) * spec.token_px
@@ -238,7 +248,7 @@ def _embed_tiles_densely(image, places, *, scale, forward, cached):  # type: ign
     yield from cached.found()
 
 
-_WAYS = {  # dense, block encoder
+_WAYS: dict[tuple[bool, bool], Callable[..., Iterator[RowsAndValues]]] = {  # dense, whole blocks
     (False, True): _embed_blocks,
     (False, False): _embed_tiles,
     (True, True): _embed_blocks_densely,

@@ -1,4 +1,4 @@
-"""One question to the Hugging Face hub before weights are loaded, and its answers turned into what to do."""
+"""One request to the Hugging Face hub before weights are loaded, and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class EncoderAccessError(RuntimeError):
 
 @contextmanager
 def explained(spec: EncoderSpec, *, repo: str | None, weights: object, takes_weights: bool) -> Iterator[None]:
-    """Say what to do where loading fails. Never another encoder instead.
+    """Explain what to do where loading fails. Another encoder is never loaded instead.
 
     ``repo`` is where on the hub the weights are; ``None`` where timm has them from elsewhere.
     """
@@ -46,18 +46,18 @@ def explained(spec: EncoderSpec, *, repo: str | None, weights: object, takes_wei
                 f"({type(err).__name__}). Check that they are its own and complete."
             )
             raise ValueError(msg) from err
-        said = _answer(chain, spec, takes_weights=takes_weights, asked_offline=asked_offline)
-        if said is None:
+        message = _message(chain, spec, takes_weights=takes_weights, asked_offline=asked_offline)
+        if message is None:
             raise
-        raise EncoderAccessError(said) from err
+        raise EncoderAccessError(message) from err
 
 
 @contextmanager
 def _asked_once(repo: str | None, revision: str | None) -> Iterator[None]:
-    """Ask the hub once before the loaders do: each of them asks several times, and tries each five times.
+    """Ask the hub once before the loaders do: each of them asks several times, and repeats each request five times.
 
-    Where it does not answer, or refuses, weights that are in its cache are loaded from there without asking again, and
-    others are not tried. Slow answers are waited for as long as the hub's own client does (``HF_HUB_ETAG_TIMEOUT``).
+    Where the hub does not answer, or refuses, weights in its cache are loaded from there without another request, and
+    others are not tried. The time-out is that of the hub's own client (``HF_HUB_ETAG_TIMEOUT``).
     """
     from huggingface_hub import constants, errors
 
@@ -81,7 +81,7 @@ def _asked_once(repo: str | None, revision: str | None) -> Iterator[None]:
 
 
 def _refusal(repo: str, revision: str | None) -> Exception | None:
-    """Ask for a small file of a repository, once; give what the hub, or the network, has against it."""
+    """Ask for a small file of a repository, once; return the error of the hub or of the network, if any."""
     from huggingface_hub import constants, errors, get_token, hf_hub_url
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
@@ -129,7 +129,7 @@ def _chain(err: BaseException) -> Iterator[BaseException]:
         at = at.__cause__ or at.__context__
 
 
-def _answer(chain: list[BaseException], spec: EncoderSpec, *, takes_weights: bool, asked_offline: bool) -> str | None:
+def _message(chain: list[BaseException], spec: EncoderSpec, *, takes_weights: bool, asked_offline: bool) -> str | None:
     from huggingface_hub import errors
 
     def among(*kinds: type[BaseException]) -> BaseException | None:
