@@ -213,7 +213,7 @@ def _draw_coverage(ax: Axes, heads: pd.DataFrame, *, colours: dict[str, Any]) ->
     ax.axhline(LEVEL, color="black", ls="--", lw=0.8)
     ax.margins(x=0.2, y=0.1)
     ax.set_xlabel("mean width (log1p)", fontsize=9)
-    ax.set_ylabel("share of measurements within", fontsize=9)
+    ax.set_ylabel("share of measurements inside", fontsize=9)
     ax.set_title("intervals: dots grow with\nspots averaged (1, 2, 4, 8)", fontsize=9)
 
 
