@@ -361,7 +361,7 @@ def test_says_whether_the_head_won(predicted, tmp_path):
     assert [row[0].split()[0] for row in rows(page, "scores")] == ["nearest", "ridge", "mean"]
 
 
-def test_a_part_of_the_head_is_no_rival(predicted, tmp_path):
+def test_a_part_of_the_head_is_no_baseline(predicted, tmp_path):
     made = predicted["histosge"].uns["histosge"]
     made["head"] = "in-context+kriging"
     pcc = {"in-context+kriging": 0.5, "in-context": 0.505, "kriging": 0.4, "ridge": 0.3, "nearest": 0.2}
@@ -580,7 +580,7 @@ def test_in_a_browser(nasty, tmp_path):
     (tmp_path / "find.html").write_text(html.replace("</body>", f"<script>{act}</script></body>"), encoding="utf-8")
     page = dom(tmp_path / "find.html")
     assert [row[1] for row in rows(page, "gene-table")] == ['a,b"c']
-    assert page.text("gene-told") == "1 of 20 genes"
+    assert page.text("gene-count") == "1 of 20 genes"
     act = 'const b = document.querySelectorAll("#gene-table button")[2]; b.click(); b.click();'
     (tmp_path / "sort.html").write_text(html.replace("</body>", f"<script>{act}</script></body>"), encoding="utf-8")
     pcc = [float(row[2]) for row in rows(dom(tmp_path / "sort.html"), "gene-table")]

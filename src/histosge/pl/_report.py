@@ -80,7 +80,7 @@ def report(
 
     Returns
     -------
-    The path. On the page, as far as they are there: the run; held-out scores beside those of the simple rivals; what the
+    The path. On the page, as far as they are there: the run; held-out scores and those of the simple baselines; what the
     prediction intervals say; the 50 genes predicted best and ``genes``, and a CSV file of all; maps; the domains of
     ``obs["domain"]`` and ``obs["leiden"]``; curves of the training; ``scores``; warnings; how to cite; the call and all of
     ``uns["histosge"]``. Nothing is written into ``sdata``.
@@ -157,7 +157,7 @@ def _wanted(table: AnnData, genes: str | Sequence[str] | None) -> list[str]:
 
 @dataclass(frozen=True)
 class _Run:
-    """A predicted table, and what the page says of it."""
+    """A predicted table, and what the page shows of it."""
 
     sdata: SpatialData
     table: AnnData
@@ -191,7 +191,7 @@ class _Run:
 
     @property
     def held_out(self) -> dict[str, float]:
-        """Held-out correlations of the head, its parts and its rivals, best first; a constant scores 0 by definition."""
+        """Held-out correlations of the head, its parts and the baselines, best first; a constant scores 0 by definition."""
         found = {"mean": 0.0} | {name: float(score["pcc"]) for name, score in self.made["held_out"].items()}
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
@@ -219,8 +219,8 @@ class _Run:
         return self.made["params"]
 
     @property
-    def rival(self) -> str | None:
-        """Best of the simple rivals."""
+    def baseline(self) -> str | None:
+        """Best of the simple baselines."""
         return next((name for name in self.held_out if name in _BASELINES and name != self.made["head"]), None)
 
     @property
@@ -233,21 +233,23 @@ class _Run:
         made, n = self.made, self.table.n_vars
         found = []
         if self.better:
-            told = " and ".join(self.better)
-            text = f"On held-out spots {told} came as near to the measurement, or nearer."
+            names = " and ".join(self.better)
+            text = f"On held-out spots {names} came as near to the measurement, or nearer."
             text += f" Consider head={self.better[0]!r}." if self.better[0] != "mean" else " Nothing was learnt."
-            found.append((f"the head {made['head']} did not beat {told}", text))
+            found.append((f"the head {made['head']} did not beat {names}", text))
         if self.n_predictable < _FEW * n:
             text = "The maps of all others show nothing that was confirmed on spots that were held out."
             found.append((f"only {self.n_predictable:,} of {n:,} genes are predictable", text))
         if not self.measured:
-            text = "The scores are those of the sections that the model was fitted on; nothing vouches for them here, and no "
+            text = (
+                "The scores are those of the sections that the model was fitted on; they were not checked here, and no "
+            )
             text += "prediction intervals are given: those of other sections would be too narrow."
             found.append(("nothing was measured on this section", text))
         elif self.far > _FAR:
             text = (
-                f"They lie more than one pitch ({float(made['pitch_um']):.4g} µm) from every measured spot. Nothing vouches "
-                "for predictions and their intervals far from what was measured."
+                f"They lie more than one pitch ({float(made['pitch_um']):.4g} µm) from every measured spot. Predictions and "
+                "their intervals are not checked so far from the measurements."
             )
             found.append((f"{self.far:.1%} of the places are far from all spots", text))
         if self.missing:
@@ -343,7 +345,7 @@ def _page(run: _Run, pictures: dict[str, list[Picture]], *, wanted: list[str], s
         section=name if name != "global" else run.made.get("spots", run.made["image"]),
         generator=f"histosge {version('histosge')}",
         date=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
-        rivals=_BASELINES,
+        baselines=_BASELINES,
         level=LEVEL,
         ranked=ranked,
         listed=listed,
