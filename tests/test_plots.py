@@ -910,7 +910,11 @@ def test_six_heads_fit_without_overlap(scores):
             r"head='rigde' is not in scores\. Choose one of \['nearest', 'ridge', 'mean'\]",
         ),
         ({"baseline": "kriging"}, ValueError, r"baseline='kriging' is not in scores\. Choose one of \['nearest'"),
-        ({"head": "mean", "baseline": "mean"}, ValueError, r"head and baseline are both 'mean'\. Choose two of \['nearest'"),
+        (
+            {"head": "mean", "baseline": "mean"},
+            ValueError,
+            r"head and baseline are both 'mean'\. Choose two of \['nearest'",
+        ),
     ],
 )
 def test_scores_refused(scores, wrong, error, match):
