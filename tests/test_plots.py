@@ -810,8 +810,8 @@ def test_the_first_head_meets_the_best_of_the_others(scores):
     for choice, one, other in (
         ({}, "nearest", "ridge"),
         ({"head": "mean"}, "mean", "ridge"),
-        ({"rival": "nearest"}, "ridge", "nearest"),
-        ({"head": "ridge", "rival": "mean"}, "ridge", "mean"),
+        ({"baseline": "nearest"}, "ridge", "nearest"),
+        ({"head": "ridge", "baseline": "mean"}, "ridge", "mean"),
     ):
         ax = sge.pl.evaluation(scores, **choice)[1]
         share = (pcc[one] > pcc[other]).mean()
@@ -909,8 +909,12 @@ def test_six_heads_fit_without_overlap(scores):
             ValueError,
             r"head='rigde' is not in scores\. Choose one of \['nearest', 'ridge', 'mean'\]",
         ),
-        ({"rival": "kriging"}, ValueError, r"rival='kriging' is not in scores\. Choose one of \['nearest'"),
-        ({"head": "mean", "rival": "mean"}, ValueError, r"head and rival are both 'mean'\. Choose two of \['nearest'"),
+        ({"baseline": "kriging"}, ValueError, r"baseline='kriging' is not in scores\. Choose one of \['nearest'"),
+        (
+            {"head": "mean", "baseline": "mean"},
+            ValueError,
+            r"head and baseline are both 'mean'\. Choose two of \['nearest'",
+        ),
     ],
 )
 def test_scores_refused(scores, wrong, error, match):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 
@@ -421,6 +422,65 @@ def test_permuted_counts_are_not_predictable(sdata, head, n_tables):
     # heads have learnt from these very spots, which is why held-out scores are not taken from here (0.15 to 0.2); that
     # their own measurement reached the prediction would look otherwise
     assert np.mean(leak) < 0.35
+
+
+# ------------------------------------------------------------------------------------------ arguments of the call
+
+
+def test_params_repeat_the_call(sdata, tmp_path):
+    """From the table, and as every file brings them back."""
+    import anndata as ad
+
+    ask = {
+        "encoder": "stain-texture", "head": "nearest+ridge", "genes": ["GENE003", "GENE001"], "n_folds": 2, "upsample": 2,
+        "head_options": {"nearest": {"n_neighbours": 4}}, "tissue": "spots", "mpp": 2.0, "dense": False, "rng": np.int64(3),
+    }  # fmt: skip
+    table = sge.tl.predict(sdata, inplace=False, **ask)
+    params = table.uns["histosge"]["params"]
+    defaults = {name: p.default for name, p in inspect.signature(sge.tl.predict).parameters.items()}
+    asked = {name: value for name, value in (defaults | ask).items() if value is not None}
+    assert set(params) == set(asked) - {"sdata", "inplace", "progress", "store"}
+    assert {k: list(v) if isinstance(v, np.ndarray) else v for k, v in params.items() if k in ask} == ask
+    assert plain(params), params
+    table.write_h5ad(tmp_path / "t.h5ad")
+    table.write_zarr(tmp_path / "t.zarr")
+    for one in (table, ad.read_h5ad(tmp_path / "t.h5ad"), ad.read_zarr(tmp_path / "t.zarr")):
+        again = sge.tl.predict(sdata, inplace=False, **one.uns["histosge"]["params"])
+        np.testing.assert_array_equal(again.X, table.X)
+        pd.testing.assert_frame_equal(again.obs, table.obs)
+        pd.testing.assert_frame_equal(again.var, table.var)
+        np.testing.assert_array_equal(again.varm["histosge_intervals"], table.varm["histosge_intervals"])
+        assert again.uns["histosge"]["params"].keys() == params.keys()
+
+
+def test_params_of_a_store_are_those_without(sdata, tmp_path):
+    stored, table = (sge.tl.predict(sdata, inplace=False, store=store, **FAST) for store in (tmp_path / "s.zarr", None))
+    assert stored.uns["histosge"]["params"] == table.uns["histosge"]["params"]
+
+
+def test_objects_are_named_and_must_be_passed_again(sdata):
+    """A model, an encoder and a generator are no plain values."""
+    model = sge.tl.fit(sdata, encoder="stain-texture", head="nearest", genes=8, n_folds=2)
+    ask = {"model": model, "encoder": sge.load_encoder("stain-texture"), "rng": np.random.default_rng(0), "upsample": 2}
+    params = sge.tl.predict(sdata, inplace=False, **ask).uns["histosge"]["params"]
+    assert params["model"] == f"<Model {model.fingerprint()}>"
+    assert (params["encoder"], params["rng"]) == ("<stain-texture>", "<generator>")
+    refuses(
+        sdata,
+        r"model='<Model>' names an object that was passed in an earlier call: pass the object itself",
+        model="<Model>",
+    )
+    again = sge.tl.predict(sdata, inplace=False, **params | ask)
+    assert again.uns["histosge"]["params"] == params
+
+
+def test_params_of_embeddings(sdata):
+    sge.tl.embed(sdata, encoder="stain-texture", mpp=2.0)
+    made = sdata["spots_stain-texture"].uns["histosge"]
+    assert made["params"]["mpp"] == 2.0
+    assert {"sdata", "target_key", "progress", "inplace"} & made["params"].keys() == set()
+    again = sge.tl.embed(sdata, inplace=False, **made["params"])
+    np.testing.assert_array_equal(again.obsm["X_stain-texture"], sdata["spots_stain-texture"].obsm["X_stain-texture"])
 
 
 # ------------------------------------------------------------------------------------------ prediction intervals

@@ -23,9 +23,7 @@ from spatialdata import SpatialData, read_zarr
 from spatialdata.models import TableModel
 
 import histosge as sge
-from histosge._geometry import estimate_lattice, refine
 from histosge._section import open_table
-from histosge.pl._report import _Run, report
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 
@@ -121,7 +119,7 @@ def scores():
 @pytest.fixture(autouse=True)
 def _coarse(monkeypatch):
     """Pictures of few pixels, which are made faster."""
-    monkeypatch.setattr("histosge.pl._report._DPI", 60)
+    monkeypatch.setattr("histosge.pl._pictures._DPI", 60)
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +137,8 @@ def full(once, scores, tmp_path_factory):
     sdata = SpatialData(images=dict(s.images), shapes=dict(s.shapes), tables={"table": s["table"], "histosge": table})
     path = tmp_path_factory.mktemp("report") / "report.html"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("histosge.pl._report._DPI", 60)
-        assert report(sdata, path, scores=scores, genes=["GENE003", "GENE001"]) == path
+        patch.setattr("histosge.pl._pictures._DPI", 60)
+        assert sge.pl.report(sdata, path, scores=scores, genes=["GENE003", "GENE001"]) == path
     return read(path)
 
 
@@ -251,7 +249,7 @@ def test_provenance_is_whole(full, once):
 def called(page: Page) -> dict[str, object]:
     """Arguments of the call on the page."""
     (call,) = (n for n in ast.walk(ast.parse(page.texts["call"])) if isinstance(n, ast.Call) and n.keywords)
-    return {k.arg: ast.literal_eval(k.value) for k in call.keywords if isinstance(k.value, ast.Constant)}
+    return {k.arg: ast.literal_eval(k.value) for k in call.keywords}
 
 
 def test_the_call_makes_the_same_table(full, sdata, once):
@@ -262,35 +260,26 @@ def test_the_call_makes_the_same_table(full, sdata, once):
     assert list(one.var_names) == list(other.var_names)
 
 
-def test_the_call_names_what_is_not_the_default(predicted, tmp_path):
-    table = predicted["histosge"]
-    table.uns["histosge"] |= {
-        "mpp_source": "given",
+def test_the_call_is_that_of_the_parameters(predicted, tmp_path):
+    """As they come back from a file: arrays, and names that must not run."""
+    genes = ['a"b', *(f"GENE{i:03}" for i in range(20))]
+    params = {
         "mpp": 0.97,
-        "seed": "generator",
         "layer": "counts",
+        "genes": np.array(genes, object),
+        "conserve": False,
+        "head_options": {"ridge": {"alphas": np.array([1.0, 2.5])}},
+        "model": "<Model 12ab>",
+        "rng": "<generator>",
     }
-    table.var["highly_variable"] = np.arange(20) < 10
-    page = read(report(predicted, tmp_path / "r.html", genes=[]))
+    predicted["histosge"].uns["histosge"]["params"] = params
+    page = read(sge.pl.report(predicted, tmp_path / "r.html", genes=[]))
     told = called(page)
-    assert (told["mpp"], told["layer"]) == (0.97, "counts")
-    assert {"rng", "target_key", "bin_um", "dense"} & told.keys() == set()
-    assert "genes=list(pd.read_csv('histosge_genes.csv')['gene'])" in page.texts["call"]
-
-
-@pytest.mark.parametrize("array", ["hexagonal", "square"])
-@pytest.mark.parametrize("upsample", [2, 4, 8, 16])
-def test_places_per_spot_are_told_from_the_lattice(upsample, array):
-    col, row = np.meshgrid(np.arange(7.0), np.arange(6.0))
-    if array == "hexagonal":
-        col, row = col + row % 2 / 2, row * np.sqrt(3) / 2
-    xy_px = 50 * np.column_stack([col.ravel(), row.ravel()])
-    places = refine(estimate_lattice(xy_px), xy_px, upsample=upsample)
-    obs = pd.DataFrame(
-        {"array_row": places.array_row, "array_col": places.array_col, "is_spot": places.spot_index >= 0}
-    )
-    table = ad.AnnData(obs=obs.rename(index=str).assign(region="histosge_targets"))
-    assert _Run(SpatialData(), table, "histosge").upsample == upsample
+    assert told.pop("model") is told.pop("rng") is ...
+    wanted = params | {"genes": genes, "head_options": {"ridge": {"alphas": [1.0, 2.5]}}}
+    assert told == {name: value for name, value in wanted.items() if name not in ("model", "rng")}
+    assert "    model=...,  # <Model 12ab>" in page.texts["call"]
+    assert "named in angle brackets: pass them yourself" in page.text("provenance")
 
 
 def test_bins_and_tokens(predicted, tmp_path):
@@ -298,7 +287,7 @@ def test_bins_and_tokens(predicted, tmp_path):
     old, n = predicted["histosge"], len(places)
     obs = places[["array_row", "array_col"]].assign(is_spot=False, in_spot=True, distance_to_spot_um=10.0)
     obs = obs.assign(region=pd.Categorical(["histosge_targets"] * n), instance_id=places.index).rename(index=str)
-    uns = {"histosge": old.uns["histosge"] | {"dense": True}}
+    uns = {"histosge": old.uns["histosge"] | {"dense": True, "params": {"bin_um": 40.0}}}
     table = ad.AnnData(np.zeros((n, 20), np.float32), obs=obs, var=old.var.copy(), uns=uns)
     middle = places.geometry.centroid
     table.obsm["spatial"] = np.column_stack([middle.x, middle.y])
@@ -308,17 +297,17 @@ def test_bins_and_tokens(predicted, tmp_path):
         table, region="histosge_targets", region_key="region", instance_key="instance_id"
     )
     table.obsm["spatial"] = 20 * (places[["array_col", "array_row"]].to_numpy() + 0.5)  # pixels of 2 µm
-    page = read(report(predicted, tmp_path / "r.html", genes="GENE000"))
+    page = read(sge.pl.report(predicted, tmp_path / "r.html", genes="GENE000"))
     assert ", bins of 40 µm;" in dict(rows(page, "run"))["Places"]
-    assert called(page)["bin_um"] == 40.0
-    assert {"upsample", "dense", "target_key"} & called(page).keys() == set()
     assert "in tokens of 8 µm" in dict(rows(page, "run"))["Tile"]
     assert page.text("intervals") == "What the prediction intervals say This table has none."
     (picture,) = page.find("img")
     assert "interval" not in picture["alt"]
     assert "finer than a token" not in page.text("warnings")
     predicted["histosge"].uns["histosge"]["encoder"] = dict(uns["histosge"]["encoder"], token_px=32)
-    assert "Bins are finer than a token." in read(report(predicted, tmp_path / "r.html", genes=[])).text("warnings")
+    assert "Bins are finer than a token." in read(sge.pl.report(predicted, tmp_path / "r.html", genes=[])).text(
+        "warnings"
+    )
 
 
 NASTY = ["<script>alert(1)</script>", "\"><img src=x onerror='alert(2)'>", 'a,b"c', "{{ 7 * 7 }}", "&lt;b&gt;"]
@@ -335,7 +324,7 @@ def nasty(predicted):
 
 
 def test_text_stays_text(nasty, tmp_path):
-    page = read(report(nasty, tmp_path / "r.html", genes=[]))
+    page = read(sge.pl.report(nasty, tmp_path / "r.html", genes=[]))
     assert len(scripts(page.html)) == len(page.find("script")) == 1
     assert page.find("b") == page.find("img") == []
     assert page.texts["gene-table"].count(NASTY[0]) == 1
@@ -347,7 +336,7 @@ def test_text_stays_text(nasty, tmp_path):
 def test_text_in_pictures_stays_text(nasty, tmp_path):
     nasty["table"].var_names = [*NASTY, *nasty["table"].var_names[len(NASTY) :]]
     nasty["histosge"].uns["histosge"]["coordinate_system"] = "synthetic"
-    page = read(report(nasty, tmp_path / "r.html", genes=NASTY[1]))
+    page = read(sge.pl.report(nasty, tmp_path / "r.html", genes=NASTY[1]))
     (picture,) = page.find("img")
     assert picture["alt"].startswith(f"{NASTY[1]}, ")
     assert "onerror" not in picture
@@ -357,14 +346,14 @@ def test_says_whether_the_head_won(predicted, tmp_path):
     made = predicted["histosge"].uns["histosge"]
     path = tmp_path / "r.html"
     made["held_out"] = {"ridge": {"pcc": 0.5, "mse": 1.0}, "nearest": {"pcc": 0.42, "mse": 1.1}}
-    page = read(report(predicted, path, genes=[]))
+    page = read(sge.pl.report(predicted, path, genes=[]))
     assert "a correlation of 0.500 with the measurement" in page.text("verdict")
     assert "nearest (interpolation of the measured spots), reaches 0.420: the head won, by 0.080." in page.text(
         "verdict"
     )
     assert "None" in page.text("warnings")
     made["held_out"]["nearest"]["pcc"] = 0.6
-    page = read(report(predicted, path, genes=[]))
+    page = read(sge.pl.report(predicted, path, genes=[]))
     assert "the head did not win, it is 0.100 behind" in page.text("verdict")
     assert "The head ridge did not beat nearest." in page.text("warnings")
     assert "Consider head='nearest'" in page.text("warnings")
@@ -372,17 +361,17 @@ def test_says_whether_the_head_won(predicted, tmp_path):
     assert [row[0].split()[0] for row in rows(page, "scores")] == ["nearest", "ridge", "mean"]
 
 
-def test_a_part_of_the_head_is_no_rival(predicted, tmp_path):
+def test_a_part_of_the_head_is_no_baseline(predicted, tmp_path):
     made = predicted["histosge"].uns["histosge"]
     made["head"] = "in-context+kriging"
     pcc = {"in-context+kriging": 0.5, "in-context": 0.505, "kriging": 0.4, "ridge": 0.3, "nearest": 0.2}
     made["held_out"] = {name: {"pcc": value, "mse": 1.0} for name, value in pcc.items()}
-    page = read(report(predicted, tmp_path / "r.html", genes=[]))
+    page = read(sge.pl.report(predicted, tmp_path / "r.html", genes=[]))
     assert "ridge (ridge regression on the image), reaches 0.300: the head won, by 0.200" in page.text("verdict")
     assert "None" in page.text("warnings")  # within a hundredth is as good
     assert "in-context (a part of it)" in page.text("scores")
     made["held_out"]["in-context"]["pcc"] = 0.52
-    page = read(report(predicted, tmp_path / "r.html", genes=[]))
+    page = read(sge.pl.report(predicted, tmp_path / "r.html", genes=[]))
     assert "did not beat in-context." in page.text("warnings")
 
 
@@ -392,7 +381,9 @@ def test_warns_of_what_a_reader_must_know(predicted, scores, tmp_path):
     far = np.arange(table.n_obs) < 30
     table.obs["distance_to_spot_um"] = np.where(far, 150, 20).astype(np.float32)
     table.uns["histosge"]["held_out"]["ridge"]["pcc"] = -0.1
-    page = read(report(predicted, tmp_path / "r.html", genes="GENE005", scores=scores.assign(protocol="published")))
+    page = read(
+        sge.pl.report(predicted, tmp_path / "r.html", genes="GENE005", scores=scores.assign(protocol="published"))
+    )
     told = page.text("warnings")
     assert "Only 3 of 20 genes are predictable." in told
     assert f"{30 / table.n_obs:.1%} of the places are far from all spots" in told
@@ -408,12 +399,12 @@ def test_best_predictable_genes_are_mapped(predicted, tmp_path):
     table = predicted["histosge"]
     table.var["held_out_pcc"] = np.linspace(0.1, 0.9, 20).astype(np.float32)
     table.var["predictable"] = np.arange(20) < 2  # only these
-    page = read(report(predicted, tmp_path / "r.html"))
+    page = read(sge.pl.report(predicted, tmp_path / "r.html"))
     assert [p["alt"].split(",")[0] for p in page.find("img")] == ["GENE001", "GENE000"]
 
 
 def test_sections_of_what_is_not_there_are_left_out(predicted, tmp_path):
-    page = read(report(predicted, tmp_path / "r.html", genes=[]))
+    page = read(sge.pl.report(predicted, tmp_path / "r.html", genes=[]))
     assert page.sections == ["run", "scores", "intervals", "genes", "warnings", "cite", "provenance"]
     links = [a["href"] for a in page.find("a") if a["href"].startswith("#")]
     assert not {"#maps", "#domains", "#training", "#evaluation"} & set(links)
@@ -423,7 +414,7 @@ def test_every_gene_has_a_picture_of_its_own(predicted, tmp_path, monkeypatch):
     """However many: rows of one figure are cut apart, and none is cut in two."""
     monkeypatch.setattr("histosge.pl._report._N_MAPS", 2)
     genes = [f"GENE{i:03}" for i in range(3)]
-    pictures = read(report(predicted, tmp_path / "r.html", genes=genes)).find("img")
+    pictures = read(sge.pl.report(predicted, tmp_path / "r.html", genes=genes)).find("img")
     assert [p["alt"].split(",")[0] for p in pictures] == genes
     assert len({p["src"] for p in pictures}) == 3
     heights = [int(p["height"]) for p in pictures]
@@ -438,40 +429,40 @@ def test_every_gene_has_a_picture_of_its_own(predicted, tmp_path, monkeypatch):
 def test_fifty_genes_and_those_asked_for(predicted, tmp_path, monkeypatch):
     monkeypatch.setattr("histosge.pl._report._N_LISTED", 5)
     best = predicted["histosge"].var["held_out_pcc"].sort_values(ascending=False).index
-    page = read(report(predicted, tmp_path / "r.html", genes=best[11]))
+    page = read(sge.pl.report(predicted, tmp_path / "r.html", genes=best[11]))
     assert [row[:2] for row in rows(page, "gene-table")] == [[str(r), best[r - 1]] for r in (1, 2, 3, 4, 5, 12)]
     assert len(page.csv) == 20
 
 
 def test_own_reports_are_replaced_and_nothing_else(predicted, tmp_path, log):
     path = tmp_path / "r.html"
-    report(predicted, path, genes=[])
+    sge.pl.report(predicted, path, genes=[])
     assert "replacing" not in log.text
-    report(predicted, str(path), genes=[])
+    sge.pl.report(predicted, str(path), genes=[])
     assert f"replacing the report {path}" in log.text
     path.write_text("<!DOCTYPE html><p>mine, made with histosge</p>", encoding="utf-8")
     with pytest.raises(FileExistsError, match=r"histosge\.pl\.report did not write it\. Choose another name"):
-        report(predicted, path, genes=[])
+        sge.pl.report(predicted, path, genes=[])
     assert path.read_text(encoding="utf-8").endswith("mine, made with histosge</p>")
     with pytest.raises(FileExistsError, match="is a folder"):
-        report(predicted, tmp_path)
+        sge.pl.report(predicted, tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
-        report(predicted, tmp_path / "none" / "r.html")
+        sge.pl.report(predicted, tmp_path / "none" / "r.html")
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
 
 
 def test_refuses_what_is_not_there(predicted, scores, tmp_path):
     path = tmp_path / "r.html"
     with pytest.raises(KeyError, match=r"key='other' is not a table .* there are \['histosge'\]"):
-        report(predicted, path, key="other")
+        sge.pl.report(predicted, path, key="other")
     with pytest.raises(KeyError, match="key='table' is not a table that histosge.tl.predict wrote"):
-        report(predicted, path, key="table")
+        sge.pl.report(predicted, path, key="table")
     with pytest.raises(KeyError, match=r"genes \['NONE'\] were not predicted"):
-        report(predicted, path, genes=["GENE000", "NONE"])
+        sge.pl.report(predicted, path, genes=["GENE000", "NONE"])
     with pytest.raises(TypeError, match="scores is a dict"):
-        report(predicted, path, scores={})
+        sge.pl.report(predicted, path, scores={})
     with pytest.raises(ValueError, match="lacks the columns"):
-        report(predicted, path, scores=scores.drop(columns="pcc"))
+        sge.pl.report(predicted, path, scores=scores.drop(columns="pcc"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -481,7 +472,7 @@ def test_leaves_everything_as_it_was(predicted, tmp_path, monkeypatch):
     plt.close("all")  # of other tests
     mine, _ = plt.subplots()
     parameters, backend = dict(mpl.rcParams), mpl.get_backend()
-    report(predicted, tmp_path / "r.html", genes="GENE001")
+    sge.pl.report(predicted, tmp_path / "r.html", genes="GENE001")
     assert plt.get_fignums() == [mine.number]
     assert dict(mpl.rcParams) == parameters
     assert mpl.get_backend() == backend
@@ -498,7 +489,7 @@ def test_leaves_everything_as_it_was(predicted, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sge.pl, "expression", fail)
     with pytest.raises(RuntimeError, match="no"):
-        report(predicted, tmp_path / "other.html", genes="GENE001")
+        sge.pl.report(predicted, tmp_path / "other.html", genes="GENE001")
     assert plt.get_fignums() == [mine.number]
     assert not (tmp_path / "other.html").exists()
     plt.close(mine)
@@ -519,10 +510,10 @@ def test_reads_no_gene_that_is_not_drawn(predicted, tmp_path):
         )
 
     table.X = guarded(table.X)
-    page = read(report(predicted, tmp_path / "r.html", genes="GENE003"))
+    page = read(sge.pl.report(predicted, tmp_path / "r.html", genes="GENE003"))
     assert len(page.find("img")) == 1
     with pytest.raises(RuntimeError, match="gene 4 was read"):
-        report(predicted, tmp_path / "r.html", genes="GENE004")
+        sge.pl.report(predicted, tmp_path / "r.html", genes="GENE004")
 
 
 def test_table_of_a_store(predicted, tmp_path):
@@ -532,13 +523,13 @@ def test_table_of_a_store(predicted, tmp_path):
     )
     store.write(tmp_path / "s.zarr")
     alone = read_zarr(tmp_path / "s.zarr")
-    page = read(report(alone, tmp_path / "alone.html"))
+    page = read(sge.pl.report(alone, tmp_path / "alone.html"))
     assert page.find("img") == []
     told = "There are no maps. This SpatialData has no images['he'] and no shapes['spots'] and no tables['table']"
     assert told in page.text("warnings")
-    assert called(page)["spots_key"] == "spots"
+    assert called(page)["encoder"] == "stain-texture"
     predicted.tables["histosge"] = open_table(tmp_path / "s.zarr", "histosge")
-    page = read(report(predicted, tmp_path / "r.html", genes="GENE001"))
+    page = read(sge.pl.report(predicted, tmp_path / "r.html", genes="GENE001"))
     assert len(page.find("img")) == 1
     assert isinstance(predicted["histosge"].X, da.Array)
 
@@ -549,17 +540,16 @@ def test_section_without_spots(predicted, tmp_path):
     table.obs["is_spot"] = table.obs["in_spot"] = False
     made = {k: v for k, v in table.uns["histosge"].items() if k not in ("spots", "table")}
     table.uns["histosge"] = made | {"technology": "not measured", "mpp_source": "given", "input": "the image alone"}
+    table.uns["histosge"]["params"] = {"model": "<Model>"}
     shapes = {"histosge_targets": predicted["histosge_targets"]}
     alone = SpatialData(images=dict(predicted.images), shapes=shapes, tables={"histosge": table})
-    page = read(report(alone, tmp_path / "r.html", genes="GENE001"))
+    page = read(sge.pl.report(alone, tmp_path / "r.html", genes="GENE001"))
     assert "Nothing was measured on this section." in page.text("warnings")
     assert dict(rows(page, "run"))["Section"].startswith("nothing measured")
     assert "from the H&E image alone, by a model of other sections" in re.sub("&amp;", "&", page.html)
     (picture,) = page.find("img")
     assert "measured" not in picture["alt"]
-    assert 'model=sge.Model.load("model")' in page.texts["call"]
-    assert {"head", "spots_key", "table_key"} & called(page).keys() == set()
-    assert called(page)["mpp"] == pytest.approx(2.0)
+    assert called(page) == {"model": ...}
 
 
 @pytest.mark.slow
@@ -568,7 +558,7 @@ def test_in_a_browser(nasty, tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium here")
-    path = report(nasty, tmp_path / "r.html", genes=[])
+    path = sge.pl.report(nasty, tmp_path / "r.html", genes=[])
 
     def dom(file):
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"]
@@ -590,7 +580,7 @@ def test_in_a_browser(nasty, tmp_path):
     (tmp_path / "find.html").write_text(html.replace("</body>", f"<script>{act}</script></body>"), encoding="utf-8")
     page = dom(tmp_path / "find.html")
     assert [row[1] for row in rows(page, "gene-table")] == ['a,b"c']
-    assert page.text("gene-told") == "1 of 20 genes"
+    assert page.text("gene-count") == "1 of 20 genes"
     act = 'const b = document.querySelectorAll("#gene-table button")[2]; b.click(); b.click();'
     (tmp_path / "sort.html").write_text(html.replace("</body>", f"<script>{act}</script></body>"), encoding="utf-8")
     pcc = [float(row[2]) for row in rows(dom(tmp_path / "sort.html"), "gene-table")]

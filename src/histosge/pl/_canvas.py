@@ -34,7 +34,7 @@ _IMAGE_PX = 1500
 _EDGE, _TITLE = 0.08, 0.42
 """Inches around the figure, and for two lines above a panel."""
 BAR = 0.85
-"""Inches that a colour bar with its label takes beside a panel."""
+"""Inches that a colour bar with its label takes next to a panel."""
 PLAIN = 0.1
 _MISSING = (0.83, 0.83, 0.83, 1.0)
 _DIAMETER_UM = {technology.name: technology.spot_um for technology in (VISIUM, LEGACY_ST)}
@@ -43,7 +43,7 @@ _DIAMETER_UM = {technology.name: technology.spot_um for technology in (VISIUM, L
 
 @dataclass(frozen=True)
 class Canvas:
-    """The H&E image of a section, and what its elements look like upon it."""
+    """The H&E image of a section, and its elements in pixels of the image."""
 
     sdata: SpatialData
     image_key: str
@@ -101,7 +101,7 @@ class Canvas:
 
 
 def open_canvas(sdata: SpatialData, table: AnnData, key: str) -> Canvas:
-    """Find the image that a table of ours was made from, where its places lie upon it, and shrink it."""
+    """Find the image that a table of ours was made from, and make a small copy of it."""
     from spatialdata.transformations import get_transformation
 
     made, shapes = table.uns[_keys.UNS], region(table)
@@ -170,18 +170,18 @@ def panel_inches(shown: Sequence[Footprints], longest: float) -> tuple[float, fl
     return max(float(width), 1.6), max(float(height), 0.8)
 
 
-def lay_panels(n_rows: int, *, panel: tuple[float, float], beside: Sequence[float]) -> NDArray[Any]:
-    """Axes (n_rows, columns) of one size, and so many inches beside each column for a colour bar or a legend.
+def lay_panels(n_rows: int, *, panel: tuple[float, float], gaps: Sequence[float]) -> NDArray[Any]:
+    """Lay out axes (n_rows, columns) of one size, with space in inches to the right of each column (colour bar, legend).
 
     No layout engine: sizes are known, and its solver takes longer than the drawing and still lets bars overlap.
     """
     import matplotlib.pyplot as plt
 
     width, height = panel
-    left = _EDGE + np.cumsum([0.0, *(width + gap for gap in beside)])
+    left = _EDGE + np.cumsum([0.0, *(width + gap for gap in gaps)])
     total = np.array([left[-1], _EDGE + n_rows * (height + _TITLE)])
     figure = plt.figure(figsize=tuple(total))
-    axes = np.empty((n_rows, len(beside)), object)
+    axes = np.empty((n_rows, len(gaps)), object)
     for i, j in np.ndindex(axes.shape):
         corner = np.array([left[j], total[1] - (i + 1) * (height + _TITLE)])
         shared = axes[0, 0]
@@ -190,7 +190,7 @@ def lay_panels(n_rows: int, *, panel: tuple[float, float], beside: Sequence[floa
 
 
 def draw_numbers(ax: Axes, places: Footprints, values: Any, *, cmap: str, label: str) -> None:
-    """Colour places by numbers, from the 1st to the 99th percentile, with a scale beside."""
+    """Colour places by numbers, from the 1st to the 99th percentile, with a colour bar."""
     values = np.asarray(values, float)
     drawn = fill(ax, places, numbers=values, cmap=cmap, clim=_limits(values))
     inch = 1 / _inches(ax)[0]  # in widths of the panel
@@ -211,7 +211,7 @@ def _limits(values: Floats) -> tuple[float, float]:
 
 
 def draw_categories(ax: Axes, places: Footprints, values: pd.Categorical, colours: dict[str, Any]) -> None:
-    """Colour places by category, with a legend beside."""
+    """Colour places by category, with a legend."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import to_rgba_array
 

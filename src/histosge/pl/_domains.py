@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def domains(
     sdata: SpatialData, *, key: str = "histosge", domain: str = "domain", panel_size: float = 4.0
 ) -> NDArray[Any]:
-    """Draw the domains of the predicted table over the tissue, beside the H&E image and the domains of the spots.
+    """Draw the domains of the predicted table over the tissue, next to the H&E image and the domains of the spots.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def domains(
     shown = to_show(drawn[-1][1], [outlines for _, outlines, _ in drawn[:-1]])
     panel = panel_inches(shown, panel_size)
     legends = [legend_shape(list(map(str, values.categories)), panel[1])[1] for _, _, values in drawn]
-    axes = lay_panels(1, panel=panel, beside=[PLAIN, *legends])[0]
+    axes = lay_panels(1, panel=panel, gaps=[PLAIN, *legends])[0]
     canvas.tissue(axes[0])
     axes[0].set_title("H&E", fontsize=9)
     for ax, (name, outlines, values) in zip(axes[1:], drawn, strict=True):

@@ -22,7 +22,7 @@ _MOST_FITTED = 20_000
 def embedding(sdata: SpatialData, *, key: str | None = None, panel_size: float = 4.0) -> NDArray[Any]:
     """Draw the first three principal components of embeddings as red, green and blue over the tissue.
 
-    Places of one colour look alike to the encoder.
+    Places of one colour look the same to the encoder.
 
     Parameters
     ----------
@@ -59,13 +59,13 @@ def embedding(sdata: SpatialData, *, key: str | None = None, panel_size: float =
     colours, share = _as_colours(np.asarray(table.obsm[_keys.embedding(encoder)]), key)
     canvas = open_canvas(sdata, table, key)
     places = canvas.outlines(region(table), table.obs[_keys.INSTANCE].to_numpy())
-    axes = lay_panels(1, panel=panel_inches([places], panel_size), beside=[PLAIN, PLAIN])[0]
+    axes = lay_panels(1, panel=panel_inches([places], panel_size), gaps=[PLAIN, PLAIN])[0]
     canvas.tissue(axes[0])
     axes[0].set_title("H&E", fontsize=9)
     fill(axes[1], places, colours=colours)
-    told = ", ".join(f"{name} {s:.0%}" for name, s in zip(("red", "green", "blue"), share, strict=True))
+    shares = ", ".join(f"{name} {s:.0%}" for name, s in zip(("red", "green", "blue"), share, strict=True))
     what = "area of each place" if made.get("dense") else "tile around each place"
-    axes[1].set_title(f"{encoder}, {what}\nshare of variance: {told}", fontsize=9)
+    axes[1].set_title(f"{encoder}, {what}\nshare of variance: {shares}", fontsize=9)
     canvas.frame(axes, [places])
     return axes
 
@@ -79,7 +79,7 @@ def _embedded(sdata: SpatialData, key: str | None) -> tuple[str, AnnData]:
         and _keys.embedding(str(made["encoder"]["name"])) in table.obsm
     ]
     if key is None and len(have) > 1:
-        msg = f"several tables of embeddings to choose from; say which: key= one of {have}."
+        msg = f"several tables of embeddings to choose from; name one: key= one of {have}."
         raise ValueError(msg)
     if not have or (key is not None and key not in have):
         what = "there is no table" if key is None else f"key={key!r} is not a table"

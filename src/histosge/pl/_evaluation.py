@@ -22,10 +22,10 @@ def evaluation(
     scores: pd.DataFrame,
     *,
     head: str | None = None,
-    rival: str | None = None,
+    baseline: str | None = None,
     figsize: tuple[float, float] = (10.0, 4.0),
 ) -> NDArray[Any]:
-    """Draw what heads were worth on spots that they never saw.
+    """Draw the scores of heads on spots that they never saw.
 
     Every gene's scores are averaged over all splits, repeats and sections first.
 
@@ -34,8 +34,8 @@ def evaluation(
     scores
         What :func:`histosge.tl.evaluate` returned: one split and one protocol.
     head
-        Head to compare with a rival, gene by gene. ``None`` takes the first of ``scores``.
-    rival
+        Head to compare with a baseline, gene by gene. ``None`` takes the first of ``scores``.
+    baseline
         Head to compare it with. ``None`` takes the best of the others.
     figsize
         Width and height of the figure in inches.
@@ -43,7 +43,7 @@ def evaluation(
     Returns
     -------
     Axes, (panels,): correlation of predicted and measured by head, best first, with the noise ceiling and the mean's
-    share of it; ``head`` against ``rival``; the share of measurements within the prediction intervals against the
+    share of it; ``head`` against ``baseline``; the share of measurements within the prediction intervals against the
     width of these, also after averaging over 2, 4 and 8 spots, and the target of 0.9 as a line; Moran's I of predicted against that of measured expression, where points above
     the diagonal are smoother than the measurement. Panels are left out whose scores are missing: the second with a
     single head.
@@ -72,7 +72,7 @@ def evaluation(
     heads = list(dict.fromkeys(scores["head"]))
     genes = scores.groupby(["head", "gene"], sort=False).mean(numeric_only=True)
     mean = genes["pcc"].groupby("head").mean()
-    one, other = _pair(heads, head, rival, mean)
+    one, other = _pair(heads, head, baseline, mean)
     colours = dict(zip(heads, plt.get_cmap("tab10")(np.arange(len(heads)) % 10), strict=True))
     has = {
         a: {a, b} <= set(genes) and bool(genes[[a, b]].notna().all(axis=1).any())
@@ -99,7 +99,7 @@ def evaluation(
 
 
 def _check_scores(scores: Any) -> None:
-    """Refuse what :func:`histosge.tl.evaluate` did not return, and what was not scored alike."""
+    """Refuse what :func:`histosge.tl.evaluate` did not return, and scores that do not compare."""
     if not isinstance(scores, pd.DataFrame):
         msg = f"scores is a {type(scores).__name__}: pass the DataFrame that histosge.tl.evaluate returned."
         raise TypeError(msg)
@@ -123,19 +123,19 @@ def _check_scores(scores: Any) -> None:
             raise ValueError(msg)
 
 
-def _pair(heads: list[str], head: str | None, rival: str | None, mean: pd.Series) -> tuple[str, str | None]:
-    """Head and rival; no rival where there is only one head."""
-    for name, value in (("head", head), ("rival", rival)):
+def _pair(heads: list[str], head: str | None, baseline: str | None, mean: pd.Series) -> tuple[str, str | None]:
+    """Head and baseline; no baseline where there is only one head."""
+    for name, value in (("head", head), ("baseline", baseline)):
         if value is not None and value not in heads:
             msg = f"{name}={value!r} is not in scores. Choose one of {heads}."
             raise ValueError(msg)
-    if head is not None and head == rival:
-        msg = f"head and rival are both {head!r}. Choose two of {heads}."
+    if head is not None and head == baseline:
+        msg = f"head and baseline are both {head!r}. Choose two of {heads}."
         raise ValueError(msg)
-    one = head if head is not None else next((h for h in heads if h != rival), heads[0])
+    one = head if head is not None else next((h for h in heads if h != baseline), heads[0])
     others = [h for h in heads if h != one]
-    if rival is not None or not others:
-        return one, rival if others else None
+    if baseline is not None or not others:
+        return one, baseline if others else None
     return one, str(mean[others].idxmax())
 
 
@@ -147,11 +147,11 @@ def _say_what(figure: Figure, scores: pd.DataFrame) -> bool:
         counted.append((scores["section"].nunique(), "section"))
     if {"section", "repeat", "fold"} <= set(scores.columns):
         counted.append((len(scores[["section", "repeat", "fold"]].drop_duplicates()), "split"))
-    told = ", ".join(f"{n} {word}{'s' * (n != 1)}" for n, word in counted)
+    counts = ", ".join(f"{n} {word}{'s' * (n != 1)}" for n, word in counted)
     held_out = protocol == "held-out"
-    text = f"{protocol} spots, split {split!r}: {told}"
+    text = f"{protocol} spots, split {split!r}: {counts}"
     if not held_out:
-        text = f"protocol {protocol!r}: SCORED ON TRAINING SPOTS AS WELL, not held out\nsplit {split!r}: {told}"
+        text = f"protocol {protocol!r}: SCORED ON TRAINING SPOTS AS WELL, not held out\nsplit {split!r}: {counts}"
     figure.suptitle(
         text, fontsize=10, color="black" if held_out else "tab:red", fontweight=None if held_out else "bold"
     )
@@ -213,7 +213,7 @@ def _draw_coverage(ax: Axes, heads: pd.DataFrame, *, colours: dict[str, Any]) ->
     ax.axhline(LEVEL, color="black", ls="--", lw=0.8)
     ax.margins(x=0.2, y=0.1)
     ax.set_xlabel("mean width (log1p)", fontsize=9)
-    ax.set_ylabel("share of measurements within", fontsize=9)
+    ax.set_ylabel("share of measurements inside", fontsize=9)
     ax.set_title("intervals: dots grow with\nspots averaged (1, 2, 4, 8)", fontsize=9)
 
 

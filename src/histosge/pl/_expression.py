@@ -144,10 +144,10 @@ def expression(
     named = None if column is None else categories(column)
     shown = to_show(places, [outlines for outlines, _ in drawn.values()])
     panel = panel_inches(shown, panel_size)
-    beside = [PLAIN if kind == "image" else BAR for kind in kinds]
+    gaps = [PLAIN if kind == "image" else BAR for kind in kinds]
     if column is not None:
-        beside.append(BAR if named is None else legend_shape(list(map(str, named.categories)), panel[1])[1])
-    grid = lay_panels(n_rows, panel=panel, beside=beside * blocks)
+        gaps.append(BAR if named is None else legend_shape(list(map(str, named.categories)), panel[1])[1])
+    grid = lay_panels(n_rows, panel=panel, gaps=gaps * blocks)
     for ax in grid[-1, (len(genes) - (n_rows - 1) * blocks) * n_panels :]:
         ax.set_visible(False)
     axes = grid.reshape(n_rows * blocks, n_panels)[: len(genes)]
@@ -191,7 +191,7 @@ def _kinds(panels: Sequence[str] | None, table: AnnData) -> list[str]:
 
 
 def _label(made: dict[str, Any]) -> str:
-    """What a colour bar shows; a scale that is not known is said to be none."""
+    """What a colour bar shows; the unit says if the scale is not known."""
     return f"log1p expression{', scale as given' if 'as given' in str(made.get('unit')) else ''}"
 
 
@@ -218,7 +218,7 @@ def _measured(
     table, rows, outlines = measured_spots(canvas, made)
     source = open_layer(table, layer, str(made["table"]))
     columns = source.genes.get_indexer(pd.Index(genes))
-    with settings.override(verbosity=0):  # all was said when it was read
+    with settings.override(verbosity=0):  # logged when the section was read
         kind = source.values(*source.split(select(source.matrix, rows[sample(len(rows))])))
     totals, found = [], []
     for part in _runs(source.matrix, rows):

@@ -102,7 +102,7 @@ def raster(places: Footprints) -> NDArray[np.int32]:
 def _rasterise(places: Footprints) -> NDArray[np.int32]:
     low, span = places.extent[:2], places.extent[2:] - places.extent[:2]
     longest, size = float(span.max()), float(np.median(places.size_px))
-    # squares along the axes are met by whole pixels; what lies aslant needs more of them
+    # whole pixels fit squares along the axes; turned squares need more of them
     least = 1 if places.kind == "square" and abs(np.sin(2 * places.turn)) < 1e-6 else 2
     step = max(size / max(least, int(_RASTER_PX * size / longest)), longest / _MOST_PX)
     width, height = np.ceil(span / step - 1e-6).astype(int).tolist()

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from importlib.resources import files
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +20,13 @@ from histosge._atomic import replacing
 from histosge._settings import logger
 from histosge._statistics import LEVEL, better_baselines
 from histosge.pl._canvas import predicted_table
+from histosge.pl._pictures import Picture, data_uri, figures_closed, pictures_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     import pandas as pd
     from anndata import AnnData
-    from numpy.typing import NDArray
     from spatialdata import SpatialData
 
 _N_MAPS = 4
@@ -51,27 +48,9 @@ _PANELS = {
     "width": "width of the prediction interval",
 }
 _COLUMNS = ("held_out_pcc", "held_out_mse", "predictable", "highly_variable", "shrinkage")
-_MOST_PX = 1800
-_DPI = 144
 _PANEL_SIZE = 2.8
 """Edge of a panel of a map in inches: small, so that its text is large."""
 _MARK = re.compile(rb'<meta name="generator" content="histosge[ "]')
-
-
-@dataclass(frozen=True)
-class _Picture:
-    """A figure as part of the page."""
-
-    src: str
-    width: int
-    height: int
-    alt: str
-    caption: str
-
-    @property
-    def width_css(self) -> int:
-        """Width at which it is as large as matplotlib meant it: no picture is drawn larger."""
-        return round(self.width * 96 / _DPI)
 
 
 def report(
@@ -102,7 +81,7 @@ def report(
 
     Returns
     -------
-    The path. On the page, as far as they are there: the run; held-out scores beside those of the simple rivals; what the
+    The path. On the page, as far as they are there: the run; held-out scores and those of the simple baselines; what the
     prediction intervals say; the 50 genes predicted best and ``genes``, and a CSV file of all; maps; the domains of
     ``obs["domain"]`` and ``obs["leiden"]``; curves of the training; ``scores``; warnings; how to cite; the call and all of
     ``uns["histosge"]``. Nothing is written into ``sdata``.
@@ -133,7 +112,7 @@ def report(
     path = _writable(Path(path))
     wanted = _wanted(table, genes)
     run = _Run(sdata, table, key)
-    with _figures_closed():
+    with figures_closed():
         pictures = _draw(run, wanted=wanted, scores=scores)
     page = _page(run, pictures, wanted=wanted, scores=scores)
     if path.exists():
@@ -176,59 +155,9 @@ def _wanted(table: AnnData, genes: str | Sequence[str] | None) -> list[str]:
     return asked
 
 
-@contextmanager
-def _figures_closed() -> Iterator[None]:
-    """Close the figures that are opened inside, and no others."""
-    import matplotlib.pyplot as plt
-
-    before = set(plt.get_fignums())
-    try:
-        yield
-    finally:
-        for number in set(plt.get_fignums()) - before:
-            plt.close(number)
-
-
-def _pictures(axes: NDArray[Any], texts: list[tuple[str, str]]) -> list[_Picture]:
-    """Turn the figure of some axes, (rows, panels) or (panels,), into a picture for each row, with alt text and caption."""
-    import matplotlib.pyplot as plt
-    from matplotlib.transforms import Bbox
-    from PIL import Image, ImageChops, ImageOps
-
-    figure = axes.flat[0].figure
-    dpi = min(_DPI, _MOST_PX / figure.get_figwidth())
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=dpi, transparent=False)
-    whole = Image.open(drawn).convert("RGB")
-    boxes = [Bbox.union([ax.get_tightbbox() for ax in row]) for row in np.atleast_2d(axes)]
-    cuts = [(above.y0 + below.y1) / 2 * dpi / figure.dpi for above, below in pairwise(boxes)]
-    edges = [0, *(round(whole.height - cut) for cut in cuts), whole.height]
-    plt.close(figure)
-    found = []
-    for (top, bottom), (alt, caption) in zip(pairwise(edges), texts, strict=True):
-        part = whole.crop((0, top, whole.width, bottom))
-        drawn_on = ImageChops.difference(part, Image.new("RGB", part.size, "white")).getbbox()
-        part = ImageOps.expand(part.crop(drawn_on), border=8, fill="white")
-        kinds: dict[str, dict[str, Any]] = {
-            "png": {"optimize": True},
-            "jpeg": {"quality": 88, "subsampling": 0, "optimize": True},
-        }
-        encoded = {kind: io.BytesIO() for kind in kinds}
-        for kind, options in kinds.items():
-            part.save(encoded[kind], format=kind, **options)
-        n_png, n_jpeg = (len(content.getvalue()) for content in encoded.values())
-        kind = "jpeg" if n_jpeg < 0.7 * n_png else "png"  # text is sharper as PNG
-        found.append(_Picture(_data_uri(encoded[kind].getvalue(), f"image/{kind}"), *part.size, alt, caption))
-    return found
-
-
-def _data_uri(content: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
-
-
 @dataclass(frozen=True)
 class _Run:
-    """A predicted table, and what the page says of it."""
+    """A predicted table, and what the page shows of it."""
 
     sdata: SpatialData
     table: AnnData
@@ -251,7 +180,7 @@ class _Run:
     @property
     def has_intervals(self) -> bool:
         """Whether prediction intervals can be computed."""
-        return _keys.INTERVALS in self.table.varm
+        return self.measured and _keys.INTERVALS in self.table.varm
 
     @property
     def missing(self) -> list[str]:
@@ -262,7 +191,7 @@ class _Run:
 
     @property
     def held_out(self) -> dict[str, float]:
-        """Held-out correlations of the head, its parts and its rivals, best first; a constant scores 0 by definition."""
+        """Held-out correlations of the head, its parts and the baselines, best first; a constant scores 0 by definition."""
         found = {"mean": 0.0} | {name: float(score["pcc"]) for name, score in self.made["held_out"].items()}
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
@@ -290,32 +219,13 @@ class _Run:
         return list(zip(each, np.atleast_1d(self.made["tile_um"]).tolist(), strict=True))
 
     @property
-    def bin_um(self) -> float | None:
-        """Edge of the bins that were laid."""
-        element = self.sdata.shapes.get(self.region)
-        laid = self.region == _keys.targets(self.key) and "array_col" in self.table.obs
-        if not laid or element is None or element.geometry.iloc[0].geom_type == "Point":
-            return None
-        col, x_px = self.table.obs["array_col"].to_numpy(), self.table.obsm["spatial"][:, 0]
-        first, last = np.argmin(col), np.argmax(col)
-        step_px = (x_px[last] - x_px[first]) / max(col[last] - col[first], 1)
-        return float(f"{step_px * float(self.made['mpp']):.6g}")
+    def params(self) -> dict[str, Any]:
+        """Arguments of the call."""
+        return self.made["params"]
 
     @property
-    def upsample(self) -> int | None:
-        """Places per spot of the lattice that was laid: the determinant of the spots' lattice in that of the places."""
-        laid = self.region == _keys.targets(self.key) and "array_col" in self.table.obs
-        spots = self.table.obs[self.table.obs["is_spot"].to_numpy(bool)][:200]
-        if not laid or self.bin_um is not None or len(spots) < 3:
-            return None
-        step = spots[["array_row", "array_col"]].to_numpy(np.int64)
-        step = step[1:] - step[0]
-        minors = np.outer(step[:, 0], step[:, 1]) - np.outer(step[:, 1], step[:, 0])
-        return int(np.gcd.reduce(np.abs(minors).ravel()))
-
-    @property
-    def rival(self) -> str | None:
-        """Best of the simple rivals."""
+    def baseline(self) -> str | None:
+        """Best of the simple baselines."""
         return next((name for name in self.held_out if name in _BASELINES and name != self.made["head"]), None)
 
     @property
@@ -328,21 +238,23 @@ class _Run:
         made, n = self.made, self.table.n_vars
         found = []
         if self.better:
-            told = " and ".join(self.better)
-            text = f"On held-out spots {told} came as near to the measurement, or nearer."
+            names = " and ".join(self.better)
+            text = f"On held-out spots {names} came as near to the measurement, or nearer."
             text += f" Consider head={self.better[0]!r}." if self.better[0] != "mean" else " Nothing was learnt."
-            found.append((f"the head {made['head']} did not beat {told}", text))
+            found.append((f"the head {made['head']} did not beat {names}", text))
         if self.n_predictable < _FEW * n:
             text = "The maps of all others show nothing that was confirmed on spots that were held out."
             found.append((f"only {self.n_predictable:,} of {n:,} genes are predictable", text))
         if not self.measured:
-            text = "The scores are those of the sections that the model was fitted on; nothing vouches for them here, and no "
+            text = (
+                "The scores are those of the sections that the model was fitted on; they were not checked here, and no "
+            )
             text += "prediction intervals are given: those of other sections would be too narrow."
             found.append(("nothing was measured on this section", text))
         elif self.far > _FAR:
             text = (
-                f"They lie more than one pitch ({float(made['pitch_um']):.4g} µm) from every measured spot. Nothing vouches "
-                "for predictions and their intervals far from what was measured."
+                f"They lie more than one pitch ({float(made['pitch_um']):.4g} µm) from every measured spot. Predictions and "
+                "their intervals are not checked so far from the measurements."
             )
             found.append((f"{self.far:.1%} of the places are far from all spots", text))
         if self.missing:
@@ -351,8 +263,11 @@ class _Run:
                 "that of the section."
             )
             found.append(("there are no maps", text))
-        if self.bin_um and self.token_um and self.bin_um < 0.99 * self.token_um:
-            text = f"The encoder's tokens are {self.token_um:.3g} µm wide: bins of {self.bin_um:g} µm show no more than these."
+        bin_um = self.params.get("bin_um")
+        if bin_um and self.token_um and bin_um < 0.99 * self.token_um:
+            text = (
+                f"The encoder's tokens are {self.token_um:.3g} µm wide: bins of {bin_um:g} µm show no more than these."
+            )
             found.append(("bins are finer than a token", text))
         if scores is not None and (scores["protocol"] != "held-out").any():
             text = "The evaluation scored spots that were trained on as well. Such scores measure memory."
@@ -360,67 +275,39 @@ class _Run:
         return found
 
     def call(self) -> str:
-        """Write the call that predicts this again, as far as it was recorded."""
-        made = self.made
-        changed = [um for one, um in self.encoders if abs(um - one["mpp"] * one["tile_px"]) > 1e-6]
-        laid = self.region == _keys.targets(self.key)
-        counted = bool(self.table.var["highly_variable"].all())
-        learnt = {
-            "head": made["head"],
-            "genes": self.table.n_vars if counted else f"list(pd.read_csv('{self.key}_genes.csv')['gene'])",
-            "n_folds": int(made["n_folds"]),
-        }
-        where = {
-            "image_key": made["image"],
-            "spots_key": made.get("spots"),
-            "table_key": made.get("table"),
-            "layer": made.get("layer"),
-            "coordinate_system": made["coordinate_system"],
-            "mpp": float(made["mpp"]) if made["mpp_source"] == "given" else None,
-            "pitch_um": float(made["pitch_um"]) if made["mpp_source"] == "pitch_um given" else None,
-            "encoder": made["encoder"]["name"],
-            "tile_um": changed[0] if changed else None,
-        }
-        asked = {
-            "upsample": self.upsample,
-            "bin_um": self.bin_um,
-            "target_key": None if laid else self.region,
-            "dense": None if laid and bool(made["dense"]) == (self.bin_um is not None) else bool(made["dense"]),
-            "tissue": "spots" if made["tissue"] == "within reach of a measured spot" else None,
-            "conserve": True if "conserved" in self.table.layers else None,
-            "key_added": self.key,
-            "rng": None if made["seed"] == "generator" else int(made["seed"]),
-        }
-        plain = {name: _python(value) for name, value in (where | learnt | asked).items() if value is not None}
-        if not counted:
-            plain["genes"] = str(learnt["genes"])
-        if not self.measured:
-            plain = {name: value for name, value in plain.items() if name not in learnt}
-            plain["model"] = 'sge.Model.load("model")'
-        first = [] if counted or not self.measured else ["import pandas as pd"]
-        lines = ["import histosge as sge", *first, "", "sge.tl.predict(", "    sdata,"]
-        return "\n".join([*lines, *(f"    {name}={value}," for name, value in plain.items()), ")"])
+        """Write the call that predicts this again; an object that was passed is named after its argument."""
+        lines = ["import histosge as sge", "", "sge.tl.predict(", "    sdata,"]
+        for name, value in self.params.items():
+            is_object = isinstance(value, str) and value.startswith("<")
+            lines.append(f"    {name}=...,  # {value}" if is_object else f"    {name}={_python(value)},")
+        return "\n".join([*lines, ")"])
 
 
 def _python(value: Any) -> str:
     """Write a value as Python, strings in double quotes as elsewhere."""
-    return repr(value) if isinstance(value, bool) else json.dumps(value, ensure_ascii=False)
+    value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_python(k)}: {_python(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        rows = [", ".join(map(_python, value[i : i + 8])) for i in range(0, len(value), 8)]
+        return f"[{rows[0]}]" if len(rows) == 1 else "\n        ".join(["[", *(f"{row}," for row in rows)]) + "\n    ]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
-def _draw(run: _Run, *, wanted: list[str], scores: pd.DataFrame | None) -> dict[str, list[_Picture]]:
+def _draw(run: _Run, *, wanted: list[str], scores: pd.DataFrame | None) -> dict[str, list[Picture]]:
     """Draw what there is to draw, by section of the page."""
     from histosge import pl
 
     table, made, key = run.table, run.made, run.key
-    drawn: dict[str, list[_Picture]] = {"maps": [], "domains": [], "training": [], "evaluation": []}
+    drawn: dict[str, list[Picture]] = {"maps": [], "domains": [], "training": [], "evaluation": []}
     if scores is not None:  # first: it may be refused
         axes = pl.evaluation(scores)
         alt = "Scores of every head: a box of all genes' correlations and, as far as scored, gene by gene, prediction intervals, smoothness."
         caption = f"What sge.tl.evaluate found, split {scores['split'].iloc[0]!r}."
-        drawn["evaluation"] = _pictures(axes, [(alt, caption)])
+        drawn["evaluation"] = pictures_of(axes, [(alt, caption)])
     if "training" in made:
         alt = "Loss against epoch, a line for each fold and a panel for each head that is trained."
-        drawn["training"] = _pictures(pl.training(run.sdata, key=key), [(alt, "A line for each fold.")])
+        drawn["training"] = pictures_of(pl.training(run.sdata, key=key), [(alt, "A line for each fold.")])
     if run.missing:
         return drawn
     there = {"image": True, "measured": run.measured, "predicted": True, "width": run.has_intervals}
@@ -433,17 +320,17 @@ def _draw(run: _Run, *, wanted: list[str], scores: pd.DataFrame | None) -> dict[
     for i in range(0, len(wanted), _N_MAPS):  # a few at once: what lies under each pixel is found once for them
         some = slice(i, i + _N_MAPS)
         axes = pl.expression(run.sdata, wanted[some], key=key, panels=panels, panel_size=_PANEL_SIZE)
-        drawn["maps"] += _pictures(axes, texts[some])
+        drawn["maps"] += pictures_of(axes, texts[some])
     for column in (name for name in _DOMAINS if name in table.obs):
         n = table.obs[column].nunique()
         alt = f"The H&E image and the {n} domains of {column}, each in a colour of its own."
-        drawn["domains"] += _pictures(
+        drawn["domains"] += pictures_of(
             pl.domains(run.sdata, key=key, domain=column), [(alt, f"{n} domains, of obs[{column!r}].")]
         )
     return drawn
 
 
-def _page(run: _Run, pictures: dict[str, list[_Picture]], *, wanted: list[str], scores: pd.DataFrame | None) -> str:
+def _page(run: _Run, pictures: dict[str, list[Picture]], *, wanted: list[str], scores: pd.DataFrame | None) -> str:
     """Fill the page."""
     from jinja2 import Environment, StrictUndefined  # comes with torch; escapes every value, which no f-string does
 
@@ -463,11 +350,11 @@ def _page(run: _Run, pictures: dict[str, list[_Picture]], *, wanted: list[str], 
         section=name if name != "global" else run.made.get("spots", run.made["image"]),
         generator=f"histosge {version('histosge')}",
         date=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
-        rivals=_BASELINES,
+        baselines=_BASELINES,
         level=LEVEL,
         ranked=ranked,
         listed=listed,
-        csv=_data_uri(csv, "text/csv;charset=utf-8"),
+        csv=data_uri(csv, "text/csv;charset=utf-8"),
         provenance=",\n ".join(
             f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False, default=_plain)}"
             for name, value in run.made.items()

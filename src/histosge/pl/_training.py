@@ -70,8 +70,8 @@ def training(data: Model | SpatialData, *, key: str = "histosge", panel_size: fl
             best.append(int(kept["epoch"]))
             ax.plot(curve["epoch"], curve["loss"], color=colours[fold], lw=1.2, label=f"fold {fold}")
             ax.plot(kept["epoch"], kept["loss"], marker="o", color=colours[fold], markersize=5, mec="white", mew=0.8)
-        told = f"epoch {best[0]}" if min(best) == max(best) else f"epochs {min(best)} to {max(best)}"
-        ax.set_title(f"{head}: weights of {told} kept (dots)", fontsize=9)
+        kept_epochs = f"epoch {best[0]}" if min(best) == max(best) else f"epochs {min(best)} to {max(best)}"
+        ax.set_title(f"{head}: weights of {kept_epochs} kept (dots)", fontsize=9)
         ax.set_xlabel("epoch", fontsize=9)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.tick_params(labelsize=8)

@@ -9,6 +9,7 @@ from histosge._embedding import Embedder
 from histosge._options import EmbedOptions, Reading, Running, expand, pick
 from histosge._section import commit, embedding_table, own_spots, read_section, read_targets
 from histosge._settings import logger
+from histosge.tl._params import recorded
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -52,7 +53,8 @@ def embed(
     ``sdata.tables["{target}_{encoder}"]``
         Annotates the target shapes, one row each, with ``obsm["X_{encoder}"]`` (n, d) float32 embeddings
         (of tile encoders rounded to half precision, unless ``settings.precision`` is ``"float32"``),
-        ``obsm["spatial"]`` (n, 2) float64 (x, y) in pixels of the image, and ``uns["histosge"]`` provenance.
+        ``obsm["spatial"]`` (n, 2) float64 (x, y) in pixels of the image, and ``uns["histosge"]``
+        provenance, with the arguments of the call in ``params``.
 
     Raises
     ------
@@ -71,6 +73,7 @@ def embed(
     >>> sdata.tables["spots_stain-texture"].obsm["X_stain-texture"].shape[1]
     120
     """
+    params = recorded(locals())
     section = read_section(sdata, **pick(options, Reading))
     embedder = Embedder.open(
         section,
@@ -84,7 +87,7 @@ def embed(
     targets = own_spots(section) if target_key == section.spots_key else read_targets(sdata, section, target_key)
     values = embedder.embed(targets)
     used = embedder.config.name
-    table = embedding_table(targets, encoder=used, values=values, provenance=embedder.provenance)
+    table = embedding_table(targets, encoder=used, values=values, provenance={**embedder.provenance, "params": params})
     if not inplace:
         return table
     name = _keys.embedding_table(target_key, used)

@@ -95,7 +95,7 @@ def intervals(
     >>> table = sdata.tables["histosge"]
     >>> bool((table.layers["lower"] <= table.X).all())
     True
-    >>> sge.tl.intervals(table, level=0.95, genes=["GENE000"], inplace=False).shape[1]
+    >>> sge.tl.intervals(table, level=0.95, genes="GENE001", inplace=False).shape[1]
     1
     """
     table, name = find_table(data, key)

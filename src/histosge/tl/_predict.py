@@ -36,6 +36,7 @@ from histosge._section import (
     smaller_than_spot,
 )
 from histosge._settings import logger
+from histosge.tl._params import recorded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -145,8 +146,10 @@ def predict(
         saw), ``predictable`` (bool, at a false discovery rate of 5 %). ``varm["histosge_intervals"]`` (genes, 105)
         float32: what :func:`histosge.tl.intervals` computes prediction intervals from, its columns named in
         ``uns["histosge"]["intervals"]``; not without measured spots. ``uns["histosge"]``: encoder, head, scale,
-        seed, split, versions, held-out scores of the head and its rivals, and ``training``: the losses of heads that are
-        trained in epochs, as of ``histosge.Model.training``.
+        seed, split, versions, held-out scores of the head and its rivals, ``training``: the losses of heads that are
+        trained in epochs, as of ``histosge.Model.training``, and ``params``: the arguments of the call, so that
+        ``sge.tl.predict(sdata, **params)`` repeats it. Arguments that are ``None``, ``store``, ``progress`` and ``inplace`` are
+        not in it; objects (a model, an own encoder, a generator) are named in angle brackets and must be passed again.
 
     Raises
     ------
@@ -182,6 +185,7 @@ def predict(
     >>> sdata.tables["histosge"].n_vars
     20
     """
+    params = recorded(locals())
     start = time()
     _keys.check("key_added", key_added)
     given = {
@@ -264,7 +268,7 @@ def predict(
             at_spots, model = save_fitted(parts, at_spots, model)
     predictor = Predictor.of(
         model, embedder, targets, at_spots, conserve=conserve,
-        provenance=_provenance(embedder, targets, model, seed=seed, layer=reading["layer"]),
+        provenance={**_provenance(embedder, targets, model, seed=seed, layer=reading["layer"]), "params": params},
     )  # fmt: skip
     if parts is not None:
         own_shapes = None if targets.laid else sdata.shapes[targets.key].loc[targets.instances]
