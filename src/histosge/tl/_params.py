@@ -35,7 +35,10 @@ def recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if named:
         msg = f"{named[0]}={given[named[0]]!r} names an object that was passed in an earlier call: pass the object itself."
         raise ValueError(msg)
-    return {name: _plain(value) for name, value in given.items() if value is not None and name not in _ELSEWHERE}
+    found = {name: _plain(value) for name, value in given.items() if value is not None and name not in _ELSEWHERE}
+    if not isinstance(found.get("encoder", ""), str):  # joined encoders have one name
+        found["encoder"] = "+".join(found["encoder"])
+    return found
 
 
 def _plain(value: Any) -> Any:
