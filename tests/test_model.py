@@ -646,6 +646,20 @@ def test_round_trip(section, embedding, head, tmp_path):
         assert torch.equal(getattr(loaded.spots, name), getattr(model.spots, name))
 
 
+def test_round_trip_keeps_the_pitch(section, embedding, tmp_path):
+    """Heads see distances in pitches: a model of Spatial Transcriptomics predicts otherwise with the pitch of Visium."""
+    wide = dataclasses.replace(section, pitch_um=217.0, mpp=section.mpp * 2.17)
+    model = fit(wide, embedding, head="coordinates+nearest")
+    model.save(tmp_path / "model")
+    back = Model.load(tmp_path / "model")
+    assert back.spots.pitch_um == model.spots.pitch_um == back.info["pitch_um"] == 217.0
+    queries = Queries.of(model.spots)
+    for (_, one), (_, other) in zip(model.heads, back.heads, strict=True):
+        np.testing.assert_array_equal(
+            one.predict(queries, context=model.spots), other.predict(queries, context=back.spots)
+        )
+
+
 def test_round_trip_keeps_dtypes_and_names(ridge, tmp_path):
     ridge.save(tmp_path)
     loaded = Model.load(tmp_path)
