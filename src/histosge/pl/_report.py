@@ -296,18 +296,21 @@ def _python(value: Any) -> str:
 
 def _draw(run: _Run, *, wanted: list[str], scores: pd.DataFrame | None) -> dict[str, list[Picture]]:
     """Draw what there is to draw, by section of the page."""
-    from histosge import pl
+    from histosge.pl._domains import domains
+    from histosge.pl._evaluation import evaluation
+    from histosge.pl._expression import expression
+    from histosge.pl._training import training
 
     table, made, key = run.table, run.made, run.key
     drawn: dict[str, list[Picture]] = {"maps": [], "domains": [], "training": [], "evaluation": []}
     if scores is not None:  # first: it may be refused
-        axes = pl.evaluation(scores)
+        axes = evaluation(scores)
         alt = "Scores of every head: a box of all genes' correlations and, as far as scored, gene by gene, prediction intervals, smoothness."
         caption = f"What sge.tl.evaluate found, split {scores['split'].iloc[0]!r}."
         drawn["evaluation"] = pictures_of(axes, [(alt, caption)])
     if "training" in made:
         alt = "Loss against epoch, a line for each fold and a panel for each head that is trained."
-        drawn["training"] = pictures_of(pl.training(run.sdata, key=key), [(alt, "A line for each fold.")])
+        drawn["training"] = pictures_of(training(run.sdata, key=key), [(alt, "A line for each fold.")])
     if run.missing:
         return drawn
     there = {"image": True, "measured": run.measured, "predicted": True, "width": run.has_intervals}
@@ -319,13 +322,13 @@ def _draw(run: _Run, *, wanted: list[str], scores: pd.DataFrame | None) -> dict[
         texts.append((alt, f"{gene}: held-out correlation {row['held_out_pcc']:.3f}{sure}"))
     for i in range(0, len(wanted), _N_MAPS):  # a few at once: what lies under each pixel is found once for them
         some = slice(i, i + _N_MAPS)
-        axes = pl.expression(run.sdata, wanted[some], key=key, panels=panels, panel_size=_PANEL_SIZE)
+        axes = expression(run.sdata, wanted[some], key=key, panels=panels, panel_size=_PANEL_SIZE)
         drawn["maps"] += pictures_of(axes, texts[some])
     for column in (name for name in _DOMAINS if name in table.obs):
         n = table.obs[column].nunique()
         alt = f"The H&E image and the {n} domains of {column}, each in a colour of its own."
         drawn["domains"] += pictures_of(
-            pl.domains(run.sdata, key=key, domain=column), [(alt, f"{n} domains, of obs[{column!r}].")]
+            domains(run.sdata, key=key, domain=column), [(alt, f"{n} domains, of obs[{column!r}].")]
         )
     return drawn
 
