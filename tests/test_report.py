@@ -482,12 +482,11 @@ def test_leaves_everything_as_it_was(predicted, tmp_path, monkeypatch):
         pd.testing.assert_frame_equal(predicted[name].var, table.var)
         assert str(predicted[name].uns) == str(table.uns)
 
-    def fail(*_args, **_kwargs):
-        plt.figure()
+    def fail(*_args, **_kwargs):  # when a figure is open
         msg = "no"
         raise RuntimeError(msg)
 
-    monkeypatch.setattr(sge.pl, "expression", fail)
+    monkeypatch.setattr(mpl.figure.Figure, "savefig", fail)
     with pytest.raises(RuntimeError, match="no"):
         sge.pl.report(predicted, tmp_path / "other.html", genes="GENE001")
     assert plt.get_fignums() == [mine.number]
