@@ -129,17 +129,16 @@ def test_measured_sections_are_read_as_before(model, other, log):
     assert "prediction intervals are those of the model, calibrated on the 138 spots that it learnt from" in log.text
 
 
-def test_no_intervals_where_nothing_was_measured(model, image_alone, log, monkeypatch, tmp_path):
+def test_no_intervals_where_nothing_was_measured(model, image_alone, log, tmp_path):
     """Those of other sections would be too narrow, and nothing could tell."""
-    asked = []
-    monkeypatch.setattr("histosge.tl._predict.check_memory", lambda *_, n_layers, **__: asked.append(n_layers))
     sge.tl.predict(image_alone, model=model, mpp=1.6, upsample=2)
     table = image_alone["histosge"]
     assert not table.layers
     assert not table.varm
     assert "intervals" not in table.uns["histosge"]
     assert "held_out_pcc" in table.var  # which are said to be of the sections it learnt from
-    assert asked == [0]  # memory is asked for X alone
+    with sge.settings.override(memory_gb=1.01 * 1.5e-9 * table.X.nbytes):  # memory is asked for X alone
+        sge.tl.predict(image_alone, model=model, mpp=1.6, upsample=2, inplace=False)
     assert "no prediction intervals: nothing was measured on this section to calibrate them on" in log.text
     refusal = r"table 'histosge' has no prediction intervals: nothing was measured on this section.*split='sections'"
     with pytest.raises(ValueError, match=refusal):

@@ -26,12 +26,10 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, grid_sample
 
 import histosge as sge
-from histosge._embedding import Embedder
 from histosge._geometry import Footprints, Grid, area_fractions, spot_by_bin
-from histosge._model import _predict as _prediction
 from histosge._model import check_memory
-from histosge._section import TableStore, read_section, read_targets, smaller_than_spot
-from histosge.tl import _predict
+from histosge._section import read_section, read_targets, smaller_than_spot
+from histosge._statistics import noise_variance, shrinkage
 
 KEY, NAME = "histosge", "histosge_targets"
 CELL = 4
@@ -577,30 +575,34 @@ def test_memory_is_checked_by_its_size():
     assert "fewer genes=, larger bins." in said
 
 
-def test_memory_is_checked_before_the_work(small, model, monkeypatch, tmp_path):
-    def never(*args, **kwargs):
-        pytest.fail("work was begun")
+def memory(n, genes, *, n_layers=0):
+    """Gigabytes that a table and its prediction take."""
+    return 1.5e-9 * 4 * n * genes * (1 + n_layers)
 
+
+def test_memory_is_checked_before_the_work(small, model, log, tmp_path):
     ask = {"model": model, "encoder": Colours(), "bin_um": 16}
     with sge.settings.override(memory_gb=1e-5):
-        with monkeypatch.context() as patch:
-            patch.setattr(Embedder, "embed", never)
-            refuses(small, "MiB|GiB of memory are free", error=MemoryError, bin_um=16)
-            # a store needs none
-            refuses(small, "GiB of memory are free", error=MemoryError, bin_um=16, model=model)
+        refuses(small, "GiB of memory are free", error=MemoryError, bin_um=16)
+        refuses(small, "GiB of memory are free", error=MemoryError, bin_um=16, model=model)
+        assert "embedding" not in log.text
+        # a store needs none
         assert sge.tl.predict(small, store=tmp_path / "s.zarr", **ask) is None
-    # as many layers as are made: conserved bins take twice as much
-    sizes = []
-    real = _predict.check_memory
-    monkeypatch.setattr(
-        _predict, "check_memory", lambda *a, n_layers: (sizes.append((*a, n_layers)), real(*a, n_layers=n_layers))
-    )
+
+
+def test_memory_is_that_of_the_layers_and_genes_asked_for(small, model):
+    """A hundredth less is too little, a hundredth more is enough; conserved bins take twice as much."""
     n = len(sge.pp.targets(small, bin_um=16, inplace=False))
     for genes, n_genes in (("all", 20), (np.int64(5), 5), (1000, 20), (["GENE000", "GENE001"], 2)):
-        sge.tl.predict(small, bin_um=16, inplace=False, **FAST | {"genes": genes})
-        assert sizes.pop() == (n, n_genes, 0)
-    sge.tl.predict(small, inplace=False, conserve=True, **ask)
-    assert sizes.pop() == (n, 10, 1)
+        with sge.settings.override(memory_gb=0.99 * memory(n, n_genes)):
+            refuses(small, f"table of {n:,} places x {n_genes} genes", error=MemoryError, bin_um=16, genes=genes)
+        with sge.settings.override(memory_gb=1.01 * memory(n, n_genes)):
+            sge.tl.predict(small, bin_um=16, inplace=False, **FAST | {"genes": genes})
+    ask = {"model": model, "encoder": Colours(), "bin_um": 16, "conserve": True, "inplace": False}
+    with sge.settings.override(memory_gb=0.99 * memory(n, 10, n_layers=1)):
+        refuses(small, f"table of {n:,} places x 10 genes", error=MemoryError, **ask)
+    with sge.settings.override(memory_gb=1.01 * memory(n, 10, n_layers=1)):
+        sge.tl.predict(small, **ask)
 
 
 # ------------------------------------------------------------------------------------------------------------ stores
@@ -691,34 +693,34 @@ def test_a_store_of_the_users_shapes(small, model, tmp_path):
     np.testing.assert_allclose(matrix, TURN)
 
 
-def test_a_store_that_is_there_is_refused_before_the_work(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(Embedder, "embed", lambda *a, **k: pytest.fail("work was begun"))
+def test_a_store_that_is_there_is_refused_before_the_work(small, tmp_path, log):
     (tmp_path / "out.zarr").mkdir()
     said = refuses(small, "exists already", error=FileExistsError, bin_um=16, store=tmp_path / "out.zarr")
     assert "choose another store=, or remove it first" in said
     (tmp_path / "b.zarr.partial").mkdir()
     (tmp_path / "b.zarr.partial" / "mine.txt").write_text("x")
     refuses(small, "is not histosge's", error=FileExistsError, bin_um=16, store=tmp_path / "b.zarr")
+    assert "embedding" not in log.text
 
 
-@pytest.fixture
-def interrupt(monkeypatch):
-    """Stop a run before it writes a given part."""
+@contextmanager
+def interrupt(part):
+    """Stop a run, as Ctrl-C does, when it begins a given part: the log has a line for each that is embedded."""
+    logger, left = logging.getLogger("histosge"), [part]
 
-    @contextmanager
-    def stop_before(part):
-        real = TableStore.write
-
-        def write(self, number, *args, **kwargs):
-            if number == part:
+    def stop(record):
+        if record.levelno == logging.DEBUG and record.getMessage().startswith("embedding "):
+            if left[0] == 0:
                 raise KeyboardInterrupt
-            return real(self, number, *args, **kwargs)
+            left[0] -= 1
+        return True
 
-        monkeypatch.setattr(TableStore, "write", write)
-        yield
-        monkeypatch.setattr(TableStore, "write", real)
-
-    return stop_before
+    logger.addFilter(stop)
+    with sge.settings.override(verbosity=3):
+        try:
+            yield
+        finally:
+            logger.removeFilter(stop)
 
 
 def n_fits(log):
@@ -727,7 +729,7 @@ def n_fits(log):
 
 @pytest.mark.usefixtures("in_parts")
 @pytest.mark.parametrize("with_model", [False, True])
-def test_an_interrupted_run_continues(small, model, tmp_path, interrupt, log, with_model):
+def test_an_interrupted_run_continues(small, model, tmp_path, log, with_model):
     ask = {"bin_um": 16, "conserve": True} | ({"model": model, "encoder": Colours()} if with_model else FAST)
     sge.tl.predict(small, store=tmp_path / "whole.zarr", **ask)
     assert n_fits(log) == (not with_model)
@@ -749,7 +751,7 @@ def test_an_interrupted_run_continues(small, model, tmp_path, interrupt, log, wi
 
 
 @pytest.mark.usefixtures("in_parts")
-def test_another_run_does_not_continue_its_parts(small, model, tmp_path, interrupt):
+def test_another_run_does_not_continue_its_parts(small, model, tmp_path):
     """Other arguments and other data are refused, and what is there stays."""
     path = tmp_path / "out.zarr"
     ask = FAST | {"bin_um": 16, "store": path}
@@ -781,7 +783,7 @@ def test_another_run_does_not_continue_its_parts(small, model, tmp_path, interru
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_outlines_that_changed_are_another_run(small, model, tmp_path, interrupt):
+def test_outlines_that_changed_are_another_run(small, model, tmp_path):
     """The same names and centres, but wider; and the same shapes at another scale."""
     px = [p.centroid.buffer(3) for p in cells_of(small)]
     add_shapes(small, "cells", px)
@@ -840,7 +842,7 @@ def test_a_killed_run_continues(small, tmp_path, log):
     same_shapes(a.shapes[NAME], b.shapes[NAME])
 
 
-def test_a_model_that_was_half_saved_is_fitted_again(small, tmp_path, interrupt, log):
+def test_a_model_that_was_half_saved_is_fitted_again(small, tmp_path, log):
     ask = {"bin_um": 16, "store": tmp_path / "out.zarr"} | FAST
     with interrupt(0), pytest.raises(KeyboardInterrupt):
         sge.tl.predict(small, **ask)
@@ -862,15 +864,17 @@ def conserved_and_target(sdata, table, *, model=None):
     return section, share, *(share @ r for r in rates)
 
 
-def test_bins_average_to_their_shrunken_spot(small, monkeypatch):
+def test_bins_average_to_their_shrunken_spot(small):
     """The target is what the package says it is: recomputed from its own parts, then met by the bins."""
-    seen = []
-    real = _prediction.shrinkage
-    monkeypatch.setattr(_prediction, "shrinkage", lambda *a, **k: seen.append((a, real(*a, **k))) or seen[-1][1])
     table = sge.tl.predict(small, bin_um=16, conserve=True, inplace=False, **FAST)
     section, share, after, before = conserved_and_target(small, table)
-    (((measured, said), shrunken),) = seen
-    np.testing.assert_allclose(measured, section.dense(table.var_names))
+    at_spots = sge.tl.predict(small, target_key="spots", dense=True, inplace=False, **FAST)
+    assert list(at_spots.var_names) == list(table.var_names)
+    rows = pd.Index(at_spots.obs["instance_id"]).get_indexer(section.instances)
+    measured, said = section.dense(table.var_names), at_spots.X[rows]
+    counts = section.counts[:, section.genes.get_indexer(table.var_names)]
+    noise = noise_variance(counts, total=np.asarray(section.counts.sum(axis=1)).ravel())
+    shrunken = shrinkage(measured, said, noise=noise)
     assert (np.asarray(share.sum(1)).ravel() > 0.999).all()  # every spot has bins
     target = np.expm1(shrunken.mean)
     np.testing.assert_allclose(after, target, rtol=1e-5, atol=1e-5)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -253,16 +255,16 @@ def test_weights_that_are_here():
     assert one(checks, "encoder uni").message == "gated, no access, weights are here"
 
 
-def test_weights_are_looked_for_in_the_cache_of_the_hub(monkeypatch, tmp_path):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    folder = tmp_path / "models--MahmoodLab--uni" / "snapshots" / ("a" * 40)
+def test_weights_are_looked_for_in_the_cache_of_the_hub(tmp_path):
+    folder = Path(constants.HF_HUB_CACHE) / "models--mine--tiles" / "snapshots" / ("a" * 40)
     folder.mkdir(parents=True)
     (folder / "config.json").touch()
-    assert not weights_kept("MahmoodLab/uni")
+    assert not weights_kept("mine/tiles")
     (folder / "model.safetensors").symlink_to(tmp_path / "gone")
-    assert not weights_kept("MahmoodLab/uni")
+    assert not weights_kept("mine/tiles")
     (folder / "pytorch_model.bin").touch()
-    assert weights_kept("MahmoodLab/uni")
+    assert weights_kept("mine/tiles")
+    assert not weights_kept("mine/others")
 
 
 def test_not_logged_in():
@@ -341,8 +343,7 @@ def doctor(*options):
     return done
 
 
-def test_this_machine_can_run_it(tmp_path, cache_folder, monkeypatch):
-    monkeypatch.setenv("HISTOSGE_DATA", str(tmp_path / "data"))
+def test_this_machine_can_run_it(cache_folder):
     done = doctor("--json")
     assert (done.exit_code, done.stderr) == (0, "")
     found = json.loads(done.stdout)
@@ -355,7 +356,7 @@ def test_this_machine_can_run_it(tmp_path, cache_folder, monkeypatch):
     assert checks["packages"]["details"]["versions"]["anndata"] == importlib.metadata.version("anndata")
     assert checks["hub"]["message"].startswith("offline")
     assert checks["disk embeddings"]["message"].startswith(f"{cache_folder}: holds 0 B of at most 20 GB, ")
-    assert checks["disk data sets"]["details"]["folder"] == str(tmp_path / "data")
+    assert checks["disk data sets"]["details"]["folder"] == os.environ["HISTOSGE_DATA"]
     assert all(check["remedy"] for check in checks.values() if check["status"] == "problem")
 
 

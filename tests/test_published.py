@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import socket
 import tarfile
 import threading
 from dataclasses import dataclass, field, replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,11 +20,14 @@ from urllib.parse import urlsplit
 import numpy as np
 import pandas as pd
 import pytest
+import spatialdata as sd
+from click.testing import CliRunner
 from filelock import FileLock
 from tests.spaceranger import write_image, write_visium, write_visium_hd
 
 import histosge as sge
 from histosge._section import read_section
+from histosge.cli import main
 from histosge.datasets import NOT_STATED, SECTIONS, DownloadError, RemoteFile, data_folder, fetch_files
 
 TEXT = bytes(range(256)) * 40
@@ -67,9 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch):
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "127.0.0.1")
+def server():
     http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     http.state = Server(address=f"http://127.0.0.1:{http.server_port}")
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
@@ -187,7 +190,7 @@ def test_a_file_that_changed_on_the_server_is_reported(server, tmp_path):
     assert (tmp_path / "a.h5").read_bytes() == b"other"
 
 
-def test_offline_says_which_file_to_put_where(tmp_path, monkeypatch, server):
+def test_offline_says_which_file_to_put_where(tmp_path, server):
     with socket.socket() as unused:  # a port that nobody listens at
         unused.bind(("127.0.0.1", 0))
         dead = f"http://127.0.0.1:{unused.getsockname()[1]}"
@@ -349,12 +352,10 @@ def test_published_lists_the_registry(data):
     assert not data.exists()
 
 
-def test_folder_without_the_variable(monkeypatch):
-    monkeypatch.delenv("HISTOSGE_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", "/nowhere")
-    assert data_folder().parts[-2:] == ("histosge", "datasets")
-    monkeypatch.setenv("HISTOSGE_DATA", "~/sections")
-    assert data_folder() == Path.home() / "sections"
+def test_folder_of_the_variable_or_of_the_system(data):
+    assert data_folder() == data
+    assert data_folder({}).parts[-2:] == ("histosge", "datasets")
+    assert data_folder({"HISTOSGE_DATA": "~/sections"}) == Path.home() / "sections"
 
 
 @pytest.mark.parametrize("call", [sge.datasets.fetch, sge.datasets.load])
@@ -376,14 +377,19 @@ def test_unknown_section(data):
 # --- whole sections, in the formats of their sources
 
 
-def serve(monkeypatch, server: Server, name: str, contents: dict[str, bytes]) -> None:
-    """Let a section of the registry come from here: the same names and folders, other content."""
-    section = SECTIONS[name]
-    files = []
-    for file in section.files:
-        url = server.put(urlsplit(file.url).path, contents[file.path])
-        files.append(replace(file, url=url, sha256=file.sha256 and sha256(contents[file.path])))
-    monkeypatch.setitem(SECTIONS, name, replace(section, files=tuple(files)))
+@pytest.fixture
+def serve(monkeypatch, server, data):
+    """Lets a section of the registry come from here: the same names and folders, other content."""
+
+    def put(name: str, contents: dict[str, bytes]) -> None:
+        section = SECTIONS[name]
+        files = []
+        for file in section.files:
+            url = server.put(urlsplit(file.url).path, contents[file.path])
+            files.append(replace(file, url=url, sha256=file.sha256 and sha256(contents[file.path])))
+        monkeypatch.setitem(SECTIONS, name, replace(section, files=tuple(files)))
+
+    return put
 
 
 @pytest.fixture(scope="module")
@@ -415,9 +421,9 @@ def check(sdata, section) -> None:
 
 
 @pytest.mark.parametrize("name", ["mouse_brain", "breast_cancer_1", "breast_cancer_2"])
-def test_sections_of_10x(monkeypatch, server, data, visium, name):
+def test_sections_of_10x(serve, server, data, visium, name):
     section, _, contents = visium
-    serve(monkeypatch, server, name, contents)
+    serve(name, contents)
     sdata = getattr(sge.datasets, name)()
     check(sdata, section)
     assert name in sdata.shapes
@@ -428,7 +434,24 @@ def test_sections_of_10x(monkeypatch, server, data, visium, name):
     assert sge.datasets.published().loc[name, "on_disk"]
 
 
-def test_dlpfc_has_its_layers(monkeypatch, server, data, visium):
+def test_fetch_from_the_shell(serve, server, data, visium, tmp_path):
+    serve("mouse_brain", visium[2])
+    run = partial(CliRunner().invoke, main)
+    done = run(["datasets", "fetch", "mouse_brain"])
+    assert (done.exit_code, done.stdout) == (0, f"{data / 'mouse_brain'}\n")
+    assert len(server.asked) == 3
+    out = tmp_path / "out.zarr"
+    done = run(["datasets", "fetch", "mouse_brain", str(out), "--json"])
+    assert json.loads(done.stdout) == {"name": "mouse_brain", "folder": str(data / "mouse_brain"), "out": str(out)}
+    check(sd.read_zarr(out), visium[0])
+    shutil.rmtree(data / "mouse_brain")
+    done = run(["datasets", "fetch", "mouse_brain", str(out)])
+    assert done.exit_code == 1
+    assert "exists already" in done.stderr
+    assert len(server.asked) == 3  # nothing is downloaded before this is said
+
+
+def test_dlpfc_has_its_layers(serve, server, data, visium):
     section, folder, contents = visium
     names = sorted(section.tables["table"].obs_names)
     layers = [f"{name}\t151673\t{'WM' if i % 2 else 'L4'}" for i, name in enumerate(names[:-1])]  # the last has none
@@ -440,7 +463,7 @@ def test_dlpfc_has_its_layers(monkeypatch, server, data, visium):
         "spatial/scalefactors_json.json": (folder / "spatial/scalefactors_json.json").read_bytes(),
         "layers.tsv": "\n".join(layers[::-1]).encode(),
     }
-    serve(monkeypatch, server, "dlpfc_151673", contents)
+    serve("dlpfc_151673", contents)
     sdata = sge.datasets.dlpfc(section="151673")
     check(sdata, section)
     (table,) = sdata.tables.values()
@@ -453,7 +476,7 @@ def test_dlpfc_has_its_layers(monkeypatch, server, data, visium):
     assert "histosge" in sdata.tables
 
 
-def test_layers_of_another_section_are_refused(monkeypatch, server, data, visium):
+def test_layers_of_another_section_are_refused(serve, server, data, visium):
     section, folder, contents = visium
     contents = {
         "filtered_feature_bc_matrix.h5": contents["filtered_feature_bc_matrix.h5"],
@@ -462,13 +485,13 @@ def test_layers_of_another_section_are_refused(monkeypatch, server, data, visium
         "spatial/scalefactors_json.json": (folder / "spatial/scalefactors_json.json").read_bytes(),
         "layers.tsv": b"X\t151673\tL1\n",
     }
-    serve(monkeypatch, server, "dlpfc_151673", contents)
+    serve("dlpfc_151673", contents)
     with pytest.raises(ValueError, match=r"layers\.tsv names no spot of section 151673"):
         sge.datasets.dlpfc()
 
 
 @pytest.mark.parametrize("inside", ["square_008um", "binned_outputs"])  # no public source says which it is
-def test_visium_hd(monkeypatch, server, data, tmp_path, inside):
+def test_visium_hd(serve, server, data, tmp_path, inside):
     section = sge.datasets.synthetic(n_rows=3, n_cols=3, n_genes=12, mpp=2.0, bin_um=8)
     folder = tmp_path / "hd"
     written = write_visium_hd(folder, section, prefix="X", image="tissue_image.btf")
@@ -481,7 +504,7 @@ def test_visium_hd(monkeypatch, server, data, tmp_path, inside):
             folder if inside == "binned_outputs" else folder / "binned_outputs", inside
         ),
     }
-    serve(monkeypatch, server, "colorectal_cancer_hd", contents)
+    serve("colorectal_cancer_hd", contents)
     sdata = sge.datasets.colorectal_cancer_hd()
     found = read_section(sdata)
     assert found.technology == "visium-hd"
@@ -490,7 +513,7 @@ def test_visium_hd(monkeypatch, server, data, tmp_path, inside):
     assert len(found.instances) == len(read_section(section).instances)
 
 
-def test_legacy_st(monkeypatch, server, data):
+def test_legacy_st(serve, server, data):
     random = np.random.default_rng(0)
     pitch_px, n = 60, 8
     y, x = (a.ravel() for a in np.indices((n, n)))
@@ -507,7 +530,7 @@ def test_legacy_st(monkeypatch, server, data):
     counts.sample(frac=1, random_state=0).to_csv(room / "counts.tsv.gz", sep="\t")
     spots.to_csv(room / "spots.tsv", sep="\t", index=False)
     write_image(room / "image.jpg", pixels)
-    serve(monkeypatch, server, "her2st_C2", {path.name: path.read_bytes() for path in room.iterdir()})
+    serve("her2st_C2", {path.name: path.read_bytes() for path in room.iterdir()})
     sdata = sge.datasets.her2st()
     found = read_section(sdata)
     assert found.technology == "st"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from histosge._settings import logger, progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from histosge.datasets._registry import RemoteFile
 
@@ -31,9 +31,9 @@ class DownloadError(OSError):
     """A file of a published section cannot be downloaded, or has changed; the message says what to do."""
 
 
-def data_folder() -> Path:
+def data_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """Folder of published sections: ``HISTOSGE_DATA``, else in the system's cache folder."""
-    if chosen := os.environ.get("HISTOSGE_DATA"):
+    if chosen := environ.get("HISTOSGE_DATA"):
         return Path(chosen).expanduser().absolute()
     from platformdirs import user_cache_path
 
