@@ -69,20 +69,21 @@ def tiles(options) -> None:
     there = torch.zeros(len(line), dtype=torch.int64)
     line = Queries(places.embedding[:1].expand(len(line), -1), line, there, there - 1)
 
-    def ask(**constants):
-        for name, value in constants.items():
-            setattr(_conditioning, f"_{name}", value)
+    config, weights = head.state()
+
+    def ask(**sizes):
+        sized = get_head("kriging").from_state(config | sizes, weights)
         start = perf_counter()
         with workers(torch.device("cpu")) as run:
-            conditions = [head.condition(known, run=run)]
-            found = [head.components([head], conditions, where, run=run)[0] for where in (places, far, line)]
+            conditions = [sized.condition(known, run=run)]
+            found = [sized.components([sized], conditions, where, run=run)[0] for where in (places, far, line)]
         return *found, perf_counter() - start
 
-    exact = ask(MOST_SPOTS=10**9)
+    exact = ask(n_exact=10**9)
     print(f"{options.n:,} spots, spread of the answer {float(exact[0].std(0).square().mean().sqrt()):.2f}")
     print("drawn | from exact, there and far | from the truth, there and far | largest step | all, s")
     for n_drawn in (None, *options.drawn):
-        there, away, walked, seconds = exact if n_drawn is None else ask(MOST_SPOTS=6000, DRAWN_SPOTS=n_drawn)
+        there, away, walked, seconds = exact if n_drawn is None else ask(n_inducing=n_drawn)
         gaps = [rms(there, exact[0]), rms(away, exact[1]), rms(there, truth), rms(away, truth)]
         gaps.append(float(walked.diff(dim=0).abs().max()))
         print(n_drawn or "exact", *(f"{gap:.3f}" for gap in gaps), f"{seconds:.1f}", sep=" | ", flush=True)

@@ -24,6 +24,19 @@ def cache_folder(monkeypatch):
 
 
 @pytest.fixture
+def hub_client(tmp_path, monkeypatch):
+    """Change constants of the hub's client, which reads them at each request. Its cache is empty."""
+    from huggingface_hub import constants
+
+    def change(**values):
+        for name, value in values.items():
+            monkeypatch.setattr(constants, name, value)
+
+    change(HF_HUB_CACHE=str(tmp_path / "hub"))
+    return change
+
+
+@pytest.fixture
 def log(caplog):
     """Messages of histosge's logger, which does not hand them on to the root's."""
     logger = logging.getLogger("histosge")

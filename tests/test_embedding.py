@@ -64,14 +64,17 @@ def reading():
 
 
 @pytest.fixture
-def no_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+def n_gpus(request, monkeypatch):
+    """A machine with so many CUDA devices, and none of Apple's."""
+    n = request.param
+    cuda, mps = torch.cuda, torch.backends.mps
+    for owner, name, found in ((cuda, "is_available", n > 0), (cuda, "device_count", n), (mps, "is_available", False)):
+        monkeypatch.setattr(owner, name, lambda found=found: found)
+    return n
 
 
-@pytest.mark.usefixtures("no_gpu")
-def test_device_without_a_gpu():
+@pytest.mark.parametrize("n_gpus", [0], indirect=True)
+def test_device_without_a_gpu(n_gpus):
     assert resolve_device(None) == CPU
     assert resolve_device("cpu") == CPU
     assert resolve_device(CPU) == CPU
@@ -80,16 +83,14 @@ def test_device_without_a_gpu():
             resolve_device(wanted)
 
 
-@pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("wanted", ["gpu", "", "cuda:x", "tpu9"])
 def test_device_that_torch_does_not_know(wanted):
     with pytest.raises(ValueError, match=rf"device='{wanted}' is not a device torch knows\. Use 'cpu', 'cuda'"):
         resolve_device(wanted)
 
 
-def test_device_with_two_gpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+@pytest.mark.parametrize("n_gpus", [2], indirect=True)
+def test_device_with_two_gpus(n_gpus):
     assert resolve_device(None) == torch.device("cuda")
     assert resolve_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ValueError, match=r"device='cuda:2' is not available here .*2 CUDA devices"):

@@ -536,9 +536,8 @@ def test_encoder_of_transformers_keeps_its_pooling(tmp_path):
     )
 
 
-def test_exported_encoder(tmp_path, monkeypatch):
+def test_exported_encoder(tmp_path, hub_client):
     """CTransPath comes as a fixed graph, which knows no modes and no other precision."""
-    import huggingface_hub
 
     class Graph(nn.Module):
         def __init__(self):
@@ -548,11 +547,13 @@ def test_exported_encoder(tmp_path, monkeypatch):
         def forward(self, x):
             return self.patches(x).mean((2, 3))
 
+    repo = tmp_path / "hub" / "models--RendeiroLab--LazySlide-models-gpl"
+    file = repo / "snapshots" / ("a" * 40) / "CTransPath" / "CTransPath_exported.pt2"
+    for folder in (repo / "refs", file.parent):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text("a" * 40)
     sizes = ({0: torch.export.Dim("n")},)
-    torch.export.save(
-        torch.export.export(Graph(), (torch.zeros(2, 3, 224, 224),), dynamic_shapes=sizes), tmp_path / "g.pt2"
-    )
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(tmp_path / "g.pt2"))
+    torch.export.save(torch.export.export(Graph(), (torch.zeros(2, 3, 224, 224),), dynamic_shapes=sizes), file)
     encoder = sge.load_encoder("ctranspath")
     assert (encoder.spec.mpp, encoder.spec.mpp_source) == (1.0, "magnification")
     assert encoder.embed(tiles(5, 224)).std(0).min() > 0
@@ -602,11 +603,8 @@ def test_bad_folder(name, content, tmp_path):
         sge.load_encoder(name, weights=folder)
 
 
-def test_commit_is_read_from_the_cache(tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    refs = tmp_path / "models--MahmoodLab--uni" / "refs"
+def test_commit_is_read_from_the_cache(tmp_path, hub_client):
+    refs = tmp_path / "hub" / "models--MahmoodLab--uni" / "refs"
     refs.mkdir(parents=True)
     (refs / "main").write_text("a" * 40 + "\n")
     assert commit("MahmoodLab/uni", None) == "a" * 40
@@ -616,12 +614,9 @@ def test_commit_is_read_from_the_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["lunit-dino-s16", "hf-hub:org/vit"])
-def test_a_folder_has_no_revision(name, small, tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+def test_a_folder_has_no_revision(name, small, tmp_path, hub_client):
     for repo in ("1aurent--vit_small_patch16_224.lunit_dino", "org--vit"):
-        refs = tmp_path / f"models--{repo}" / "refs"
+        refs = tmp_path / "hub" / f"models--{repo}" / "refs"
         refs.mkdir(parents=True)
         (refs / "main").write_text("a" * 40)
     assert sge.load_encoder(name, weights=small[0]).spec.revision is None
@@ -667,16 +662,19 @@ KINDS = ["GatedRepoError", "RepositoryNotFoundError", "HfHubHTTPError", "LocalEn
 
 @pytest.fixture
 def failing_hub(monkeypatch):
+    """Have the loaders of timm and of transformers raise an error, the hub's or another; returns what they are asked."""
     import timm
+    import transformers
 
-    asked = []
+    def arrange(error):
+        asked = []
 
-    def arrange(kind):
-        def create_model(name, **_):
-            asked.append(name)
-            raise hub_error(kind)
+        def load(source, **options):
+            asked.append((source, options))
+            raise hub_error(error) if isinstance(error, str) else error
 
-        monkeypatch.setattr(timm, "create_model", create_model)
+        for owner, name in ((timm, "create_model"), (transformers.AutoModel, "from_pretrained")):
+            monkeypatch.setattr(owner, name, load)
         return asked
 
     return arrange
@@ -735,18 +733,11 @@ def test_no_encoder_is_its_own_alternative(failing_hub):
 @pytest.mark.parametrize(
     ("kind", "words"), [("GatedRepoError", "is gated"), ("LocalEntryNotFoundError", "cannot be reached")]
 )
-def test_what_transformers_wraps(kind, words, monkeypatch):
+def test_what_transformers_wraps(failing_hub, kind, words):
     """It says OSError to everything: what the hub said is behind that."""
-    import transformers
-
-    def from_pretrained(*_, **__):
-        try:
-            raise hub_error(kind)
-        except Exception as err:
-            msg = "You are trying to access a gated repo."
-            raise OSError(msg) from err
-
-    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", from_pretrained)
+    error = OSError("You are trying to access a gated repo.")
+    error.__cause__ = hub_error(kind)
+    failing_hub(error)
     with pytest.raises(RuntimeError, match=rf"'rudolfv2-s'.*{words}"):
         sge.load_encoder("rudolfv2-s")
 
@@ -756,32 +747,20 @@ def test_what_is_missing_beside_weights_is_said_by_the_library():
         sge.load_encoder("musk")
 
 
-def test_other_errors_are_not_swallowed(monkeypatch):
-    import timm
-
-    def create_model(*_, **__):
-        msg = "of timm's own"
-        raise TypeError(msg)
-
-    monkeypatch.setattr(timm, "create_model", create_model)
+def test_other_errors_are_not_swallowed(failing_hub):
+    failing_hub(TypeError("of timm's own"))
     with pytest.raises(TypeError, match="of timm's own"):
         sge.load_encoder("uni")
 
 
 @pytest.mark.parametrize("name", ["h-optimus-0", "lunit-dino-s16", "phikon", "test_vit", "hf-hub:org/name"])
-def test_no_network(name, tmp_path, monkeypatch):
+def test_no_network(name, hub_client):
     """Nothing replaced: the hub's own client, offline (see conftest), with an empty cache."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(RuntimeError, match=rf"'{name}' are not in the hub's cache and .* cannot be reached"):
         sge.load_encoder(name)
 
 
-def test_no_network_names_only_what_works(tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+def test_no_network_names_only_what_works(hub_client):
     with pytest.raises(RuntimeError) as told:
         sge.load_encoder("gpfm")
     assert "weights=FOLDER" not in str(told.value)
@@ -795,19 +774,11 @@ def test_revision_reaches_the_hub(failing_hub, name, asks):
     asked = failing_hub("LocalEntryNotFoundError")
     with pytest.raises(RuntimeError):
         sge.load_encoder(name, revision="v1")
-    assert asked == [asks]
+    assert [source for source, _ in asked] == [asks]
 
 
-def test_revision_reaches_transformers(monkeypatch):
-    import transformers
-
-    asked, kind = [], "RevisionNotFoundError"
-
-    def from_pretrained(source, **options):
-        asked.append((source, options))
-        raise hub_error(kind)
-
-    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", from_pretrained)
+def test_revision_reaches_transformers(failing_hub):
+    asked = failing_hub("RevisionNotFoundError")
     with pytest.raises(RuntimeError, match=r"has no revision 'v9' of encoder 'midnight'.*kaiko-ai/midnight"):
         sge.load_encoder("midnight", revision="v9")
     assert asked == [("kaiko-ai/midnight", {"trust_remote_code": False, "revision": "v9"})]

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import histosge as sge
-from histosge._embedding import Forecast, _forecast, embed, in_words
-from histosge._embedding import _embed as _embedding
+from histosge._embedding import Forecast, embed, in_words, name_device
 from histosge._encoders import load_encoder
+from histosge._encoders.stain_texture import StainTexture
 from histosge._geometry import Footprints
 from histosge._image import LazyImage
 
 CPU = torch.device("cpu")
 TILE = 16
-SECONDS_PER_PLACE = _embedding._seconds_per_place
 CONVERT = [
     (20, "less than a minute"),
     (60, "about 1 min"),
@@ -58,23 +56,22 @@ def clock(monkeypatch):
     class Clock:
         now = 0.0
 
-    monkeypatch.setattr(_forecast, "monotonic", lambda: Clock.now)
-    monkeypatch.setattr(_embedding, "_seconds_per_place", lambda *_, **__: 0.3)  # a second of work, where it is tested
+    monkeypatch.setattr(Forecast, "clock", lambda _: Clock.now)
     return Clock
 
 
 class Slow(torch.nn.Module):
     """Mean colours, a fixed time for each tile, and a longer one for the first batch."""
 
-    def __init__(self, clock, *, seconds, first=0.0):
+    def __init__(self, clock, *, seconds, first=0.0, n_parameters=1):
         super().__init__()
         self.clock, self.seconds, self.first, self.batches = clock, seconds, first, []
-        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.weight = torch.nn.Parameter(torch.ones(1).expand(n_parameters))  # they share the memory of one
 
     def forward(self, x):
         self.clock.now += len(x) * self.seconds + (self.first if not self.batches else 0)
         self.batches.append(len(x))
-        return x.mean((2, 3)) * self.weight
+        return x.mean((2, 3)) * self.weight[:1]
 
 
 def slow(clock, **times):
@@ -99,9 +96,8 @@ def run(image, encoder, n=200, **options):
     return embed(image, places(n), mpp=2.0, encoder=encoder, device=CPU, batch_size=10, **options)
 
 
-def test_one_line_from_the_second_batch(image, clock, log, monkeypatch):
+def test_one_line_from_the_second_batch(image, clock, log):
     """200 places of 4 s; the first batch takes 15 s more, of which nothing is seen. Nothing but the clock is a fake."""
-    monkeypatch.setattr(_embedding, "_seconds_per_place", SECONDS_PER_PLACE)
     with sge.settings.override(cache_gb=0):
         run(image, slow(clock, seconds=4, first=15))
     (said,) = lines(log)
@@ -132,12 +128,11 @@ def test_a_first_batch_of_a_minute_is_enough(image, clock, log):
     assert "10 places with slow on this processor: about 16 h" in lines(log)[0] or "about 17 h" in lines(log)[0]
 
 
-def test_a_large_network_on_a_processor_is_known_after_a_few_tiles(image, clock, log, monkeypatch):
+def test_a_large_network_on_a_processor_is_known_after_a_few_tiles(image, clock, log):
     """A batch of midnight takes minutes there: the first one is begun in small steps, with the same embeddings."""
     with sge.settings.override(cache_gb=0):
         wanted = run(image, slow(clock, seconds=0))
-        monkeypatch.setattr("histosge._embedding._device._LARGE", 0)
-        encoder = slow(clock, seconds=50)
+        encoder = slow(clock, seconds=50, n_parameters=300_000_000)
         values = run(image, encoder)
     assert encoder.module.batches == [4, 4, 2, *[10] * 19]
     assert lines(log)[0].startswith(f"200 places with slow on this processor: {in_words(50 * 200)}")
@@ -173,7 +168,7 @@ class DenseSlow:
 
     def __init__(self, clock, seconds):
         self.spec = sge.EncoderSpec(name="dense", mpp=2.0, tile_px=TILE, embed_dim=3, token_px=4)
-        self.clock, self.seconds, self.n_tiles, self.n_before_line = clock, seconds, 0, None
+        self.clock, self.seconds, self.n_tiles = clock, seconds, 0
 
     def to(self, _):
         return self
@@ -189,22 +184,18 @@ def test_dense_blocks_are_timed_by_their_batches(image, clock, log):
     """All tiles of this section lie in one block: it is not waited for."""
     encoder = DenseSlow(clock, 3)
     xy = places(300)
-    when = []
-    original = _embedding.logger.info
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_embedding.logger, "info", lambda *a: (when.append(encoder.n_tiles), original(*a)))
-        values = embed(
-            image,
-            xy,
-            mpp=2.0,
-            encoder=encoder,
-            footprints=Footprints.squares(xy, edge_px=8),
-            device=CPU,
-            batch_size=10,
-        )
+    areas = Footprints.squares(xy, edge_px=8)
+    seen = []
+
+    def embedded(tiles, original=encoder.embed_tokens):
+        seen.append((encoder.n_tiles, len(lines(log))))  # before each batch
+        return original(tiles)
+
+    encoder.embed_tokens = embedded
+    values = embed(image, xy, mpp=2.0, encoder=encoder, footprints=areas, device=CPU, batch_size=10)
     assert values.shape == (300, 6)
     (said,) = lines(log)
-    assert when[0] == 20  # two batches of ten tiles
+    assert next(n_tiles for n_tiles, n_lines in seen if n_lines) == 20  # two batches of ten tiles
     assert said.startswith(f"300 places with dense on this processor: {in_words(3 * encoder.n_tiles)}; encoder=")
 
 
@@ -223,51 +214,61 @@ def test_block_encoders_are_timed_by_their_blocks(clock, log):
     assert lines(log) == ["40 places with stain-texture on this processor: about 35 min"]
 
 
+@pytest.fixture
+def takes_a_minute(clock, monkeypatch):
+    """Blocks that the built-in encoder was given, each of which takes a minute, the first one two."""
+    blocks = []
+
+    def slowed(original):
+        def of_block(self, block, centres):
+            clock.now += 60 if blocks else 120
+            blocks.append(len(centres))
+            return original(self, block, centres)
+
+        return of_block
+
+    for name in ("embed_block", "embed_block_dense"):
+        monkeypatch.setattr(StainTexture, name, slowed(getattr(StainTexture, name)))
+    return blocks
+
+
 @pytest.mark.parametrize("dense", [False, True])
-def test_the_alternative_is_timed_on_this_image(clock, log, monkeypatch, dense):
+def test_the_alternative_is_timed_on_this_image(clock, log, takes_a_minute, dense):
     """Five blocks of a minute each, the first time another one: five minutes."""
     image = LazyImage(np.random.default_rng(0).integers(0, 255, (3, 400, 5000)).astype(np.uint8))
     xy = np.stack([np.linspace(200, 4900, 100), np.full(100, 200.0)], 1)
     areas = Footprints.squares(xy, edge_px=20) if dense else None
-    other, blocks = load_encoder("stain-texture"), []
-
-    def takes_a_minute(block, centres, original):
-        clock.now += 60 if blocks else 120
-        blocks.append(len(centres))
-        return original(block, centres)
-
-    for name in ("embed_block", "embed_block_dense"):
-        monkeypatch.setattr(other, name, partial(takes_a_minute, original=getattr(other, name)))
-    monkeypatch.setattr(_embedding, "load_encoder", {"stain-texture": other}.get)
-    monkeypatch.setattr(_embedding, "monotonic", lambda: clock.now)
-    monkeypatch.setattr(_embedding, "_seconds_per_place", SECONDS_PER_PLACE)
     encoder = DenseSlow(clock, 100) if dense else slow(clock, seconds=100)
     embed(image, xy, mpp=2.0, encoder=encoder, footprints=areas, device=CPU, batch_size=10)
-    assert len(set(blocks)) == 1
-    assert len(blocks) == 2  # once to warm up, once timed
+    assert len(set(takes_a_minute)) == 1
+    assert len(takes_a_minute) == 2  # once to warm up, once timed
     assert lines(log)[0].endswith("; encoder='stain-texture' takes about 5 min")
 
 
-def test_an_alternative_that_fails_costs_half_a_line(image, clock, log, monkeypatch):
-    monkeypatch.setattr(_embedding, "_seconds_per_place", SECONDS_PER_PLACE)
-    monkeypatch.setattr(_embedding, "load_encoder", lambda _: Slow(clock, seconds=0))
-    run(image, slow(clock, seconds=4))
+class ReadOnce:
+    """An image on a disk that fails after the first block."""
+
+    def __init__(self, pixels):
+        self.pixels, self.shape, self.n_read = pixels, pixels.shape, 0
+
+    def __getitem__(self, where):
+        self.n_read += 1
+        if self.n_read > 1:
+            msg = "the disk is gone"
+            raise OSError(msg)
+        return self.pixels[where]
+
+
+def test_an_alternative_that_fails_costs_half_a_line(image, clock, log):
+    disk = ReadOnce(image.data)
+    run(LazyImage(disk), slow(clock, seconds=4))
+    assert disk.n_read == 2
     assert lines(log) == ["200 places with slow on this processor: about 15 min"]
 
 
 def test_gpus_have_a_number():
-    said = []
-    logger = _embedding.logger
-    for device in ("cuda", "cuda:1", "mps"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(logger, "info", lambda text, *args: said.append(text % args))
-            spec = sge.EncoderSpec(name="slow", mpp=2.0, tile_px=TILE, embed_dim=3)
-            forecast = Forecast(12_000, alternative=False)
-            _embedding._say(
-                forecast, None, None, 18_000, mpp=2.0, spec=spec, footprints=None, device=torch.device(device)
-            )
-    wanted = ("cuda:0", "cuda:1", "mps")
-    assert said == [f"    12,000 places with slow on {name}: about 5 h" for name in wanted]
+    devices = ("cuda", "cuda:1", "mps", "cpu")
+    assert [name_device(torch.device(device)) for device in devices] == ["cuda:0", "cuda:1", "mps", "this processor"]
 
 
 # ------------------------------------------------------------------------------------------- through the doors

@@ -45,92 +45,86 @@ def midnight(tmp_path_factory):
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
+def cache(tmp_path, hub_client):
     """An empty cache of the hub, and a client that goes online (see conftest)."""
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub_client(HF_HUB_OFFLINE=False)
     yield tmp_path / "hub"
     assert constants.HF_HUB_OFFLINE is False  # whatever happened
 
 
-def no_name(monkeypatch):
-    """No name is known: a machine without network."""
-    asked = []
+@pytest.fixture
+def lost(monkeypatch):
+    """Lose the network; returns the names that are looked up.
 
-    def getaddrinfo(host, *_, **__):
-        asked.append(host)
-        raise socket.gaierror(-2, "Name or service not known")
+    Either no name is known, as on a machine without network, or nobody listens, as behind a firewall that refuses.
+    """
+    original = socket.getaddrinfo
 
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    return asked
+    def lose(kind="no name"):
+        asked = []
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
 
+        def getaddrinfo(host, _, *args, **kwargs):
+            asked.append(host)
+            if kind == "no name":
+                raise socket.gaierror(-2, "Name or service not known")
+            return original("127.0.0.1", port, *args, **kwargs)
 
-def use_server(monkeypatch, port):
-    from huggingface_hub import constants
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        return asked
 
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
-    template = "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"http://127.0.0.1:{port}{template}")
-
-
-def no_listener(monkeypatch):
-    """Nobody listens: a firewall that refuses."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    use_server(monkeypatch, port)
-    asked, original = [], socket.create_connection
-
-    def create_connection(address, *args, **kwargs):
-        asked.append(address)
-        return original(address, *args, **kwargs)
-
-    monkeypatch.setattr(socket, "create_connection", create_connection)
-    return asked
+    return lose
 
 
-@contextmanager
-def server(monkeypatch, *, status=None, headers=()):
-    """A hub on this machine that gives one answer to everything, or with ``status=None`` none; yields what was asked."""
-    from huggingface_hub import constants
+@pytest.fixture
+def server(hub_client):
+    """Start a hub on this machine, for a ``with`` block.
+
+    It gives one answer to everything, or with ``status=None`` none; yields what was asked.
+    """
     from huggingface_hub.utils import close_session
 
-    asked, over = [], threading.Event()
+    @contextmanager
+    def start(*, status=None, headers=()):
+        asked, over = [], threading.Event()
 
-    class Hub(BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            asked.append((self.command, self.path))
-            if status is None:
-                over.wait(30)
-                return
-            self.send_response(status)
-            for name, value in headers:
-                self.send_header(name, value)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+        class Hub(BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                asked.append((self.command, self.path))
+                if status is None:
+                    over.wait(30)
+                    return
+                self.send_response(status)
+                for name, value in headers:
+                    self.send_header(name, value)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
 
-        do_GET = do_HEAD
+            do_GET = do_HEAD
 
-        def log_message(self, *_):
-            pass
+            def log_message(self, *_):
+                pass
 
-    hub = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    use_server(monkeypatch, hub.server_address[1])
-    if status is None:
-        monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
-    try:
-        yield asked
-    finally:
-        over.set()
-        close_session()
-        hub.shutdown()
-        hub.server_close()
-        thread.join()
+        hub = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+        thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        url = f"http://127.0.0.1:{hub.server_address[1]}"
+        hub_client(ENDPOINT=url, HUGGINGFACE_CO_URL_TEMPLATE=url + "/{repo_id}/resolve/{revision}/{filename}")
+        if status is None:
+            hub_client(HF_HUB_ETAG_TIMEOUT=0.2)
+        try:
+            yield asked
+        finally:
+            over.set()
+            close_session()
+            hub.shutdown()
+            hub.server_close()
+            thread.join()
+
+    return start
 
 
 UNREACHABLE = (
@@ -147,9 +141,9 @@ ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("lost", [no_name, no_listener])
-def test_without_network_the_hub_is_asked_once(cache, lost, monkeypatch, capfd):
-    asked = lost(monkeypatch)
+@pytest.mark.parametrize("kind", ["no name", "no listener"])
+def test_without_network_the_hub_is_asked_once(cache, lost, kind, capfd):
+    asked = lost(kind)
     with pytest.raises(EncoderAccessError, match=UNREACHABLE) as told:
         sge.load_encoder("midnight")
     assert len(asked) == 1
@@ -160,9 +154,9 @@ def test_without_network_the_hub_is_asked_once(cache, lost, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
-def test_a_hub_that_refuses_is_asked_once(cache, kind, monkeypatch, capfd):
+def test_a_hub_that_refuses_is_asked_once(cache, kind, server, capfd):
     status, headers, match = ANSWERS[kind]
-    with server(monkeypatch, status=status, headers=headers) as asked:
+    with server(status=status, headers=headers) as asked:
         with pytest.raises(EncoderAccessError, match=match):
             sge.load_encoder("midnight")
         assert asked == [("HEAD", "/kaiko-ai/midnight/resolve/main/config.json")]
@@ -170,17 +164,17 @@ def test_a_hub_that_refuses_is_asked_once(cache, kind, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("name", ["uni", "gpfm", "ctranspath", "genbio-pathfm", "conch", "hf-hub:org/name@v1"])
-def test_every_way_of_loading_asks_once(cache, name, monkeypatch):
-    asked = no_name(monkeypatch)
+def test_every_way_of_loading_asks_once(cache, name, lost):
+    asked = lost()
     with pytest.raises(EncoderAccessError, match=rf"'{name}' are not in the hub's cache and .* cannot be reached"):
         sge.load_encoder(name)
     assert len(asked) == 1
 
 
-def test_a_repository_without_that_file_is_no_refusal(cache, monkeypatch):
+def test_a_repository_without_that_file_is_no_refusal(cache, server):
     """CTransPath's has no config.json: the loader goes on and asks for the file it wants."""
     with (
-        server(monkeypatch, status=404, headers=[("X-Error-Code", "EntryNotFound")]) as asked,
+        server(status=404, headers=[("X-Error-Code", "EntryNotFound")]) as asked,
         pytest.raises(EncoderAccessError, match="does not hold what is needed"),
     ):
         sge.load_encoder("ctranspath")
@@ -188,14 +182,14 @@ def test_a_repository_without_that_file_is_no_refusal(cache, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["no network", "gated", "overloaded", "does not answer"])
-def test_weights_in_the_cache_need_no_hub(cache, midnight, kind, monkeypatch, log, capfd):
+def test_weights_in_the_cache_need_no_hub(cache, midnight, kind, server, lost, log, capfd):
     write_to_cache(cache, midnight)
     if kind == "no network":
-        asked = no_name(monkeypatch)
+        asked = lost()
         encoder = sge.load_encoder("midnight")
     else:
         status, headers, _ = ANSWERS[kind]
-        with server(monkeypatch, status=status, headers=headers) as asked:
+        with server(status=status, headers=headers) as asked:
             encoder = sge.load_encoder("midnight")
     assert len(asked) == 1
     assert encoder.spec.revision == COMMIT
@@ -203,42 +197,41 @@ def test_weights_in_the_cache_need_no_hub(cache, midnight, kind, monkeypatch, lo
     assert "Retrying" not in capfd.readouterr().err
 
 
-def test_a_cache_that_is_not_whole_says_why_nothing_is_fetched(cache, midnight, monkeypatch):
+def test_a_cache_that_is_not_whole_says_why_nothing_is_fetched(cache, midnight, server, lost):
     write_to_cache(cache, midnight)
     (cache / MIDNIGHT / "snapshots" / COMMIT / "config.json").unlink()
-    with monkeypatch.context() as lost:
-        no_name(lost)
-        with pytest.raises(EncoderAccessError, match=UNREACHABLE):
-            sge.load_encoder("midnight")
     with (
-        server(monkeypatch, status=403, headers=[("X-Error-Code", "GatedRepo")]),
+        server(status=403, headers=[("X-Error-Code", "GatedRepo")]),
         pytest.raises(EncoderAccessError, match="is gated"),
     ):
         sge.load_encoder("midnight")
+    lost()
+    with pytest.raises(EncoderAccessError, match=UNREACHABLE):
+        sge.load_encoder("midnight")
 
 
-def test_another_revision_is_not_taken_from_the_cache(cache, midnight, monkeypatch):
+def test_another_revision_is_not_taken_from_the_cache(cache, midnight, server):
     write_to_cache(cache, midnight)
     with (
-        server(monkeypatch, status=404, headers=[("X-Error-Code", "RevisionNotFound")]) as asked,
+        server(status=404, headers=[("X-Error-Code", "RevisionNotFound")]) as asked,
         pytest.raises(EncoderAccessError, match=r"has no revision 'v9' of encoder 'midnight'"),
     ):
         sge.load_encoder("midnight", revision="v9")
     assert asked == [("HEAD", "/kaiko-ai/midnight/resolve/v9/config.json")]
 
 
-def test_errors_of_a_loader_are_not_taken_for_the_hubs(cache, midnight, monkeypatch):
+def test_errors_of_a_loader_are_not_taken_for_the_hubs(cache, midnight, lost):
     write_to_cache(cache, midnight)
     config = cache / MIDNIGHT / "snapshots" / COMMIT / "config.json"
     wrong = json.loads(config.read_text()) | {"num_attention_heads": 7}
     config.unlink()
     config.write_text(json.dumps(wrong))
-    no_name(monkeypatch)
+    lost()
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         sge.load_encoder("midnight")
 
 
-def test_local_weights_ask_nobody(cache, midnight, monkeypatch):
-    asked = no_name(monkeypatch)
+def test_local_weights_ask_nobody(cache, midnight, lost):
+    asked = lost()
     assert sge.load_encoder("midnight", weights=midnight).spec.embed_dim == 3072
     assert asked == []

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from histosge._embedding._device import resolve_device
     from histosge._embedding._embed import block_edge_px, embed
     from histosge._embedding._embedder import Embedder, SpotParts
-    from histosge._embedding._forecast import Forecast, in_words
+    from histosge._embedding._forecast import Forecast, in_words, name_device
 
 _FILES = {
     "_cache": ("EmbeddingCache", "cache_folder", "open_cache"),
@@ -24,7 +24,7 @@ _FILES = {
     "_device": ("resolve_device",),
     "_embed": ("block_edge_px", "embed"),
     "_embedder": ("Embedder", "SpotParts"),
-    "_forecast": ("Forecast", "in_words"),
+    "_forecast": ("Forecast", "in_words", "name_device"),
 }
 _FILE = {name: file for file, names in _FILES.items() for name in names}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from functools import partial
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from histosge._embedding._block_cache import BlockCache
 from histosge._embedding._cache import cache_folder
 from histosge._embedding._dense import share_of_tiles, step_tokens, tiles_over, token_grid
 from histosge._embedding._device import _buffers, _Forward, _on_device
-from histosge._embedding._forecast import Forecast, in_words
+from histosge._embedding._forecast import Forecast, in_words, name_device
 from histosge._encoders import QUICK_ENCODER, load_encoder
 from histosge._geometry import Footprints, Grid, area_fractions
 from histosge._image import LazyImage, batches, blocks, prefetch, snap_scale, tile_blocks
@@ -128,7 +127,6 @@ def _say(
     device: torch.device,
 ) -> None:
     """Log how long the run will take, and how long the built-in encoder would."""
-    where = {"cpu": "this processor", "cuda": f"cuda:{device.index or 0}"}.get(device.type, str(device))
     instead = ""
     if forecast.alternative and spec.name != QUICK_ENCODER:
         try:
@@ -137,8 +135,9 @@ def _say(
         except Exception:  # noqa: BLE001  half a log line must not end the run
             logger.debug("%s could not be timed", QUICK_ENCODER, exc_info=True)
     logger.info(
-        "    %s places with %s on %s: %s%s", f"{forecast.n_to_compute:,}", spec.name, where, in_words(seconds), instead
-    )
+        "    %s places with %s on %s: %s%s",
+        f"{forecast.n_to_compute:,}", spec.name, name_device(device), in_words(seconds), instead,
+    )  # fmt: skip
 
 
 def _seconds_per_place(
@@ -155,12 +154,22 @@ def _seconds_per_place(
     _, which, sizes = np.unique(cell, axis=0, return_inverse=True, return_counts=True)
     rows = np.flatnonzero(which.ravel() == sizes.argmax())[:_TIMED_PLACES]
     some = None if footprints is None else footprints.take(rows)
-    quiet: dict[str, Any] = {"progress": False, "report": False, "forecast": Forecast(0)}
+    none = Forecast(0)
     took = 0.0
     for _ in range(2):  # the first time includes what happens only once
-        start = monotonic()
-        embed(image, xy_px[rows], mpp=mpp, encoder=encoder, footprints=some, device=device, **quiet)
-        took = monotonic() - start
+        start = none.clock()
+        embed(
+            image,
+            xy_px[rows],
+            mpp=mpp,
+            encoder=encoder,
+            footprints=some,
+            device=device,
+            progress=False,
+            report=False,
+            forecast=none,
+        )
+        took = none.clock() - start
     return took * sizes.max() / len(rows) * len(sizes) / len(xy_px)
 
 

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from time import monotonic
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
 
 WORTH_SAYING_S = 600.0
 """Shorter runs need no forecast: the progress bar is enough."""
@@ -25,6 +31,9 @@ class Forecast:
         Whether the user can take another encoder for them; not with a fitted model.
     """
 
+    clock: Callable[[], float] = staticmethod(monotonic)
+    """Gives the time in seconds"""
+
     def __init__(self, n_places: int, *, alternative: bool = True) -> None:
         self.n_places = n_places
         self.alternative = alternative
@@ -45,7 +54,7 @@ class Forecast:
     def begin(self) -> None:
         """A batch is about to be computed: the clock starts, if it does not run."""
         if self._since is None:
-            self._since = monotonic()
+            self._since = self.clock()
 
     def pause(self) -> None:
         """Something else is done until the next batch."""
@@ -55,7 +64,7 @@ class Forecast:
         """A batch of ``n`` places is computed; gives the seconds of the whole run when they are known and worth saying."""
         if self._forecasted or self._since is None:
             return None
-        now = monotonic()
+        now = self.clock()
         took, self._since = now - self._since, now
         self._n_batches += 1
         if self._n_batches == 1 and took < _SLOW_BATCH_S:
@@ -63,6 +72,11 @@ class Forecast:
         self._forecasted = True
         expected = took / n * self.n_to_compute
         return expected if expected > WORTH_SAYING_S else None
+
+
+def name_device(device: torch.device) -> str:
+    """Name a device in a log line; a GPU has a number."""
+    return {"cpu": "this processor", "cuda": f"cuda:{device.index or 0}"}.get(device.type, str(device))
 
 
 def in_words(seconds: float) -> str:

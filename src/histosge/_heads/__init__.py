@@ -6,6 +6,7 @@ A head sees tensors only. All expression is log1p-normalised, all positions are 
 from __future__ import annotations
 
 from histosge._heads._attention import N_POSITION, Attention, Dense, Gathered, encode_position
+from histosge._heads._conditioning import n_kernel_groups, share_hyperparameters
 from histosge._heads._protocol import Head, LowRank, Queries, Spots, SubSpots
 from histosge._heads._registry import (
     DEFAULT_HEAD,
@@ -20,6 +21,7 @@ from histosge._heads._registry import (
     parts_of,
 )
 from histosge._heads._space import principal, standardise, standardiser
+from histosge._heads._tiles import Tiles
 from histosge._heads._training import (
     Dropout,
     Schedule,

@@ -1,6 +1,6 @@
 """A Gaussian process conditioned on the measured spots: on all of them at once, or tile by tile.
 
-Up to ``_MOST_SPOTS`` spots the prediction is exact. Of more, some are drawn as inducing points, and what all spots tell
+Up to ``n_exact`` spots the prediction is exact. Of more, some are drawn as inducing points, and what all spots tell
 of these is computed once. Each section is cut into tiles, and each tile conditions exactly on the spots in it and around
 it, and on the rest through the inducing points: the partially independent conditional of Snelson and Ghahramani (2007,
 "Local and global sparse Gaussian process approximations", AISTATS), with blocks that overlap. Around their borders tiles
@@ -29,23 +29,17 @@ if TYPE_CHECKING:
     Decays = tuple[Tensor, Tensor, Tensor]
     """Near in space, alike in the image, near and alike: (m, n) each"""
 
-_MOST_SPOTS = 6000
-"""With more spots, places are predicted tile by tile."""
-_DRAWN_SPOTS = 1000
-"""Spots that are inducing points."""
-_KEPT_TILES = 1024
-"""Tiles whose weights are kept, a fifth of a megabyte each: those of half a million spots."""
 _KERNEL_GROUPS, _KERNEL_GROUPS_OF_MANY = 8, 4
-"""Components with similar covariances are computed together, in so many groups, up to ``_MOST_SPOTS`` and beyond."""
+"""Components with similar covariances are computed together, in so many groups, up to ``n_exact`` spots and beyond."""
 _SPOTS_AT_ONCE = 4096
 JITTER = 1e-4
 _DRAWN_JITTER = 1e-3
 """Of the inducing points among themselves, in float64: some may be almost equal."""
 
 
-def n_kernel_groups(n_spots: int) -> int:
+def n_kernel_groups(n_spots: int, *, n_exact: int) -> int:
     """Choose how many covariances the components have: docs/benchmarks.md."""
-    return _KERNEL_GROUPS if n_spots <= _MOST_SPOTS else _KERNEL_GROUPS_OF_MANY
+    return _KERNEL_GROUPS if n_spots <= n_exact else _KERNEL_GROUPS_OF_MANY
 
 
 def share_hyperparameters(shares: Tensor, n_groups: int) -> Tensor:
@@ -186,19 +180,35 @@ class Conditioned:
         Between all points.
     pitch_um
         Unit of positions.
+    n_exact, n_inducing, n_tile, n_near
+        As of :class:`Kriging`.
     run
         Computes independent pieces.
     """
 
+    kept_tiles = 1024
+    """Tiles whose weights are kept, a fifth of a megabyte each: those of half a million spots"""
+
     def __init__(
-        self, points: Points, target: Tensor, covariance: Covariance, *, pitch_um: float, run: Run = map
+        self,
+        points: Points,
+        target: Tensor,
+        covariance: Covariance,
+        *,
+        pitch_um: float,
+        n_exact: int,
+        n_inducing: int,
+        n_tile: int,
+        n_near: int,
+        run: Run = map,
     ) -> None:
         self.points, self.target, self.covariance, self.pitch_um = points, target, covariance, pitch_um
         self._kept: OrderedDict[int, Weights] = OrderedDict()
         self._tiles: Tiles | None = None
-        if len(points) > _MOST_SPOTS:
-            self._tiles = Tiles.of(points.position.cpu().double().numpy(), points.section.cpu().numpy())
-            rows = np.random.default_rng(0).choice(len(points), min(_DRAWN_SPOTS, len(points)), replace=False)
+        if len(points) > n_exact:
+            xy, section = points.position.cpu().double().numpy(), points.section.cpu().numpy()
+            self._tiles = Tiles.of(xy, section, n_tile=n_tile, n_near=n_near)
+            rows = np.random.default_rng(0).choice(len(points), min(n_inducing, len(points)), replace=False)
             self._drawn_spots = torch.as_tensor(np.sort(rows), device=target.device)
             self._drawn = points.take(self._drawn_spots)
             self._inducing = self._sum_up(run)
@@ -231,7 +241,7 @@ class Conditioned:
             found = condition(tile, leave_out=leave_out)
         self._kept.pop(tile, None)  # threads run side by side: what is there now may be gone a step later
         self._kept[tile] = found
-        while len(self._kept) > _KEPT_TILES:
+        while len(self._kept) > self.kept_tiles:
             self._kept.popitem(last=False)
         return found
 

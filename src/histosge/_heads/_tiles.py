@@ -10,13 +10,6 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_TILE_SPOTS = 500
-"""Spots in a tile, roughly: two thirds to one and a half times as many."""
-_NEAR_SPOTS = 1000
-"""Spots that a tile conditions on exactly: its own and those around it, so that all of its places have some around them."""
-_BLENDED = 2.0
-"""Pitches on either side of a cut where the two sides are blended: without it maps would have seams."""
-
 
 @dataclass(frozen=True)
 class Tiles:
@@ -32,15 +25,19 @@ class Tiles:
     """Axis, where, and what lies up to there and beyond: a cut, or ~ a tile"""
     spots: list[NDArray[np.intp]]
     """Rows of the spots in each tile"""
+    n_near: int
+    """Spots that a tile conditions on exactly"""
+    blended: float = 2.0
+    """Pitches on either side of a cut where the two sides are blended: without it maps would have seams"""
 
     @classmethod
-    def of(cls, xy: NDArray[np.float64], section: NDArray[np.int64]) -> Tiles:
+    def of(cls, xy: NDArray[np.float64], section: NDArray[np.int64], *, n_tile: int, n_near: int) -> Tiles:
         """Cut across the longer side, into halves or thirds and two thirds …, so that tiles end up equal."""
         cuts: list[tuple[int, float, int, int]] = []
         tiles: list[NDArray[np.intp]] = []
 
         def cut(rows: NDArray[np.intp]) -> int:
-            n_tiles = max(1, round(len(rows) / _TILE_SPOTS))
+            n_tiles = max(1, round(len(rows) / n_tile))
             axis = int(np.argmax(np.ptp(xy[rows], axis=0)))
             values = np.sort(xy[rows, axis])
             steps = np.flatnonzero(np.diff(values) > 0) + 1  # between spots that lie on one another there is no cut
@@ -57,7 +54,7 @@ class Tiles:
             return here
 
         roots = {int(number): cut(np.flatnonzero(section == number)) for number in np.unique(section)}
-        return cls(xy, section, roots, cuts, tiles)
+        return cls(xy, section, roots, cuts, tiles, n_near)
 
     def shares(
         self, xy: NDArray[np.float64], section: NDArray[np.int64]
@@ -79,7 +76,7 @@ class Tiles:
                 found.append((~here, rows, share))
                 continue
             axis, at, below, beyond = self.cuts[here]
-            upper = np.clip((xy[rows, axis] - at) / (2 * _BLENDED) + 0.5, 0, 1)
+            upper = np.clip((xy[rows, axis] - at) / (2 * self.blended) + 0.5, 0, 1)
             for there, part in ((beyond, upper), (below, 1 - upper)):
                 kept = part > 0
                 waiting.append((there, rows[kept], share[kept] * part[kept]))
@@ -89,7 +86,7 @@ class Tiles:
         """Rows, sorted, of the spots of a tile and of those of its section that are nearest to the box around them."""
         inside = self.spots[tile]
         rows = np.flatnonzero(self.section == self.section[inside[0]])
-        n = min(max(_NEAR_SPOTS, len(inside)), len(rows))
+        n = min(max(self.n_near, len(inside)), len(rows))
         xy, low, high = self.xy[rows], self.xy[inside].min(0), self.xy[inside].max(0)
         beyond = np.maximum(np.maximum(low - xy, xy - high), 0)
         distance = np.hypot(*beyond.T)

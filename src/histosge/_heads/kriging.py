@@ -65,18 +65,40 @@ class Kriging(LowRank):
         Spots, drawn at random, that lengths and shares are fitted to.
     n_steps
         Steps of the optimiser.
+    n_exact
+        Spots up to which predictions are exact. With more, places are predicted tile by tile.
+    n_inducing
+        Inducing points of the prediction by tiles: spots, drawn at random.
+    n_tile
+        Spots in a tile, roughly: two thirds to one and a half times as many.
+    n_near
+        Spots that a tile conditions on exactly: its own and those around it, so that all of its places have some around
+        them.
     """
 
     name: ClassVar[str] = "kriging"
 
     def __init__(
-        self, *, n_components: int | None = None, n_image_components: int = 64, n_sample: int = 300, n_steps: int = 30
+        self,
+        *,
+        n_components: int | None = None,
+        n_image_components: int = 64,
+        n_sample: int = 300,
+        n_steps: int = 30,
+        n_exact: int = 6000,
+        n_inducing: int = 1000,
+        n_tile: int = 500,
+        n_near: int = 1000,
     ) -> None:
         self.config: dict[str, Any] = {
             "n_components": n_components,
             "n_image_components": n_image_components,
             "n_sample": n_sample,
             "n_steps": n_steps,
+            "n_exact": n_exact,
+            "n_inducing": n_inducing,
+            "n_tile": n_tile,
+            "n_near": n_near,
         }
         self.space: Space | None = None
         self.parameters: dict[str, Tensor] = {}
@@ -95,7 +117,9 @@ class Kriging(LowRank):
                 lengths, shares = self._maximise(points, target, progress=progress)
             except torch.linalg.LinAlgError as error:  # what is not a number has no factor
                 raise _diverged() from error
-            shares = share_hyperparameters(shares.exp(), n_kernel_groups(len(spots))).log()
+            shares = share_hyperparameters(
+                shares.exp(), n_kernel_groups(len(spots), n_exact=self.config["n_exact"])
+            ).log()
             self.parameters = {"lengths": lengths, "shares": shares}
         return self
 
@@ -151,7 +175,8 @@ class Kriging(LowRank):
         with torch.inference_mode():
             covariance = Covariance.of(*(self.parameters[name].exp() for name in ("lengths", "shares")))
             points, target = _points(context, space, context.pitch_um), space.components(context.expression)
-            return Conditioned(points, target, covariance, pitch_um=context.pitch_um, run=run)
+            sizes = {name: self.config[name] for name in ("n_exact", "n_inducing", "n_tile", "n_near")}
+            return Conditioned(points, target, covariance, pitch_um=context.pitch_um, run=run, **sizes)
 
     @classmethod
     def components(
