@@ -123,6 +123,11 @@ def returns_as_written(self: NumpyDocstring, section: str) -> list[str]:
     return self._format_block(":returns: ", lines) if lines else []
 
 
+def attributes_as_written(self: NumpyDocstring) -> list[str]:
+    """Take the text under an attribute as text: napoleon looks for ``type: text`` there, and ours have no types."""
+    return self._format_field("", "", self._dedent(self._consume_to_end()))
+
+
 def know_notebooks_by_their_place(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:
     """Let notebooks link to each other: Sphinx follows ``docs/tutorials``, a link, and then knows no page of that path."""
     for docname in env.project.docnames:
@@ -133,5 +138,6 @@ def know_notebooks_by_their_place(app: Sphinx, env: BuildEnvironment, docnames: 
 def setup(app: Sphinx) -> None:
     """Connect them."""
     NumpyDocstring._parse_returns_section = returns_as_written
+    NumpyDocstring._parse_attribute_docstring = attributes_as_written
     app.connect("env-before-read-docs", know_notebooks_by_their_place)
     app.connect("include-read", link_within_docs)
