@@ -73,7 +73,7 @@ class Embedding(TypedDict, total=False):
         Any,
         Argument(
             DEFAULT_ENCODER,
-            "Name of an encoder (see :func:`histosge.encoders`), names joined by ``+`` as in ``\"uni+rgb\"``, the paper's, "
+            'Name of an encoder (see :func:`histosge.encoders`), names joined by ``+`` as in ``"uni+rgb"``, the paper\'s, '
             "or one that :func:`histosge.load_encoder` made.",
         ),
     ]
