@@ -55,7 +55,7 @@ def at_spots(model, spots, seed: int) -> dict[str, np.ndarray]:
     found = {
         "reading": model.predict_from(
             model.condition(spots, device=CPU),
-            places=spots.embedding.numpy(),
+            embedding=spots.embedding.numpy(),
             xy_um=spots.xy_um.numpy(),
             spot_index=np.full(n, -1),
         )

@@ -66,7 +66,7 @@ def test_is_what_evaluate_measures_on_sections_left_out(model, image_alone, othe
     context = model.condition(spots, section=UNMEASURED, device=CPU)
     wanted = model.predict_from(
         context,
-        places=embeddings[1],
+        embedding=embeddings[1],
         xy_um=section.xy_um,
         spot_index=np.full(len(section.xy_px), -1),
     )

@@ -569,7 +569,7 @@ def test_memory_is_checked_by_its_size():
     with pytest.raises(MemoryError) as found:
         check_memory(4_194_304, 1024, n_layers=3, available=2**35)
     said = str(found.value)
-    assert "the table of 4,194,304 places x 1,024 genes takes 64.0 GiB" in said
+    assert "the table of 4,194,304 targets x 1,024 genes takes 64.0 GiB" in said
     assert "to predict it 96.0 GiB, but 32.0 GiB of memory are free" in said
     assert "store='NAME.zarr'" in said
     assert "fewer genes=, larger bins." in said

@@ -462,7 +462,7 @@ def test_a_section_without_measured_spots(name, small):
 
 def test_nearest_of_a_section_without_measured_spots(small):
     alone = dataclasses.replace(Queries.of(small, hidden=False), section=torch.full((70,), -1))
-    with pytest.raises(ValueError, match="needs measured spots around every place"):
+    with pytest.raises(ValueError, match="needs measured spots around every target"):
         fit("nearest", small).predict(alone, context=small)
 
 
@@ -515,9 +515,9 @@ def test_nearest_on_top_of_a_spot_takes_its_value(small):
 
 def test_nearest_without_context(small):
     head = fit("nearest", small)
-    with pytest.raises(ValueError, match="needs measured spots around every place"):
+    with pytest.raises(ValueError, match="needs measured spots around every target"):
         head.predict(Queries.of(small, hidden=False), context=small.take(torch.arange(0)))
-    with pytest.raises(ValueError, match="needs measured spots around every place"):
+    with pytest.raises(ValueError, match="needs measured spots around every target"):
         head.predict(Queries.of(small.take(torch.arange(1))), context=small.take(torch.arange(1)))
 
 

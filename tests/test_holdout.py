@@ -148,7 +148,7 @@ def test_scores_are_those_of_a_hand(ready, room):
         rng=np.random.default_rng(seed), device=CPU, progress=False,
     )  # fmt: skip
     context = model.context(known, one.embedding[train], device=CPU)
-    at = {"places": one.embedding[test], "xy_um": one.section.xy_um[test], "spot_index": np.full(len(test), -1)}
+    at = {"embedding": one.embedding[test], "xy_um": one.section.xy_um[test], "spot_index": np.full(len(test), -1)}
     predicted = model.predict_from(context, **at)
     measured, learnt = one.section.dense(model.genes)[test], one.section.dense(model.genes)[train]
     assert scores["gene"].tolist() == list(model.genes)
@@ -673,7 +673,7 @@ def nothing_embedded(log):
         ({"split": "lattice", "keep": 5}, r"keep=5: on a hexagonal lattice choose one of \(3, 4, 7\)"),
         (
             {"split": "pseudo-spots", "layer": "log"},
-            r"split='pseudo-spots' needs raw counts \(whole numbers\), which 'spots' has not\. Choose another split",
+            r"split='pseudo-spots' needs raw counts \(whole numbers\), which 'spots' does not have\. Choose another split",
         ),
     ],
 )
@@ -711,7 +711,7 @@ def test_labels_that_are_no_column(ready):
         ("lattice", r"split='lattice': the spots of 'spots' lie on no lattice, .* Choose split='blocks' or 'random'"),
         (
             "pseudo-spots",
-            r"split='pseudo-spots' needs spots on a lattice, which 'spots' has not\. Choose another split",
+            r"split='pseudo-spots' needs spots on a lattice, which 'spots' does not have\. Choose another split",
         ),
     ],
 )

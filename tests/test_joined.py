@@ -11,7 +11,7 @@ import histosge as sge
 from histosge._embedding import Embedder
 from histosge._encoders import EncoderSpec
 from histosge._heads import standardise, standardiser
-from histosge._model import Measured, Plan, Projection, ask, fit_model, trials
+from histosge._model import Measured, Plan, Projection, fit_model, predict_trial, trials
 from histosge._section import read_section
 
 CPU = torch.device("cpu")
@@ -171,7 +171,7 @@ def test_the_projection_is_fitted_on_training_spots_alone(measured):
     one, config = measured
     plan = Plan("blocks", "held-out", 2, 1, 150.0)
     (trial, *_) = trials([one], plan, rng=np.random.default_rng(0))
-    learn = {"head": "ridge", "genes": 8, "n_folds": 2, "level": None, "baselines": (), "progress": False}
+    learn = {"head": "ridge", "genes": 8, "n_folds": 2, "baselines": (), "progress": False}
     model = fit_model(
         trial.sections, trial.embeddings, config=config, rng=np.random.default_rng(0), device=CPU, **learn
     )
@@ -180,7 +180,7 @@ def test_the_projection_is_fitted_on_training_spots_alone(measured):
     wanted = Projection.fit(train, config.splits)
     assert all(torch.equal(tensor, wanted.state()[name]) for name, tensor in model.projection.state().items())
     assert torch.equal(model.spots.embedding, wanted(train))
-    predicted, truth = ask(model, trial, device=CPU)
+    predicted, truth = predict_trial(model, trial, device=CPU)
     assert np.corrcoef(predicted.ravel(), truth.ravel())[0, 1] > 0.3
 
 

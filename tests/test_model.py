@@ -19,7 +19,7 @@ from histosge._embedding import EmbeddingConfig, EncoderConfig
 from histosge._encoders import EncoderSpec
 from histosge._geometry import nearest_spots
 from histosge._heads import HEADS, Queries, get_head
-from histosge._model import Model, fit_model, score, stack_sections
+from histosge._model import Model, check_arguments, fit_model, score, stack_sections
 from histosge._model import _fit as _fitting
 from histosge._section import read_section
 from histosge._settings import Settings, logger, progress_bar
@@ -70,6 +70,10 @@ def fit(section, embedding, *, head="ridge", genes=8, n_folds=3, seed=0, **kwarg
     )
 
 
+def check(*sections, head="ridge", genes=8, n_folds=3, head_options=None):
+    check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, head_options=head_options)
+
+
 def at_spots(model, section, embedding, *, hidden=True):
     own = np.arange(len(embedding)) if hidden else np.full(len(embedding), -1)
     return predict(model, section, embedding, places=embedding, xy_px=section.xy_px, spot_index=own)
@@ -78,7 +82,7 @@ def at_spots(model, section, embedding, *, hidden=True):
 def predict(model, section, embedding, *, places, xy_px, spot_index):
     """Predict at places of a section whose spots have the given embedding."""
     context = model.context(section, embedding, device=CPU)
-    return model.predict_from(context, places=places, xy_um=xy_px * section.mpp, spot_index=spot_index)
+    return model.predict_from(context, embedding=places, xy_um=xy_px * section.mpp, spot_index=spot_index)
 
 
 def with_genes(section, names, columns=None):
@@ -283,7 +287,7 @@ def test_options_by_name_of_the_head(section, embedding):
 )
 def test_wrong_options_are_said_first(head, options, match):
     with pytest.raises(ValueError, match=match):
-        fit([None], [None], head=head, head_options=options)
+        check(head=head, head_options=options)
 
 
 # ------------------------------------------------------------------------------------------------ nothing to find
@@ -417,26 +421,26 @@ def test_genes_as_a_list(section, embedding):
         (["BRCA1"] * 2, r"names are not in the table \(\['BRCA1'\]\)"),
     ],
 )
-def test_wrong_genes(section, embedding, genes, message):
+def test_wrong_genes(section, genes, message):
     with pytest.raises(ValueError, match=message):
-        fit(section, embedding, genes=genes)
+        check(section, genes=genes)
 
 
 @pytest.mark.parametrize("genes", [True, None, 2.5])
-def test_genes_of_another_type(section, embedding, genes):
+def test_genes_of_another_type(section, genes):
     with pytest.raises(ValueError, match=rf"genes={genes}: pass a number"):
-        fit(section, embedding, genes=genes)
+        check(section, genes=genes)
 
 
-def test_an_empty_list_of_genes(section, embedding):
+def test_an_empty_list_of_genes(section):
     with pytest.raises(ValueError, match=r"genes=\[\]|genes is empty"):
-        fit(section, embedding, genes=[])
+        check(section, genes=[])
 
 
 @pytest.mark.parametrize("n_folds", [1, 0, 21, -3, 2.0, "5", None, True])
-def test_wrong_folds(section, embedding, n_folds):
+def test_wrong_folds(section, n_folds):
     with pytest.raises(ValueError, match=r"n_folds=.*: choose a whole number from 2 to 20"):
-        fit(section, embedding, n_folds=n_folds)
+        check(section, n_folds=n_folds)
 
 
 @pytest.mark.parametrize("n_folds", [2, 20])
@@ -454,9 +458,9 @@ def test_fewest_and_most_folds(section, embedding, n_folds, head, options):
     assert np.isfinite(model.scores[["held_out_pcc", "held_out_mse"]]).all(axis=None)
 
 
-def test_unknown_head_is_said_first(embedding):
+def test_unknown_head_is_said_first():
     with pytest.raises(ValueError, match="Did you mean 'ridge'"):
-        fit([None], [None], head="rigde")
+        check(head="rigde")
 
 
 # ------------------------------------------------------------------------------------------------------ predict
@@ -541,7 +545,7 @@ def test_threads_do_not_change_a_digit(section, embedding, head):
     try:
         for threads in (2, 1):
             torch.set_num_threads(threads)
-            said[threads] = model.predict_from(context, places=embedding, xy_um=section.xy_um, spot_index=own)
+            said[threads] = model.predict_from(context, embedding=embedding, xy_um=section.xy_um, spot_index=own)
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(n)
@@ -592,10 +596,10 @@ def test_neighbours_are_always_of_one_section(section, other, embedding):
     assert both.held_out["nearest"]["mse"] < 3.5 * one.held_out["nearest"]["mse"]  # (1 + 2²) / 2, and fewer neighbours
 
 
-def test_sections_without_a_common_gene(section, embedding):
+def test_sections_without_a_common_gene(section):
     strange = with_genes(section, [f"ENSG{i}" for i in range(20)])
     with pytest.raises(ValueError, match="gene"):
-        fit([section, strange], [embedding, embedding])
+        check(section, strange)
 
 
 def test_sections_keep_their_coordinates_and_have_numbers(section, other, embedding):

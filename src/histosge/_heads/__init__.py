@@ -1,6 +1,7 @@
 """Heads: from embeddings, positions and measured neighbours to expression, one file each, behind one protocol.
 
-A head sees tensors only. All expression is log1p-normalised, all positions are in µm, each in its section's coordinates.
+A head sees tensors only. All expression is log1p-normalised. All positions are in µm, in the coordinates of their
+section.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Attention of places to their nearest measured spots: the network of ``in-context`` and ``aggregate``.
+"""Attention of targets to their nearest measured spots: the network of ``in-context`` and ``aggregate``.
 
-Keys and values are those of a spot plus those of its position relative to the place. The code of a position is linear in
-keys and values, so that query and weights go through it, and no keys are computed for each pair of place and spot.
+Keys and values are those of a spot plus those of its position relative to the target. They are linear in the code of
+the position. So query and weights are multiplied with that code, and no key is computed for each pair of target and
+spot.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ def encode_position(step: Tensor) -> Tensor:
 
 
 class Gathered:
-    """Keys and values of neighbours, gathered for groups of places that share them: fast where batches are drawn.
+    """Keys and values of neighbours, gathered for groups of targets that share them: fast for random batches.
 
-    Shapes: B groups of M places, N = B M places in all, K neighbours, U spots, H heads of C numbers, Q components.
+    Shapes: B groups of M targets, N = B M targets in all, K neighbours, U spots, H heads of C numbers, Q components.
     """
 
     def __init__(self, key_value: Tensor, components: Tensor, at: Tensor) -> None:
-        """Take keys and values (U, 2, H, C), components (U, Q), and which are neighbours of each group, (B, K)."""
+        """Take keys and values (U, 2, H, C), components (U, Q), and the rows of each group's neighbours, (B, K)."""
         b, k = at.shape
         each = key_value.index_select(0, at.flatten()).view(b, k, *key_value.shape[1:])
         self.key, self.value = each.permute(2, 0, 3, 1, 4)  # (B, H, K, C) each
@@ -59,9 +60,9 @@ class Gathered:
 
 
 class Dense:
-    """Products of all places with all spots that any of them attends to: fast where places lie together.
+    """Products of all targets with all spots that any of them attends to: fast where targets are near each other.
 
-    For evaluation, where no weight is dropped. Shapes as for :class:`Gathered`, each place a group of its own.
+    For evaluation, without dropout. Shapes as for :class:`Gathered`; each target is a group of its own.
     """
 
     def __init__(self, key_value: Tensor, components: Tensor, at: Tensor) -> None:
@@ -81,7 +82,7 @@ class Dense:
 
 
 class Attention(nn.Module):
-    """Places attend to measured spots. Shapes: P image components, Q components, W width, others as above."""
+    """Targets attend to measured spots. Shapes: P image components, Q components, W width, others as above."""
 
     def __init__(self, n_embedding: int, n_components: int, width: int, n_heads: int, dropout: float) -> None:
         super().__init__()
@@ -114,17 +115,17 @@ class Attention(nn.Module):
         Parameters
         ----------
         place
-            (B, M, P) groups of places that share their neighbours.
+            (B, M, P) groups of targets that share their neighbours.
         spots, components
             (n, P) and (n, Q) all spots.
         near
             (B, K) rows of the spots that are neighbours.
         position
-            (B, M, K, N_POSITION) code of their positions relative to the places.
+            (B, M, K, N_POSITION) code of their positions relative to the targets.
         present
-            (B, M, K) which of them are attended to.
+            (B, M, K) whether the target attends to the spot.
         """
-        # keys and values of visible spots only: half of the neighbours are hidden, and some belong to several groups
+        # compute keys and values of visible spots only: half of the neighbours are hidden, and groups share some
         seen, at = torch.where(present.any(1), near, near[:1, :1]).unique(return_inverse=True)  # (U,), (B, K)
         around = Gathered(self.keys_values(spots[seen], components[seen]), components[seen], at)
         b, m, _ = place.shape
@@ -137,14 +138,14 @@ class Attention(nn.Module):
         return both.view(len(spots), 2, self.n_heads, -1)
 
     def attend(self, place: Tensor, position: Tensor, present: Tensor, around: Gathered | Dense) -> Tensor:
-        """Predict components (N, Q) at places (N, P) with neighbours at positions (N, K, N_POSITION), if present (N, K)."""
+        """Predict components (N, Q) at targets (N, P) from neighbours: position (N, K, N_POSITION), present (N, K)."""
         x = self.dropout(self.embed(place))  # (N, W)
         n, c = len(x), x.shape[-1] // self.n_heads
         query = (self.query(self.norm_place(x)) / c**0.5).view(n, self.n_heads, c).transpose(0, 1)  # (H, N, C)
         key_code, value_code = self.position.weight.view(2, self.n_heads, c, N_POSITION)  # (H, C, N_POSITION) each
         score = around.scores(query) + (query @ key_code).transpose(0, 1) @ position.mT  # (N, H, K)
         weight = score.masked_fill(~present[:, None], torch.finfo(score.dtype).min).softmax(-1)
-        weight = weight * present[:, None]  # without any neighbour nothing is read, instead of an even mean of nothing
+        weight = weight * present[:, None]  # without any neighbour all weights are 0; softmax alone gives equal ones
         kept = self.dropout(weight)
         read, neighbours = around.sums(kept, weight)
         read = read + ((kept @ position).transpose(0, 1) @ value_code.mT).transpose(0, 1)  # (N, H, C)

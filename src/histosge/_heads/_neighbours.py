@@ -1,4 +1,4 @@
-"""Measured spots around places, inside the section of each place."""
+"""Measured spots around targets, inside the section of each target."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 def neighbours(queries: Queries, context: Spots, *, k: int) -> tuple[Tensor, Tensor, NDArray[np.float64]]:
-    """Find the ``k`` nearest spots of each place, its own left out.
+    """Find the ``k`` nearest spots of each target, without the hidden spot at the target.
 
     Returns
     -------
     near
-        (m, k) rows of the context, nearest first; 0 where there are fewer.
+        (m, k) rows of the context, nearest first; 0 where there are fewer spots.
     present
         (m, k) whether there is such a spot.
     distance
-        (m, k) in µm; 0 where there is none.
+        (m, k) in µm; 0 where there is no such spot.
     """
     index, distance, present = nearest_spots(
         queries.xy_um.cpu().numpy().astype(float),

@@ -1,4 +1,4 @@
-"""What every head takes and gives."""
+"""The interface of heads: what each takes and returns."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
-    """``map``, or that of a pool of threads"""
+    """``map``, or the ``map`` of a pool of threads"""
     Expansion = Callable[[Tensor], Tensor]
     """From components (m, Q) to expression (m, g)"""
 
 
 @dataclass(frozen=True)
 class SubSpots:
-    """The areas, smaller than a spot, whose mean a spot measures."""
+    """Sub-spots: areas smaller than a spot. A spot measures their mean."""
 
     embedding: Tensor
     """(p, d) float32, of all sub-spots of all spots"""
@@ -31,7 +31,7 @@ class SubSpots:
     index: Tensor
     """(n, k) int64, rows of each spot's sub-spots; padded with any row where a spot has fewer"""
     weight: Tensor
-    """(n, k) float32, share of the spot's footprint that each sub-spot covers: rows sum to 1, padding has 0"""
+    """(n, k) float32, share of the spot's footprint that each sub-spot covers; rows sum to 1, padding is 0"""
 
     def take(self, rows: Tensor) -> SubSpots:
         """Return the sub-spots of some of the spots."""
@@ -43,7 +43,7 @@ class SubSpots:
 
     @classmethod
     def whole(cls, spots: Spots) -> SubSpots:
-        """Give each spot one sub-spot: itself."""
+        """Give each spot one sub-spot, the spot itself."""
         n, device = len(spots), spots.embedding.device
         index = torch.arange(n, device=device)[:, None]
         return cls(spots.embedding, spots.xy_um, index, torch.ones(n, 1, device=device))
@@ -60,11 +60,11 @@ class Spots:
     xy_um: Tensor
     """(n, 2) float32, in the coordinates of the spot's own section"""
     section: Tensor
-    """(n,) int64, number of the spot's section: spots of different sections are no neighbours"""
+    """(n,) int64, number of the spot's section; spots of different sections are no neighbours"""
     pitch_um: float
     """Distance of neighbouring spots: the unit of distance for heads"""
     sub_spots: SubSpots | None = None
-    """What lies below the spots, where that is known"""
+    """Sub-spots, where they are known"""
 
     def __len__(self) -> int:
         return len(self.embedding)
@@ -87,27 +87,27 @@ class Spots:
 
 @dataclass(frozen=True)
 class Queries:
-    """Places to predict at."""
+    """Targets to predict at."""
 
     embedding: Tensor
     """(m, d) float32"""
     xy_um: Tensor
-    """(m, 2) float32, in the coordinates of the place's own section"""
+    """(m, 2) float32, in the coordinates of the target's own section"""
     section: Tensor
-    """(m,) int64, number of the place's section; one that no spot of the context has, such as -1, has no neighbours"""
+    """(m,) int64, number of the target's section; with a number that no spot has, such as -1, it has no neighbours"""
     spot_index: Tensor
-    """(m,) int64, row of the context that was measured at this very place and is hidden from it; -1 for none"""
+    """(m,) int64, row of the spot of the context that lies at the target and is hidden from it; -1 for none"""
 
     def __len__(self) -> int:
         return len(self.embedding)
 
     def take(self, rows: Tensor | slice) -> Queries:
-        """Return some of the places."""
+        """Return some of the targets."""
         return Queries(self.embedding[rows], self.xy_um[rows], self.section[rows], self.spot_index[rows])
 
     @classmethod
     def of(cls, spots: Spots, *, hidden: bool = True) -> Queries:
-        """Predict at measured spots, their own measurement hidden (or not in the context at all)."""
+        """Predict at measured spots: each is hidden from itself, or with ``hidden=False`` not in the context."""
         n, device = len(spots), spots.embedding.device
         spot_index = torch.arange(n, device=device) if hidden else torch.full((n,), -1, device=device)
         return cls(spots.embedding, spots.xy_um, spots.section, spot_index)
@@ -118,11 +118,11 @@ class Head(Protocol):
 
     A head of your own: write a class with a ``name`` and the four methods below, and pass the class, or an object of it
     that is not fitted, as ``head=``. Subclass ``histosge.Head`` to inherit :meth:`to` and the defaults of the other
-    attributes. In another process :meth:`histosge.Model.load` needs the class again, ``head=``, unless an installed
+    attributes. In another process :meth:`histosge.Model.load` needs the class as ``head=``, unless an installed
     package names it in the entry point group ``histosge.heads`` (``my-head = "my_package:MyHead"``).
 
-    A head sees tensors only. All expression is log1p-normalised, all positions are in µm. Once fitted, it does not
-    change: :meth:`predict` moves and remembers nothing.
+    A head sees tensors only. All expression is log1p-normalised, all positions are in µm. A fitted head does not
+    change: :meth:`predict` moves and stores nothing.
 
     Examples
     --------
@@ -155,26 +155,26 @@ class Head(Protocol):
     ensembles_folds: ClassVar[bool] = False
     """Whether a model is the mean of the heads of all folds (networks), or one head fitted on all spots."""
     learns_sub_spots: ClassVar[bool] = False
-    """Whether it learns from the sub-spots of spots, where they are given."""
+    """Whether it learns from sub-spots, where they are given."""
     losses: Sequence[float] = ()
     """Loss on the stopping spots after each epoch of the last :meth:`fit`; empty where nothing is trained in epochs"""
 
     @abstractmethod
     def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
-        """Learn from measured spots; every choice (scaling, components, early stopping) is made inside them."""
+        """Learn from measured spots; all choices (scaling, components, early stopping) depend on these alone."""
         ...
 
     @abstractmethod
     def predict(self, queries: Queries, *, context: Spots) -> Tensor:
         """Predict (m, g) log1p expression at ``queries``, given the measured spots around them.
 
-        Head, queries and context are on one device. The prediction of a place depends on no other place.
+        Head, queries and context are on one device. The prediction of a target depends on no other target.
         """
         ...
 
     @abstractmethod
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Give configuration (for JSON) and weights (for safetensors)."""
+        """Return configuration (for JSON) and weights (for safetensors)."""
         ...
 
     @classmethod
@@ -184,7 +184,7 @@ class Head(Protocol):
         ...
 
     def to(self, device: torch.device | str) -> Self:
-        """Give the fitted head on ``device``: itself, if it is there already."""
+        """Return the fitted head on ``device``: itself, if it is there already."""
         config, weights = self.state()
         moved = {name: tensor.to(device) for name, tensor in weights.items()}
         if all(moved[name] is tensor for name, tensor in weights.items()):
@@ -194,9 +194,9 @@ class Head(Protocol):
 
 @runtime_checkable
 class LowRank(Head, Protocol):
-    """A head that predicts a few components, which are small compared with the expression that is made of them.
+    """A head that predicts a few components per target, from which the expression of all genes is computed.
 
-    What depends on the context alone is computed once, by :meth:`condition`, for any number of calls.
+    :meth:`condition` computes once what depends on the context alone, for any number of predictions.
     """
 
     @abstractmethod
@@ -209,7 +209,7 @@ class LowRank(Head, Protocol):
     def components(
         cls, heads: Sequence[Self], conditions: Sequence[Any], queries: Queries, *, run: Run = map
     ) -> list[Tensor]:
-        """Components (m, Q) of each of several heads of this class, given what :meth:`condition` gave for each.
+        """Predict components (m, Q) by several heads of this class, given the result of :meth:`condition` of each.
 
         ``run`` computes independent pieces.
         """
@@ -217,7 +217,7 @@ class LowRank(Head, Protocol):
 
     @abstractmethod
     def expansion(self, columns: Tensor | None = None) -> Expansion:
-        """Give the function from components to expression, of all genes or of ``columns``."""
+        """Return the function from components to expression, of all genes or of ``columns``."""
         ...
 
     def predict(self, queries: Queries, *, context: Spots) -> Tensor:

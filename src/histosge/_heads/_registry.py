@@ -1,4 +1,4 @@
-"""Names of the heads: our own, those of other packages, and those that the user passes."""
+"""Heads by name: built in, from other packages, and passed by the user."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ AnyHead = str | type[Head] | Head
 _ALL: tuple[type[Head], ...] = (InContext, Aggregate, Kriging, Published, Ridge, Coordinates, Nearest, Mean)
 HEADS: dict[str, type[Head]] = {head.name: head for head in _ALL}
 DEFAULT_HEAD, DEFAULT_DENSE_HEAD = "in-context+kriging", "aggregate+kriging"
-"""Mean of the two strongest, for tiles and for areas: docs/benchmarks.md."""
+"""Mean of the two strongest heads, for tiles and for areas: docs/benchmarks.md."""
 
 POSITION_ONLY = ("nearest", "coordinates")
-"""Know positions only: where nothing is measured they cannot predict."""
+"""Heads that know positions only: they cannot predict where nothing is measured."""
 
 ENTRY_POINTS = "histosge.heads"
-"""Group of entry points by which packages bring heads."""
+"""Group of entry points through which packages provide heads."""
 _MEMBERS = ("name", "ensembles_folds", "learns_sub_spots", "losses", "fit", "predict", "state", "from_state", "to")
 _PASSED: dict[str, type[Head]] = {}
 """Heads of the user, by name, so that a model of this process can be saved and loaded"""
 
 
 def default_head(*, dense: bool) -> str:
-    """Choose the head where none was named."""
+    """Choose the head where the user names none."""
     return DEFAULT_DENSE_HEAD if dense else DEFAULT_HEAD
 
 
 def get_head(head: AnyHead) -> type[Head]:
-    """Find the class of a single head by its name, or that of a class or an object of the protocol."""
+    """Find the class of a single head, given as a name, a class or an object."""
     if not isinstance(head, str):
         return _passed(head)
     if head in HEADS:
         return HEADS[head]
     if head in _PASSED:
         return _PASSED[head]
-    brought = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-    if head in brought:
-        origin = f"head={head!r}, entry point {brought[head].value!r},"
-        kind = _checked(brought[head].load(), origin=origin)
+    provided = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if head in provided:
+        origin = f"head={head!r}, entry point {provided[head].value!r},"
+        kind = _checked(provided[head].load(), origin=origin)
         if kind.name != head:
             msg = f"{origin} has the name {kind.name!r}. The entry point and the head must have the same name."
             raise ValueError(msg)
         return kind
-    names = sorted({*HEADS, *_PASSED, *brought})
+    names = sorted({*HEADS, *_PASSED, *provided})
     close = difflib.get_close_matches(head, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     msg = (
-        f"head={head!r} is unknown.{hint} Choose one of {names}, or several with '+' for their mean. A head of your own "
-        "is passed as a class or an object, see histosge.Head."
+        f"head={head!r} is unknown.{hint} Choose one of {names}, or several with '+' for their mean. A head of your "
+        "own is passed as a class or an object, see histosge.Head."
     )
     raise ValueError(msg)
 
@@ -80,14 +80,14 @@ def parts_of(head: AnyHead) -> tuple[str, ...]:
 
 
 def new_head(head: AnyHead, options: dict[str, Any]) -> Head:
-    """Make a head that is not fitted: of a name or a class with options, or a copy of an object."""
+    """Make a head that is not fitted: from a name or a class with options, or as a copy of an object."""
     if isinstance(head, (str, type)):
         return get_head(head)(**options)
     return copy.deepcopy(head)
 
 
 def learns_sub_spots(head: AnyHead) -> bool:
-    """Whether a head, or one of those joined, learns from the sub-spots of spots."""
+    """Whether a head, or one of several joined heads, learns from sub-spots."""
     return any(get_head(part).learns_sub_spots for part in parts_of(head))
 
 
@@ -106,8 +106,8 @@ def _checked(kind: Any, *, origin: str) -> type[Head]:
     missing = [name for name in _MEMBERS if not hasattr(kind, name)]
     if missing or not isinstance(kind, type):
         msg = (
-            f"{origin} is no head: it lacks {missing}. Pass the name of a head (one of {sorted(HEADS)}), or a class or an "
-            "object of the protocol: a subclass of histosge.Head with its methods and a name."
+            f"{origin} is no head: it lacks {missing}. Pass the name of a head (one of {sorted(HEADS)}), or a class or "
+            "an object of the protocol: a subclass of histosge.Head with its methods and a name."
         )
         raise TypeError(msg)
     return kind

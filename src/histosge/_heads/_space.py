@@ -1,4 +1,4 @@
-"""The spaces that heads compute in: principal components of the embedding and of the expression."""
+"""Principal components of the embedding and of the expression, which heads compute in."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def standardiser(embedding: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def standardise(embedding: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
-    """Scale columns and clip at five spreads, so that a fold or a pen mark in the image cannot run away."""
+    """Scale columns and clip at five spreads, so that a fold or a pen mark in the image gives no extreme prediction."""
     return ((embedding - mean) / spread).clamp(-5, 5)
 
 
 @dataclass(frozen=True)
 class Space:
-    """Scalings and principal components, fixed on the spots learnt from. D embedding, P and Q components, G genes."""
+    """Scalings and principal components, fitted on the training spots. D embedding, P and Q components, G genes."""
 
     mean: Tensor
     """(D,)"""
@@ -48,7 +48,7 @@ class Space:
 
     @classmethod
     def fit(cls, spots: Spots, *, n_image: int, n_genes: int) -> Self:
-        """Fix everything on ``spots`` alone: at most one component of the embedding for every four of them."""
+        """Fit everything on ``spots`` alone, with at most one component of the embedding for every four spots."""
         mean, spread = standardiser(spots.embedding)
         scaled = standardise(spots.embedding, mean, spread)
         image = principal(scaled, max(2, min(n_image, len(spots) // 4)))
@@ -56,7 +56,7 @@ class Space:
         return cls(mean, spread, *image, gene_mean, gene_axes, gene_spread.clamp_min(1e-6))
 
     def image(self, embedding: Tensor) -> Tensor:
-        """Components (n, P) of embeddings (n, D); the first ones stay the largest."""
+        """Components (n, P) of embeddings (n, D); they are not scaled, so the first ones are the largest."""
         return (standardise(embedding, self.mean, self.spread) - self.image_mean) @ self.image_axes.T
 
     def components(self, expression: Tensor) -> Tensor:
@@ -91,8 +91,8 @@ def n_gene_components(n_spots: int) -> int:
 def principal(values: Tensor, n_components: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (c,), axes (q, c) and spread (q,) of the first principal components of (n, c) values.
 
-    Randomised SVD (Halko, Martinsson and Tropp, 2011, algorithm 4.4) with the same random directions every time, which
-    know nothing of the values; signs are fixed by the largest entry.
+    Randomised SVD (Halko, Martinsson and Tropp, 2011, algorithm 4.4), with the same random directions for all values.
+    The largest entry of each axis is positive.
     """
     n_components = min(n_components, len(values) - 1, values.shape[1])
     mean = values.mean(0)

@@ -1,4 +1,4 @@
-"""How fitted heads are stored: tensors under names with a prefix, such as ``network.embed.weight``."""
+"""State of fitted heads: tensors under names with a prefix, such as ``network.embed.weight``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def fitted(value: T | None, head: Head) -> T:
-    """Give what ``head`` has only once it is fitted."""
+    """Return what only a fitted ``head`` has; raise where it is not fitted."""
     if value is None:
         msg = f"head {head.name!r} is not fitted: call fit() first."
         raise RuntimeError(msg)
@@ -28,12 +28,12 @@ def fitted(value: T | None, head: Head) -> T:
 
 
 def join_state(**groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put groups of tensors under one set of names."""
+    """Put groups of tensors into one dict, with the group as prefix of the name."""
     return {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
 
 
 def split_state(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Take apart what :func:`join_state` joined."""
+    """Split a dict of :func:`join_state` into its groups."""
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in weights.items():
         group, _, rest = name.partition(".")
@@ -42,7 +42,7 @@ def split_state(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def restore_network(build: Callable[[], N], weights: Mapping[str, Tensor]) -> N:
-    """Build a network with the given weights, on their device; no random number is drawn."""
+    """Build a network with the given weights, on their device, without drawing random numbers."""
     with torch.device("meta"):
         network = build()
     network.to_empty(device=next(iter(weights.values())).device).load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""Sections cut into tiles with about as many spots each, blended around their borders."""
+"""Cut sections into tiles with about equally many spots, blended around their borders."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The plane of each section, cut where spots are many: each tile has about as many as any other."""
+    """The plane of each section, cut into tiles with about equally many spots."""
 
     xy: NDArray[np.float64]
     """(n, 2) spots"""
     section: NDArray[np.int64]
     """(n,)"""
     roots: dict[int, int]
-    """The first cut of each section, or ~ its only tile"""
+    """First cut of each section, or ~ its only tile"""
     cuts: list[tuple[int, float, int, int]]
-    """Axis, where, and what lies up to there and beyond: a cut, or ~ a tile"""
+    """Axis, position, and the two sides, up to there and beyond: a cut, or ~ a tile"""
     spots: list[NDArray[np.intp]]
     """Rows of the spots in each tile"""
     n_near: int
@@ -32,7 +32,7 @@ class Tiles:
 
     @classmethod
     def of(cls, xy: NDArray[np.float64], section: NDArray[np.int64], *, n_tile: int, n_near: int) -> Tiles:
-        """Cut across the longer side, into halves or thirds and two thirds …, so that tiles end up equal."""
+        """Cut the longer side, again and again, at a share of the spots that makes all tiles about equal."""
         cuts: list[tuple[int, float, int, int]] = []
         tiles: list[NDArray[np.intp]] = []
 
@@ -40,7 +40,7 @@ class Tiles:
             n_tiles = max(1, round(len(rows) / n_tile))
             axis = int(np.argmax(np.ptp(xy[rows], axis=0)))
             values = np.sort(xy[rows, axis])
-            steps = np.flatnonzero(np.diff(values) > 0) + 1  # between spots that lie on one another there is no cut
+            steps = np.flatnonzero(np.diff(values) > 0) + 1  # no cut between spots at the same position
             if n_tiles == 1 or len(steps) == 0:
                 tiles.append(rows)
                 return ~(len(tiles) - 1)
@@ -59,9 +59,9 @@ class Tiles:
     def shares(
         self, xy: NDArray[np.float64], section: NDArray[np.int64]
     ) -> list[tuple[int, NDArray[np.intp], NDArray[np.float64]]]:
-        """Tiles, the places (m, 2) that each has a share in, and that share: from all to nothing around a cut.
+        """Return tiles, the rows of the targets (m, 2) in each, and its share there: from 1 to 0 around a cut.
 
-        Places of a section without spots are near none: their prediction is that of the first tile.
+        Targets of a section without spots belong to the first tile: they are near no spot.
         """
         found: list[tuple[int, NDArray[np.intp], NDArray[np.float64]]] = []
         waiting = []
@@ -83,7 +83,7 @@ class Tiles:
         return found
 
     def near(self, tile: int) -> NDArray[np.intp]:
-        """Rows, sorted, of the spots of a tile and of those of its section that are nearest to the box around them."""
+        """Return sorted rows: the spots of a tile, and the spots of its section nearest to their bounding box."""
         inside = self.spots[tile]
         rows = np.flatnonzero(self.section == self.section[inside[0]])
         n = min(max(self.n_near, len(inside)), len(rows))

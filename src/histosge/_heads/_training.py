@@ -1,7 +1,7 @@
-"""The training loop of the neural heads (AdamW, one-cycle rate, early stopping), and fits side by side. Deterministic.
+"""Deterministic training loop of the neural heads (AdamW, one-cycle rate, early stopping), and parallel fits.
 
-Torch's global random state and its number of threads belong to the whole process. So what runs side by side draws from
-generators of its own and computes on one core: results depend neither on the number of workers nor on their timing.
+Torch's global random state and its number of threads belong to the whole process. So each parallel task draws from its
+own generators and computes on one core: results depend neither on the number of workers nor on their timing.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _global_state = threading.RLock()
-"""Held while torch's global random state is in use."""
+"""Locked while torch's global random state is in use."""
 _worker = threading.local()
-"""``stop``: the event that cancels the work of this thread, if it is one of a pool"""
+"""``stop``: event that cancels the work of this thread, where the thread belongs to a pool"""
 _MANY_SPOTS = 2400
-"""Up to here a fixed number of steps is enough."""
+"""Up to this number of spots a fixed number of steps is enough."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class Schedule:
     """How long and how fast to train."""
 
     n_steps: int
-    """Optimiser steps that the learning rate's cycle is laid out for."""
+    """Optimiser steps of one cycle of the learning rate."""
     batch_size: int
     learning_rate: float
     weight_decay: float
     patience: int
-    """Epochs without a better loss on the stopping spots after which training ends."""
+    """Training ends after so many epochs without a better loss on the stopping spots."""
 
     def over(self, n_spots: int) -> Schedule:
-        """Read many spots as often as ``_MANY_SPOTS``, in more and larger batches: docs/benchmarks.md."""
+        """Read each of many spots as often as with ``_MANY_SPOTS``, in more and larger batches: docs/benchmarks.md."""
         growth = max(1.0, n_spots / _MANY_SPOTS) ** 0.5
         return replace(self, n_steps=round(growth * self.n_steps), batch_size=round(growth * self.batch_size))
 
@@ -55,7 +55,7 @@ class Schedule:
 def seeded(rng: np.random.Generator, device: torch.device) -> Iterator[torch.Generator]:
     """Seed torch from ``rng`` inside the block and leave its global state as it was.
 
-    One block at a time: others wait, so the block should be short. The generator may be used after the block.
+    Only one thread at a time is inside such a block, so keep it short. The generator may be used after the block.
     """
     seed = int(rng.integers(2**63 - 1))
     with _global_state, torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -65,7 +65,7 @@ def seeded(rng: np.random.Generator, device: torch.device) -> Iterator[torch.Gen
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one core inside the block: for small networks threads cost more than they gain.
+    """Compute on one core inside the block: small networks are slower with several threads.
 
     Measured on two cores, one of them busy: 7 s with one thread, 7 to 29 s with two (docs/benchmarks.md).
     """
@@ -78,7 +78,7 @@ def one_thread() -> Iterator[None]:
 
 
 class Dropout(nn.Dropout):
-    """Dropout from a generator, where one is set, instead of torch's global state."""
+    """Dropout that draws from a generator, where one is set, instead of torch's global state."""
 
     generator: torch.Generator | None = None
 
@@ -86,13 +86,13 @@ class Dropout(nn.Dropout):
         """Zero a share of the entries in training, and scale up the others."""
         if not self.training or self.p == 0:
             return x
-        # half the time of bernoulli_, in which a large part of the training went
+        # half the time of bernoulli_, which took a large part of the training
         kept = torch.rand(x.shape, generator=self.generator, dtype=x.dtype, device=x.device).ge_(self.p)
         return x * kept.div_(max(1 - self.p, 1e-6))
 
 
 class _CancelCheck:
-    """Progress bar of one worker among several: shows nothing, and stops the work when it is cancelled."""
+    """Progress bar of a parallel task: shows nothing, and stops the task when it is cancelled."""
 
     def __init__(self, stop: threading.Event) -> None:
         self.stop = stop
@@ -112,11 +112,11 @@ class _CancelCheck:
 
 
 class _CancelledError(Exception):
-    """Another task failed, or the user interrupted: never seen outside the pool."""
+    """Another task failed, or the user interrupted. It is raised and caught inside the pool."""
 
 
 def steps_bar(*, desc: str, total: int, unit: str, show: bool | None) -> AbstractContextManager[Any]:
-    """Open a progress bar for the steps of one fit; where several run side by side, only their common bar is shown."""
+    """Open a progress bar for the steps of one fit; of parallel fits only the common bar is shown."""
     stop = getattr(_worker, "stop", None)
     return progress_bar(desc=desc, total=total, unit=unit, show=show) if stop is None else _CancelCheck(stop)
 
@@ -124,16 +124,16 @@ def steps_bar(*, desc: str, total: int, unit: str, show: bool | None) -> Abstrac
 def side_by_side(
     tasks: Sequence[Callable[[], T]], *, device: torch.device, desc: str, progress: bool | None
 ) -> list[T]:
-    """Run independent tasks on as many cores as torch may use, one core each; one after the other on a GPU.
+    """Run independent tasks in parallel, one core each, on as many cores as torch may use; on a GPU, one by one.
 
     Parameters
     ----------
     tasks
-        What to do, the longest first. Randomness must come from generators that belong to one task each.
+        The tasks, the longest first. Each must draw random numbers from its own generators.
     device
         Where the tasks compute.
     desc
-        What the progress bar says.
+        Label of the progress bar.
     progress
         Whether to show the progress bar.
 
@@ -156,7 +156,7 @@ def side_by_side(
                         future.result()
                         bar.update()
                 except BaseException:
-                    # also when interrupted: what is queued is dropped, what runs ends at its next step
+                    # also when interrupted: drop queued tasks; running tasks end at their next step
                     stop.set()
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
@@ -165,7 +165,7 @@ def side_by_side(
 
 @contextmanager
 def workers(device: torch.device) -> Iterator[Callable[..., Any]]:
-    """Map over pieces on as many threads as torch may use, each with one: results depend on pieces, not on threads."""
+    """Map over pieces on as many threads as torch may use, one core each; results do not depend on their number."""
     n = torch.get_num_threads()
     if device.type != "cpu" or n == 1:
         yield map
@@ -174,7 +174,7 @@ def workers(device: torch.device) -> Iterator[Callable[..., Any]]:
         with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool.map
     finally:
-        torch.set_num_threads(n)  # new threads take the number that was set last, even by a worker
+        torch.set_num_threads(n)  # new threads take the last number that was set, even by a worker
 
 
 def _counted(task: Callable[[], T], bar: Any) -> T:
@@ -189,7 +189,7 @@ def _start_worker(stop: threading.Event) -> None:
 
 
 def stopping_spots(n: int, *, rng: np.random.Generator, fraction: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Split ``n`` spots into those to learn from and those that decide when to stop."""
+    """Split ``n`` spots into training spots and stopping spots."""
     order = torch.as_tensor(rng.permutation(n))
     n_stop = max(5, round(fraction * n))
     return order[n_stop:].sort().values, order[:n_stop].sort().values
@@ -207,14 +207,14 @@ def train(
     progress: bool | None,
     noise: torch.Generator | None = None,
 ) -> list[float]:
-    """Train ``module`` and leave it with the weights that did best on the stopping spots.
+    """Train ``module``; it ends with the weights that have the smallest loss on the stopping spots.
 
     Parameters
     ----------
     module
-        What is trained, in place.
+        The module. Its weights are changed.
     loss
-        Loss of a batch, given the rows of its spots.
+        Loss of a batch, from the rows of its spots.
     stopping_loss
         Loss on the stopping spots, called once an epoch in evaluation mode.
     n_spots
@@ -224,7 +224,7 @@ def train(
     generator
         Source of the order of the spots.
     desc
-        What the progress bar says.
+        Label of the progress bar.
     progress
         Whether to show the progress bar.
     noise
@@ -237,7 +237,7 @@ def train(
     dropouts = [part for part in module.modules() if isinstance(part, Dropout)]
     for dropout in dropouts:
         dropout.generator = noise
-    # one long vector, of which the parameters are views: the same steps, without a call for every parameter
+    # parameters are views of one long vector: the same steps, without a call for each parameter
     parameters = list(module.parameters())
     vector = torch.cat([p.detach().flatten() for p in parameters])
     for parameter, view in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
@@ -254,7 +254,7 @@ def train(
             for batch in torch.randperm(n_spots, generator=generator).split(schedule.batch_size):
                 slopes = torch.autograd.grad(loss(batch), parameters, materialize_grads=True)
                 vector.grad = torch.cat([slope.flatten() for slope in slopes])
-                vector.grad.mul_((1 / (vector.grad.norm() + 1e-6)).clamp_max(1))  # clipped at length 1
+                vector.grad.mul_((1 / (vector.grad.norm() + 1e-6)).clamp_max(1))  # clip at length 1
                 optimiser.step()
                 cycle.step()
             module.eval()
@@ -278,6 +278,6 @@ def train(
         )
         raise RuntimeError(msg)
     for parameter in parameters:
-        parameter.data = parameter.data.clone()  # a tensor of its own again: what shares memory cannot be stored
+        parameter.data = parameter.data.clone()  # an own tensor again: tensors that share memory cannot be stored
     module.load_state_dict(best_state)
     return history

@@ -1,11 +1,11 @@
-"""A network that learns below the spot: a spot measures the mean of its sub-spots, and this mean is what is learnt.
+"""A network that learns from sub-spots: a spot measures the mean of its sub-spots, and the loss is that of the mean.
 
 Notable choices, each measured by benchmarks/aggregate.py:
-- the network of `in-context` predicts at every sub-spot (its own embedding and position), sub-spots are turned into
-  rates, which add up, and only their weighted mean meets the measurement; log1p values do not add up, and mean
-  embeddings vary less than those of the sub-spots that are predicted
-- a rate is expm1 of a softplus: never negative, nearly the logarithmic gene space where a gene is expressed
-- the sub-spots of a spot share its nearest measured spots, its own left out; only their relative positions differ
+- the network of `in-context` predicts at every sub-spot, from its embedding and position. Predictions are turned into
+  rates, and their weighted mean is compared with the measurement: rates are additive, log1p values are not. Mean
+  embeddings of spots vary less than those of the sub-spots that are predicted
+- a rate is expm1 of a softplus: never negative, and nearly log-linear where a gene is expressed
+- the sub-spots of a spot share its nearest measured spots, without the spot itself; only relative positions differ
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
     from histosge._heads._space import Space
 
 _BEND = 4.0
-"""Sharpness of the softplus in log1p units: below about a quarter a rate leaves the straight line."""
+"""Sharpness of the softplus: it is nearly linear above about a quarter, in log1p units."""
 _MOST = 9.0
 """Largest log1p rate: 8,100 of 10,000 counts in one gene."""
 
 
 class _Rates(Attention):
-    """Attention, and from its components to rates."""
+    """Attention with an output layer from components to rates."""
 
     base: Tensor
-    """(G,) where rates start, before the softplus"""
+    """(G,) initial rates, before the softplus"""
 
     def __init__(self, n_genes: int, *sizes: Any) -> None:
         super().__init__(*sizes)
-        # weight decay pulls parameters to 0: the mean is a buffer, and only a step away from it is learnt
+        # weight decay pulls parameters to 0: so the mean is a buffer, and a difference from it is learnt
         self.register_buffer("base", torch.zeros(n_genes))
         self.step = nn.Parameter(torch.zeros(n_genes))
 
@@ -53,9 +53,9 @@ class _Rates(Attention):
 
 
 class Aggregate(InContext):
-    """Attention of a place over its nearest measured spots, learnt through the mean of each spot's sub-spots.
+    """Attention of a target over its nearest measured spots, learnt through the mean of each spot's sub-spots.
 
-    Arguments are those of :class:`InContext`. Spots without sub-spots are learnt from as sub-spots of themselves.
+    Arguments are those of :class:`InContext`. Without sub-spots, each spot is its own sub-spot.
     """
 
     name: ClassVar[str] = "aggregate"
@@ -72,7 +72,7 @@ class Aggregate(InContext):
         mean = torch.log1p(torch.expm1(spots.expression[learn]).mean(0)).clamp_min(1e-3)
         network.base.copy_(mean + torch.log1p(-torch.exp(-_BEND * mean)) / _BEND)  # inverse of the softplus
         axes = space.gene_axes * space.gene_spread[:, None]  # (Q, G)
-        # the error of the mean is the unit, so that gradients are clipped in the same way everywhere
+        # in units of the error of the mean, so that gradient clipping does not depend on the data
         plain = torch.expm1(mean).expand(len(learn), -1)
         with torch.no_grad():
             unit = float(self._error(plain, spots, learn).abs().clamp_min(1e-6))
@@ -84,7 +84,7 @@ class Aggregate(InContext):
         return objective
 
     def _error(self, rate: Tensor, spots: Spots, rows: Tensor) -> Tensor:
-        """Disagreement of mean rates (b, G), in counts per 10,000, with what was measured on the spots ``rows``."""
+        """Squared error of mean rates (b, G), in counts per 10,000, at the spots ``rows``, in log1p units."""
         return (torch.log1p(rate) - spots.expression[rows]).square().mean()
 
     def expansion(self, columns: Tensor | None = None) -> Expansion:
@@ -105,14 +105,15 @@ def _check(below: SubSpots, n_spots: int) -> None:
     total = below.weight.sum(1)
     if len(total) != n_spots or below.index.shape != below.weight.shape:
         msg = (
-            f"spots.sub_spots: index {tuple(below.index.shape)} and weight {tuple(below.weight.shape)} must both have a "
-            f"row for each of the {n_spots} spots."
+            f"spots.sub_spots: index {tuple(below.index.shape)} and weight {tuple(below.weight.shape)} must both have "
+            f"a row for each of the {n_spots} spots."
         )
         raise ValueError(msg)
     wrong = (total - 1).abs() > 1e-3
     if bool(wrong.any()) or bool((below.weight < 0).any()):
         msg = (
-            f"spots.sub_spots: the weights of {int(wrong.sum())} of {n_spots} spots do not sum to 1, or some are negative "
-            f"(least {float(below.weight.min()):.4g}). Divide each spot's weights by their sum, or leave the spot out."
+            f"spots.sub_spots: the weights of {int(wrong.sum())} of {n_spots} spots do not sum to 1, or some are "
+            f"negative (least {float(below.weight.min()):.4g}). Divide each spot's weights by their sum, or leave the "
+            "spot out."
         )
         raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""A network on position alone, the idea of STAGE (Li et al., 2024): what smoothness in space predicts without the image."""
+"""A network on position alone, the idea of STAGE (Li et al., 2024): a spatially smooth baseline without an image."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 class Coordinates(Head):
     """Multi-layer perceptron from position to principal components of the expression; no image, no neighbours.
 
-    Positions are those in each section's own coordinates.
+    Positions are in the coordinates of their section.
 
     Parameters
     ----------
     width
         Units of each of the two hidden layers.
     n_steps
-        Most optimiser steps; early stopping may end training before.
+        Largest number of optimiser steps; early stopping may end training before.
     """
 
     name: ClassVar[str] = "coordinates"
@@ -46,7 +46,7 @@ class Coordinates(Head):
         with seeded(rng, device) as generator, one_thread():
             known = spots.take(learn)
             mean, axes, spread = principal(known.expression, n_gene_components(len(known)))
-            spread = spread.clamp_min(1e-6)  # of genes that never vary
+            spread = spread.clamp_min(1e-6)  # genes without variation
             centre, reach = known.xy_um.mean(0), known.xy_um.std(0).max().clamp_min(1e-6)
             self.scaling = {
                 "centre": centre,
@@ -55,12 +55,12 @@ class Coordinates(Head):
                 "gene_axes": axes * spread[:, None],
             }
             network = self.network = _network(self.config["width"], len(axes)).to(device)
-            target = (spots.expression - mean) @ axes.T / spread  # (n, q)
+            response = (spots.expression - mean) @ axes.T / spread  # (n, q)
             weight = spread**2 / (spread**2).sum()
             place = self._place(spots.xy_um)
 
             def error(rows: Tensor) -> Tensor:
-                return ((network(place[rows]) - target[rows]) ** 2 @ weight).mean()
+                return ((network(place[rows]) - response[rows]) ** 2 @ weight).mean()
 
             self.losses = train(
                 network,

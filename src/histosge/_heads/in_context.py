@@ -1,13 +1,13 @@
-"""Half of the default: HisToSGE's multi-head attention, which here attends to the measured spots around a place.
+"""Half of the default: HisToSGE's multi-head attention, from a target to the measured spots around it.
 
 Notable choices, each measured in docs/benchmarks.md:
-- the query is the place (embedding, no expression), keys and values are its nearest measured spots (embedding,
-  expression, position relative to the place in pitches); a spot never sees its own measurement
-- only places have queries: with one layer the outputs of spots would never be read, so none are computed
-- expression lives in a few principal components of the training spots; MSE weighted by their variance
+- the query is the target (embedding, no expression), keys and values are its nearest measured spots (embedding,
+  expression, position relative to the target in pitches); the own measurement of a spot is hidden
+- only targets have queries: with one layer, the outputs of spots are not needed
+- expression is represented by a few principal components of the training spots; MSE weighted by their variance
 - prediction = linear image path + attention-weighted components of the neighbours + learned correction
-- context is thinned at random in training, so that one head serves every distance, down to no context at all
-- keys and values are computed once a spot and not once for each pair of place and neighbour (``_attention.py``)
+- context is thinned at random in training, so that one head predicts at any distance from spots, even without context
+- keys and values are computed once for each spot, not for each pair of target and neighbour (``_attention.py``)
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from histosge._heads._protocol import Expansion, Run
 
 _FARTHEST_PITCH = 20.0
-"""A spot farther away, on the far side of a hole, is not read."""
+"""Spots farther away, such as those beyond a hole in the tissue, are ignored."""
 _PLACES_AT_ONCE = 1024
-"""Places that are predicted together: few enough, and close enough, to share their neighbours."""
+"""Targets that are predicted together: few enough, and near enough to each other, to share their neighbours."""
 _STRIP_PITCH = 5.0
-"""Places are put in order along strips this wide, about as far as they look."""
+"""Width of the strips along which targets are ordered: about the reach of their context."""
 
 
 @dataclass(frozen=True)
@@ -53,27 +53,28 @@ class _Condition:
 
 
 def _along_strips(xy_um: NDArray[np.float32], section: NDArray[np.int64], *, width_um: float) -> NDArray[np.int64]:
-    """Order of (m, 2) places in which any few that follow one another lie together."""
+    """Order (m, 2) targets so that consecutive ones are near each other."""
     return np.lexsort((xy_um[:, 0], np.floor(xy_um[:, 1] / width_um), section))
 
 
 class InContext(LowRank):
-    """Attention of a place over its nearest measured spots, in a low-rank gene space.
+    """Attention of a target over its nearest measured spots, in a low-rank gene space.
 
     Parameters
     ----------
     n_neighbours
-        Measured spots that a place attends to.
+        Measured spots that a target attends to.
     n_components
-        Principal components of the expression; by default by the number of spots, 8 to 32.
+        Principal components of the expression. By default 8 to 32, more with more spots.
     n_image_components
         Principal components of the embedding, at most one for every four spots.
     width, n_heads, dropout
         Size of the network.
     thinning
-        Upper end of the random share of neighbours hidden in training.
+        Largest share of neighbours that is hidden in training; the share is drawn at random.
     n_steps
-        Most optimiser steps for up to 2400 spots, more for more; early stopping may end training before.
+        Largest number of optimiser steps with up to 2400 spots; more spots get more steps. Early stopping may end
+        training before.
     """
 
     name: ClassVar[str] = "in-context"
@@ -117,7 +118,7 @@ class InContext(LowRank):
             with seeded(rng, device) as generator:
                 network = self.network = self._build(space).to(device)
             noise = torch.Generator(device).manual_seed(int(rng.integers(2**63 - 1)))
-            # stopping spots attend to learning spots, and so do learning spots, but not to themselves
+            # stopping and training spots attend to training spots, but not to themselves
             spot_index = torch.full((len(spots),), -1, device=device)
             spot_index[learn] = torch.arange(len(learn), device=device)
             queries = Queries(spots.embedding, spots.xy_um, spots.section, spot_index)
@@ -151,11 +152,11 @@ class InContext(LowRank):
         return self
 
     def _below(self, spots: Spots) -> SubSpots:
-        """Give the places below each spot that the network predicts in training: here the spot itself."""
+        """Return the sub-spots that the network predicts in training: here each spot itself."""
         return SubSpots.whole(spots)
 
     def _objective(self, spots: Spots, below: SubSpots, learn: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """Give the loss of components (B, M, Q), predicted below the spots ``rows`` (B,)."""
+        """Return the loss of components (B, M, Q) predicted at the sub-spots of the spots ``rows`` (B,)."""
         space: Space = self.space  # type: ignore[assignment]
         components, weight = space.components(spots.expression), space.gene_spread**2
         weight = weight / weight.sum()
@@ -176,7 +177,7 @@ class InContext(LowRank):
     def components(
         cls, heads: Sequence[Self], conditions: Sequence[_Condition], queries: Queries, *, run: Run = map
     ) -> list[Tensor]:
-        """Find neighbours once, and predict each piece of the places by all heads."""
+        """Find neighbours once, and predict each piece of the targets by all heads."""
         context = conditions[0].context
         # many small steps: with a busy core among two, two threads took ten times as long as one (docs/benchmarks.md)
         with torch.inference_mode(), one_thread():
@@ -211,18 +212,18 @@ class InContext(LowRank):
         return fitted(self.space, self).expansion(columns)
 
     def _image(self, embedding: Tensor, space: Space) -> Tensor:
-        # one scale for all components: the first stay the largest; 3 keeps them within the reach of the layers
+        # one scale for all components, so that the first are the largest; 3 keeps them in the range of the layers
         return space.image(embedding) * (3 / space.image_spread[0].clamp_min(1e-6))
 
     def _around(self, queries: Queries, context: Spots, *, xy_um: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Find the spots around each query, and their positions relative to the places ``xy_um`` (m, M, 2) at it.
+        """Find the spots around each query, and their positions relative to the targets ``xy_um`` (m, M, 2) at it.
 
         Returns rows (m, K), steps (m, M, K, 2) in pitches, and whether they are read, (m, M, K).
         """
         near, present, _ = neighbours(queries, context, k=self.config["n_neighbours"])
         step = (context.xy_um[near][:, None] - xy_um[:, :, None]) / context.pitch_um
         present = present[:, None] & (step.norm(dim=-1) <= _FARTHEST_PITCH)
-        # the code of what is not read stays small
+        # the position code of ignored spots stays small
         return near, torch.where(present[..., None], step, torch.zeros_like(step)), present
 
     def _build(self, space: Space) -> Attention:

@@ -1,14 +1,14 @@
-"""Kriging: an exact Gaussian process on position and image, conditioned on the measured spots.
+"""Kriging: a Gaussian process on position and image, conditioned on the measured spots.
 
-The strongest of the heads without a network, and half of the default (docs/benchmarks.md). Notable choices:
-- covariance of two places = near in space + alike in the image + both + linear in the image; no two places of different
-  sections are near
-- principal components of the expression have shares of each and noise of their own, and similar components have the same
-  shares; lengths are common to all
+It is the strongest head without a network, and half of the default (docs/benchmarks.md). Notable choices:
+- covariance of two targets = near in space + similar in the image + both + linear in the image; targets of different
+  sections are not near
+- each principal component of the expression has its own noise and shares of these terms, and similar components have
+  the same; lengths are common to all
 - lengths and shares maximise the marginal likelihood (Rasmussen and Williams, 2006, §5.4) of a sample of the spots,
-  under weak priors that keep small sections from running away
-- nothing of the spots is stored: prediction conditions on the context it is given, a place's own spot left out
-- predictions are exact, and nearly so with a large context: ``_conditioning.py``
+  under weak priors that prevent extreme values on small sections
+- nothing of the spots is stored: a prediction conditions on the given context, without the hidden spot of the target
+- predictions are exact, with a large context nearly so: ``_conditioning.py``
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ if TYPE_CHECKING:
     from histosge._heads._protocol import Expansion, Queries, Run, Spots
 
 _MOST_COMPONENTS = 16
-"""Components beyond these are nearly all noise, and each costs a factorisation."""
+"""Largest number of components: further ones are nearly all noise, and each takes a factorisation."""
 _PAIRS_AT_ONCE = {"cpu": 2**18, "other": 2**25}
-"""Covariances of places with spots that are computed at once: on a processor, what its cache holds."""
+"""Covariances of targets with spots that are computed at once: on a processor, they fit in its cache."""
 _PLACES_AT_ONCE = 512
-"""Places whose image components are computed at once: their embeddings fit in a cache."""
+"""Targets whose image components are computed at once: their embeddings fit in the cache."""
 _FIRST_LENGTHS = (5.0, 0.8, 8.0, 0.8)
-"""Where lengths start and what the prior holds them near: pitches, image, and both again for the product."""
+"""Initial lengths, and centre of their prior: in pitches, in the image, and both again for the product."""
 _APART_PITCH = 1e9
-"""Distance of spots of different sections in the likelihood; the gradient of an infinite one is not a number."""
+"""Distance of spots of different sections in the likelihood; an infinite distance has no finite gradient."""
 
 
 class Kriging(LowRank):
@@ -58,11 +58,11 @@ class Kriging(LowRank):
     Parameters
     ----------
     n_components
-        Principal components of the expression; by default by the number of spots, 8 to 16.
+        Principal components of the expression. By default 8 to 16, more with more spots.
     n_image_components
         Principal components of the embedding, at most one for every four spots.
     n_sample
-        Spots, drawn at random, that lengths and shares are fitted to.
+        Number of randomly drawn spots that lengths and shares are fitted to.
     n_steps
         Steps of the optimiser.
     n_exact
@@ -112,10 +112,10 @@ class Kriging(LowRank):
             sample = torch.randperm(len(spots), generator=generator)[: self.config["n_sample"]]
             known = spots.take(sample.to(device))
             points = _points(known, self.space, spots.pitch_um)
-            target = self.space.components(known.expression)  # (n, Q)
+            response = self.space.components(known.expression)  # (n, Q)
             try:
-                lengths, shares = self._maximise(points, target, progress=progress)
-            except torch.linalg.LinAlgError as error:  # what is not a number has no factor
+                lengths, shares = self._maximise(points, response, progress=progress)
+            except torch.linalg.LinAlgError as error:  # NaN has no factor
                 raise _diverged() from error
             shares = share_hyperparameters(
                 shares.exp(), n_kernel_groups(len(spots), n_exact=self.config["n_exact"])
@@ -123,36 +123,36 @@ class Kriging(LowRank):
             self.parameters = {"lengths": lengths, "shares": shares}
         return self
 
-    def _maximise(self, points: Points, target: Tensor, *, progress: bool | None) -> tuple[Tensor, Tensor]:
-        """Lengths (4,) and shares (5, Q), noise last, as logarithms: of the largest posterior density."""
-        n, n_components = target.shape
-        first = target.new_tensor(_FIRST_LENGTHS).log()
-        even, half = math.log(0.5 / 4), math.log(0.5)  # half of a component's variance is noise, to begin with
+    def _maximise(self, points: Points, response: Tensor, *, progress: bool | None) -> tuple[Tensor, Tensor]:
+        """Find lengths (4,) and shares (5, Q), noise last, of the largest posterior density, as logarithms."""
+        n, n_components = response.shape
+        first = response.new_tensor(_FIRST_LENGTHS).log()
+        even, half = math.log(0.5 / 4), math.log(0.5)  # at the start half of a component's variance is noise
         lengths = first.clone().requires_grad_()
-        common = target.new_full((5, 1), even).index_fill(0, torch.tensor(4, device=target.device), half)
+        common = response.new_full((5, 1), even).index_fill(0, torch.tensor(4, device=response.device), half)
         start = common.clone()
         common = common.requires_grad_()
-        own = target.new_zeros(5, n_components).requires_grad_()
+        own = response.new_zeros(5, n_components).requires_grad_()
         distance, image = _distances(points.position, points.position), points.image
         distance = distance.masked_fill_(points.section[:, None] != points.section, _APART_PITCH)
-        unlike, alike = _squares(image, image), image @ image.T
+        unlike, similar = _squares(image, image), image @ image.T
         optimiser = torch.optim.Adam([lengths, common, own], lr=0.1)
         with steps_bar(desc="fitting kriging", total=self.config["n_steps"], unit="step", show=progress) as bar:
             for _ in range(self.config["n_steps"]):
                 optimiser.zero_grad(set_to_none=True)
                 share = (common + own).exp()  # (5, Q)
-                kernels = _kernels(distance, unlike, alike, lengths)  # (4, n, n)
+                kernels = _kernels(distance, unlike, similar, lengths)  # (4, n, n)
                 prior = (lengths - first).square().sum() / (2 * 0.5**2) + (common - start).square().sum() / 2
                 prior = prior + own.square().sum() / 2
-                # the likelihood's gradient is known (ibid., equation 5.9): cheaper than back through the factors
+                # closed form of the likelihood's gradient (ibid., equation 5.9): cheaper than through the factors
                 with torch.no_grad():
                     flat = kernels.flatten(1)  # (4, n n)
                     covariance = (share[:4].T @ flat).view(-1, n, n)  # (Q, n, n)
                     covariance.diagonal(dim1=1, dim2=2).add_((share[4] + JITTER)[:, None])
                     factor = torch.linalg.cholesky(covariance)
                     inverse = torch.cholesky_inverse(factor)  # (Q, n, n)
-                    weight = inverse @ target.T[:, :, None]  # (Q, n, 1)
-                    deviance = (target.T[:, None] @ weight).sum() / 2
+                    weight = inverse @ response.T[:, :, None]  # (Q, n, 1)
+                    deviance = (response.T[:, None] @ weight).sum() / 2
                     deviance = deviance + factor.diagonal(dim1=1, dim2=2).log().sum()
                     slope = inverse.baddbmm_(weight, weight.mT, alpha=-1).div_(2 * n).flatten(1)  # (Q, n n)
                     of_noise = slope[:, :: n + 1].sum(1)  # (Q,) along the diagonal
@@ -174,9 +174,9 @@ class Kriging(LowRank):
             return None
         with torch.inference_mode():
             covariance = Covariance.of(*(self.parameters[name].exp() for name in ("lengths", "shares")))
-            points, target = _points(context, space, context.pitch_um), space.components(context.expression)
+            points, response = _points(context, space, context.pitch_um), space.components(context.expression)
             sizes = {name: self.config[name] for name in ("n_exact", "n_inducing", "n_tile", "n_near")}
-            return Conditioned(points, target, covariance, pitch_um=context.pitch_um, run=run, **sizes)
+            return Conditioned(points, response, covariance, pitch_um=context.pitch_um, run=run, **sizes)
 
     @classmethod
     def components(
@@ -189,10 +189,10 @@ class Kriging(LowRank):
         return fitted(self.space, self).expansion(columns)
 
     def _components(self, conditioned: Conditioned | None, queries: Queries, run: Run) -> Tensor:
-        """Components (m, Q) at places."""
+        """Predict components (m, Q) at targets."""
         space = fitted(self.space, self)
         components = space.gene_mean.new_zeros(len(queries), len(space.gene_axes))
-        if conditioned is None or len(queries) == 0:  # nothing is known around: the prior mean
+        if conditioned is None or len(queries) == 0:  # no context: the prior mean
             return components
         with torch.inference_mode():
             points = _points(queries, space, conditioned.pitch_um, run=run)
@@ -229,9 +229,10 @@ class Kriging(LowRank):
 def _read(
     points: Points, spot_index: Tensor, weights: Weights, conditioned: Conditioned, *, run: Run = map
 ) -> tuple[Tensor, Tensor]:
-    """Components (m, Q) at points, and whether they are sound, (m,).
+    """Return components (m, Q) at points, and whether they are valid, (m,).
 
-    At a point that is a spot they are predicted from all other spots; they are not sound if the weights are not of it.
+    At a point that is a spot they are predicted from all other spots. They are not valid if ``weights`` lacks this
+    spot.
     """
     out = weights.slope.new_empty(len(points), weights.slope.shape[1])
     pairs = _PAIRS_AT_ONCE["cpu" if out.device.type == "cpu" else "other"]
@@ -260,7 +261,7 @@ def _read(
 
 
 def _points(places: Spots | Queries, space: Space, pitch_um: float, *, run: Run | None = None) -> Points:
-    """Positions in pitches, and image components of total variance 1; by ``run`` a few places at a time."""
+    """Return positions in pitches, and image components of total variance 1; with ``run`` a few targets at a time."""
     scale = space.image_spread.square().sum().sqrt().clamp_min(1e-6)
     n = len(places)
     image = space.gene_mean.new_empty(n, len(space.image_axes))
@@ -276,7 +277,7 @@ def _points(places: Spots | Queries, space: Space, pitch_um: float, *, run: Run 
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    # not by a product: positions are many pitches from the origin, where that loses digits
+    # not from a matrix product, which loses digits: positions are many pitches from the origin
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -284,15 +285,15 @@ def _squares(a: Tensor, b: Tensor) -> Tensor:
     return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_min(0)
 
 
-def _kernels(distance: Tensor, unlike: Tensor, alike: Tensor, lengths: Tensor) -> Tensor:
-    """Near, alike, near and alike, linear: (4, m, n)."""
+def _kernels(distance: Tensor, unlike: Tensor, similar: Tensor, lengths: Tensor) -> Tensor:
+    """Near, similar, near and similar, linear: (4, m, n)."""
     near, image, both_near, both_image = lengths.exp()
     return torch.stack(
         [
             torch.exp(-distance / near),
             torch.exp(-unlike / (2 * image**2)),
             torch.exp(-distance / both_near - unlike / (2 * both_image**2)),
-            alike,
+            similar,
         ]
     )
 

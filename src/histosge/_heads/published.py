@@ -1,11 +1,11 @@
-"""The published HisToSGE network (Shi et al., 2024, arXiv 2407.20518), written from its description and repaired.
+"""The published HisToSGE network (Shi et al., 2024, arXiv 2407.20518), written from its description, with corrections.
 
 As published: one pre-norm transformer layer over a window of spots' embeddings and positions, 4 heads of 64,
-MLP of 1024, then Linear(2048), ReLU, LayerNorm, Linear(genes), ReLU; mean squared error; rate 1e-3. Repaired:
-- a window is a place and its 49 nearest spots, not 50 consecutive rows of the table
-- positions are continuous waves, in each section's own coordinates, not a table of integers that ends at 511
+MLP of 1024, then Linear(2048), ReLU, LayerNorm, Linear(genes), ReLU; mean squared error; rate 1e-3. Corrected:
+- a window is a target and its 49 nearest spots, not 50 consecutive rows of the table
+- positions are coded as continuous waves, in the section's coordinates, not by a table of integers that ends at 511
 - training stops on held-out spots instead of after 1000 epochs
-As published, measured expression of the neighbours is never an input: compare with ``in-context``.
+As published, the measured expression of neighbours is no input: compare with ``in-context``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def encode_position(xy_pitch: Tensor) -> Tensor:
 
 
 class _Network(nn.Module):
-    """B places, K neighbours, N spots, D embedding."""
+    """B targets, K neighbours, N spots, D embedding."""
 
     def __init__(self, n_embedding: int, n_genes: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class _Network(nn.Module):
         return x, self.query_key_value(self.norm_attention(x)).view(len(x), 3, _HEADS, _HEAD_DIM)
 
     def attend(self, x: Tensor, itself: Tensor, keys: Tensor, values: Tensor, present: Tensor) -> Tensor:
-        """Let places (B) attend to themselves and to their neighbours (B, K), and project: (B, genes)."""
+        """Let targets (B) attend to themselves and to their neighbours (B, K), and project: (B, genes)."""
         keys = torch.cat([itself[:, None, 1], keys], dim=1)  # (B, 1 + K, heads, dim)
         values = torch.cat([itself[:, None, 2], values], dim=1)
         seen = torch.cat([torch.ones_like(present[:, :1]), present], dim=1)
@@ -71,14 +71,14 @@ class _Network(nn.Module):
 
 
 class Published(Head):
-    """The paper's network, its defects repaired.
+    """The paper's network, with its defects corrected.
 
     Parameters
     ----------
     n_neighbours
-        Spots in a window, without the place itself.
+        Spots in a window, without the target itself.
     n_steps
-        Most optimiser steps; early stopping usually ends training before.
+        Largest number of optimiser steps; early stopping usually ends training before.
     """
 
     name: ClassVar[str] = "published"
@@ -97,7 +97,7 @@ class Published(Head):
             mean, spread = standardiser(known.embedding)
             self.scaling = {"mean": mean, "spread": spread, "centre": known.xy_um.mean(0)}
             network = self.network = _Network(spots.embedding.shape[1], spots.expression.shape[1]).to(device)
-            # start from the mean of every gene, which a final ReLU would else have to find first
+            # start from the mean of every gene: otherwise training must find it first, through the final ReLU
             nn.init.zeros_(network.genes.weight)
             network.genes.bias.data.copy_(known.expression.mean(0))
             inside = self._prepare(Queries.of(known), known)
@@ -129,7 +129,7 @@ class Published(Head):
             return torch.cat([self._run(prepared, rows) for rows in parts])
 
     def _prepare(self, queries: Queries, context: Spots) -> dict[str, Tensor]:
-        """Scale inputs and find the windows; for a spot of the context the window leaves it out once."""
+        """Scale inputs and find the windows; the window of a spot of the context is without that spot."""
         near, present, _ = neighbours(queries, context, k=self.config["n_neighbours"])
         s = self.scaling
         return {
@@ -148,7 +148,7 @@ class Published(Head):
         # keys and values once per spot of the windows, not once per window
         needed, at = given["near"][rows].unique(return_inverse=True)
         _, spots = network.tokens(given["spots"][needed], given["spots_position"][needed])
-        # not spots[at]: on several threads the sums of its gradient come in any order, and no seed gives the same twice
+        # not spots[at]: on several threads its gradient is summed in any order, so a seed would not fix the result
         keys, values = (spots[:, i].index_select(0, at.flatten()).view(*at.shape, _HEADS, _HEAD_DIM) for i in (1, 2))
         return network.attend(x, itself, keys, values, given["present"][rows])
 

@@ -1,4 +1,4 @@
-"""The baselines that a head has to beat: gene mean, inverse distance, ridge on the embedding."""
+"""Baselines: gene mean, inverse distance, ridge on the embedding."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 _PENALTIES = np.logspace(-1, 7, 25)
 _TINY = 1e-12
-"""Length below which a component is not there: a constant embedding has none."""
+"""Components shorter than this are ignored: a constant embedding has no component."""
 
 
 class Mean(Head):
-    """Every place gets the mean of the spots learnt from: what any head must beat to be worth anything."""
+    """Every target gets the mean of the training spots. A useful head predicts better."""
 
     name: ClassVar[str] = "mean"
 
@@ -48,7 +48,7 @@ class Mean(Head):
 
 
 class Nearest(Head):
-    """Inverse-distance mean of the measured spots around a place (Shepard, 1968), without the image."""
+    """Inverse-distance mean of the measured spots around a target (Shepard, 1968), without the image."""
 
     name: ClassVar[str] = "nearest"
 
@@ -62,13 +62,13 @@ class Nearest(Head):
         near, there, distance = neighbours(queries, context, k=self.n_neighbours)
         present = there.cpu().numpy()
         if not present.any(axis=1).all():
-            msg = "head='nearest' needs measured spots around every place, and there are none. Use another head."
+            msg = "head='nearest' needs measured spots around every target, and there are none. Use another head."
             raise ValueError(msg)
-        # a place on top of a spot takes its value: below a thousandth of a pitch distance no longer counts
+        # a target at a spot takes its value: distances below a thousandth of a pitch count as that
         weight = np.where(present, 1 / np.maximum(distance, 1e-3 * context.pitch_um), 0)
         weight /= weight.sum(axis=1, keepdims=True)
         share = torch.as_tensor(weight, dtype=torch.float32, device=near.device)
-        out = [  # in parts: (m, k, g) need not fit in memory
+        out = [  # in parts: (m, k, g) may not fit in memory
             torch.einsum("mk,mkg->mg", w, context.expression[i])
             for w, i in zip(share.split(1024), near.split(1024), strict=True)
         ]
@@ -86,7 +86,7 @@ class Ridge(Head):
     """Ridge regression on principal components of the embedding, its penalty chosen by leave-one-out error.
 
     The protocol of HEST-Bench (Jaume et al., 2024) with a cross-validated penalty, and with at most one component
-    for every four spots, without which leave-one-out cannot tell the penalty on small sections.
+    for every four spots: with more, leave-one-out cannot choose the penalty on small sections.
     """
 
     name: ClassVar[str] = "ridge"
@@ -96,13 +96,13 @@ class Ridge(Head):
 
     def fit(self, spots: Spots, *, rng: np.random.Generator, progress: bool | None = None) -> Self:
         mean, spread = standardiser(spots.embedding)
-        # in float64, and on the processor: not every device has it
+        # in float64 on the processor, since not every device has float64
         x = standardise(spots.embedding, mean, spread).cpu().double()
         y = spots.expression.cpu().double()
         n_components = max(1, min(256, len(x) // 4, x.shape[1]))
         x_mean, y_mean = x.mean(0), y.mean(0)
         axes, left, size = _components(x - x_mean, n_components)
-        shrunk = left.T @ (y - y_mean)  # (q, g): the answer in each component, before the penalty
+        shrunk = left.T @ (y - y_mean)  # (q, g): coefficients of each component, before the penalty
         kept = size**2 / (size**2 + torch.as_tensor(_PENALTIES)[:, None])  # (penalties, q)
         kept = kept[_left_out_error(y - y_mean, left, shrunk, kept).argmin()]
         slope = axes @ ((kept / size.clamp_min(_TINY))[:, None] * shrunk)  # (d, g)
@@ -127,8 +127,8 @@ class Ridge(Head):
 def _components(centred: Tensor, n_components: int) -> tuple[Tensor, Tensor, Tensor]:
     """First principal components of (n, d): axes (d, q), scores of unit length (n, q), and their lengths (q,).
 
-    From the smaller of the two products of the matrix with itself. That squares its condition, but what float64 then
-    loses is far below any penalty.
+    Computed from the smaller of the two products of the matrix with itself. That squares its condition number, but the
+    loss in float64 is far below any penalty.
     """
     n, d = centred.shape
     square, side = torch.linalg.eigh(centred.T @ centred if d <= n else centred @ centred.T)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from histosge._section import Section
 
 UNMEASURED = -1
-"""Number of a section that has no measured spots in a context: its places have no neighbours"""
+"""Number of a section that has no measured spots in a context: its targets have no neighbours"""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Context:
 
     spots: Spots
     section: int
-    """Number, among those of ``spots``, of the section that is predicted; ``UNMEASURED`` where nothing is measured on it"""
+    """Number of the predicted section, as in ``spots.section``; ``UNMEASURED`` where nothing is measured on it"""
     heads: list[tuple[float, Head, Any]]
-    """Weight, head, and what it computed from the spots alone; ``None`` for heads that compute nothing"""
+    """Weight, head, and what the head computed from the spots alone; ``None`` where it computes nothing in advance"""
 
 
 def stack_sections(

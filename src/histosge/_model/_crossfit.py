@@ -1,4 +1,4 @@
-"""Held-out predictions and what they are worth. Nothing here is ever scored on what it was trained on."""
+"""Held-out predictions and their scores. Nothing here is scored on what it was trained on."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CrossFit:
-    """Predictions of heads at spots that they never saw, and the heads for new places."""
+    """Predictions of heads at held-out spots, and the heads for new targets."""
 
     held_out: Floats
     """(n_spots, n_genes) log1p expression, each spot predicted by heads that were not trained on it"""
     parts: dict[str, Floats]
-    """The same of each head whose mean ``held_out`` is"""
+    """The same by name of each head; ``held_out`` is their mean"""
     fold: NDArray[np.int64]
     """(n_spots,)"""
     heads: list[tuple[float, Head]]
     """Heads and their weights in a prediction: networks of all folds, and other heads fitted on all spots"""
     losses: dict[tuple[str, int], Sequence[float]]
-    """By name of a head that is trained in epochs, and fold held out: the loss on the stopping spots after each epoch"""
+    """Loss on the stopping spots after each epoch, by name of the head and held-out fold"""
 
 
 def cross_fit(
@@ -51,31 +51,27 @@ def cross_fit(
 ) -> CrossFit:
     """Fit one head per fold on the spots outside it, and predict the spots inside it from the others.
 
-    A held-out spot is hidden from the context as well: what is measured there reaches nothing that predicts it.
+    A held-out spot is hidden from the context as well: its measurement reaches nothing that predicts it.
 
     Parameters
     ----------
     spots
         Measured spots.
     head
-        Name of a head, names joined by ``+`` for their mean, or a head of one's own.
+        Name of a head, names joined by ``+`` for their mean, or a head of the user's.
     fold
         (n_spots,) number of each spot's fold.
     rng
         Source of all randomness.
     options
-        Arguments of the head; of several heads, arguments by name of the head.
+        Arguments of the head; for joined heads, a dict of arguments for each name.
     progress
         Whether to show progress bars.
     final
-        Whether heads for new places are wanted as well.
+        Whether to fit the heads for new targets as well.
     """
     names = parts_of(head)
     arguments = {names[0]: options or {}} if len(names) == 1 else options or {}
-    unknown = set(arguments) - set(names)
-    if unknown:
-        msg = f"head_options of {sorted(unknown)}: head {head!r} takes options by name, for example {{{names[0]!r}: {{...}}}}."
-        raise ValueError(msg)
     device = spots.embedding.device
     folds = np.unique(fold)
     parts = {name: np.zeros(spots.expression.shape, np.float32) for name in names}
@@ -104,8 +100,8 @@ def cross_fit(
     heads = [
         (1 / len(names) / (1 if left_out is None else len(folds)), fitted)
         for name in names
-        for (whose, left_out), fitted in zip(fits, made, strict=True)
-        if whose == name and fitted is not None
+        for (fit_name, left_out), fitted in zip(fits, made, strict=True)
+        if fit_name == name and fitted is not None
     ]
     return CrossFit(np.mean(list(parts.values()), axis=0), parts, fold, heads, dict(sorted(losses.items())))
 
@@ -119,7 +115,7 @@ class Scores:
     mse: Floats
     """(n_genes,)"""
     p_value: Floats
-    """(n_genes,) that the correlation is not above 0, one-sided t test"""
+    """(n_genes,) p value of the correlation: one-sided t test against 0"""
 
     @property
     def predictable(self) -> Bools:
@@ -128,13 +124,13 @@ class Scores:
 
 
 def score(predicted: Floats, measured: Floats, *, fold: NDArray[np.int64]) -> Scores:
-    """Score held-out predictions fold by fold: heads of different folds need not agree about the mean."""
+    """Score held-out predictions fold by fold, since heads of different folds may differ in their mean."""
     folds = [np.flatnonzero(fold == number) for number in np.unique(fold)]
     share = np.array([len(rows) for rows in folds]) / len(fold)
     pcc = np.stack([correlation(predicted[rows], measured[rows]) for rows in folds])
     mean_pcc = share @ pcc
-    # each fold's correlation has n - 2 degrees of freedom, and the mean over folds would have them all; but folds
-    # predict each other (A from B's measurements, B from A's), which on pure noise doubles the variance of the mean
+    # Each fold's correlation has n - 2 degrees of freedom, and independent folds would add theirs up. But folds predict
+    # each other (A from B's measurements, B from A's), which on pure noise doubles the variance of the mean.
     freedom = float(len(fold) - 2 * len(folds))
     freedom = max(freedom / 2 if len(folds) > 1 else freedom, 1.0)
     clipped = np.clip(mean_pcc, -1 + 1e-12, 1 - 1e-12)
@@ -151,7 +147,7 @@ def compare(
     chosen: Callable[[int], Bools],
     rng: np.random.Generator,
 ) -> dict[str, dict[str, float]]:
-    """Score simple heads on the same folds: mean PCC and MSE over the genes that each fold's training spots chose."""
+    """Score baselines on the same folds: mean PCC and MSE over the genes chosen on each fold's training spots."""
     found = {}
     for head in heads:
         fitted = cross_fit(spots, head=head, fold=fold, rng=rng, progress=False, final=False)
@@ -163,7 +159,7 @@ def compare(
 def summary(
     predicted: Floats, measured: Floats, *, fold: NDArray[np.int64], chosen: Callable[[int], Bools]
 ) -> dict[str, float]:
-    """Mean score over the genes that the training spots of each fold chose, never looking at the held-out ones."""
+    """Mean score over the genes that are chosen on the training spots of each fold."""
     pcc, mse, share = [], [], []
     for number in np.unique(fold):
         rows, genes = np.flatnonzero(fold == number), chosen(int(number))

@@ -1,7 +1,7 @@
-"""Hold spots out, fit, predict, score, with the model that a user would get.
+"""Hold spots out, fit, predict and score the same model that :func:`histosge.tl.fit` fits.
 
-A model is fitted from scratch in every trial, so that genes, scalings, components, stopping and prediction intervals
-are chosen inside the training spots.
+A model is fitted from scratch in every trial: genes, scalings, components, stopping and prediction intervals depend on
+the training spots only.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.floating]
 
 SCALES = (2, 4, 8)
-"""Numbers of neighbours that measurements and prediction intervals are averaged over, to see coarser scales."""
+"""Numbers of neighbours over which measurements and prediction intervals are averaged, to score coarser scales."""
 
 
 def evaluate(
@@ -60,8 +60,8 @@ def evaluate(
     progress: bool | None = None,
 ) -> pd.DataFrame:
     """Score every head in every trial: one row for each gene."""
-    ceilings = {one.name: _ceiling(one.section) for one in sections}
-    by_name = {one.name: one for one in sections}
+    ceilings = {each.name: _ceiling(each.section) for each in sections}
+    by_name = {each.name: each for each in sections}
     tables, with_labels = [], []
     plans = list(trials(sections, plan, rng=rng))
     seeds = rng.integers(2**63 - 1, size=len(plans))
@@ -102,10 +102,10 @@ def evaluate(
 def predict_trial(
     model: Model, trial: Trial, *, device: torch.device
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return predicted and measured expression (m, genes) at the places of a trial."""
+    """Return predicted and measured expression (m, genes) at the targets of a trial."""
     spots = model.projection.of_spots(stack_sections(trial.sections, trial.embeddings, model.context_genes))
     context = model.condition(spots, section=0 if trial.measured else UNMEASURED, device=device)
-    predicted = model.predict_from(context, places=trial.place, xy_um=trial.xy_um, spot_index=trial.spot_index)
+    predicted = model.predict_from(context, embedding=trial.place, xy_um=trial.xy_um, spot_index=trial.spot_index)
     columns = trial.sections[0].genes.get_indexer(model.genes)
     return predicted, np.asarray(trial.truth[:, columns].todense(), np.float32)
 
@@ -159,29 +159,29 @@ def _ceiling(section: Section) -> pd.Series:
 def _domains_of(
     predictions: list[tuple[Trial, str, pd.Index, NDArray[np.float32]]], by_name: dict[str, Measured]
 ) -> pd.DataFrame:
-    """Agreement with the labels of domains of predicted and of measured expression, with the same settings."""
+    """Agreement of domains with the labels: of predicted and of measured expression, with the same settings."""
     found = []
     for section, repeat, head in dict.fromkeys((t.name, t.repeat, h) for t, h, _, _ in predictions):
         parts = [(t, g, p) for t, h, g, p in predictions if (t.name, t.repeat, h) == (section, repeat, head)]
         genes = parts[0][1]
-        for _, other, _ in parts[1:]:  # each fold chooses its own genes: those that all chose are compared
+        for _, other, _ in parts[1:]:  # each fold chooses its own genes: compare the genes that all folds chose
             genes = genes.intersection(other, sort=False)
-        one = by_name[section]
+        measured = by_name[section]
         scores: dict[str, Any] = {"section": section, "repeat": repeat, "head": head}
         found.append(scores)
         if len(genes) == 0:
             logger.warning("no gene was chosen in every fold of section %r: ari and nmi are NaN", section)
             scores |= dict.fromkeys(("ari", "nmi", "ari_measured", "nmi_measured"), np.nan)
             continue
-        predicted = np.full((len(one.section.xy_px), len(genes)), np.nan, np.float32)
+        predicted = np.full((len(measured.section.xy_px), len(genes)), np.nan, np.float32)
         for trial, mine, values in parts:
             predicted[trial.rows] = values[:, mine.get_indexer(genes)]
-        rows = np.flatnonzero(~pd.isna(one.labels))
-        for name, values in (("", predicted), ("_measured", one.section.dense(genes))):
+        rows = np.flatnonzero(~pd.isna(measured.labels))
+        for name, values in (("", predicted), ("_measured", measured.section.dense(genes))):
             domains = find_domains(
-                values, one.section.xy_px, resolution=1.0, n_domains=None, n_pcs=30, n_neighbours=15,
+                values, measured.section.xy_px, resolution=1.0, n_domains=None, n_pcs=30, n_neighbours=15,
                 spatial_weight=SPATIAL_WEIGHT, rng=0,
             )  # fmt: skip
-            agreed = agreement(domains[rows], np.asarray(one.labels)[rows].astype(str))
+            agreed = agreement(domains[rows], np.asarray(measured.labels)[rows].astype(str))
             scores |= {f"ari{name}": agreed["ari"], f"nmi{name}": agreed["nmi"]}
     return pd.DataFrame(found)

@@ -1,4 +1,4 @@
-"""A model from sections: genes are chosen, heads fitted fold by fold and scored on the spots they never saw."""
+"""Fit a model to sections: choose genes, fit heads fold by fold and score them on held-out spots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from histosge._model._crossfit import compare, cross_fit, score, summary
 from histosge._model._genes import select_genes
 from histosge._model._model import Model, training_table
 from histosge._model._projection import Projection
-from histosge._settings import logger
+from histosge._settings import is_whole, logger
 from histosge._statistics import BASELINES, better_baselines, block_folds, calibrate
 
 if TYPE_CHECKING:
@@ -46,11 +46,12 @@ def fit_model(
     head_options: dict[str, Any] | None = None,
     progress: bool | None = None,
 ) -> Model:
-    """Fit a head on every fold of the spots of one or more sections, and score it on the spots left out.
+    """Fit a head on every fold of the spots of one or more sections, and score it on the held-out spots.
 
-    ``sub_spots`` are those of the spots of each section, for heads that learn from them.
+    ``sub_spots`` are the sub-spots of each section, for heads that learn from them. Arguments are checked by the
+    caller: :func:`check_arguments`.
     """
-    names = check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, head_options=head_options)
+    names = _common_genes(sections)
     everything = sparse.vstack([s.expression[:, s.genes.get_indexer(names)] for s in sections]).tocsr()
     xy_um, number = np.vstack([s.xy_um for s in sections]), section_numbers(sections)
     fold = block_folds(xy_um, n_folds=n_folds, rng=rng, groups=number)
@@ -71,7 +72,7 @@ def fit_model(
 
     predicted = {name: fitted.held_out} | fitted.parts
     held_out = {each: summary(values, measured, fold=fold, chosen=chosen) for each, values in predicted.items()}
-    others = [r for r in baselines if r not in held_out]
+    others = [name for name in baselines if name not in held_out]
     held_out |= compare(spots, heads=others, fold=fold, chosen=chosen, rng=rng)
     if baselines:
         _report(name, held_out)
@@ -112,30 +113,27 @@ def check_arguments(
     sections: Sequence[Section],
     head_options: dict[str, Any] | None = None,
 ) -> pd.Index:
-    """Say what is wrong with the arguments of :func:`fit_model` before an hour of embedding; give the common genes."""
+    """Check the arguments of :func:`fit_model` before the sections are embedded; return the genes that all have."""
     _check_options(head, head_options)
-    if isinstance(n_folds, bool) or not isinstance(n_folds, (int, np.integer)) or not 2 <= n_folds <= 20:
+    if not (is_whole(n_folds) and 2 <= n_folds <= 20):
         msg = f"n_folds={n_folds!r}: choose a whole number from 2 to 20."
         raise ValueError(msg)
-    names = sections[0].genes
-    for other in sections[1:]:
-        names = names.intersection(other.genes, sort=False)
     if len({section.values.unit for section in sections}) > 1:
         units = "; ".join(f"{section.spots_key!r} in {section.values.unit}" for section in sections)
         msg = (
-            f"the sections do not hold expression in one unit: {units}. Name the layer that holds the counts of each, layer=, "
-            "or give X the same unit in all."
+            f"the sections do not hold expression in one unit: {units}. Name the layer that holds the counts of each, "
+            "layer=, or give X the same unit in all."
         )
         raise ValueError(msg)
+    names = _common_genes(sections)
     if len(names) == 0:
         msg = (
             "the sections have no gene in common, so that nothing can be learnt from them together. Check that all use "
             "the same names of genes, symbols or Ensembl ids."
         )
         raise ValueError(msg)
-    number = isinstance(genes, (int, np.integer)) and not isinstance(genes, bool)
     listed = isinstance(genes, Collection) and not isinstance(genes, str) and len(genes) > 0
-    if not (number and genes >= 1) and not listed and not isinstance(genes, str):  # type: ignore[operator]
+    if not (is_whole(genes) and genes >= 1) and not listed and not isinstance(genes, str):
         msg = f"genes={genes!r}: pass a number above 0, a list of gene names, or 'all'."
         raise ValueError(msg)
     if isinstance(genes, str) and genes != "all":
@@ -147,26 +145,37 @@ def check_arguments(
         no_genes = {g: kind for section in sections for g, kind in section.others.items() if g in missing}
         if no_genes:
             msg = (
-                f"genes: {no_genes} are no gene expression, and only genes are predicted. Leave them out of genes=, or choose from "
-                "the names of genes."
+                f"genes: {no_genes} are no gene expression, and only genes are predicted. Leave them out of genes=, or "
+                "choose from the names of genes."
             )
             raise ValueError(msg)
         if len(missing):
             close = [c for m in missing[:3] for c in difflib.get_close_matches(m, names, n=1)]
             hint = f" Similar names: {close}." if close else ""
             msg = (
-                f"genes: {len(missing)} of {len(wanted)} names are not in the table ({list(missing[:5])}).{hint} Choose from "
-                "its var_names."
+                f"genes: {len(missing)} of {len(wanted)} names are not in the table ({list(missing[:5])}).{hint} "
+                "Choose from its var_names."
             )
             raise ValueError(msg)
     return names
 
 
+def _common_genes(sections: Sequence[Section]) -> pd.Index:
+    """Genes that all sections have, in the order of the first."""
+    names = sections[0].genes
+    for other in sections[1:]:
+        names = names.intersection(other.genes, sort=False)
+    return names
+
+
 def _check_options(head: AnyHead, options: dict[str, Any] | None) -> None:
-    """Refuse an unknown head, and options that it does not have."""
+    """Raise where a head is unknown, or does not have one of the options."""
     names = parts_of(head)
     if options and not isinstance(head, (str, type)):
-        msg = f"head_options={options!r}: head={head!r} is an object that has its options. Leave head_options= out, or pass its class."
+        msg = (
+            f"head_options={options!r}: head={head!r} is an object that has its options. Leave head_options= out, or "
+            "pass its class."
+        )
         raise ValueError(msg)
     given = {"head_options": {} if options is None else options}
     if len(names) > 1 and isinstance(options, dict):
@@ -186,7 +195,8 @@ def _check_options(head: AnyHead, options: dict[str, Any] | None) -> None:
         known = list(inspect.signature(get_head(name)).parameters)
         for option in each:
             if option not in known:
-                msg = f"head_options: head {name!r} has no option {option!r}. {'Choose from ' + str(known) if known else 'It has none'}."
+                choices = f"Choose from {known}" if known else "It has none"
+                msg = f"head_options: head {name!r} has no option {option!r}. {choices}."
                 raise ValueError(msg)
 
 

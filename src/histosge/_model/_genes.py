@@ -19,17 +19,16 @@ if TYPE_CHECKING:
     Bools = NDArray[np.bool_]
 
 MIN_SHARE = 0.1
-"""Genes seen in a smaller share of the spots are not chosen: there is nothing to predict them from."""
+"""Genes detected in a smaller share of the spots are not chosen: too little is known of them to predict them."""
 
 
 def choose_genes(
     expression: sparse.spmatrix, xy: Floats, *, n_genes: int, groups: NDArray[np.int64] | None = None
 ) -> Bools:
-    """Choose the genes with the strongest spatial autocorrelation among those seen in a tenth of the spots.
+    """Choose the genes with the strongest spatial autocorrelation among those detected in a tenth of the spots.
 
-    What varies without any pattern in space cannot be predicted from the image or from neighbours: on small
-    sections genes of high dispersion are nearly all of that kind (docs/benchmarks.md). ``groups`` (n_spots,) are the
-    sections of the spots.
+    A gene without a spatial pattern cannot be predicted from the image or from neighbours. On small sections nearly all
+    genes of high dispersion have none (docs/benchmarks.md). ``groups`` (n_spots,) are the sections of the spots.
     """
     columns = sparse.csc_matrix(expression, copy=True)
     columns.eliminate_zeros()
@@ -52,7 +51,7 @@ def select_genes(
     groups: NDArray[np.int64],
     fold: NDArray[np.int64],
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Genes to predict; genes each fold's training spots would choose, (folds, genes); which vary most in space."""
+    """Return genes to predict; genes chosen on each fold's training spots (folds, genes); which vary most in space."""
     n_folds = int(fold.max()) + 1
     if isinstance(genes, (int, np.integer)):
         n = min(int(genes), len(names))
@@ -65,6 +64,6 @@ def select_genes(
     else:
         final = np.asarray(names.isin([str(g) for g in genes]))
     variable = final & choose_genes(expression, xy, n_genes=min(1000, len(names)), groups=groups)
-    # scanpy's PCA takes the highly variable genes: with none marked it would have nothing to work on
+    # scanpy's PCA uses the highly variable genes: mark some where none is marked
     highly_variable = variable if variable.any() else final
     return final, np.tile(final, (n_folds, 1)), highly_variable

@@ -1,4 +1,4 @@
-"""A fitted model: heads of all folds, genes, config of the embedding, held-out scores; JSON and safetensors on disk."""
+"""A fitted model: heads of all folds, genes, embedding config, held-out scores; stored as JSON and safetensors."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from histosge._section import Section
 
 _FORMAT = 5
-_PLACES_AT_ONCE = 16384
-"""Places that are predicted together"""
+_TARGETS_AT_ONCE = 16384
+"""Targets that are predicted together"""
 _VALUES_AT_ONCE = 2**17
-"""Values of the expression that a thread computes at a time: half a megabyte, which its cache holds."""
+"""Values of the expression that a thread computes at a time: half a megabyte, which fits in its cache."""
 _SPOT_TENSORS = ("embedding", "expression", "xy_um", "section")
 _TRAINING = {"head": object, "fold": int, "epoch": int, "loss": float}
 
@@ -41,8 +41,8 @@ _TRAINING = {"head": object, "fold": int, "epoch": int, "loss": float}
 class Model:
     """A trained head that predicts expression from embeddings and measured neighbours.
 
-    Made by :func:`histosge.tl.fit`; given to :func:`histosge.tl.predict`. It predicts the weighted mean of its heads:
-    a network for each fold of the spots, and one of every other head, fitted on all spots.
+    :func:`histosge.tl.fit` makes it, and :func:`histosge.tl.predict` takes it. It predicts the weighted mean of its
+    heads: of a network, one for each fold of the spots; of any other head, one that is fitted on all spots.
 
     Attributes
     ----------
@@ -51,9 +51,9 @@ class Model:
     genes
         Genes it predicts, in order.
     context_genes
-        Genes it reads from measured neighbours: those of ``genes``, and others that single folds chose.
+        Genes it reads from measured neighbours: ``genes``, and those that only single folds chose.
     scores
-        One row a gene: ``held_out_pcc``, ``held_out_mse``, ``predictable``, ``highly_variable``.
+        One row for each gene: ``held_out_pcc``, ``held_out_mse``, ``predictable``, ``highly_variable``.
     heads
         Fitted heads and their weights.
     held_out
@@ -61,14 +61,14 @@ class Model:
     intervals
         Prediction intervals, calibrated on the held-out spots.
     config
-        How places are embedded: encoders, the scale that each is fed, dense or not.
+        How targets are embedded: encoders, the scale of the tiles of each, dense or not.
     info
         Provenance: the split, numbers of folds, spots and sections, pitch and width of the spots in µm.
     spots
-        The spots it learnt from, with embedding and expression: what it predicts from where nothing is measured.
+        The spots it learnt from, with embedding and expression. Where nothing is measured, it predicts from these.
     training
-        One row an epoch of every head that is trained in epochs: ``head`` and ``fold`` (held out), ``epoch`` (from 1),
-        ``loss`` (on the stopping spots).
+        One row for each epoch of every head that is trained in epochs: ``head`` and ``fold`` (held out), ``epoch``
+        (from 1), ``loss`` (on the stopping spots).
     projection
         Brings the embeddings of joined encoders into balance; the embedding of a single encoder stays as it is.
 
@@ -105,17 +105,17 @@ class Model:
         )
 
     def context(self, section: Section, embedding: NDArray[np.float32], *, device: torch.device) -> Context:
-        """Prepare to predict on a section from its measured spots, whose embeddings are given, (n, d).
+        """Prepare to predict on a section from its measured spots and their embeddings (n, d).
 
-        Where nothing is measured, the spots of training are the context, and no place has neighbours among them: what
-        neighbours would tell is left out, and what the image tells stays.
+        Where nothing is measured, the training spots are the context, and no target has neighbours among them: heads
+        predict from the image alone.
         """
         if not section.measured:
             blind = sorted(set(self.head.split("+")) & set(POSITION_ONLY))
             if blind:
                 msg = (
-                    f"the model has the head {self.head!r}, and {' and '.join(map(repr, blind))} knows positions only: nothing "
-                    "is measured on this section. Fit a model with another head=."
+                    f"the model has the head {self.head!r}, and {' and '.join(map(repr, blind))} knows positions only: "
+                    "nothing is measured on this section. Fit a model with another head=."
                 )
                 raise ValueError(msg)
             return self.condition(self.spots, section=UNMEASURED, device=device)
@@ -147,36 +147,36 @@ class Model:
         self,
         context: Context,
         *,
-        places: NDArray[np.float32],
+        embedding: NDArray[np.float32],
         xy_um: NDArray[np.float64],
         spot_index: NDArray[np.int64],
     ) -> NDArray[np.float32]:
-        """Predict at places of one section.
+        """Predict at targets of one section.
 
         Parameters
         ----------
         context
             From :meth:`context` or :meth:`condition`.
-        places
-            (m, d) embeddings of the places.
+        embedding
+            (m, d) embeddings of the targets.
         xy_um
             (m, 2) positions in the coordinates of the section.
         spot_index
-            (m,) row of the context's spot at each place, hidden from it; -1 for none.
+            (m,) row of the context's spot at each target, hidden from it; -1 for none.
 
         Returns
         -------
         (m, genes) float32, log1p-normalised expression, never negative.
         """
         device = context.spots.embedding.device
-        out = np.empty((len(places), len(self.genes)), np.float32)
+        out = np.empty((len(embedding), len(self.genes)), np.float32)
         with workers(device) as run:
-            for start in range(0, len(out), _PLACES_AT_ONCE):
-                rows = slice(start, start + _PLACES_AT_ONCE)
+            for start in range(0, len(out), _TARGETS_AT_ONCE):
+                rows = slice(start, start + _TARGETS_AT_ONCE)
                 queries = Queries(
-                    self.projection(torch.as_tensor(places[rows]).to(device)),
+                    self.projection(torch.as_tensor(embedding[rows]).to(device)),
                     torch.as_tensor(xy_um[rows], dtype=torch.float32).to(device),
-                    torch.full((len(places[rows]),), context.section, device=device),
+                    torch.full((len(embedding[rows]),), context.section, device=device),
                     torch.as_tensor(spot_index[rows]).to(device),
                 )
                 self._mean(queries, context, out=torch.from_numpy(out[rows]), run=run)
@@ -206,7 +206,7 @@ class Model:
         list(run(expand, [slice(start, start + n) for start in range(0, len(queries), n)]))
 
     def fingerprint(self) -> str:
-        """Digest of the weights and of their configuration, to tell models apart."""
+        """Digest of the weights and of their configuration; different models have different ones."""
         digest = hashlib.sha256()
         for weight, head in self.heads:
             config, tensors = head.state()
@@ -225,19 +225,19 @@ class Model:
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the model to a folder: ``config.json``, ``scores.csv``, ``training.csv`` and ``model.safetensors``.
 
-        The spots that it learnt from are part of it, with their expression.
+        The files include the spots that the model learnt from, with their expression.
 
         Parameters
         ----------
         path
-            The folder, made if it is not there.
+            The folder. It is created if it does not exist.
         overwrite
-            Whether a model that is there already may be replaced.
+            Whether an existing model may be replaced.
 
         Raises
         ------
         FileExistsError
-            Where a model is there already and ``overwrite`` is not set.
+            Where the folder holds a model and ``overwrite`` is not set.
         """
         from safetensors.torch import save_file
 
@@ -280,7 +280,7 @@ class Model:
         path
             Folder that :meth:`save` wrote.
         head
-            Class of the model's head, if that is a head of your own: see :class:`histosge.Head`.
+            Class of the model's head, where it is a head of your own: see :class:`histosge.Head`.
 
         Returns
         -------
@@ -304,7 +304,8 @@ class Model:
             get_head(head)
         config = json.loads((path / "config.json").read_text())
         if config.get("format") != _FORMAT:
-            msg = f"{path} has model format {config.get('format')!r}; this version of histosge reads {_FORMAT}. Fit it again."
+            found = config.get("format")
+            msg = f"{path} has model format {found!r}; this version of histosge reads {_FORMAT}. Fit it again."
             raise ValueError(msg)
         tensors = load_file(path / "model.safetensors")
         embedding, expression, xy_um, number = (tensors[f"spots.{name}"] for name in _SPOT_TENSORS)
@@ -335,13 +336,13 @@ class Model:
 
 
 def training_table(losses: dict[tuple[str, int], Sequence[float]]) -> pd.DataFrame:
-    """One row an epoch."""
+    """One row for each epoch."""
     rows = [(head, fold, i + 1, loss) for (head, fold), each in losses.items() for i, loss in enumerate(each)]
     return pd.DataFrame(rows, columns=list(_TRAINING)).astype(_TRAINING)
 
 
 def _expansion(head: Head, columns: Tensor) -> Expansion:
-    """Give the function from the values of a head to expression of the genes ``columns``."""
+    """Return the function from the values of a head to expression of the genes ``columns``."""
     return head.expansion(columns) if isinstance(head, LowRank) else lambda values: values[:, columns]
 
 
@@ -350,7 +351,7 @@ def _stored_head(path: Path, name: str) -> type[Head]:
         return get_head(name)
     except ValueError as error:
         msg = (
-            f"{path} has the head {name!r}, which is none of histosge's. Pass its class: Model.load(path, head=...), or "
-            f"install the package that brings it (entry point {name!r} in the group 'histosge.heads')."
+            f"{path} has the head {name!r}, which is none of histosge's. Pass its class: Model.load(path, head=...), "
+            f"or install the package that brings it (entry point {name!r} in the group 'histosge.heads')."
         )
         raise ValueError(msg) from error

@@ -1,4 +1,4 @@
-"""Predict at many targets: all at once, or part by part into a store, with memory that does not grow with them."""
+"""Predict at many targets: all at once, or part by part into a store, with memory that does not grow."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from histosge._section import Section
 
 _SPARE = 1.5
-"""Memory that predicting takes, in sizes of the table."""
+"""Peak memory of a prediction, as a multiple of the size of the table."""
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A fitted model, and all that it needs to predict at targets of one section."""
+    """A fitted model with all that it needs to predict at the targets of one section."""
 
     model: Model
     embedder: Embedder
@@ -58,7 +58,7 @@ class Predictor:
         provenance: dict[str, Any],
         conserve: bool = False,
     ) -> Self:
-        """Prepare what every part needs; ``at_spots`` are embeddings (n, d) of the section's spots."""
+        """Compute what all parts share; ``at_spots`` are the embeddings (n, d) of the section's spots."""
         context = model.context(embedder.section, at_spots, device=embedder.device)
         conservation = _conservation(model, embedder, targets, context, at_spots) if conserve else None
         return cls(model, embedder, targets, context, provenance, conservation)
@@ -82,7 +82,7 @@ class Predictor:
         rows
             Which targets.
         at_targets
-            Their embeddings (m, d). By default they are made.
+            Their embeddings (m, d). By default they are computed.
         forecast
             Forecast of the run that these targets are a part of.
         """
@@ -97,7 +97,7 @@ class Predictor:
             raise ValueError(msg)
         expression = self.model.predict_from(
             self.context,
-            places=at_targets,
+            embedding=at_targets,
             xy_um=targets.xy_px * self.embedder.section.mpp,
             spot_index=targets.spot_index,
         )
@@ -109,7 +109,7 @@ class Predictor:
     def table(
         self, rows: NDArray[np.int64] | None = None, *, matrices: dict[str, NDArray[np.float32]] | None = None
     ) -> AnnData:
-        """Make the table of some of the targets, by default all, in the given order, with what was predicted at them."""
+        """Make the table of the predictions at some of the targets, by default all, in the given order."""
         var = self.model.scores.copy()
         if self.conservation is not None:
             var["shrinkage"] = self.conservation.weight
@@ -118,7 +118,7 @@ class Predictor:
             self.embedder.section,
             targets,
             matrices=matrices or {},
-            # those of other sections are too narrow where nothing was measured
+            # where nothing was measured, intervals of other sections are too narrow
             intervals=self.model.intervals if self.embedder.section.measured else None,
             var=var,
             provenance=self.provenance,
@@ -126,7 +126,7 @@ class Predictor:
 
 
 def check_conservation(section: Section, targets: Targets) -> None:
-    """Refuse targets that cannot be made to agree with their spots, before the work."""
+    """Raise, before the work starts, where bins cannot be scaled to the measurement of their spots."""
     if not section.measured:
         msg = "conserve=True needs measured spots, and nothing was measured on this section: leave conserve= out."
         raise ValueError(msg)
@@ -145,7 +145,7 @@ def check_conservation(section: Section, targets: Targets) -> None:
 def _conservation(
     model: Model, embedder: Embedder, targets: Targets, context: Context, at_spots: NDArray[np.float32]
 ) -> Conservation:
-    """Shrink the measurement of each spot towards what the model predicts there after it has read the spot."""
+    """Shrink the measurement of each spot towards the prediction of the model there, the spot in its context."""
     section = embedder.section
     check_conservation(section, targets)
     counts, row, col = section.counts, targets.array_row, targets.array_col
@@ -153,7 +153,7 @@ def _conservation(
         msg = "conserve=True needs raw counts and a grid of bins: pass bin_um=, or leave conserve= out."
         raise ValueError(msg)
     n = len(section.xy_px)
-    predicted = model.predict_from(context, places=at_spots, xy_um=section.xy_um, spot_index=np.full(n, -1))
+    predicted = model.predict_from(context, embedding=at_spots, xy_um=section.xy_um, spot_index=np.full(n, -1))
     columns = section.genes.get_indexer(model.genes)
     noise = noise_variance(counts[:, columns], total=np.asarray(counts.sum(axis=1)).ravel())
     shrunken = shrinkage(section.dense(model.genes), predicted, noise=noise)
@@ -171,14 +171,14 @@ def _conservation(
 
 
 def check_memory(n_targets: int, n_genes: int, *, n_layers: int, available: int | None = None) -> None:
-    """Refuse a table that would not fit into memory, before the work and not after it."""
+    """Raise, before the work starts, where the table would not fit into memory."""
     n_bytes = n_targets * n_genes * 4 * (1 + n_layers)
     available = available_memory() if available is None else available
     if n_bytes * _SPARE > available:
         msg = (
-            f"the table of {n_targets:,} places x {n_genes:,} genes takes {n_bytes / 2**30:.1f} GiB, and to predict it "
-            f"{n_bytes * _SPARE / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of memory are free. Write it part by part "
-            f"with store='NAME.zarr', or ask for less: fewer genes=, larger bins."
+            f"the table of {n_targets:,} targets x {n_genes:,} genes takes {n_bytes / 2**30:.1f} GiB, and to predict "
+            f"it {n_bytes * _SPARE / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of memory are free. Write it part "
+            "by part with store='NAME.zarr', or predict less: fewer genes=, larger bins."
         )
         raise MemoryError(msg)
 
@@ -187,7 +187,7 @@ def check_memory(n_targets: int, n_genes: int, *, n_layers: int, available: int 
 
 
 def order_of_parts(embedder: Embedder, targets: Targets) -> NDArray[np.int64]:
-    """Rows of the targets in the order in which their blocks are read: parts are runs of it."""
+    """Rows of the targets in the order in which their blocks are read. A part is a run of these rows."""
     return block_order(targets.xy_px, block_px=embedder.block_edge_px, origin_px=(0.0, 0.0))
 
 
@@ -207,16 +207,16 @@ def open_store(
     name
         Name of the table.
     params
-        What else the result depends on. A run with other params does not continue the parts of this one.
+        What else the result depends on. A run with other params does not continue this one.
     """
-    embedder.warn_below_token(targets)  # once: parts are quiet
+    embedder.warn_below_token(targets)  # here once, since parts do not log
     data = _fingerprint(embedder.section, targets)
     params = {**embedder.config.to_dict(), "data": data, **params}
     return TableStore.open(path, name=name, params=params, n_rows=len(targets), part_rows=settings.part_rows)
 
 
 def load_fitted(store: TableStore) -> tuple[NDArray[np.float32], Model] | None:
-    """Load embeddings of the spots and the model of the run that was interrupted; ``None`` if it had none yet."""
+    """Load the embeddings of the spots and the model of an interrupted run; ``None`` if it has none yet."""
     folder = store.folder / "model"
     if not (folder / "whole").exists():
         return None
@@ -226,7 +226,7 @@ def load_fitted(store: TableStore) -> tuple[NDArray[np.float32], Model] | None:
 def save_fitted(store: TableStore, at_spots: NDArray[np.float32], model: Model) -> tuple[NDArray[np.float32], Model]:
     """Save embeddings of the spots and the model, and read them back.
 
-    What is read back is used: a run that was interrupted and one that was not see the same digits.
+    The run uses what is read back, so that an interrupted run and an uninterrupted one compute with the same digits.
     """
     folder = store.folder / "model"
     np.save(store.folder / "spots.npy", at_spots)
@@ -253,7 +253,7 @@ def write_parts(
     forecast
         Forecast of the run.
     own_shapes
-        The user's own shapes that the targets are; shapes that histosge laid are made here.
+        Shapes of the targets, where they are the user's; shapes of laid targets are made here.
 
     Returns
     -------
@@ -274,7 +274,7 @@ def write_parts(
             bar.update(len(order[store.rows(part)]))
 
         bar.update(store.n_rows - store.n_rows_left)
-        # a part is written while the next is predicted; no more wait, since a part may be half a gigabyte
+        # a part is written while the next one is predicted; no more than one waits, since it may take half a gigabyte
         with ThreadPoolExecutor(1) as writer:
             written: Future[None] | None = None
             for part in range(store.n_parts):
@@ -284,7 +284,7 @@ def write_parts(
                 if written is not None:
                     written.result()
                 written = writer.submit(put, part, matrices)
-                del matrices  # the writer's alone: freed when it is written
+                del matrices  # only the writer holds it now: freed when it is written
             if written is not None:
                 written.result()
     logger.info("    predicted %d of %d parts (%.0f s)", store.n_parts - len(finished), store.n_parts, time() - start)
@@ -292,7 +292,7 @@ def write_parts(
 
 
 def _fingerprint(section: Section, targets: Targets) -> str:
-    """Digest of what is read from the user's data: counts, targets and a small copy of the image."""
+    """Digest of the user's data that a run reads: counts, targets and a small copy of the image."""
     digest = hashlib.sha256()
     matrix = section.expression
     small, _ = thumbnail(section.image, max_px=256)

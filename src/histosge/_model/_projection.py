@@ -1,6 +1,7 @@
 """Joined encoders in balance: the principal components of each, all encoders with the same total variance.
 
-Without it, the encoder with most numbers decides alone: docs/design.md. Everything is fixed on the spots learnt from.
+Without it, the encoder with the longest embedding dominates: docs/design.md. Everything is fitted on the training
+spots.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
     from histosge._heads import Spots
 
 N_COLUMNS = 64
-"""Columns of each encoder, and its components at most."""
+"""Columns of each encoder, and the most components it may have."""
 
 
 @dataclass(frozen=True)
 class _OfEncoder:
-    """What is done to the embedding of one encoder. D numbers, C columns."""
+    """Projection of the embedding of one encoder. D numbers, C columns."""
 
     mean: Tensor
     """(D,)"""
@@ -37,7 +38,7 @@ class _OfEncoder:
 
     @classmethod
     def fit(cls, embedding: Tensor) -> Self:
-        """Fix it on the spots (n, D): at most one component for every four of them."""
+        """Fit it to the embeddings (n, D) of spots: at most one component for every four spots."""
         mean, spread = standardiser(embedding)
         scaled = standardise(embedding, mean, spread)
         centre, axes, size = principal(scaled, max(2, min(N_COLUMNS, len(embedding) // 4)))
@@ -54,22 +55,22 @@ class _OfEncoder:
 
 @dataclass(frozen=True)
 class Projection:
-    """From the embeddings of joined encoders to columns in balance; a single encoder stays as it is."""
+    """From the embeddings of joined encoders to columns in balance; that of a single encoder is not changed."""
 
     encoders: tuple[_OfEncoder, ...] = ()
 
     @classmethod
     def fit(cls, embedding: Tensor, splits: tuple[int, ...]) -> Self:
-        """Fix it on the spots (n, D); ``splits`` are the columns at which each further encoder begins."""
+        """Fit it to the embeddings (n, D) of spots; ``splits`` are the first columns of all encoders but the first."""
         return cls(tuple(map(_OfEncoder.fit, embedding.tensor_split(splits, dim=1)))) if splits else cls()
 
     def __call__(self, embedding: Tensor) -> Tensor:
         """Project embeddings (n, D)."""
         if not self.encoders:
             return embedding
-        ends = torch.tensor([len(one.mean) for one in self.encoders]).cumsum(0).tolist()
+        ends = torch.tensor([len(encoder.mean) for encoder in self.encoders]).cumsum(0).tolist()
         blocks = embedding.tensor_split(ends[:-1], dim=1)
-        return torch.cat([one(block) for one, block in zip(self.encoders, blocks, strict=True)], dim=1)
+        return torch.cat([encoder(block) for encoder, block in zip(self.encoders, blocks, strict=True)], dim=1)
 
     def of_spots(self, spots: Spots) -> Spots:
         """Project spots and their sub-spots."""
@@ -81,11 +82,11 @@ class Projection:
 
     def state(self) -> dict[str, Tensor]:
         """Tensors by name, for safetensors."""
-        return {f"{i}.{name}": t for i, one in enumerate(self.encoders) for name, t in vars(one).items()}
+        return {f"{i}.{name}": t for i, encoder in enumerate(self.encoders) for name, t in vars(encoder).items()}
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor]) -> Self:
-        """Restore what :meth:`state` gave."""
+        """Restore a projection from its :meth:`state`."""
         names = ("mean", "spread", "matrix", "offset")
         n_encoders = len(tensors) // len(names)
         return cls(tuple(_OfEncoder(*(tensors[f"{i}.{name}"] for name in names)) for i in range(n_encoders)))

@@ -1,4 +1,4 @@
-"""Trials: sections that know only their training spots, and places whose measurement is hidden from them.
+"""Trials: sections with their training spots only, and the targets whose measurement is hidden.
 
 A new split is a function here and an entry in ``_SPLITS``; how spots are drawn is in ``_statistics/_splits.py``.
 """
@@ -37,12 +37,12 @@ PROTOCOLS = ("held-out", "published")
 _BUFFER_PITCH = 2.5
 """Reach of the context of the default head: 18 neighbours on a hexagonal array."""
 _KEEP = 4
-"""One in so many spots of a regular array is kept: as with 4 targets per spot."""
+"""Every fourth spot of a regular array is kept: as with 4 targets per spot."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A section, and what is known of its spots."""
+    """A section, with embeddings and annotation of its spots."""
 
     name: str
     section: Section
@@ -69,81 +69,82 @@ class Plan:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a model learns from, and the places that it is scored at."""
+    """What a model learns from, and the targets where it is scored."""
 
     name: str
     """Name of the section that is scored"""
     repeat: int
     fold: int
     sections: list[Section]
-    """Sections that know their training spots only"""
+    """Sections with their training spots only"""
     embeddings: list[NDArray[np.float32]]
     place: NDArray[np.float32]
-    """(m, d) embeddings of the places"""
+    """(m, d) embeddings of the targets"""
     xy_um: NDArray[np.float64]
-    """(m, 2) in the coordinates of their section"""
+    """(m, 2) positions in the coordinates of their section"""
     spot_index: NDArray[np.int64]
-    """(m,) training spot at the place, hidden from it; -1 for none"""
+    """(m,) training spot at the target, hidden from it; -1 for none"""
     truth: sparse.csr_matrix
     """(m, genes of the first section) log1p expression measured there"""
     rows: NDArray[np.int64]
-    """(m,) rows of the places among the spots of the section that is scored"""
+    """(m,) rows of the targets among the spots of the section that is scored"""
     ceiling: pd.Series | None = None
     """Noise ceiling of ``truth`` by gene, where the truth is not the measurement of the section"""
     parts: list[SpotParts] | None = None
     """Sub-spots of the training spots of each section"""
     measured: bool = True
-    """Whether the places are on the section that is learnt from"""
+    """Whether the targets lie on a section with training spots"""
 
 
 def trials(sections: Sequence[Measured], plan: Plan, *, rng: np.random.Generator) -> Iterator[Trial]:
-    """Lay out all trials of a plan."""
+    """Make all trials of a plan."""
     for repeat in range(plan.n_repeats):
         yield from _SPLITS[plan.split](sections, plan, repeat, rng)
 
 
 def _blocks(sections: Sequence[Measured], plan: Plan, repeat: int, rng: np.random.Generator) -> Iterator[Trial]:
     """Hold out contiguous blocks with a buffer."""
-    for one in sections:
-        section = one.section
+    for measured in sections:
+        section = measured.section
         buffer_um = _BUFFER_PITCH * section.pitch_um if plan.buffer_um is None else plan.buffer_um
         block_um = plan.block_um
         if block_um is None:
-            # four buffers wide, or buffers leave nothing; on small sections one or two blocks a fold
+            # four buffers wide, since buffers around smaller blocks leave few spots; on small sections one or two
+            # blocks a fold
             area = len(section.xy_um) * section.pitch_um**2
             block_um = min(max(4 * buffer_um, (area / plan.n_splits / 6) ** 0.5), (area / plan.n_splits / 1.5) ** 0.5)
         for split in block_splits(
             section.xy_um, n_splits=plan.n_splits, rng=rng, buffer_um=buffer_um, block_um=block_um
         ):
-            yield _within(one, split, plan, repeat)
+            yield _within(measured, split, plan, repeat)
 
 
 def _random(sections: Sequence[Measured], plan: Plan, repeat: int, rng: np.random.Generator) -> Iterator[Trial]:
     """Hold out random halves."""
-    for one in sections:
-        for split in random_splits(len(one.section.xy_px), n_splits=plan.n_splits, rng=rng):
-            yield _within(one, split, plan, repeat)
+    for measured in sections:
+        for split in random_splits(len(measured.section.xy_px), n_splits=plan.n_splits, rng=rng):
+            yield _within(measured, split, plan, repeat)
 
 
 def _lattice(sections: Sequence[Measured], plan: Plan, repeat: int, rng: np.random.Generator) -> Iterator[Trial]:
-    """Keep a regular part of the spots, and hold out those between them."""
-    for one in sections:
-        if one.section.lattice is None:
+    """Keep a regular part of the spots, and hold out the spots between them."""
+    for measured in sections:
+        if measured.section.lattice is None:
             msg = (
-                f"split='lattice': the spots of {one.section.spots_key!r} lie on no lattice, so that none can be thinned "
-                "regularly. Choose split='blocks' or 'random'."
+                f"split='lattice': the spots of {measured.section.spots_key!r} lie on no lattice, so that they cannot "
+                "be thinned regularly. Choose split='blocks' or 'random'."
             )
             raise ValueError(msg)
         n_splits = min(plan.n_splits, plan.keep)
-        for split in lattice_splits(one.section.lattice, keep=plan.keep, n_splits=n_splits, rng=rng):
-            trial = _within(one, split, plan, repeat)
-            # heads see distances in pitches: those of the array that is left
-            pitch_um = one.section.pitch_um * np.sqrt(plan.keep)
+        for split in lattice_splits(measured.section.lattice, keep=plan.keep, n_splits=n_splits, rng=rng):
+            trial = _within(measured, split, plan, repeat)
+            # heads see distances in pitches: in those of the remaining array
+            pitch_um = measured.section.pitch_um * np.sqrt(plan.keep)
             yield replace(trial, sections=[replace(trial.sections[0], pitch_um=pitch_um, lattice=None)])
 
 
-def _within(one: Measured, split: Split, plan: Plan, repeat: int) -> Trial:
-    section = one.section
+def _within(measured: Measured, split: Split, plan: Plan, repeat: int) -> Trial:
+    section = measured.section
     test = split.test
     spot_index = np.full(len(test), -1)
     if plan.protocol == "published":  # the paper scores all spots, the training spots too
@@ -151,23 +152,23 @@ def _within(one: Measured, split: Split, plan: Plan, repeat: int) -> Trial:
         spot_index = np.full(len(test), -1)
         spot_index[split.train] = np.arange(len(split.train))
     return Trial(
-        one.name,
+        measured.name,
         repeat,
         split.fold,
         [section.take(split.train)],
-        [one.embedding[split.train]],
-        one.embedding[test],
+        [measured.embedding[split.train]],
+        measured.embedding[test],
         section.xy_um[test],
         spot_index,
         section.expression[test],
         test,
-        parts=None if one.parts is None else [one.parts.take(split.train)],
+        parts=None if measured.parts is None else [measured.parts.take(split.train)],
     )
 
 
 def _sections(sections: Sequence[Measured], plan: Plan, repeat: int, rng: np.random.Generator) -> Iterator[Trial]:
-    """Hold out one section after the other: nothing is measured on it."""
-    # a gene that a section was not measured for is not zero: it can neither be learnt nor scored there
+    """Hold out one section after the other. None of its spots are in the training set."""
+    # a gene that a section was not measured for is not zero: it is neither learnt nor scored
     genes = sections[0].section.genes
     for other in sections[1:]:
         genes = genes.intersection(other.section.genes, sort=False)
@@ -196,23 +197,23 @@ def _sections(sections: Sequence[Measured], plan: Plan, repeat: int, rng: np.ran
 def _pseudo_spots(sections: Sequence[Measured], plan: Plan, repeat: int, rng: np.random.Generator) -> Iterator[Trial]:
     """Merge spots and their rings into big spots of half the counts; the other half of each spot is the truth.
 
-    With the same counts on both sides, the noise of each spot would be in its own big spot, and a copy of the big spot
-    would score well (docs/benchmarks.md).
+    With the same counts on both sides, the big spot would contain the noise of each of its spots, and a copy of the big
+    spot would score well (docs/benchmarks.md).
     """
-    for one in sections:
-        section = one.section
+    for measured in sections:
+        section = measured.section
         if section.counts is None or section.lattice is None:
             what = "raw counts (whole numbers)" if section.counts is None else "spots on a lattice"
-            msg = f"split='pseudo-spots' needs {what}, which {section.spots_key!r} has not. Choose another split."
+            msg = f"split='pseudo-spots' needs {what}, which {section.spots_key!r} does not have. Choose another split."
             raise ValueError(msg)
         for fold in range(plan.n_splits):
             group = pseudo_spots(section.lattice, rng=rng)
             half, other = thin(section.counts, rng=rng)
-            yield pseudo_trial(one, group, half, other, repeat=repeat, fold=fold)
+            yield pseudo_trial(measured, group, half, other, repeat=repeat, fold=fold)
 
 
 def pseudo_trial(
-    one: Measured,
+    measured: Measured,
     group: NDArray[np.int64],
     half: sparse.csr_matrix,
     other: sparse.csr_matrix,
@@ -221,7 +222,7 @@ def pseudo_trial(
     fold: int = 0,
 ) -> Trial:
     """Learn from big spots of one half of the counts; ``group`` (n,) is the big spot of each spot, -1 for none."""
-    section = one.section
+    section = measured.section
     members = np.flatnonzero(group >= 0)
     big = sparse.csr_matrix((np.ones(len(members)), (group[members], members)), shape=(group.max() + 1, len(group)))
     size = np.asarray(big.sum(1)).ravel()
@@ -240,26 +241,26 @@ def pseudo_trial(
         lattice=None,
     )
     return Trial(
-        one.name,
+        measured.name,
         repeat,
         fold,
         [merged],
-        [((big @ one.embedding) / size[:, None]).astype(np.float32)],
-        one.embedding[members],
+        [((big @ measured.embedding) / size[:, None]).astype(np.float32)],
+        measured.embedding[members],
         section.xy_um[members],
         np.full(len(members), -1),
         per_target_sum(truth),
         members,
         # half the counts are noisier than all of them
         pd.Series(noise_ceiling(truth[seen]), section.genes),
-        [_members(one, big)],
+        [_members(measured, big)],
     )
 
 
-def _members(one: Measured, big: sparse.csr_matrix) -> SpotParts:
-    """Spots as the parts of big spots, (n_big, n)."""
+def _members(measured: Measured, big: sparse.csr_matrix) -> SpotParts:
+    """Spots as the sub-spots of big spots; ``big`` (n_big, n) is 1 where a spot belongs to a big spot."""
     index, weight = padded(big.multiply(1 / big.sum(1)).tocsr())
-    return SpotParts(one.embedding, one.section.xy_px, index, weight.astype(np.float32))
+    return SpotParts(measured.embedding, measured.section.xy_px, index, weight.astype(np.float32))
 
 
 _SPLITS: dict[str, Callable[[Sequence[Measured], Plan, int, np.random.Generator], Iterator[Trial]]] = {
