@@ -44,10 +44,15 @@ def in_rows(tiles: Any) -> NDArray[np.uint8]:
 
 def ours(data: Any, xy_px: NDArray[np.float64], *, scale: float = 1.0) -> Iterator[Any]:
     """Batches of our reader."""
-    from histosge._image import LazyImage, tile_batches
-
-    for tiles, _ in tile_batches(LazyImage(data), xy_px, scale=scale, tile_px=TILE_PX, batch_size=64):
+    for tiles, _ in _tile_batches(data, xy_px, scale=scale):
         yield tiles
+
+
+def _tile_batches(data: Any, xy_px: NDArray[np.float64], *, scale: float) -> Iterator[tuple[Any, NDArray[np.int64]]]:
+    from histosge._image import LazyImage, batches, tile_blocks
+
+    found = tile_blocks(LazyImage(data), xy_px, scale=scale, tile_px=TILE_PX)
+    return batches(found, tile_px=TILE_PX, batch_size=64)
 
 
 def one_by_one(data: Any, xy_px: NDArray[np.float64]) -> Iterator[Any]:
@@ -190,9 +195,7 @@ def reader(options: argparse.Namespace) -> None:
 
 
 def _rows_of(data: Any, xy_px: NDArray[np.float64]) -> list[tuple[Any, NDArray[np.int64]]]:
-    from histosge._image import LazyImage, tile_batches
-
-    return [(None, rows) for _, rows in tile_batches(LazyImage(data), xy_px, scale=1.0, tile_px=TILE_PX, batch_size=64)]
+    return [(None, rows) for _, rows in _tile_batches(data, xy_px, scale=1.0)]
 
 
 # --------------------------------------------------------------------------------------------------------------- TIFF

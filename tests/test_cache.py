@@ -30,6 +30,20 @@ def root(cache_folder):
 
 
 @pytest.fixture
+def before(monkeypatch):
+    """What is called before a file is renamed or deleted, or its times are set: nothing, unless a test adds it here."""
+    calls = {}
+    for owner, name in ((Path, "rename"), (Path, "unlink"), (os, "utime")):
+
+        def call(path, *args, original=getattr(owner, name), name=name, **options):
+            calls.get(name, str)(path)
+            return original(path, *args, **options)
+
+        monkeypatch.setattr(owner, name, call)
+    return calls
+
+
+@pytest.fixture
 def details():
     with settings.override(verbosity=3):
         yield
@@ -157,18 +171,18 @@ def test_block_that_cannot_be_read_nor_removed(root, log, details):
     assert "cannot be read" in log.text
 
 
-def test_whole_or_not_at_all(root, monkeypatch):
+def test_whole_or_not_at_all(root, before):
     """An interruption in the middle of writing leaves nothing that could be taken for a block."""
     group = open_cache().group(RECIPE)
     group.put(digest(0), values())
 
-    def interrupted(path, target):
+    def interrupted(path):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            group.put(digest(1), values())
+    before["rename"] = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        group.put(digest(1), values())
+    before.clear()
     assert group.get(digest(1)) is None
     assert there(group, 2) == [0]
     assert not list(root.rglob("*.part"))
@@ -248,20 +262,17 @@ def test_processes_share_a_folder(root):
         assert group.name == MARKER or (group / "recipe.json").exists()
 
 
-def test_cleared_while_something_is_put(root, monkeypatch):
+def test_cleared_while_something_is_put(root, before):
     """The group is made again."""
     cache = open_cache()
     group = cache.group(RECIPE)
     group.put(digest(0), values())
-    rename, calls = Path.rename, []
 
-    def after_a_clear(path, target):
-        if not calls:
-            calls.append(path)
-            cache.clear()
-        return rename(path, target)
+    def clear(path):
+        before.clear()
+        cache.clear()
 
-    monkeypatch.setattr(Path, "rename", after_a_clear)
+    before["rename"] = clear
     group.put(digest(1), values(1))
     assert there(group, 2) == [1]
     assert json.loads((group.folder / "recipe.json").read_text()) == RECIPE
@@ -316,16 +327,16 @@ def test_opening_prunes_and_looking_does_not(root):
         assert there(group, 30) == list(range(21, 30))
 
 
-def test_what_cannot_be_removed_stays(root, monkeypatch):
+def test_what_cannot_be_removed_stays(root, before):
     cache = small(root, 1)
     group = cache.group(RECIPE)
     for i in range(2):
         group.put(digest(i), values(i))
 
-    def held(path, *, missing_ok=False):
+    def held(path):
         raise PermissionError(13, "in use", str(path))
 
-    monkeypatch.setattr(Path, "unlink", held)
+    before["unlink"] = held
     cache.prune()
     assert there(group, 2) == [0, 1]
 
@@ -492,19 +503,19 @@ def test_folder_that_becomes_unusable(root, log):
 
 
 @pytest.mark.parametrize("n_before", [0, 2])
-def test_full_disk(root, log, monkeypatch, n_before):
+def test_full_disk(root, log, before, n_before):
     """The run goes on, says so once, leaves nothing half, and still reads what is there."""
     group = open_cache().group(RECIPE)
     for i in range(n_before):
         group.put(digest(i), values(i))
 
-    def full(path, target):
+    def full(path):
         raise OSError(28, "No space left on device", str(path))
 
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", full)
-        for i in range(2, 5):
-            group.put(digest(i), values(i))
+    before["rename"] = full
+    for i in range(2, 5):
+        group.put(digest(i), values(i))
+    before.clear()
     assert [r.levelno for r in log.records] == [logging.WARNING]
     assert "No space left on device" in log.text
     assert there(group, 5) == list(range(n_before))
@@ -516,14 +527,14 @@ def test_full_disk(root, log, monkeypatch, n_before):
     assert len(log.records) == 1
 
 
-def test_cache_that_is_only_read(root, monkeypatch):
+def test_cache_that_is_only_read(root, before):
     group = open_cache().group(RECIPE)
     group.put(digest(0), values())
 
-    def refused(*_args, **_options):
+    def refused(path):
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(os, "utime", refused)
+    before["utime"] = refused
     np.testing.assert_array_equal(group.get(digest(0)), values())
 
 
@@ -536,8 +547,11 @@ def test_where_it_is(root, monkeypatch, tmp_path):
     with settings.override(cache_dir="x"):
         assert cache_folder() == Path.cwd() / "x"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    for unset in (lambda: monkeypatch.setenv("HISTOSGE_CACHE", ""), lambda: monkeypatch.delenv("HISTOSGE_CACHE")):
-        unset()
+    for empty in (True, False):  # conftest sets it again
+        if empty:
+            os.environ["HISTOSGE_CACHE"] = ""
+        else:
+            del os.environ["HISTOSGE_CACHE"]
         assert "histosge" in cache_folder().parts
         if os.name == "posix" and not (Path.home() / "Library").exists():
             assert cache_folder() == tmp_path / "xdg" / "histosge" / "embeddings"

@@ -564,13 +564,12 @@ def write_turned(path, number):
 
 @pytest.mark.parametrize("name", ["plain.tif", "tiles.tif", "whole.tif", "a.png", "a.jpg"])
 @pytest.mark.parametrize("number", range(1, 9))
-def test_orientation(tmp_path, log, monkeypatch, name, number):
+def test_orientation(tmp_path, log, name, number):
     path = tmp_path / name
-    if name == "whole.tif":
-        monkeypatch.setattr("histosge._readers._tiff._LARGEST_PIECE", 1000)
+    options = {"largest_piece": 1000} if name == "whole.tif" else {}
     write_turned(path, number)
     wanted, atol = upright(number), 12 if name == "a.jpg" else 0
-    lazy = open_pixels(path)
+    lazy = open_pixels(path, **options)
     same(np.moveaxis(np.asarray(lazy), 0, -1), wanted, atol=atol)
     part = pickle.loads(pickle.dumps(lazy))[:, 17:90, 40:133]
     same(np.moveaxis(np.asarray(part), 0, -1), wanted[17:90, 40:133], atol=atol)
@@ -578,11 +577,11 @@ def test_orientation(tmp_path, log, monkeypatch, name, number):
     assert orientation(path) == number
     assert ("read upright" in log.text) == (number != 1)
     log.clear()
-    same(read(path, oriented=False), atol=atol)
+    same(read(path, oriented=False, **options), atol=atol)
     assert "upright" not in log.text
 
 
-def test_orientation_behind_the_pixels(tmp_path, monkeypatch):
+def test_orientation_behind_the_pixels(tmp_path):
     """A PNG may say it last; without it, nothing is decoded for a size."""
     write_turned(tmp_path / "a.png", 6)
     png = (tmp_path / "a.png").read_bytes()
@@ -591,8 +590,11 @@ def test_orientation_behind_the_pixels(tmp_path, monkeypatch):
     (tmp_path / "b.png").write_bytes(png[:start] + png[end:-12] + png[start:end] + png[-12:])
     assert image_size(tmp_path / "b.png") == (HIGH, WIDE)
     same(read(tmp_path / "b.png"), upright(6))
-    (tmp_path / "c.png").write_bytes(png[:start] + png[end:])
-    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda *_: pytest.fail("decoded"))
+    plain = png[:start] + png[end:]
+    pixels = plain.index(b"IDAT") + 4
+    (tmp_path / "c.png").write_bytes(plain[:pixels] + bytes(500) + plain[pixels + 500 :])  # which cannot be decoded
+    with pytest.raises(OSError, match="broken"):
+        Image.open(tmp_path / "c.png").load()
     assert image_size(tmp_path / "c.png") == (WIDE, HIGH)
 
 

@@ -286,10 +286,9 @@ def test_tiffs_are_read_in_pieces(tmp_path, kind):
     np.testing.assert_array_equal(again[:, 5:70, 1000:1100], np.moveaxis(PIXELS[5:70, 1000:1100], -1, 0))
 
 
-def test_one_large_piece_is_read_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("histosge._readers._tiff._LARGEST_PIECE", 1000)
+def test_one_large_piece_is_read_once(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", PIXELS, photometric="rgb", compression="zlib", rowsperstrip=300)
-    lazy = open_pixels(tmp_path / "a.tif")
+    lazy = open_pixels(tmp_path / "a.tif", largest_piece=1000)
     (tmp_path / "a.tif").unlink()
     np.testing.assert_array_equal(lazy.compute(), np.moveaxis(PIXELS, -1, 0))
 

@@ -221,31 +221,35 @@ def test_held_out_scores_are_blockwise(section, embedding, head, n_folds):
     assert model.info["split"].startswith(f"blocks, {n_folds} folds")
 
 
-@pytest.fixture
-def folds(monkeypatch):
-    """Folds as they were dealt."""
-    dealt = []
+def folds_of(section, embedding):
+    """Which of three folds each spot is in, by the spots that a head of each fold is given."""
+    given = []
 
-    def deal(*args, **kwargs):
-        dealt.append(block_folds(*args, **kwargs))
-        return dealt[-1]
+    class Given(get_head("mean")):
+        name = "given"
 
-    monkeypatch.setattr(_fitting, "block_folds", deal)
-    return dealt
+        def fit(self, spots, **options):
+            given.append({(int(number), *xy) for number, xy in zip(spots.section, spots.xy_um.tolist(), strict=True)})
+            return super().fit(spots, **options)
+
+    model = fit(section, embedding, n_folds=3, head=Given)
+    every = [(int(number), *xy) for number, xy in zip(model.spots.section, model.spots.xy_um.tolist(), strict=True)]
+    left_out = [set(every) - spots for spots in given if len(spots) < len(every)]
+    assert len(left_out) == 3
+    assert sum(map(len, left_out)) == len(every) == len(set().union(*left_out))
+    return np.array([next(i for i, spots in enumerate(left_out) if spot in spots) for spot in every])
 
 
-def test_folds_are_contiguous(section, embedding, folds):
-    fit(section, embedding, n_folds=3)
-    (fold,) = folds
+def test_folds_are_contiguous(section, embedding):
+    fold = folds_of(section, embedding)
     index, _, _ = nearest_spots(section.xy_um, section.xy_um, k=1, exclude=np.arange(len(fold)))
     assert np.mean(fold[index[:, 0]] == fold) > 0.6  # at random, a third
     assert np.bincount(fold).min() > 0.5 * len(fold) / 3
 
 
-def test_folds_of_two_sections_are_contiguous_in_each(section, other, embedding, folds):
+def test_folds_of_two_sections_are_contiguous_in_each(section, other, embedding):
     """Each section has blocks of its own; folds hold spots of both."""
-    fit([section, other], [embedding, embedding], n_folds=3)
-    (fold,) = folds
+    fold = folds_of([section, other], [embedding, embedding])
     n = len(embedding)
     index, _, _ = nearest_spots(section.xy_um, section.xy_um, k=1, exclude=np.arange(n))
     for part in (fold[:n], fold[n:]):

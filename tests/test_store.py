@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import shutil
@@ -444,9 +445,9 @@ def test_incomplete(tmp_path, made):
         store.finish()
 
 
-def test_relative_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_relative_path(tmp_path):
     table, shapes = whole(30)
-    store = fill(begun(opened("new/out.zarr", n=30), table, shapes), table)
-    assert store.finish() == Path("new/out.zarr")
-    assert [p.name for p in Path("new").iterdir()] == ["out.zarr"]
+    with contextlib.chdir(tmp_path):
+        store = fill(begun(opened("new/out.zarr", n=30), table, shapes), table)
+        assert store.finish() == Path("new/out.zarr")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["out.zarr"]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from histosge._image import Block, LazyImage, batches, blocks, cut, prefetch, tile_batches, tile_blocks
+from histosge._image import Block, LazyImage, batches, blocks, cut, prefetch, tile_blocks
 
 properties = settings(deadline=None, max_examples=25)
 
@@ -149,6 +149,10 @@ def test_blocks_are_read_lazily_and_once():
 
 
 # -------------------------------------------------------------------------------------------------------- tiles
+
+
+def tile_batches(image, xy, *, scale, tile_px, batch_size):
+    return batches(tile_blocks(image, xy, scale=scale, tile_px=tile_px), tile_px=tile_px, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("tile_px", [4, 5, 16])

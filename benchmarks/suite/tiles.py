@@ -50,7 +50,7 @@ class Tiles:
     track_tiles_per_second.unit = "tiles/s"  # type: ignore[attr-defined]
 
     def _read(self, scale: float) -> int:
-        from histosge._image import LazyImage, tile_batches
+        from histosge._image import LazyImage, batches, tile_blocks
 
-        batches = tile_batches(LazyImage(self.data), self.xy_px, scale=scale, tile_px=224, batch_size=64)
-        return sum(len(tiles) for tiles, _ in batches)
+        found = tile_blocks(LazyImage(self.data), self.xy_px, scale=scale, tile_px=224)
+        return sum(len(tiles) for tiles, _ in batches(found, tile_px=224, batch_size=64))

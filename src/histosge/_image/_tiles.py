@@ -194,13 +194,6 @@ def batches(
     return prefetch(filled(), depth=_AHEAD)
 
 
-def tile_batches(
-    image: LazyImage, xy_px: NDArray[np.float64], *, scale: float, tile_px: int, batch_size: int
-) -> Iterator[tuple[UInt8, NDArray[np.int64]]]:
-    """Cut a tile around each position of an image, as :func:`batches` does."""
-    return batches(tile_blocks(image, xy_px, scale=scale, tile_px=tile_px), tile_px=tile_px, batch_size=batch_size)
-
-
 def tile_blocks(image: LazyImage, xy_px: NDArray[np.float64], *, scale: float, tile_px: int) -> Iterator[Block]:
     """Read the blocks that tiles are cut from."""
     # a block holds some hundred tiles at Visium pitch and 15 MB of pixels

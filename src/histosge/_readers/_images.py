@@ -11,7 +11,7 @@ import numpy as np
 from histosge._image import ImageError, Samples, bits, largest, spread, white_value
 from histosge._readers._orientation import Turn
 from histosge._readers._parts import not_rgb, valid_name
-from histosge._readers._tiff import open_tiff, tiff_orientation, tiff_size
+from histosge._readers._tiff import LARGEST_PIECE, open_tiff, tiff_orientation, tiff_size
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -87,14 +87,17 @@ def orientation(path: Path) -> int:
             return _exif_orientation(picture, path)
 
 
-def open_pixels(path: Path, *, oriented: bool = True) -> da.Array:
+def open_pixels(path: Path, *, oriented: bool = True, largest_piece: int = LARGEST_PIECE) -> da.Array:
     """Open an image as RGB of 8 bits, (3, y, x): a TIFF lazily in pieces, other formats at once.
 
-    ``oriented`` follows its tag of orientation, as viewers do; else pixels are as they are stored.
+    ``oriented`` follows its tag of orientation, as viewers do; else pixels are as they are stored. A TIFF compressed in
+    pieces of more than ``largest_piece`` bytes is read at once as well.
     """
     with _named(path):
-        opened = open_tiff if _kind(path) == "TIFF" else _open_picture
-        pixels = opened(path, oriented=oriented)
+        if _kind(path) == "TIFF":
+            pixels = open_tiff(path, oriented=oriented, largest_piece=largest_piece)
+        else:
+            pixels = _open_picture(path, oriented=oriented)
     stored = orientation(path) if oriented else 1
     if stored != 1:
         logger.info("%s is stored %s (orientation %d): read upright", path, Turn(stored).words, stored)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import dask.array as da
 
 _CHUNK_PX = 1024
-_LARGEST_PIECE = 2**28
+LARGEST_PIECE = 2**28
 """Bytes. TIFFs compressed in larger pieces are read once, whole."""
 
 
@@ -51,7 +51,7 @@ def tiff_orientation(path: Path) -> int:
         return orientation_of(file.series[slide_number(file, path)].keyframe)
 
 
-def open_tiff(path: Path, *, oriented: bool) -> da.Array:
+def open_tiff(path: Path, *, oriented: bool, largest_piece: int) -> da.Array:
     """Open the slide of a TIFF as RGB of 8 bits, (3, y, x), read in pieces when they are asked for."""
     import tifffile
     import zarr
@@ -81,7 +81,7 @@ def open_tiff(path: Path, *, oriented: bool) -> da.Array:
             jpeg_of_ycbcr=jpeg_of_ycbcr,
         )
         samples, unnamed = samples_of(page, names, raw.stored[0], path)
-        if not mapped and high * wide * raw.stored[0] * series.dtype.itemsize > _LARGEST_PIECE:
+        if not mapped and high * wide * raw.stored[0] * series.dtype.itemsize > largest_piece:
             raw = replace(raw, whole=series.asarray(level=0).transpose(order))
     if mapped or raw.whole is not None:
         high, wide = _CHUNK_PX, _CHUNK_PX
