@@ -435,6 +435,14 @@ def test_parts_that_do_not_fit(tmp_path, made, part, change, message):
     assert store.done == opened(store.path).done == set()
 
 
+def test_a_part_is_written_once(tmp_path, made):
+    table, shapes = made
+    store = fill(begun(opened(tmp_path / "out.zarr"), table, shapes), table, parts=[1])
+    for again in (store, opened(tmp_path / "out.zarr")):
+        with pytest.raises(ValueError, match=r"part=1 is on disk already; write only parts that are not in `done`"):
+            fill(again, table, parts=[1])
+
+
 def test_incomplete(tmp_path, made):
     table, shapes = made
     store = opened(tmp_path / "out.zarr")

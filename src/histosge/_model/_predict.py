@@ -277,9 +277,11 @@ def write_parts(
         # a part is written while the next one is predicted; no more than one waits, since it may take half a gigabyte
         with ThreadPoolExecutor(1) as writer:
             written: Future[None] | None = None
+            n_predicted = 0
             for part in range(store.n_parts):
                 if part in finished:
                     continue
+                n_predicted += 1
                 matrices = predictor.matrices(order[store.rows(part)], forecast=forecast)
                 if written is not None:
                     written.result()
@@ -287,7 +289,7 @@ def write_parts(
                 del matrices  # only the writer holds it now: freed when it is written
             if written is not None:
                 written.result()
-    logger.info("    predicted %d of %d parts (%.0f s)", store.n_parts - len(finished), store.n_parts, time() - start)
+    logger.info("    predicted %d of %d parts (%.0f s)", n_predicted, store.n_parts, time() - start)
     return store.finish()
 
 

@@ -159,6 +159,9 @@ class TableStore:
 
     def write(self, part: int, matrices: dict[str, NDArray[np.float32]]) -> None:
         """Write the rows of a part: all matrices that the store was begun with, by name."""
+        if part in self.done:
+            msg = f"part={part} is on disk already; write only parts that are not in `done`."
+            raise ValueError(msg)
         rows = self.rows(part)
         n = rows.stop - rows.start
         found = {key: f"{values.dtype} {values.shape}" for key, values in matrices.items()}
