@@ -294,7 +294,7 @@ def _warn_of_image_only() -> None:
     )
     logger.warning(
         "no prediction intervals: nothing was measured on this section to calibrate them on, and those of the model would be "
-        "too narrow (on the section of another patient, intervals of 90 %% held about 41 %% of the measurements)"
+        "too narrow (on the section of another patient, intervals of 90 % held about 41 % of the measurements)"
     )
 
 
