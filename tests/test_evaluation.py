@@ -217,15 +217,13 @@ def test_cross_fit_passes_options_on():
     assert both.heads[1][1].n_neighbours == 4
 
 
-def test_unknown_heads_are_refused_before_anything_is_fitted(monkeypatch):
+def test_unknown_heads_are_refused_before_anything_is_fitted():
+    """The first of them cannot even be made."""
     s, fold = noise_spots()
-
-    def never(*_, **__):
-        pytest.fail("was fitted")
-
-    monkeypatch.setattr(get_head("mean"), "fit", never)
+    with pytest.raises(ValueError, match="head 'nearest' has no option 'typo'"):
+        fit(s, "nearest+ridge", fold, options={"nearest": {"typo": 1}})
     with pytest.raises(ValueError, match="head='rigde' is unknown"):
-        fit(s, "mean+rigde", fold)
+        fit(s, "nearest+rigde", fold, options={"nearest": {"typo": 1}})
 
 
 # ------------------------------------------------------------------------------------------------------- scores

@@ -60,27 +60,6 @@ def refuses(sdata, match, error=ValueError, call=None, **kwargs):
     return str(told.value)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _texture_once():
-    """The built-in encoder gives the same for the same places of the same image: compute it once for all tests."""
-    from histosge._embedding import _embedder
-
-    known = {}
-    real = _embedder.embed
-
-    def embed(image, xy_px, *, mpp, encoder, progress, **kwargs):
-        key = (getattr(image.data, "name", id(image.data)), xy_px.tobytes(), mpp)
-        if encoder.spec.name != "stain-texture" or progress is not None:
-            return real(image, xy_px, mpp=mpp, encoder=encoder, progress=progress, **kwargs)
-        if key not in known:
-            known[key] = real(image, xy_px, mpp=mpp, encoder=encoder, progress=progress, **kwargs)
-        return known[key].copy()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_embedder, "embed", embed)
-        yield
-
-
 @pytest.fixture(autouse=True)
 def _one_thread():
     """scanpy's neighbours set torch's threads to all cores, which other tests run on."""
@@ -1019,19 +998,18 @@ def test_embed_any_shapes(cells):
 
 
 @pytest.fixture
-def count_embeddings(monkeypatch):
-    """How many places were embedded, call by call."""
-    from histosge._embedding import _embedder
+def count_embeddings():
+    """How many places were embedded, call by call, as the log says."""
+    logger, calls = logging.getLogger("histosge"), []
 
-    calls = []
-    real = _embedder.embed
+    def count(record):
+        if found := re.match(r"embedding (\d+) places with ", record.getMessage()):
+            calls.append(int(found[1]))
+        return True
 
-    def embed(image, xy_px, **kwargs):
-        calls.append(len(xy_px))
-        return real(image, xy_px, **kwargs)
-
-    monkeypatch.setattr(_embedder, "embed", embed)
-    return calls
+    logger.addFilter(count)
+    yield calls
+    logger.removeFilter(count)
 
 
 def test_every_place_is_embedded_once(sdata, count_embeddings):
@@ -1231,11 +1209,8 @@ def test_coarse_image(sdata):
         assert "'stain-texture'" in told
 
 
-def test_no_network(tmp_path, monkeypatch):
+def test_no_network():
     """The default encoder is not there and cannot be fetched: an error, not another encoder."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     sdata = fine_section()
     told = refuses(sdata, "'midnight' are not in the hub's cache", RuntimeError)
     assert "weights=" in told
