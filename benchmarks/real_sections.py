@@ -54,7 +54,7 @@ def whole_path(name: str) -> None:
     picture = OUT / f"{name.replace('/', '_')}.png"
     axes[0, 0].figure.savefig(picture, dpi=90)
     made = table.uns["histosge"]
-    print(f"\n{name}: {table.n_obs} places x {table.n_vars} genes, {table.obs['leiden'].nunique()} domains")
+    print(f"\n{name}: {table.n_obs} targets x {table.n_vars} genes, {table.obs['leiden'].nunique()} domains")
     print(f"  predict {predicted - loaded:.1f} s, pca to leiden {clustered - predicted:.1f} s, ", end="")
     print(f"write and read back identical {written - clustered:.1f} s, all {time() - start:.1f} s")
     print(f"  peak memory {peak:.2f} GiB, of which {base:.2f} GiB before predict (libraries and the image)")

@@ -33,7 +33,7 @@ def main() -> None:
         seconds.append(perf_counter() - start)
     table = sdata["histosge"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{options.section}, {options.head}: {table.n_obs} places x {table.n_vars} genes after embedding, ", end="")
+    print(f"{options.section}, {options.head}: {table.n_obs} targets x {table.n_vars} genes after embedding, ", end="")
     print(f"median {np.median(seconds):.1f} s of {sorted(round(s, 1) for s in seconds)}, peak memory {peak:.2f} GiB")
 
 

@@ -654,11 +654,14 @@ def nothing_embedded(log):
         ({"split": "sections"}, r"split='sections' leaves one section out, and there is only one: pass a list"),
         (
             {"protocol": "published", "split": "pseudo-spots"},
-            r"protocol='published' scores the spots trained on, which split='pseudo-spots' has not\. Choose split='random'",
+            r"protocol='published' scores training spots, which split='pseudo-spots' does not have\. Choose split='random'",
         ),
-        ({"labels": "domain", "split": "random"}, r"labels='domain' need every spot predicted once .* split='blocks'"),
+        (
+            {"labels": "domain", "split": "random"},
+            r"labels='domain' need held-out predictions of all spots.* split='blocks'",
+        ),
         ({"labels": "domain", "protocol": "published"}, r"labels='domain' need .* protocol='held-out'"),
-        ({"labels": "nothing"}, r"labels='nothing' holds no value at any spot of \['spots'\]\. Name a column that"),
+        ({"labels": "nothing"}, r"labels='nothing' has no value at any spot of \['spots'\]\. Name a column that"),
         ({"heads": []}, r"heads=\[\]: name at least one head, each once"),
         ({"heads": ["mean", "mean"]}, r"heads=\['mean', 'mean'\]: name at least one head, each once"),
         ({"heads": ["rigde"]}, r"head='rigde' is unknown\. Did you mean 'ridge'\?"),
@@ -688,7 +691,7 @@ def test_refused_before_anything_is_embedded(ready, wrong, match):
 @pytest.mark.parametrize("head", ["nearest", "coordinates", "ridge+nearest"])
 @pytest.mark.usefixtures("nothing_embedded")
 def test_heads_that_know_positions_only_are_refused_across_sections(ready, second, head):
-    match = rf"heads \['{head.replace('+', '[+]')}'\] know positions only, and split='sections' measures nothing .*\. Leave them out"
+    match = rf"heads \['{head.replace('+', '[+]')}'\] know positions only, and with split='sections' nothing is measured on .*\. Leave them out"
     with pytest.raises(ValueError, match=match):
         score([ready, second], split="sections", heads=["ridge", head])
 

@@ -640,7 +640,7 @@ def test_intervals_do_not_replace_layers_of_the_user(predicted, log):
 def test_intervals_that_do_not_fit_in_memory(predicted):
     with sge.settings.override(memory_gb=1e-5):
         refuses(
-            predicted, r"the intervals of table 'histosge' take .* GiB of memory are free\. Ask for some genes",
+            predicted, r"the intervals of table 'histosge' take .* GiB of memory are free\. Compute them for some genes",
             error=MemoryError, call=sge.tl.intervals,
         )  # fmt: skip
         lazy = predicted.tables[KEY].copy()
@@ -1350,7 +1350,7 @@ def test_every_step_is_told(sdata, log):
         "added ",
     ):
         assert any(t.startswith(start) for t in told), start
-    assert re.search(r"added \d+ places x 20 genes to sdata\.tables\['histosge'\]", told[-1])
+    assert re.search(r"added \d+ targets x 20 genes to sdata\.tables\['histosge'\]", told[-1])
 
 
 def test_progress_bars(sdata, capsys):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.floating]
 
 _METHOD = "histosge.tl.domains"
-"""Marks in ``uns`` what may be replaced: it was written here."""
+"""Marks an entry of ``uns`` that was written here and may be replaced."""
 
 
 def domains(
@@ -41,8 +41,8 @@ def domains(
 ) -> pd.Series | None:
     """Find spatial domains: principal components, neighbours in expression and in space, one leiden clustering.
 
-    Nothing here that scanpy cannot do by hand; ``spatial_weight=0`` is ``sc.pp.pca``, ``sc.pp.neighbors`` (with
-    ``use_rep="X_pca"``) and ``sc.tl.leiden`` on a copy. One seed, one clustering: no label is looked at, and none of several results is chosen.
+    With ``spatial_weight=0`` it is ``sc.pp.pca``, ``sc.pp.neighbors`` (with ``use_rep="X_pca"``) and ``sc.tl.leiden``
+    on a copy. A seed gives one clustering: no label is read, and no result is chosen among several.
 
     Parameters
     ----------
@@ -55,17 +55,17 @@ def domains(
     resolution
         Larger gives more domains. With ``n_domains`` the search starts here.
     n_domains
-        Number of domains to find: the resolution is searched for, in at most 20 runs of leiden.
+        Number of domains to find. Their resolution is searched for in at most 20 runs of leiden.
     n_pcs
         Principal components of the expression.
     n_neighbours
-        Places that each is joined to by expression, itself among them, as in scanpy.
+        Nearest neighbours in expression of each location, including itself, as in scanpy.
     spatial_weight
-        Share of all edge weight that joins places lying side by side, 0 to 1. Larger gives smoother domains.
+        Share of the edges between neighbours in space in all edge weight, 0 to 1. Larger gives smoother domains.
     rng
         Seed. The same seed gives the same domains on the same machine.
     inplace
-        Write into the table, or return the column and write nothing.
+        Whether to write into the table, or to return the column and write nothing.
 
     Returns
     -------
@@ -74,21 +74,21 @@ def domains(
     ``obs["{key_added}"]``
         (n,) categorical: ``"0"`` the largest domain, ``"1"`` the next, ...
     ``uns["{key_added}"]["params"]``
-        Strings and numbers: every setting, and the resolution that was used.
+        Strings and numbers: all settings, and the resolution that was used.
 
     Raises
     ------
     KeyError
         Where there is no table ``key``, or no ``obsm["spatial"]`` with ``spatial_weight`` above 0.
     ValueError
-        Where an argument is out of range, the values are raw counts, or ``key_added`` is taken by something that this
-        function did not write. The table is then as it was.
+        Where an argument is out of range, the values are raw counts, or this function did not write an existing
+        ``key_added``. The table is then unchanged.
 
     Notes
     -----
-    Genes are those of ``var["highly_variable"]`` where the table has it. In space a place is joined to its 6 nearest
-    and to all others as near; that graph is scaled to the total weight of the other before the two are added. A table
-    of no more genes than ``n_pcs`` is used without principal components.
+    Genes are those of ``var["highly_variable"]`` where the table has it. The graph in space joins each location to its
+    6 nearest ones, and to any others at the same distance. It is scaled to the total weight of the graph in expression
+    before the two are added. A table with at most ``n_pcs`` genes is used without principal components.
 
     See Also
     --------
@@ -147,7 +147,7 @@ def domains(
         }
     }
     logger.info(
-        "added obs[%r] to %s: %d domains of %d places (resolution %.4g)", key_added, name, n_found, table.n_obs, used
+        "added obs[%r] to %s: %d domains of %d locations (resolution %.4g)", key_added, name, n_found, table.n_obs, used
     )
     return None
 
@@ -174,11 +174,11 @@ def _check_arguments(
     if not 2 <= n_neighbours < n:
         msg = (
             f"n_neighbours={n_neighbours!r} must be at least 2 and fewer than the {n} rows of the table. "
-            "Lower it, or pass a table with more places."
+            "Lower it, or pass a table with more locations."
         )
         raise ValueError(msg)
     if n_domains is not None and not 2 <= n_domains <= n:
-        msg = f"n_domains={n_domains!r} must lie between 2 and the number of places, {n}; None follows resolution=."
+        msg = f"n_domains={n_domains!r} must lie between 2 and the number of locations, {n}; None follows resolution=."
         raise ValueError(msg)
     if not isinstance(rng, int | np.integer) or rng < 0:
         msg = f"rng={rng!r} must be a whole number, 0 or above: leiden takes a seed and no generator."
@@ -186,12 +186,12 @@ def _check_arguments(
 
 
 def _check_free(table: AnnData, key_added: str, name: str) -> None:
-    """Nothing of the user's is ever replaced."""
+    """Raise where ``key_added`` would replace something of the user's."""
     _keys.check("key_added", key_added)
     written = table.uns.get(key_added)
     params = written.get("params") if isinstance(written, Mapping) else None
     ours = isinstance(params, Mapping) and params.get("method") == _METHOD
-    # SpatialData tells names apart by no case
+    # SpatialData ignores the case of names
     taken = [
         f"{where}[{found!r}]"
         for where, names in (("obs", table.obs.columns), ("uns", table.uns))
@@ -200,14 +200,14 @@ def _check_free(table: AnnData, key_added: str, name: str) -> None:
     ]
     if taken:
         msg = (
-            f"key_added={key_added!r}: {name} holds {' and '.join(taken)} already, which `sge.tl.domains` did not write; "
-            "choose another name, or remove it first."
+            f"key_added={key_added!r}: {name} holds {' and '.join(taken)} already, which `sge.tl.domains` did not "
+            "write; choose another name, or remove it first."
         )
         raise ValueError(msg)
 
 
 def _expression(table: AnnData, name: str) -> Floats | sparse.csr_matrix:
-    """Values of the genes to use, dense or sparse float32; refuse what are no logarithms."""
+    """Return the values of the genes to use, dense or sparse float32; raise where they are no logarithms."""
     if table.X is None or table.n_vars == 0:
         msg = f"{name} has no expression in X: pass one that `sge.tl.predict` wrote, or log-normalised expression."
         raise ValueError(msg)
@@ -215,12 +215,15 @@ def _expression(table: AnnData, name: str) -> Floats | sparse.csr_matrix:
     log_left_out(kinds.dropna(), level=logging.INFO)
     used = kinds.isna().to_numpy()
     if "highly_variable" in table.var:
-        used = used & table.var["highly_variable"].isin([True]).to_numpy()  # pandas' arrays are read-only
+        used = used & table.var["highly_variable"].isin([True]).to_numpy()  # arrays of pandas are read-only
         if not used.any():
             msg = f"var['highly_variable'] of {name} marks no gene. Mark some, or delete the column to use all genes."
             raise ValueError(msg)
     if not used.any():
-        msg = f"{name} holds no gene expression: its var says so of all features. Pass a table of genes, or delete that column of var."
+        msg = (
+            f"{name} holds no gene expression: its var says so of all features. Pass a table of genes, or delete that "
+            "column of var."
+        )
         raise ValueError(msg)
     if not used.all():
         values = values[:, np.flatnonzero(used)]
@@ -237,7 +240,7 @@ def _expression(table: AnnData, name: str) -> Floats | sparse.csr_matrix:
         raise ValueError(msg)
     low, high = found.min(axis=0), found.max(axis=0)
     if not np.any((high - low).toarray() if sparse.issparse(low) else high - low):
-        msg = f"no gene of {name} varies between places: there are no domains to find."
+        msg = f"no gene of {name} varies between locations: there are no domains to find."
         raise ValueError(msg)
     if np.all(stored == np.rint(stored)):
         msg = (
@@ -249,10 +252,10 @@ def _expression(table: AnnData, name: str) -> Floats | sparse.csr_matrix:
 
 
 def _places(table: AnnData, name: str) -> Floats:
-    """Where the rows lie: (n, 2)."""
+    """Return the positions of the rows, (n, 2)."""
     if "spatial" not in table.obsm:
         msg = (
-            f"{name} has no obsm['spatial'], only {list(table.obsm)}: write the places (x, y) there, "
+            f"{name} has no obsm['spatial'], only {list(table.obsm)}: write the locations (x, y) there, "
             "or pass spatial_weight=0 for expression alone."
         )
         raise KeyError(msg)
@@ -266,7 +269,7 @@ def _places(table: AnnData, name: str) -> Floats:
     regions = np.atleast_1d(table.uns.get("spatialdata_attrs", {}).get("region", []))
     if len(regions) > 1:
         msg = (
-            f"{name} annotates several regions {list(map(str, regions))}, whose places may lie on top of each other. "
+            f"{name} annotates several regions {list(map(str, regions))}, whose locations may overlap. "
             "Pass one section at a time, or spatial_weight=0."
         )
         raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""Embed places of the image."""
+"""Embed spots or targets."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def embed(
     inplace: bool = True,
     **options: Unpack[EmbedOptions],
 ) -> AnnData | None:
-    """Embed places of the H&E image with a pathology image large model.
+    """Embed spots or targets from the H&E image with a pathology image large model.
 
-    Each place is the centre of a tile at the physical scale that the encoder was trained at. The image is read block by
+    Each is the centre of a tile at the physical scale that the encoder was trained at. The image is read block by
     block, so memory does not grow with its size. Embeddings of tile encoders are kept on disk (``settings.cache_dir``,
     ``settings.cache_gb``): a second run reads them, and an interrupted run continues.
 
@@ -39,27 +39,27 @@ def embed(
         Shapes to embed. ``None`` takes the measured spots.
     encoder, tile_um
     dense
-        Embed the area of each place, from the encoder's tokens, together with the surroundings of its centre, instead of
-        the tile around its centre.
+        Whether to embed the area of each shape, from the encoder's tokens, together with the surroundings of its
+        centre, instead of the tile around its centre.
     image_key, spots_key, table_key, layer, coordinate_system, mpp
     device, batch_size, progress
     inplace
-        Write into ``sdata``, or return the table.
+        Whether to write into ``sdata``, or to return the table.
 
     Returns
     -------
     ``None``, or with ``inplace=False`` the table. Written:
 
     ``sdata.tables["{target}_{encoder}"]``
-        Annotates the target shapes, one row each, with ``obsm["X_{encoder}"]`` (n, d) float32 embeddings
-        (of tile encoders rounded to half precision, unless ``settings.precision`` is ``"float32"``),
+        Annotates the shapes, one row each, with ``obsm["X_{encoder}"]`` (n, d) float32 embeddings
+        (tile encoders round to half precision, unless ``settings.precision`` is ``"float32"``),
         ``obsm["spatial"]`` (n, 2) float64 (x, y) in pixels of the image, and ``uns["histosge"]``
         provenance, with the arguments of the call in ``params``.
 
     Raises
     ------
     KeyError
-        Where a key or layer that is named is not in ``sdata``.
+        Where ``sdata`` lacks a named key or layer.
     ValueError
         Where the section cannot be read, the encoder is unknown, or the image is too coarse for it.
     RuntimeError

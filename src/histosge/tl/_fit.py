@@ -32,10 +32,10 @@ def fit(
     """Train a head on the measured spots of one or more sections.
 
     The spots are split into folds of contiguous blocks. For each fold a head is trained on the other folds, with early
-    stopping on some of their spots, and predicts the fold that it never saw. The scores are held-out, next to those of
-    ridge regression and inverse-distance interpolation on the same folds; prediction intervals are calibrated on the same
-    predictions. The model is the mean of the networks of all folds; heads that are no networks are fitted once more, on
-    all spots. Genes are chosen, and everything is scaled, inside the training spots of each fold.
+    stopping on some of their spots, and predicts the held-out fold. These predictions are scored, next to those of
+    ridge regression and inverse-distance interpolation on the same folds, and prediction intervals are calibrated on
+    them. The model is the mean of the networks of all folds; a head without a network is fitted once more, on all
+    spots. Genes and scalings are chosen on the training spots of each fold.
 
     Parameters
     ----------
@@ -43,31 +43,31 @@ def fit(
         Section with an H&E image and measured spots, or a list of sections.
     encoder
     head
-        ``"in-context"`` (attention over measured neighbours), ``"aggregate"`` (the same, learnt through the mean of each
-        spot's parts), ``"kriging"`` (Gaussian process on position and image), ``"published"`` (the paper's network,
-        repaired), ``"ridge"``, ``"coordinates"``, ``"nearest"`` or ``"mean"``; names joined by ``+`` for their mean.
-        Or a head of your own, see :class:`histosge.Head`. ``None`` takes ``"in-context+kriging"``, or
+        ``"in-context"`` (attention over measured neighbours), ``"aggregate"`` (the same, learnt through the mean of
+        each spot's sub-spots), ``"kriging"`` (Gaussian process on position and image), ``"published"`` (the paper's
+        network, corrected), ``"ridge"``, ``"coordinates"``, ``"nearest"`` or ``"mean"``; names joined by ``+`` for
+        their mean. Or a head of your own, see :class:`histosge.Head`. ``None`` takes ``"in-context+kriging"``, or
         ``"aggregate+kriging"`` where ``dense``.
     genes, tile_um
     dense
-        Embed the area of a spot, from the encoder's tokens, instead of the tile around its centre: for models that predict
-        bins and cells.
+        Whether to embed the area of a spot, from the encoder's tokens, instead of the tile around its centre: for
+        models that predict bins and cells.
     n_folds
     head_options
-        Arguments of the head, for example ``{"n_neighbours": 30}``; of several heads, by name, for example
+        Arguments of the head, for example ``{"n_neighbours": 30}``; for joined heads by name, for example
         ``{"in-context": {"n_neighbours": 30}}``.
     image_key, spots_key, table_key, layer, coordinate_system, mpp
     device, batch_size, rng, progress
 
     Returns
     -------
-    The model, with held-out scores in ``model.scores`` and ``model.held_out``, and the losses of heads that are trained in
-    epochs in ``model.training``. It holds the spots that it learnt from. Nothing is written into ``sdata``.
+    The model, with held-out scores in ``model.scores`` and ``model.held_out``. The losses of heads that are trained in
+    epochs are in ``model.training``. It includes the spots that it learnt from. Nothing is written into ``sdata``.
 
     Raises
     ------
     KeyError
-        Where a key or layer that is named is not in a section.
+        Where a section lacks a named key or layer.
     ValueError
         Where a section cannot be read, or a head, gene or encoder is unknown.
     RuntimeError
@@ -81,15 +81,15 @@ def fit(
     >>> sorted(model.held_out)
     ['nearest', 'ridge']
     """
-    several = list(sdata) if isinstance(sdata, Sequence) else [sdata]
-    if not several:
+    sdatas = list(sdata) if isinstance(sdata, Sequence) else [sdata]
+    if not sdatas:
         msg = "sdata is an empty list: pass at least one section."
         raise ValueError(msg)
     encoder, tile_um = options["encoder"], options["tile_um"]
     genes, n_folds = options["genes"], options["n_folds"]
     run = pick(options, Running)
-    where = resolve_device(run["device"])
-    sections = [read_section(one, **pick(options, Reading)) for one in several]
+    torch_device = resolve_device(run["device"])
+    sections = [read_section(each, **pick(options, Reading)) for each in sdatas]
     head = default_head(dense=dense) if head is None else head
     check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, head_options=head_options)
     values, parts = [], []
@@ -111,7 +111,7 @@ def fit(
         genes=genes,
         n_folds=n_folds,
         rng=np.random.default_rng(options["rng"]),
-        device=where,
+        device=torch_device,
         head_options=head_options,
         progress=run["progress"],
     )

@@ -28,22 +28,22 @@ def intervals(
 ) -> AnnData | None:
     """Compute prediction intervals of a predicted table, at any level.
 
-    :func:`histosge.tl.predict` writes ``X`` and some numbers a gene, which the intervals of all levels are computed from.
-    This function writes them as layers, for those who need them; plots and the report compute what they draw.
+    :func:`histosge.tl.predict` writes ``X`` and some numbers for each gene, from which intervals of all levels are
+    computed. This function writes the intervals as layers. Plots and the report do not need the layers.
 
     Parameters
     ----------
     data
         Section with a table that :func:`histosge.tl.predict` wrote, or the table itself. The table may be lazy.
     level
-        Target coverage of the intervals: the share of measurements at spot scale that they hold. Whole per cents from 0.01 to
-        0.99, 0.995 and 0.999; of another number the next higher level is used, and the log says so.
+        Target coverage: the share of measurements at spot scale that lie in the intervals. Whole per cents from 0.01 to
+        0.99, 0.995 and 0.999; for another number the next higher level is used and logged.
     genes
-        Genes to compute the intervals of. ``None`` takes all.
+        Genes whose intervals are computed. ``None`` takes all.
     key
         Table in ``data.tables``; not used for an ``AnnData``.
     inplace
-        Write into the table, or return a table of ``genes`` and write nothing.
+        Whether to write into the table, or to return a table of ``genes`` and write nothing.
 
     Returns
     -------
@@ -56,8 +56,8 @@ def intervals(
     ``uns["histosge"]["intervals"]["level"]``
         The level of these layers.
 
-    Layers have the shape of ``X``: of genes that are not asked for they are NaN. Of a lazy table (``X`` is a dask array) they
-    are dask arrays, and nothing is computed before it is asked for.
+    Layers have the shape of ``X`` and are NaN for other genes. For a lazy table (``X`` is a dask array) they are dask
+    arrays that are computed when they are read.
 
     Raises
     ------
@@ -68,23 +68,23 @@ def intervals(
     TypeError
         Where ``data`` is neither section nor table.
     ValueError
-        Where ``level`` is no share or above the highest level that is kept, where the table has no numbers of prediction
-        intervals, or where a layer of one of these names is there that this function did not write.
+        Where ``level`` is no share or above the highest level, where the table has no numbers of prediction intervals,
+        or where this function did not write an existing layer of one of these names.
 
     Notes
     -----
-    Prediction intervals are conformal: calibrated on measured spots in blocks that no head saw. Their level is met at the scale of
-    a spot, for places that are like the held-out spots; for averages over several places they are too wide, and for
-    bins smaller than a spot they say what a spot centred there would measure. Where nothing was measured there are none,
-    since those of other sections would be too narrow. With few spots a high level cannot be met: the intervals then
-    reach to the largest error seen, with a warning.
+    Prediction intervals are conformal: they are calibrated on measured spots in held-out blocks. They have their level
+    at the scale of a spot, for targets that are like the held-out spots. For averages over several targets they are too
+    wide. For bins smaller than a spot they describe the measurement of a spot centred at the bin. Where nothing was
+    measured there are none, since those of other sections are too narrow. A high level is not reached with few spots:
+    the intervals then have the width of the largest error, with a warning.
 
-    They are computed around ``X`` as it is: scaled or otherwise changed values have no intervals.
+    They are computed around the present ``X``. If you scale or change it, they are wrong.
 
     See Also
     --------
     predict : writes the table.
-    evaluate : measures what the intervals hold.
+    evaluate : measures the coverage of the intervals.
 
     Examples
     --------
@@ -107,8 +107,8 @@ def intervals(
     else:
         table, kept = table[:, columns].copy(), kept.take(columns)
     _check_memory(table, name)
-    asked = None if genes is None or not inplace else np.isin(np.arange(table.n_vars), columns)
-    for layer, values in interval_layers(table.X, kept, level=level, genes=asked).items():
+    wanted = None if genes is None or not inplace else np.isin(np.arange(table.n_vars), columns)
+    for layer, values in interval_layers(table.X, kept, level=level, genes=wanted).items():
         table.layers[layer] = values
     made = table.uns[_keys.UNS]
     table.uns[_keys.UNS] = {**made, "intervals": {**made["intervals"], "level": level}}
@@ -122,11 +122,12 @@ def intervals(
 
 
 def _check_memory(table: AnnData, name: str) -> None:
-    """Refuse layers that would not fit into memory; those of a lazy table take none."""
+    """Raise where the layers would not fit into memory; those of a lazy table take none."""
     n_bytes, available = len(_keys.INTERVAL_LAYERS) * table.n_obs * table.n_vars * 4, available_memory()
     if not hasattr(table.X, "dask") and n_bytes > available:
         msg = (
-            f"the intervals of {name} take {n_bytes / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of memory are free. Ask "
-            "for some genes, with genes=[...] and inplace=False, or open the table lazily, with anndata.experimental.read_lazy."
+            f"the intervals of {name} take {n_bytes / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB of memory are "
+            "free. Compute them for some genes, with genes=[...] and inplace=False, or open the table lazily, with "
+            "anndata.experimental.read_lazy."
         )
         raise MemoryError(msg)

@@ -1,4 +1,4 @@
-"""Arguments of a call, as they are kept in ``uns``."""
+"""Arguments of a call, as they are stored in ``uns``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 _ELSEWHERE = ("sdata", "options", "store", "inplace", "progress")
-"""What a table does not depend on: the input, where the result goes, what is shown."""
+"""Arguments that are not recorded: the input, the destination of the result, and what is shown."""
 
 
 def recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call as plain values that any file holds: ``door(sdata, **recorded)`` repeats the call.
+    """Return the arguments of a call as plain values for any file: ``door(sdata, **recorded)`` repeats the call.
 
-    Arguments that are ``None`` are left out, since files lose them; ``None`` is their default. An object, such as a model,
-    an encoder of the user or a generator, is named in angle brackets: to repeat the call, it must be passed itself.
+    Arguments that are ``None`` are left out, since files lose them; ``None`` is their default. An object, such as a
+    model, an encoder of the user or a generator, is named in angle brackets. To repeat the call, pass the object
+    itself.
 
     Parameters
     ----------
@@ -28,12 +29,13 @@ def recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        Where an argument is the name of an object that was recorded.
+        Where an argument is such a name of an object.
     """
     given = {**arguments, **arguments.get("options", {})}
     named = [name for name, value in given.items() if isinstance(value, str) and re.fullmatch("<.*>", value)]
     if named:
-        msg = f"{named[0]}={given[named[0]]!r} names an object that was passed in an earlier call: pass the object itself."
+        first = f"{named[0]}={given[named[0]]!r}"
+        msg = f"{first} names an object that was passed in an earlier call: pass the object itself."
         raise ValueError(msg)
     found = {name: _plain(value) for name, value in given.items() if value is not None and name not in _ELSEWHERE}
     if not isinstance(found.get("encoder", ""), str):  # joined encoders have one name
@@ -42,7 +44,7 @@ def recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers, strings, arrays and dicts; arrays, since lists come back from files as arrays."""
+    """Convert to numbers, strings, arrays and dicts; lists to arrays, since files return them as arrays."""
     if isinstance(value, bool | np.bool_):
         return bool(value)
     if isinstance(value, numbers.Integral):
@@ -52,10 +54,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | Path):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(name): _plain(one) for name, one in value.items() if one is not None}
+        return {str(name): _plain(item) for name, item in value.items() if item is not None}
     if isinstance(value, Collection):
-        each = [_plain(one) for one in value]
-        return np.array(each, object if any(isinstance(one, str) for one in each) else None)
+        items = [_plain(item) for item in value]
+        return np.array(items, object if any(isinstance(item, str) for item in items) else None)
     if isinstance(value, np.random.Generator):
         return "<generator>"
     if hasattr(value, "fingerprint"):

@@ -1,4 +1,4 @@
-"""Predict expression at places of the image."""
+"""Predict expression at targets."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def predict(
     inplace: bool = True,
     **options: Unpack[FitOptions],
 ) -> AnnData | None:
-    """Predict expression between the spots, or at any places, from the H&E image and the measured spots.
+    """Predict expression between the spots, or at any targets, from the H&E image and the measured spots.
 
-    Lays the places, embeds them, trains the head and writes the table. Existing embeddings with the same settings
+    Lays the targets, embeds them, trains the head and writes the table. Existing embeddings with the same settings
     (:func:`histosge.tl.embed`) are reused, and ``model=`` reuses a fitted model.
 
     Parameters
@@ -84,98 +84,103 @@ def predict(
         µm per pixel of the image. ``None`` takes what the file states, else what follows from the pitch of the spots. A
         section without spots needs it.
     encoder
-        Name of an encoder (see :func:`histosge.encoders`), names joined by ``+`` as in ``"uni+rgb"``, the paper's, or one
-        that :func:`histosge.load_encoder` made. With ``model=``, the model's own.
+        Name of an encoder (see :func:`histosge.encoders`), names joined by ``+`` as in ``"uni+rgb"``, the paper's, or
+        one that :func:`histosge.load_encoder` made. With ``model=``, that of the model.
     tile_um
     head
-        ``"in-context"``, ``"aggregate"``, ``"kriging"``, ``"published"``, ``"ridge"``, ``"coordinates"``, ``"nearest"`` or
-        ``"mean"``, or several joined by ``+`` for their mean; see :func:`histosge.tl.fit`. ``None`` takes
+        ``"in-context"``, ``"aggregate"``, ``"kriging"``, ``"published"``, ``"ridge"``, ``"coordinates"``, ``"nearest"``
+        or ``"mean"``, or several joined by ``+`` for their mean; see :func:`histosge.tl.fit`. ``None`` takes
         ``"in-context+kriging"``, or ``"aggregate+kriging"`` where ``dense``.
     genes
     n_folds
     head_options
         Arguments of the head; see :func:`histosge.tl.fit`.
     model
-        A model fitted before, on this or other sections; ``head``, ``genes`` and ``n_folds`` are then its own.
-        Where no table of ``sdata`` annotates any shapes, it predicts from the image alone, without prediction intervals.
+        A fitted model, of this or other sections; ``head``, ``genes`` and ``n_folds`` are then those of the model.
+        Where no table of ``sdata`` annotates any shapes, it predicts from the image alone, without prediction
+        intervals.
     upsample
-        Places per measured spot: 2, 4, 8 or 16. Without this, ``bin_um`` and ``target_key``, 4 as in the paper.
+        Targets per measured spot: 2, 4, 8 or 16. Without this, ``bin_um`` and ``target_key``, 4 as in the paper.
     bin_um
         Edge of square bins in µm, from 1 to the size of a measured spot.
     target_key
         Any shapes of ``sdata`` to predict at: other spots, cells, bins; circles or polygons.
     dense
-        Embed the area of a place, from the encoder's tokens (a few µm each), instead of the tile around its centre:
-        what resolves places smaller than a spot. Spots are embedded in the same way. ``None`` does so for bins and
-        for shapes smaller than a spot.
+        Whether to embed the area of a target, from the encoder's tokens (a few µm each), instead of the tile around its
+        centre. This resolves targets smaller than a spot. Spots are embedded in the same way. ``None`` does so for bins
+        and for shapes smaller than a spot.
     tissue
         ``"auto"`` or ``"spots"``; see :func:`histosge.pp.targets`.
     on_invalid
-        ``"raise"`` an error if shapes of ``target_key`` are not valid polygons or lie outside the image, or ``"skip"``
-        them with a warning.
+        What to do with shapes of ``target_key`` that are not valid polygons or lie outside the image: ``"raise"`` an
+        error, or ``"skip"`` them with a warning.
     conserve
-        Write ``layers["conserved"]`` as well: bins scaled so that the bins under a spot average to its measurement
-        without counting noise. For ``bin_um`` and raw counts.
+        Whether to write ``layers["conserved"]`` as well: bins scaled so that the mean of the bins under a spot is its
+        measurement without counting noise. For ``bin_um`` and raw counts.
     key_added
         Name of the table written.
     store
-        Folder to write to, ``"NAME.zarr"``, part by part: memory then does not grow with the number of places. An
+        Folder to write to, ``"NAME.zarr"``, part by part: memory then does not grow with the number of targets. An
         interrupted run continues where it stopped if it is started again with the same arguments. ``None`` writes into
         ``sdata``.
     device, batch_size, rng, progress
     inplace
-        Write into ``sdata``, or return the table and write nothing.
+        Whether to write into ``sdata``, or to return the table and write nothing.
 
     Returns
     -------
-    ``None``, or with ``inplace=False`` the table. Written into ``sdata``, or with ``store`` into a ``SpatialData`` of its
-    own (:func:`spatialdata.read_zarr`), whose table ``inplace=False`` returns with ``X`` and layers read when asked for:
+    ``None``, or with ``inplace=False`` the table. Written into ``sdata``, or with ``store`` into a ``SpatialData`` of
+    its own (:func:`spatialdata.read_zarr`); ``inplace=False`` then returns a lazy table, whose ``X`` and layers are
+    read on demand:
 
     ``sdata.shapes["{key_added}_targets"]``
-        Circles or squares, as of :func:`histosge.pp.targets`; not with ``target_key``.
+        Circles or squares, as from :func:`histosge.pp.targets`; not with ``target_key``.
     ``sdata.tables["{key_added}"]``
         Annotates these shapes by ``obs["region"]`` and ``obs["instance_id"]``. ``X`` (n, genes) float32: expected
-        log1p expression at 10,000 counts (of logarithms without all of their genes: at the scale given, as
-        ``uns["histosge"]["unit"]`` says). With ``conserve``, ``layers["conserved"]`` (n, genes) float32, and
-        ``var["shrinkage"]``, the mean share of a spot's difference from its prediction that is believed. ``obs``: ``array_row``, ``array_col`` (int64, where the places form a
-        grid), ``in_tissue``, ``is_spot`` (the place is a measured spot; its own measurement is hidden from the
-        context, but heads have learnt from it: no held-out prediction), ``in_spot`` (its centre lies inside a physical
-        spot; bool), ``distance_to_spot_um`` (float32, to the nearest spot's centre). ``obsm["spatial"]`` (n, 2) float64, (x, y) in pixels of the image.
-        Without spots, ``distance_to_spot_um`` is NaN, and places cover the tissue of the whole image.
-        ``var``: ``highly_variable`` (bool), ``held_out_pcc``, ``held_out_mse`` (float32, on spots the head never
-        saw), ``predictable`` (bool, at a false discovery rate of 5 %). ``varm["histosge_intervals"]`` (genes, 105)
-        float32: what :func:`histosge.tl.intervals` computes prediction intervals from, its columns named in
-        ``uns["histosge"]["intervals"]``; not without measured spots. ``uns["histosge"]``: encoder, head, scale,
-        seed, split, versions, held-out scores of the head and its rivals, ``training``: the losses of heads that are
-        trained in epochs, as of ``histosge.Model.training``, and ``params``: the arguments of the call, so that
-        ``sge.tl.predict(sdata, **params)`` repeats it. Arguments that are ``None``, ``store``, ``progress`` and ``inplace`` are
-        not in it; objects (a model, an own encoder, a generator) are named in angle brackets and must be passed again.
+        log1p expression at 10,000 counts (where the input is logarithms of only some genes, at their own scale: see
+        ``uns["histosge"]["unit"]``). With ``conserve``, ``layers["conserved"]`` (n, genes) float32, and
+        ``var["shrinkage"]``: the mean share of the difference between measurement and prediction of a spot that is not
+        counting noise. ``obs``: ``array_row``, ``array_col`` (int64, where the targets form a grid), ``in_tissue``,
+        ``is_spot`` (the target is a measured spot; its measurement is hidden from the context, but heads have learnt
+        from it: this is no held-out prediction), ``in_spot`` (its centre lies inside a physical spot; bool),
+        ``distance_to_spot_um`` (float32, to the centre of the nearest spot). ``obsm["spatial"]`` (n, 2) float64, (x, y)
+        in pixels of the image. Without spots, ``distance_to_spot_um`` is NaN, and targets cover the tissue of the whole
+        image. ``var``: ``highly_variable`` (bool), ``held_out_pcc``, ``held_out_mse`` (float32, on held-out spots),
+        ``predictable`` (bool, at a false discovery rate of 5 %). ``varm["histosge_intervals"]`` (genes, 105) float32:
+        numbers from which :func:`histosge.tl.intervals` computes prediction intervals; ``uns["histosge"]["intervals"]``
+        names the columns. It is absent without measured spots. ``uns["histosge"]``: encoder, head, scale, seed, split,
+        versions, held-out scores of the head and the baselines, ``training``: the losses of heads that are trained in
+        epochs, as in ``histosge.Model.training``, and ``params``: the arguments of the call, so that
+        ``sge.tl.predict(sdata, **params)`` repeats it. It lacks arguments that are ``None``, ``store``, ``progress``
+        and ``inplace``; objects (a model, an own encoder, a generator) are named in angle brackets and must be passed
+        again.
 
     Raises
     ------
     KeyError
-        Where a key or layer that is named is not in ``sdata``.
+        Where ``sdata`` lacks a named key or layer.
     ValueError
-        Where the section cannot be read, an argument is out of range, or ``key_added`` is taken by something that
-        histosge did not write. ``sdata`` is then as it was. Where ``dense`` asks for tokens that the encoder has not.
+        Where the section cannot be read, an argument is out of range, histosge did not write an existing ``key_added``,
+        or the encoder has no tokens for ``dense``. ``sdata`` is then unchanged.
     MemoryError
         Where the table would not fit in memory; before the work starts.
     FileExistsError
-        Where ``store`` is there already.
+        Where ``store`` exists already.
     RuntimeError
         Where the encoder's weights cannot be had, or memory runs out (``batch_size``).
 
     Notes
     -----
     Prediction intervals, at any level, are computed afterwards: :func:`histosge.tl.intervals`. With ``model=`` they are
-    calibrated on the sections that it learnt from; where nothing was measured there are none, since they would be too narrow.
+    calibrated on the sections that it learnt from. Where nothing was measured there are none, since they would be too
+    narrow.
 
-    What a table holds is found out and logged: counts, corrected counts, or their logarithms (of any base) and square roots,
-    which are converted. Only features of type "Gene Expression" are used where ``var`` says so. ``sge.tl.fit`` and
-    ``sge.tl.evaluate`` read in the same way.
+    The kind of values in a table is detected and logged: counts, corrected counts, or their logarithms (of any base) or
+    square roots, which are converted. Where ``var`` has feature types, only "Gene Expression" is used. ``sge.tl.fit``
+    and ``sge.tl.evaluate`` read in the same way.
 
     The method is HisToSGE's (Shi et al., 2024, arXiv 2407.20518) with the measured neighbours as context;
-    ``head="published"`` is the paper's own network, and ``head="kriging"`` what a Gaussian process makes of the same.
+    ``head="published"`` is the network of the paper, and ``head="kriging"`` a Gaussian process on the same inputs.
 
     Examples
     --------
@@ -192,7 +197,8 @@ def predict(
         k: v for k, v in {"upsample": upsample, "bin_um": bin_um, "target_key": target_key}.items() if v is not None
     }
     if len(given) > 1:
-        msg = f"{' and '.join(f'{k}={v!r}' for k, v in given.items())} are ways to say where to predict: pass one of them."
+        several = " and ".join(f"{k}={v!r}" for k, v in given.items())
+        msg = f"{several} are ways to say where to predict: pass one of them."
         raise ValueError(msg)
     reading = pick(options, Reading)
     encoder, tile_um = options["encoder"], options["tile_um"]
@@ -201,7 +207,8 @@ def predict(
     generator = np.random.default_rng(rng)
     if model is not None and reading["spots_key"] is None and reading["table_key"] is None and not is_measured(sdata):
         if reading["layer"] is not None:
-            msg = f"layer={reading['layer']!r}, but no table of sdata annotates spots: nothing was measured. Leave layer= out."
+            layer = reading["layer"]
+            msg = f"layer={layer!r}, but no table of sdata annotates spots: nothing was measured. Leave layer= out."
             raise ValueError(msg)
         section = read_image_only(
             sdata,
@@ -247,7 +254,7 @@ def predict(
     if store is None:
         check_memory(len(targets), min(n_genes, len(section.genes)), n_layers=int(conserve))
         if inplace:
-            commit(sdata, shapes=shapes, tables={key_added: None}, dry_run=True)  # report it before the work, not after
+            commit(sdata, shapes=shapes, tables={key_added: None}, dry_run=True)  # raise before the work, not after it
 
     settled = {"model": model.fingerprint()} if model is not None else {"seed": seed, **learn}
     if model is None:
@@ -273,33 +280,33 @@ def predict(
     if parts is not None:
         own_shapes = None if targets.laid else sdata.shapes[targets.key].loc[targets.instances]
         path = write_parts(predictor, parts, forecast=forecast, own_shapes=own_shapes)
-        logger.info("wrote %d places to %s, table %r, %.0f s", len(targets), path, key_added, time() - start)
+        logger.info("wrote %d targets to %s, table %r, %.0f s", len(targets), path, key_added, time() - start)
         return None if inplace else open_table(path, key_added)
     table = predictor.table(matrices=predictor.matrices(at_targets=at_targets))
     if not inplace:
         return table
     commit(sdata, shapes=shapes, tables={key_added: table})
     logger.info(
-        "added %d places x %d genes to sdata.tables[%r] (%d genes predictable), %.0f s",
+        "added %d targets x %d genes to sdata.tables[%r] (%d genes predictable), %.0f s",
         *table.shape, key_added, int(model.scores["predictable"].sum()), time() - start,
     )  # fmt: skip
     return None
 
 
 def _warn_of_image_only() -> None:
-    """Warn of what a model cannot know of a section without spots."""
+    """Warn that scores and intervals of a model do not apply to a section without spots."""
     logger.warning(
-        "predicting from the image alone: scores are those of the sections that the model learnt from. How it does on "
+        "predicting from the image alone: scores are those of the sections that the model learnt from. To score it on "
         "others: sge.tl.evaluate([...], split='sections')"
     )
     logger.warning(
-        "no prediction intervals: nothing was measured on this section to calibrate them on, and those of the model would be "
-        "too narrow (on the section of another patient, intervals of 90 % held about 41 % of the measurements)"
+        "no prediction intervals: nothing was measured on this section to calibrate them on, and those of the model "
+        "are too narrow (on the section of another patient, intervals of 90 % held about 41 % of the measurements)"
     )
 
 
 def _fit(embedder: Embedder, at_spots: NDArray[np.float32], *, head: str, **learn: Any) -> Model:
-    """Fit the head on the spots of the section, with what lies below them where it learns from that."""
+    """Fit the head on the spots of the section, with their sub-spots where it learns from these."""
     parts = [embedder.embed_parts()] if embedder.config.dense and learns_sub_spots(head) else None
     return fit_model(
         [embedder.section],
@@ -314,12 +321,12 @@ def _fit(embedder: Embedder, at_spots: NDArray[np.float32], *, head: str, **lear
 
 
 def _check_unit(model: Model, section: Section) -> None:
-    """Refuse a section whose expression is in another unit than the model's."""
-    mine = model.info.get("unit", section.values.unit)  # models of earlier versions do not say
+    """Raise where the expression of the section is in another unit than that of the model."""
+    mine = model.info.get("unit", section.values.unit)  # models of earlier versions have no unit
     if mine != section.values.unit:
         msg = (
-            f"the model predicts {mine}, but section {section.spots_key!r} holds {section.values.unit}: they cannot be read "
-            "together. Name the layer that holds the counts, layer=."
+            f"the model predicts {mine}, but section {section.spots_key!r} holds {section.values.unit}: they cannot be "
+            "read together. Name the layer that holds the counts, layer=."
         )
         raise ValueError(msg)
 
