@@ -220,7 +220,7 @@ def test_cross_fit_passes_options_on():
 def test_unknown_heads_are_refused_before_anything_is_fitted():
     """The first of them cannot even be made."""
     s, fold = noise_spots()
-    with pytest.raises(ValueError, match="head 'nearest' has no option 'typo'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'typo'"):
         fit(s, "nearest+ridge", fold, options={"nearest": {"typo": 1}})
     with pytest.raises(ValueError, match="head='rigde' is unknown"):
         fit(s, "nearest+rigde", fold, options={"nearest": {"typo": 1}})

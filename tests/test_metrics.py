@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse, stats
 from skimage import metrics
+from spatialdata.models import ShapesModel
+from spatialdata.transformations import Scale
 
 from histosge import datasets
 from histosge._statistics import (
@@ -22,7 +24,6 @@ from histosge._statistics import (
     structural_similarity,
     thin,
 )
-from histosge.datasets import _simulation as _phantom
 
 properties = settings(deadline=None, max_examples=25)
 
@@ -311,19 +312,14 @@ def test_noise_ceiling_of_the_synthetic_section(seed):
     sdata = datasets.synthetic(rng=seed, mpp=4.0)
     table = sdata.tables["table"]
     # a spot catches the mean of its disc, not what is expected at its centre
-    params = {name: int(value) for name, value in table.uns["synthetic"].items()}
-    fields, _ = _phantom.hidden_fields(params)
-    xy_um = table.obsm["spatial"] * 4.0
-    disc = _phantom.disc_points(datasets._synthetic._SPOT_UM / 2)
-    rate = _phantom.expected_rates(fields, params, (xy_um[:, None] + disc).reshape(-1, 2)).reshape(
-        len(xy_um), len(disc), -1
+    angle = np.arange(19) * np.pi * (3 - np.sqrt(5))
+    disc = 27.5 * np.sqrt((np.arange(19) + 0.5) / 19)[:, None] * np.column_stack([np.cos(angle), np.sin(angle)])
+    places = (table.obsm["spatial"][:, None] + disc / 4.0).reshape(-1, 2)
+    sdata.shapes["places"] = ShapesModel.parse(
+        places, geometry=0, radius=1.0, transformations={"synthetic": Scale([4.0, 4.0], axes=("x", "y"))}
     )
-    rate = rate.mean(1)
-    rate /= rate.sum(1, keepdims=True)
-    # these are the rows of the table: the spots' centres agree with the truth that the package gives
-    centre = _phantom.expected_rates(fields, params, xy_um)
-    truth = datasets.synthetic_truth(sdata).loc[table.obs["spot_id"]].to_numpy()
-    assert np.allclose(np.log1p(1e4 * centre / centre.sum(1, keepdims=True)), truth)
+    rate = np.expm1(datasets.synthetic_truth(sdata, target_key="places").to_numpy()) / 1e4
+    rate = rate.reshape(table.n_obs, 19, -1).mean(1)
 
     counts = table.X
     measured = np.log1p(1e4 * counts.toarray() / counts.sum(1).A1[:, None])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import anndata as ad
 import dask.array as da
 import geopandas as gpd
 import matplotlib as mpl
@@ -19,13 +20,13 @@ from matplotlib.text import Text
 from PIL import Image
 from scipy import sparse
 from spatialdata import SpatialData
-from spatialdata.models import ShapesModel
+from spatialdata.models import ShapesModel, TableModel
 from spatialdata.transformations import Affine, get_transformation
 
 import histosge as sge
 from histosge._geometry import Footprints
 from histosge._section import read_section
-from histosge.pl._places import of_polygons, raster
+from histosge.pl import _places
 
 IMAGES = Path(__file__).parent / "images"
 TOLERANCE = 4.0
@@ -83,7 +84,7 @@ def as_expected(figure, name, folder):
 @pytest.fixture
 def many(monkeypatch):
     """Draw as if a hundred places were many."""
-    monkeypatch.setattr("histosge.pl._places.MANY", 100)
+    monkeypatch.setattr(_places, "MANY", 100)
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +163,8 @@ def test_values_are_those_of_the_tables(predicted):
 
 
 @pytest.mark.parametrize("kind", ["csr", "csc", "dense", "dask", "log-normalised", "nearly empty", "not in tissue"])
-def test_measured_is_what_read_section_reads(predicted, kind, monkeypatch):
+def test_measured_is_what_read_section_reads(predicted, kind):
     """Of any matrix, read in runs of rows, whatever spots are left out."""
-    monkeypatch.setattr("histosge.pl._expression._ROWS_AT_ONCE", 50)
     table = predicted["table"]
     if kind == "csc":
         table.X = sparse.csc_matrix(table.X)
@@ -181,7 +181,8 @@ def test_measured_is_what_read_section_reads(predicted, kind, monkeypatch):
     section = read_section(predicted, table_key="table", report=False)
     if kind == "dask":
         table.X = da.from_array(table.X.toarray(), chunks=(40, 7))
-    ax = sge.pl.expression(predicted, "GENE003", panels="measured")[0, 0]
+    with sge.settings.override(part_rows=50):
+        ax = sge.pl.expression(predicted, "GENE003", panels="measured")[0, 0]
     np.testing.assert_allclose(discs(ax).get_array(), section.dense(["GENE003"])[:, 0], rtol=1e-5)
     np.testing.assert_allclose(discs(ax).get_offsets(), section.xy_px, atol=1e-6)
 
@@ -430,32 +431,32 @@ def squares(angle):
     ("kind", "polygons"),
     [("square", squares(0.0)), ("square", squares(0.3)), ("square", squares(-2.0)), ("polygon", hexagons())],
 )
-def test_raster_shows_the_polygon_under_each_pixel(kind, polygons, monkeypatch):
+def test_raster_shows_the_polygon_under_each_pixel(kind, polygons):
     """shapely says which it is, by another way; the outline itself may fall to either side."""
-    monkeypatch.setattr("histosge.pl._places._RASTER_PX", 200)
     keep = np.arange(len(polygons)) % 7 != 3
-    places = of_polygons(polygons[keep], np.eye(3))
+    places = _places.of_polygons(polygons[keep], np.eye(3))
     assert places.kind == kind
     np.testing.assert_allclose(places.extent, shapely.total_bounds(polygons[keep]))
-    found = raster(places)
+    found = _places.raster(places)
     x0, y0, x1, y1 = places.extent
-    y, x = (np.indices(found.shape) + 0.5).reshape(2, -1)
+    some = np.random.default_rng(0).choice(found.size, 40_000, replace=False)
+    y, x = np.stack(np.unravel_index(some, found.shape)) + 0.5
     x, y = x0 + (x1 - x0) * x / found.shape[1], y0 + (y1 - y0) * y / found.shape[0]
     pixel, under = shapely.STRtree(polygons[keep]).query(shapely.points(x, y), predicate="within")
-    wanted = np.full(found.size, -1)
+    wanted = np.full(len(some), -1)
     wanted[pixel] = under
-    differ = (wanted != found.ravel()).mean()
+    differ = (wanted != found.ravel()[some]).mean()
     assert differ < (0.05 if kind == "polygon" else 1e-3)
     assert (found == -1).mean() > 0.05
     assert set(np.unique(found)) == {-1, *range(keep.sum())}
-    assert raster(places) is found  # of all panels
+    assert _places.raster(places) is found  # of all panels
 
 
 def test_raster_of_discs():
     xy = np.array([[50.0, 50.0], [80.0, 50.0], [50.0, 90.0]])
     places = Footprints.discs(xy, diameter_px=[20.0, 30.0, 10.0])
     np.testing.assert_allclose(places.extent, [40, 35, 95, 95])
-    found = raster(places)
+    found = _places.raster(places)
     step = 55 / found.shape[1]
     for i, diameter in enumerate(places.size_px):
         rows, columns = np.nonzero(found == i)
@@ -662,12 +663,20 @@ def test_one_place_far_off_does_not_turn_all_others_grey(embedded):
     assert colours[:, 0].std() > 0.2
 
 
-def test_dense_embedding_of_many_bins(binned, many, monkeypatch):
-    monkeypatch.setattr("histosge.pl._embedding._MOST_FITTED", 200)
-    table = binned["bins"]
+def test_dense_embedding_of_many_bins(predicted):
+    """More than components are found in, and more than are drawn one by one."""
+    sge.pp.targets(predicted, bin_um=7, key_added="many")
+    instances = predicted.shapes["many_targets"].index
+    assert len(instances) > 20_000
+    obs = pd.DataFrame(
+        {"region": pd.Categorical(["many_targets"] * len(instances)), "instance_id": instances.to_numpy()}
+    )
+    table = ad.AnnData(obs=obs.set_axis(instances.astype(str)))
     table.obsm["X_stain-texture"] = np.random.default_rng(0).normal(size=(table.n_obs, 8)).astype(np.float32)
-    table.uns["histosge"]["dense"] = True
-    ax = sge.pl.embedding(binned)[1]
+    table.uns["histosge"] = predicted["histosge"].uns["histosge"] | {"dense": True}
+    keys = {"region": "many_targets", "region_key": "region", "instance_key": "instance_id"}
+    predicted.tables["many"] = TableModel.parse(table, **keys)
+    ax = sge.pl.embedding(predicted)[1]
     assert ax.get_title().startswith("stain-texture, area of each place\n")
     (image,) = ax.get_images()
     pixels = image.get_array().reshape(-1, 4)

@@ -116,12 +116,6 @@ def scores():
     return pd.DataFrame(told)
 
 
-@pytest.fixture(autouse=True)
-def _coarse(monkeypatch):
-    """Pictures of few pixels, which are made faster."""
-    monkeypatch.setattr("histosge.pl._pictures._DPI", 60)
-
-
 @pytest.fixture(scope="module")
 def full(once, scores, tmp_path_factory):
     """Everything there can be, once: two maps, domains, training, evaluation."""
@@ -136,9 +130,7 @@ def full(once, scores, tmp_path_factory):
     }
     sdata = SpatialData(images=dict(s.images), shapes=dict(s.shapes), tables={"table": s["table"], "histosge": table})
     path = tmp_path_factory.mktemp("report") / "report.html"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("histosge.pl._pictures._DPI", 60)
-        assert sge.pl.report(sdata, path, scores=scores, genes=["GENE003", "GENE001"]) == path
+    assert sge.pl.report(sdata, path, scores=scores, genes=["GENE003", "GENE001"]) == path
     return read(path)
 
 
@@ -410,13 +402,12 @@ def test_sections_of_what_is_not_there_are_left_out(predicted, tmp_path):
     assert not {"#maps", "#domains", "#training", "#evaluation"} & set(links)
 
 
-def test_every_gene_has_a_picture_of_its_own(predicted, tmp_path, monkeypatch):
+def test_every_gene_has_a_picture_of_its_own(predicted, tmp_path):
     """However many: rows of one figure are cut apart, and none is cut in two."""
-    monkeypatch.setattr("histosge.pl._report._N_MAPS", 2)
-    genes = [f"GENE{i:03}" for i in range(3)]
+    genes = [f"GENE{i:03}" for i in range(5)]  # four in one figure, one in the next
     pictures = read(sge.pl.report(predicted, tmp_path / "r.html", genes=genes)).find("img")
     assert [p["alt"].split(",")[0] for p in pictures] == genes
-    assert len({p["src"] for p in pictures}) == 3
+    assert len({p["src"] for p in pictures}) == 5
     heights = [int(p["height"]) for p in pictures]
     assert max(heights) - min(heights) < 5
     for picture in pictures:
@@ -426,12 +417,13 @@ def test_every_gene_has_a_picture_of_its_own(predicted, tmp_path, monkeypatch):
         assert not frame[-3:].any()
 
 
-def test_fifty_genes_and_those_asked_for(predicted, tmp_path, monkeypatch):
-    monkeypatch.setattr("histosge.pl._report._N_LISTED", 5)
-    best = predicted["histosge"].var["held_out_pcc"].sort_values(ascending=False).index
-    page = read(sge.pl.report(predicted, tmp_path / "r.html", genes=best[11]))
-    assert [row[:2] for row in rows(page, "gene-table")] == [[str(r), best[r - 1]] for r in (1, 2, 3, 4, 5, 12)]
-    assert len(page.csv) == 20
+def test_fifty_genes_and_those_asked_for(tmp_path):
+    sdata = sge.datasets.synthetic(n_rows=7, n_cols=7, n_genes=60, mpp=4.0)
+    sge.tl.predict(sdata, encoder="stain-texture", head="nearest", genes=60, n_folds=2, upsample=2)
+    best = sdata["histosge"].var["held_out_pcc"].sort_values(ascending=False, kind="stable").index
+    page = read(sge.pl.report(sdata, tmp_path / "r.html", genes=best[54]))
+    assert [row[:2] for row in rows(page, "gene-table")] == [[str(r), best[r - 1]] for r in (*range(1, 51), 55)]
+    assert len(page.csv) == 60
 
 
 def test_own_reports_are_replaced_and_nothing_else(predicted, tmp_path, log):
@@ -466,7 +458,7 @@ def test_refuses_what_is_not_there(predicted, scores, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_leaves_everything_as_it_was(predicted, tmp_path, monkeypatch):
+def test_leaves_everything_as_it_was(predicted, tmp_path):
     before = {name: table.copy() for name, table in predicted.tables.items()}
     elements = {name: id(element) for _, name, element in predicted.gen_elements()}
     plt.close("all")  # of other tests
@@ -482,12 +474,11 @@ def test_leaves_everything_as_it_was(predicted, tmp_path, monkeypatch):
         pd.testing.assert_frame_equal(predicted[name].var, table.var)
         assert str(predicted[name].uns) == str(table.uns)
 
-    def fail(*_args, **_kwargs):  # when a figure is open
-        msg = "no"
-        raise RuntimeError(msg)
-
-    monkeypatch.setattr(mpl.figure.Figure, "savefig", fail)
-    with pytest.raises(RuntimeError, match="no"):
+    # a colour that is none is noticed when the figure of the domains is there
+    table = predicted["histosge"]
+    table.obs["domain"] = pd.Categorical(np.where(np.arange(table.n_obs) % 2, "a", "b"))
+    table.uns["domain_colors"] = np.array(["red", "no colour"])
+    with pytest.raises(ValueError, match="no colour"):
         sge.pl.report(predicted, tmp_path / "other.html", genes="GENE001")
     assert plt.get_fignums() == [mine.number]
     assert not (tmp_path / "other.html").exists()

@@ -85,7 +85,7 @@ class Settings:
         Memory that a table and its prediction may take, in gigabytes. ``None`` takes what is free on this machine, or in the
         container or job.
     part_rows
-        Targets that are predicted and written at a time into a store: half a gigabyte for 1000 genes.
+        Rows of a table that are read or written at a time. Half a gigabyte where a store is predicted, for 1000 genes.
 
     Examples
     --------

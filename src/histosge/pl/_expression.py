@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     Values = NDArray[np.float32]
 
 PANELS = ("image", "measured", "predicted", "width")
-_ROWS_AT_ONCE = 32_768
 
 
 def expression(
@@ -234,7 +233,7 @@ def _measured(
 
 def _runs(matrix: Any, rows: NDArray[np.int64]) -> Iterator[Any]:
     """Rows of a matrix, in memory or lazy, a run at a time; by columns compressed ones at once."""
-    step = len(rows) if getattr(matrix, "format", None) == "csc" else _ROWS_AT_ONCE
+    step = len(rows) if getattr(matrix, "format", None) == "csc" else settings.part_rows
     for start in range(0, len(rows), step):
         run = rows[start : start + step]
         together = run[-1] - run[0] + 1 == len(run) and bool((np.diff(run) == 1).all())
