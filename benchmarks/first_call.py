@@ -78,7 +78,7 @@ def main() -> None:
         with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             for line in process.stdout or ():
                 print(f"{perf_counter() - start:6.1f} s  {line}", end="", flush=True)
-                if options.stop and re.search(r" places with \S+ on .*: ", line):
+                if options.stop and re.search(r" locations with \S+ on .*: ", line):
                     process.terminate()
 
 

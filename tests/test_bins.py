@@ -429,7 +429,7 @@ def test_unknown_way_with_invalid_outlines(small):
 
 
 def test_bins_below_the_token_are_told(small, model, log, tmp_path):
-    said = "bins of 2 µm are smaller than the tokens of 'colours' (6 µm): what is resolved is the token"
+    said = "bins of 2 µm are smaller than the tokens of 'colours' (6 µm): the tokens limit the resolution"
     ask = {"model": model, "encoder": Colours(), "inplace": False}
     few = copy_of(small)
     table = few.tables.pop("table")
@@ -446,7 +446,7 @@ def test_bins_below_the_token_are_told(small, model, log, tmp_path):
     add_shapes(small, "cells", [p.centroid.buffer(1) for p in cells_of(small)])
     sge.tl.embed(small, target_key="cells", encoder=Colours(), dense=True)
     assert told(log) == [
-        "places of 3 µm are smaller than the tokens of 'colours' (6 µm): what is resolved is the token"
+        "targets of 3 µm are smaller than the tokens of 'colours' (6 µm): the tokens limit the resolution"
     ]
     log.clear()
     sge.tl.embed(small, target_key="cells", encoder=Colours(), dense=False)

@@ -111,10 +111,10 @@ def test_nothing_is_made_before_something_is_put(root):
     assert not root.exists()
 
 
-def test_recipe_is_kept_to_be_read(root):
+def test_config_is_kept_to_be_read(root):
     group = open_cache().group(RECIPE)
     group.put(digest(0), values())
-    assert json.loads((group.folder / "recipe.json").read_text()) == RECIPE
+    assert json.loads((group.folder / "config.json").read_text()) == RECIPE
     assert re.fullmatch("[0-9a-f]{64}", group.folder.name)
     assert sorted(p.name for p in root.iterdir()) == [group.folder.name, MARKER]
 
@@ -130,7 +130,7 @@ def test_recipe_is_kept_to_be_read(root):
         {"encoder": "uni"},
     ],
 )
-def test_another_recipe_or_digest_gets_nothing(root, other):
+def test_another_config_or_digest_gets_nothing(root, other):
     cache = open_cache()
     cache.group(RECIPE).put(digest(0), values())
     assert cache.group(other).get(digest(0)) is None
@@ -259,7 +259,7 @@ def test_processes_share_a_folder(root):
         assert int(out) > 30  # most of what was put is there a moment later
     assert not list(root.rglob("*.part"))
     for group in root.iterdir():
-        assert group.name == MARKER or (group / "recipe.json").exists()
+        assert group.name == MARKER or (group / "config.json").exists()
 
 
 def test_cleared_while_something_is_put(root, before):
@@ -275,7 +275,7 @@ def test_cleared_while_something_is_put(root, before):
     before["rename"] = clear
     group.put(digest(1), values(1))
     assert there(group, 2) == [1]
-    assert json.loads((group.folder / "recipe.json").read_text()) == RECIPE
+    assert json.loads((group.folder / "config.json").read_text()) == RECIPE
 
 
 # ------------------------------------------------------------------------------------------------------------ the limit
@@ -380,7 +380,7 @@ def test_groups(two, root):
     found = two.groups()
     assert [info.encoder for info in found[:2]] in (["uni", "mine"], ["mine", "uni"])
     info = found[-1]  # last used first
-    assert (info.folder, info.recipe, info.n_blocks, info.n_bytes) == (old.folder, RECIPE, 3, 3 * BLOCK_BYTES)
+    assert (info.folder, info.config, info.n_blocks, info.n_bytes) == (old.folder, RECIPE, 3, 3 * BLOCK_BYTES)
     assert info.last_used.timestamp() == 1e9 + 2
     assert sum(info.n_bytes for info in found) == size(root)
     assert (info.value("mpp"), info.value("tile_um"), info.value("nothing")) == (0.5, 112.0, None)
@@ -422,26 +422,26 @@ def test_clear_removes_only_what_the_cache_made(two, root, tmp_path):
     assert two.groups() == []
 
 
-@pytest.mark.parametrize("recipe", [None, "{", "[]"])
-def test_group_without_its_recipe(root, recipe):
+@pytest.mark.parametrize("config", [None, "{", "[]"])
+def test_group_without_its_config(root, config):
     cache = open_cache()
     group = cache.group(RECIPE)
     group.put(digest(0), values())
-    (group.folder / "recipe.json").unlink()
-    if recipe is not None:
-        (group.folder / "recipe.json").write_text(recipe)
+    (group.folder / "config.json").unlink()
+    if config is not None:
+        (group.folder / "config.json").write_text(config)
     (info,) = cache.groups()
-    assert (info.encoder, info.recipe, info.n_blocks) == (None, {}, 1)
+    assert (info.encoder, info.config, info.n_blocks) == (None, {}, 1)
     assert cache.clear() == BLOCK_BYTES
     assert cache.groups() == []
 
 
 def test_unknown_encoder(two, root):
-    msg = f"encoder='unii': nothing is kept of it in {root}; there are 'mine', 'uni'."
+    msg = f"encoder='unii': {root} has no embeddings by it; there are 'mine', 'uni'."
     with pytest.raises(ValueError, match=re.escape(msg)):
         two.clear(encoder="unii")
     two.clear()
-    with pytest.raises(ValueError, match=r"encoder='uni': nothing is kept of it in .*; there is nothing\."):
+    with pytest.raises(ValueError, match=r"encoder='uni': .* has no embeddings by it; there is nothing\."):
         two.clear(encoder="uni")
 
 
@@ -454,7 +454,7 @@ def test_folder_of_somebody_else_is_refused(root, name):
     (root / name).write_text("mine")
     with pytest.raises(
         ValueError,
-        match=rf"{root} would be the folder .* holds something that is not histosge's \(there is no {MARKER} in it\)\. "
+        match=rf"{root} is set as the folder .* holds something that is not histosge's \(there is no {MARKER} in it\)\. "
         "Set settings.cache_dir or HISTOSGE_CACHE to a new or an empty folder",
     ):
         open_cache()
@@ -484,7 +484,7 @@ def test_file_in_the_place_of_the_folder(root, log):
         assert open_cache() is None
     (record,) = log.records  # once
     assert record.levelno == logging.WARNING
-    assert record.getMessage().startswith(f"embeddings cannot be kept in {root} and will be computed again next time (")
+    assert record.getMessage().startswith(f"embeddings cannot be stored in {root} and are computed again next time (")
     for word in ("Not a directory", "settings.cache_dir", "HISTOSGE_CACHE", "settings.cache_gb=0"):
         assert word in record.getMessage()
     assert root.read_text() == "mine"
@@ -499,7 +499,7 @@ def test_folder_that_becomes_unusable(root, log):
         group.put(digest(i), values())
         assert group.get(digest(i)) is None
     (record,) = log.records
-    assert f"cannot be kept in {root}" in record.getMessage()
+    assert f"cannot be stored in {root}" in record.getMessage()
 
 
 @pytest.mark.parametrize("n_before", [0, 2])
@@ -606,22 +606,22 @@ def test_wrong_digest(root, name):
     ],
 )
 def test_wrong_values(root, wrong, told):
-    msg = f"values is {told}: pass an array of places x features, float16 or float32."
+    msg = f"values is {told}: pass an array of locations x features, float16 or float32."
     with pytest.raises(ValueError, match=re.escape(msg)):
         open_cache().group(RECIPE).put(digest(0), wrong)
 
 
 @pytest.mark.parametrize("value", [np.float32(1), np.zeros(2), float("nan"), Path("x"), {1, 2}, {"a": b"b"}])
-def test_recipe_that_is_not_json(root, value):
-    msg = f"recipe['mpp']={value!r} cannot be written as JSON ("
+def test_config_that_is_not_json(root, value):
+    msg = f"config['mpp']={value!r} cannot be written as JSON ("
     with pytest.raises(TypeError, match=rf"{re.escape(msg)}.*\): pass finite numbers, strings"):
         open_cache().group({"encoder": "uni", "mpp": value})
 
 
-@pytest.mark.parametrize("recipe", [{}, {"encoder": None}, {"encoder": ""}, {"encoder": {"mpp": 1}}, {"encoder": 3}])
-def test_recipe_without_encoder(root, recipe):
-    with pytest.raises(ValueError, match=r"recipe=.* does not name its encoder.*a name or a dict with a 'name'\."):
-        open_cache().group(recipe)
+@pytest.mark.parametrize("config", [{}, {"encoder": None}, {"encoder": ""}, {"encoder": {"mpp": 1}}, {"encoder": 3}])
+def test_config_without_encoder(root, config):
+    with pytest.raises(ValueError, match=r"config=.* does not name its encoder.*a name or a dict with a 'name'\."):
+        open_cache().group(config)
 
 
 def test_logger_is_back_to_its_level():

@@ -902,7 +902,7 @@ def test_cache_list_as_json(kept):
     assert told["limit_bytes"] == 20_000_000_000
     assert told["n_bytes"] == sum(row["n_bytes"] for row in told["groups"])
     uni = next(row for row in told["groups"] if row["encoder"] == "uni")
-    assert uni["recipe"] == {"encoder": {"name": "uni", "mpp": 0.5}, "tile_um": 112.0, "dense": True}
+    assert uni["config"] == {"encoder": {"name": "uni", "mpp": 0.5}, "tile_um": 112.0, "dense": True}
     assert uni["n_blocks"] == 2
     assert datetime.fromisoformat(uni["last_used"]).tzinfo is not None
 
@@ -937,7 +937,7 @@ def test_cache_clear(kept):
 
 def test_cache_clear_of_an_unknown_encoder(kept):
     told = fails("cache", "clear", "--encoder", "unii", "--yes")
-    assert told == f"histosge: encoder='unii': nothing is kept of it in {kept.root}; there are 'mine', 'uni'.\n"
+    assert told == f"histosge: encoder='unii': {kept.root} has no embeddings by it; there are 'mine', 'uni'.\n"
     assert len(kept.groups()) == 2
 
 
@@ -946,7 +946,7 @@ def test_cache_of_somebody_else(cache_folder, command):
     cache_folder.mkdir()
     (cache_folder / "precious.txt").write_text("mine")
     told = fails("cache", *command)
-    assert told.startswith(f"histosge: {cache_folder} would be the folder that embeddings are kept in, but")
+    assert told.startswith(f"histosge: {cache_folder} is set as the folder for embeddings, but")
     assert (cache_folder / "precious.txt").read_text() == "mine"
 
 

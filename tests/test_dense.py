@@ -183,7 +183,7 @@ def test_memory_runs_out_once(noise, caplog):
     )
     logger.removeHandler(caplog.handler)
     np.testing.assert_allclose(again, whole, rtol=rounding.of_sum(TILE**2))
-    assert "going on with 8" in caplog.text
+    assert "continuing with 8" in caplog.text
     with pytest.raises(RuntimeError, match=r"ran out of memory with 8 tiles.*Pass a smaller batch_size= \(it was 16\)"):
         embed(
             LazyImage(noise),

@@ -197,7 +197,7 @@ def test_out_of_memory_tries_half_the_batch_once(gradient, log):
     assert np.abs(values[:, :2] - (xy - 0.5)).max() <= 1.1  # and no place is lost, doubled or moved
     warnings = [r for r in log.records if r.levelno == logging.WARNING]
     assert [r.getMessage() for r in warnings] == [
-        "out of memory with batch_size=32: going on with 16. Pass batch_size= to choose."
+        "out of memory with batch_size=32: continuing with 16. Pass batch_size= to choose."
     ]
 
 

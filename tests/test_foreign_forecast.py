@@ -89,7 +89,7 @@ def places(n):
 
 
 def lines(log):
-    return [text.strip() for text in log.messages if re.match(r" +[\d,]+ places with ", text)]
+    return [text.strip() for text in log.messages if re.match(r" +[\d,]+ locations with ", text)]
 
 
 def run(image, encoder, n=200, **options):
@@ -101,7 +101,7 @@ def test_one_line_from_the_second_batch(image, clock, log):
     with sge.settings.override(cache_gb=0):
         run(image, slow(clock, seconds=4, first=15))
     (said,) = lines(log)
-    assert said.startswith("200 places with slow on this processor: about 15 min; encoder='stain-texture' takes ")
+    assert said.startswith("200 locations with slow on this processor: about 15 min; encoder='stain-texture' takes ")
     assert said.endswith("less than a minute")
 
 
@@ -121,11 +121,11 @@ def test_it_comes_before_the_work(image, clock, log):
 def test_a_first_batch_of_a_minute_is_enough(image, clock, log):
     encoder = slow(clock, seconds=6)
     run(image, encoder, n=110, progress=False)
-    assert "110 places with slow on this processor: about 10 min" in lines(log)[0]
+    assert "110 locations with slow on this processor: about 10 min" in lines(log)[0]
     log.clear()
     encoder = slow(clock, seconds=6000)
     run(image, encoder, n=10)
-    assert "10 places with slow on this processor: about 16 h" in lines(log)[0] or "about 17 h" in lines(log)[0]
+    assert "10 locations with slow on this processor: about 16 h" in lines(log)[0] or "about 17 h" in lines(log)[0]
 
 
 def test_a_large_network_on_a_processor_is_known_after_a_few_tiles(image, clock, log):
@@ -135,7 +135,7 @@ def test_a_large_network_on_a_processor_is_known_after_a_few_tiles(image, clock,
         encoder = slow(clock, seconds=50, n_parameters=300_000_000)
         values = run(image, encoder)
     assert encoder.module.batches == [4, 4, 2, *[10] * 19]
-    assert lines(log)[0].startswith(f"200 places with slow on this processor: {in_words(50 * 200)}")
+    assert lines(log)[0].startswith(f"200 locations with slow on this processor: {in_words(50 * 200)}")
     np.testing.assert_array_equal(values, wanted)
 
 
@@ -157,7 +157,7 @@ def test_what_is_in_the_cache_is_not_counted(clock, log):
     (said,) = lines(log)
     n = int((~left).sum())
     assert sum(encoder.module.batches) == n
-    assert said.startswith(f"{n} places with slow on this processor: {in_words(5 * n)}")
+    assert said.startswith(f"{n} locations with slow on this processor: {in_words(5 * n)}")
     log.clear()
     embed(image, xy, encoder=slow(clock, seconds=100), **some)
     assert lines(log) == []
@@ -196,7 +196,7 @@ def test_dense_blocks_are_timed_by_their_batches(image, clock, log):
     assert values.shape == (300, 6)
     (said,) = lines(log)
     assert next(n_tiles for n_tiles, n_lines in seen if n_lines) == 20  # two batches of ten tiles
-    assert said.startswith(f"300 places with dense on this processor: {in_words(3 * encoder.n_tiles)}; encoder=")
+    assert said.startswith(f"300 locations with dense on this processor: {in_words(3 * encoder.n_tiles)}; encoder=")
 
 
 def test_block_encoders_are_timed_by_their_blocks(clock, log):
@@ -211,7 +211,7 @@ def test_block_encoders_are_timed_by_their_blocks(clock, log):
     encoder.embed_block = embed_block
     xy = np.stack([np.linspace(200, 4800, 40), np.full(40, 200.0)], 1)
     embed(image, xy, mpp=2.0, encoder=encoder, device=CPU)
-    assert lines(log) == ["40 places with stain-texture on this processor: about 35 min"]
+    assert lines(log) == ["40 locations with stain-texture on this processor: about 35 min"]
 
 
 @pytest.fixture
@@ -263,7 +263,7 @@ def test_an_alternative_that_fails_costs_half_a_line(image, clock, log):
     disk = ReadOnce(image.data)
     run(LazyImage(disk), slow(clock, seconds=4))
     assert disk.n_read == 2
-    assert lines(log) == ["200 places with slow on this processor: about 15 min"]
+    assert lines(log) == ["200 locations with slow on this processor: about 15 min"]
 
 
 def test_gpus_have_a_number():
@@ -286,7 +286,7 @@ FAST = {"head": "mean", "genes": 5, "n_folds": 2, "batch_size": 10}
 def test_embed_says_it(sdata, clock, log):
     sge.tl.embed(sdata, encoder=slow(clock, seconds=20), batch_size=10)
     n = len(sdata.shapes["spots"])
-    assert lines(log)[0].startswith(f"{n} places with slow on this processor: {in_words(20 * n)}; encoder=")
+    assert lines(log)[0].startswith(f"{n} locations with slow on this processor: {in_words(20 * n)}; encoder=")
 
 
 def test_fit_and_evaluate_count_all_sections_and_say_it_once(sdata, clock, log):
@@ -294,20 +294,20 @@ def test_fit_and_evaluate_count_all_sections_and_say_it_once(sdata, clock, log):
     n = len(sdata.shapes["spots"]) + len(other.shapes["spots"])
     sge.tl.fit([sdata, other], encoder=slow(clock, seconds=5), **FAST)
     (said,) = lines(log)
-    assert said.startswith(f"{n} places with slow on this processor: {in_words(5 * n)}; encoder='stain-texture'")
+    assert said.startswith(f"{n} locations with slow on this processor: {in_words(5 * n)}; encoder='stain-texture'")
     log.clear()
     options = {"heads": ["mean"], "genes": 5, "n_folds": 2, "batch_size": 10, "split": "sections"}
     with sge.settings.override(cache_gb=0):
         sge.tl.evaluate([sdata, other], encoder=slow(clock, seconds=5), **options)
     (said,) = lines(log)
-    assert said.startswith(f"{n} places with slow on this processor: {in_words(5 * n)}")
+    assert said.startswith(f"{n} locations with slow on this processor: {in_words(5 * n)}")
 
 
 def test_predict_says_it(sdata, clock, log):
     sge.tl.predict(sdata, encoder=slow(clock, seconds=20), **FAST)
     n = sdata.tables["histosge"].n_obs
     (said,) = lines(log)
-    assert said.startswith(f"{n:,} places with slow on this processor: {in_words(20 * n)}; encoder='stain-texture'")
+    assert said.startswith(f"{n:,} locations with slow on this processor: {in_words(20 * n)}; encoder='stain-texture'")
 
 
 def test_a_fitted_model_has_no_other_encoder(sdata, clock, log):
@@ -318,7 +318,7 @@ def test_a_fitted_model_has_no_other_encoder(sdata, clock, log):
         sge.tl.predict(sdata, model=model, encoder=encoder, batch_size=10, upsample=2)
     (said,) = lines(log)
     n = sdata.tables["histosge"].n_obs
-    assert said == f"{n} places with slow on this processor: {in_words(20 * n)}"
+    assert said == f"{n} locations with slow on this processor: {in_words(20 * n)}"
 
 
 def test_a_store_says_it_once_for_all_its_parts(sdata, clock, log, tmp_path):
@@ -328,4 +328,4 @@ def test_a_store_says_it_once_for_all_its_parts(sdata, clock, log, tmp_path):
     n = len(sdata.shapes["spots"])
     n_all = int(said.split()[0].replace(",", ""))
     assert n_all > 2.5 * n  # the spots, and twice as many places
-    assert said.startswith(f"{n_all:,} places with slow on this processor: {in_words(20 * n_all)}")
+    assert said.startswith(f"{n_all:,} locations with slow on this processor: {in_words(20 * n_all)}")

@@ -59,7 +59,7 @@ def test_an_encoder_has_the_method_that_its_spec_asks_for(whole_blocks):
         spec = EncoderSpec(name="own", mpp=1.0, tile_px=8, embed_dim=3, whole_blocks=whole_blocks)
 
     wanted = "embed_block" if whole_blocks else "embed"
-    with pytest.raises(ValueError, match=rf"encoder 'own' has no method {wanted}\(\), which its spec asks for with"):
+    with pytest.raises(ValueError, match=rf"encoder 'own' has no method {wanted}\(\), which its spec needs with"):
         sge.load_encoder(Own())
     setattr(Own, wanted, lambda *_: None)
     one = Own()

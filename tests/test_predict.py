@@ -1194,7 +1194,7 @@ def test_smaller_batches_where_memory_runs_out(log):
     wanted = sge.tl.embed(sdata, encoder=own_encoder(), inplace=False).obsm["X_colours"]
     np.testing.assert_allclose(found, wanted, atol=rounding.of_sum(48**2, scale=3))
     assert [w for w in warnings_in(log) if "memory" in w] == [
-        "out of memory with batch_size=20: going on with 10. Pass batch_size= to choose."
+        "out of memory with batch_size=20: continuing with 10. Pass batch_size= to choose."
     ]
     run = {"encoder": encoder, "batch_size": 64, "head": "mean", "genes": 5, "n_folds": 2}
     told = refuses(sdata, "ran out of memory with 32 tiles of 48 px for encoder 'greedy'", RuntimeError, **run)
@@ -1356,6 +1356,6 @@ def test_every_step_is_told(sdata, log):
 def test_progress_bars(sdata, capsys):
     run = {"encoder": "stain-texture", "inplace": False}
     sge.tl.embed(sdata, progress=False, **run)
-    assert "place/s" not in capsys.readouterr().err
+    assert "location/s" not in capsys.readouterr().err
     sge.tl.embed(sdata, progress=True, **run)
     assert "embedding with stain-texture" in capsys.readouterr().err

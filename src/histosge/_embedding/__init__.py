@@ -1,6 +1,7 @@
-"""Image and places → embeddings: config, forward pass on the device, dense tokens, cache.
+"""Image and locations → embeddings: config, forward pass on the device, dense tokens, cache.
 
-Files are imported when one of their names is first used: ``histosge cache`` needs the cache, and torch takes seconds.
+Files are imported when one of their names is first used: ``histosge cache`` needs only the cache, and torch takes
+seconds to import.
 """
 
 from __future__ import annotations

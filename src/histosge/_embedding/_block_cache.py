@@ -1,4 +1,4 @@
-"""Which blocks of a run are in the cache already, and which are put there: the forward pass computes only the others."""
+"""Blocks of a run that are in the cache, and those to compute and put there."""
 
 from __future__ import annotations
 
@@ -22,51 +22,51 @@ if TYPE_CHECKING:
     from histosge._image import Block
 
 _SCHEME = 1
-"""Counts up when the same pixels and places give other embeddings."""
+"""Increased when the same pixels and locations give other embeddings."""
 
 
 class BlockCache:
-    """Blocks of one run that are read from the cache, and those that are put there.
+    """Read blocks of one run from the cache, and put others there.
 
-    A block is known by its own pixels and places, so that nothing is ever read back for another image, another scale or
-    other places, and a run that was interrupted continues at its last block.
+    A block is identified by its pixels and locations, so that it is not read for another image, another scale or other
+    locations, and an interrupted run continues at its last block.
     """
 
     def __init__(
         self,
         cache: EmbeddingCache | None,
-        recipe: dict[str, Any] | None,
+        config: dict[str, Any] | None,
         *,
         rounds: bool,
         on_found: Callable[[int], None] | None = None,
     ) -> None:
         self.n_found = 0
         self._on_found = on_found
-        self._cache, self._recipe, self._rounds = cache, recipe, rounds
+        self._cache, self._config, self._rounds = cache, config, rounds
         self._group: CacheGroup | None = None
         self._areas: Footprints | None = None
         self._found: deque[tuple[NDArray[np.int64], NDArray[Any]]] = deque()
-        self._waiting: deque[tuple[str, int]] = deque()  # digest of a block and how many places it has
-        self._values: list[NDArray[Any]] = []  # of the first one
+        self._waiting: deque[tuple[str, int]] = deque()  # digest of a block and its number of locations
+        self._values: list[NDArray[Any]] = []  # of the first block
 
     @classmethod
     def open(
         cls, encoder: Any, device: torch.device, *, tile_um: float, on_found: Callable[[int], None] | None = None
     ) -> Self:
-        """Use the cache, except for encoders that do not say what their embeddings depend on."""
+        """Open the cache, except for encoders whose embeddings depend on unknown things."""
         identity = getattr(encoder, "identity", None)
         cache = None if identity is None else open_cache()
         made_by = None if identity is None or cache is None else identity(device)
-        recipe = None if made_by is None else {"encoder": made_by, "tile_um": tile_um, "scheme": _SCHEME}
-        # an encoder without an identity is not ours: every digit of it may count
+        config = None if made_by is None else {"encoder": made_by, "tile_um": tile_um, "scheme": _SCHEME}
+        # an encoder without an identity is not ours: do not round its embeddings
         rounds = identity is not None and settings.precision != "float32"
-        return cls(cache, recipe, rounds=rounds, on_found=on_found)
+        return cls(cache, config, rounds=rounds, on_found=on_found)
 
     def todo(self, found: Iterator[Block], *, way: str, areas: Footprints | None = None) -> Iterator[Block]:
-        """Pass on blocks that are not in the cache; runs in the thread that reads ahead."""
+        """Yield the blocks that are not in the cache; runs in the thread that reads ahead."""
         self._areas = areas
-        if self._cache is not None and self._recipe is not None:
-            self._group = self._cache.group(self._recipe | {"way": way, "dense": areas is not None})
+        if self._cache is not None and self._config is not None:
+            self._group = self._cache.group(self._config | {"way": way, "dense": areas is not None})
         try:
             for block in found:
                 if self._group is not None:
@@ -83,7 +83,7 @@ class BlockCache:
             found.close()  # type: ignore[attr-defined]
 
     def found(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Rows and values of the blocks that were in the cache."""
+        """Yield rows and values of the blocks that were in the cache."""
         while self._found:
             rows, values = self._found.popleft()
             self.n_found += len(rows)
@@ -92,7 +92,7 @@ class BlockCache:
     def done(
         self, rows: NDArray[np.int64], values: NDArray[np.float32]
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Return what was computed, in the order of ``todo``, rounded as it is kept; put whole blocks into the cache."""
+        """Take computed values in the order of ``todo``; round them as in the cache, and put whole blocks there."""
         fits = np.abs(values).max(initial=0) <= np.finfo(np.float16).max
         kept: NDArray[Any] = values.astype(np.float16) if self._rounds and fits else values
         yield rows, kept.astype(np.float32)
@@ -102,7 +102,7 @@ class BlockCache:
         while self._waiting and sum(map(len, self._values)) >= self._waiting[0][1]:
             digest, n = self._waiting.popleft()
             so_far = np.concatenate(self._values)
-            if np.isfinite(so_far[:n]).all():  # what the caller refuses is not kept
+            if np.isfinite(so_far[:n]).all():  # the caller raises on other values
                 self._group.put(digest, so_far[:n])
             self._values = [so_far[n:]]
 

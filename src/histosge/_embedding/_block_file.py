@@ -21,7 +21,7 @@ def header(values: NDArray[Any]) -> bytes:
     """Head of a ``.npy`` file."""
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.name not in _DTYPES:
         found = f"{values.dtype} of shape {values.shape}" if isinstance(values, np.ndarray) else type(values).__name__
-        msg = f"values is {found}: pass an array of places x features, {' or '.join(_DTYPES)}."
+        msg = f"values is {found}: pass an array of locations x features, {' or '.join(_DTYPES)}."
         raise ValueError(msg)
     file = io.BytesIO()
     described = {"descr": values.dtype.str, "fortran_order": False, "shape": values.shape}
@@ -30,7 +30,7 @@ def header(values: NDArray[Any]) -> bytes:
 
 
 def checksum(*parts: Any) -> bytes:
-    """Checksum of what is written into a file."""
+    """Checksum of the content of a file."""
     value = 0
     for part in parts:
         value = zlib.crc32(part, value)
@@ -38,7 +38,7 @@ def checksum(*parts: Any) -> bytes:
 
 
 def read(path: Path) -> NDArray[Any]:
-    """Read a ``.npy`` file that ends with a checksum, so that a file cut off by a crash or a bad disk is not used."""
+    """Read a ``.npy`` file that ends with a checksum; raise where it was cut off by a crash or a bad disk."""
     data = np.fromfile(path, np.uint8)
     content = data[:-_CHECKSUM_BYTES]
     if checksum(content) != data[-_CHECKSUM_BYTES:].tobytes():

@@ -1,4 +1,4 @@
-"""How places are embedded: with which encoders, the scale of each, from tiles or from tokens."""
+"""Config of embeddings: the encoders, the scale of each, tiles or tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class EncoderConfig:
 
     spec: EncoderSpec
     mpp: float
-    """µm per pixel of the tiles that it is given; ``spec.mpp`` unless the user chose another tile"""
+    """µm per pixel of its tiles; ``spec.mpp`` unless the user chose another tile"""
 
     @property
     def tile_um(self) -> float:
@@ -41,18 +41,18 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class EmbeddingConfig:
-    """How places are embedded. The same config makes comparable embeddings."""
+    """How locations are embedded. Embeddings of the same config are comparable."""
 
     encoders: tuple[EncoderConfig, ...]
-    """Usually one; the embeddings of several are joined"""
+    """Usually one; embeddings of several are joined"""
     dense: bool = False
-    """Whether the area of a place is embedded, from tokens, instead of a tile around its centre"""
+    """Whether areas are embedded, from tokens, instead of tiles around their centres"""
     splits: tuple[int, ...] = ()
-    """Columns at which the embedding of each further encoder begins"""
+    """First columns of the embeddings of the second and later encoders"""
 
     @classmethod
     def of(cls, encoder: Any, *, tile_um: float | None = None, dense: bool = False) -> Self:
-        """Describe how a loaded encoder is used; ``tile_um`` is the edge of a tile, by default the encoder's own."""
+        """Make the config of a loaded encoder; ``tile_um`` is the edge of a tile, by default the encoder's own."""
         several = split_encoder(encoder)
         _check_tile([one.spec for one in several], tile_um)
         mpps = [
@@ -85,12 +85,12 @@ class EmbeddingConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EmbeddingConfig:
-        """Restore what :meth:`to_dict` gave."""
+        """Restore a config from its :meth:`to_dict`."""
         encoders = tuple(EncoderConfig(EncoderSpec(**one["spec"]), one["mpp"]) for one in values["encoders"])
         return cls(encoders, values["dense"], tuple(values["splits"]))
 
     def to_uns(self) -> dict[str, Any]:
-        """Values for ``uns``. Lists come back from disk as arrays, so they are arrays from the start."""
+        """Values for ``uns``, with arrays instead of lists, since files return arrays."""
         each = {
             _keys.slug(one.spec.name): {
                 k: np.array(v) if isinstance(v, list) else v for k, v in one.spec.to_dict().items()
@@ -104,7 +104,7 @@ class EmbeddingConfig:
 
 
 def load_for(section: Section, encoder: Any, *, dense: bool) -> Any:
-    """Load an encoder, unless it is loaded. What cannot work is refused before gigabytes are loaded."""
+    """Load an encoder, unless it is loaded. Raise before that where it cannot be used on the section."""
     for one in split_encoder(encoder):
         _check_spec(section, known_spec(one), dense=dense)
     loaded = load_encoder(encoder)
@@ -114,8 +114,8 @@ def load_for(section: Section, encoder: Any, *, dense: bool) -> Any:
 
 
 def load_of_model(section: Section, encoder: Any, config: EmbeddingConfig) -> Any:
-    """Load the encoder that a fitted model needs; ``encoder`` may be that one, loaded before."""
-    if isinstance(encoder, str) and encoder == DEFAULT_ENCODER:  # the default of the doors: nothing was chosen
+    """Load the encoder of a fitted model, unless ``encoder`` is this encoder, already loaded."""
+    if isinstance(encoder, str) and encoder == DEFAULT_ENCODER:  # the default of the doors: the user chose none
         encoder = config.name
     given = [one if (spec := known_spec(one)) is None else spec.name for one in split_encoder(encoder)]
     if given != [one.spec.name for one in config.encoders]:
@@ -148,7 +148,7 @@ def load_of_model(section: Section, encoder: Any, config: EmbeddingConfig) -> An
 
 
 def _check_spec(section: Section, spec: EncoderSpec | None, *, dense: bool) -> None:
-    """Refuse an encoder for a section; ``None`` stands for one of which only its network tells more."""
+    """Raise where an encoder cannot be used on a section; ``None`` where its spec is read from the network."""
     coarsest = EncoderSpec.coarsest_mpp if spec is None else spec.coarsest_mpp
     if section.mpp > coarsest * (1 + 1e-6):
         msg = (
@@ -159,8 +159,8 @@ def _check_spec(section: Section, spec: EncoderSpec | None, *, dense: bool) -> N
         raise ValueError(msg)
     if dense and spec is not None and spec.token_px is None:
         msg = (
-            f"encoder {spec.name!r} gives no tokens below its tile, so that nothing smaller than a spot can be embedded "
-            f"by its area. Choose one of {with_tokens()}, or pass dense=False to embed the tile around each place."
+            f"encoder {spec.name!r} gives no tokens below its tile, so that smaller areas cannot be embedded. Choose "
+            f"one of {with_tokens()}, or pass dense=False to embed the tile around each target."
         )
         raise ValueError(msg)
 
@@ -169,16 +169,16 @@ def _check_tile(specs: Sequence[EncoderSpec], tile_um: float | None) -> None:
     if tile_um is None:
         return
     if not 1 <= tile_um <= 10_000:
-        msg = f"tile_um={tile_um!r} is not the edge of a tile in µm. Pass a positive number, or None for the encoder's own."
+        msg = f"tile_um={tile_um!r} is not the edge of a tile in µm. Pass a number above 0, or None for the default."
         raise ValueError(msg)
     if all(spec.fixed_tile for spec in specs):
         names = " and ".join(repr(spec.name) for spec in specs)
-        msg = f"tile_um={tile_um!r}: the tile of encoder {names} has a size of its own. Leave tile_um out."
+        msg = f"tile_um={tile_um!r}: the tile of encoder {names} has a fixed size. Leave tile_um out."
         raise ValueError(msg)
 
 
 def _n_columns(encoder: Any, *, dense: bool) -> int:
-    """Numbers that an encoder gives for a place. Only an encoder's tokens say how wide they are."""
+    """Length of an embedding. The width of tokens is read from tokens of the encoder."""
     spec = encoder.spec
     if not dense:
         return int(spec.embed_dim)

@@ -1,4 +1,4 @@
-"""Tokens of a whole block, from tiles that overlap: a tile lacks context at its border, so its neighbours count there."""
+"""Tokens of a whole block, from overlapping tiles. A tile lacks context at its border, its neighbours not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TILE_STEP = 0.55
-"""Step from tile to tile, in tiles: neighbours overlap by the rest."""
+"""Step from tile to tile, as a share of a tile: neighbours overlap by the rest."""
 
 
 def step_tokens(side: int) -> int:
@@ -24,17 +24,17 @@ def step_tokens(side: int) -> int:
 
 
 def tile_weight(u: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Weight of what lies at a share ``u`` of a tile's edge (Hann): none at its border, where it lacks context."""
+    """Weight at a share ``u`` of a tile's edge (Hann window): 0 at its border, where it lacks context."""
     return np.where((u > 0) & (u < 1), np.sin(np.pi * u) ** 2, 0.0)
 
 
 def tiles_over(shape: tuple[int, int], bounds: NDArray[np.float64], spec: Any, step_px: int) -> NDArray[np.int64]:
-    """Number of each tile that some place is under, -1 for others: (rows, cols) of tiles that fit into a block."""
+    """Number the tiles that some location lies in, -1 for others: (rows, cols) of the tiles of a block."""
     n_rows, n_cols = ((side - spec.tile_px) // step_px + 1 for side in shape)
     low = np.floor((bounds[:, :2] - spec.tile_px) / step_px).astype(np.int64) + 1
     high = np.ceil(bounds[:, 2:] / step_px).astype(np.int64)  # the first tile beyond
     low, high = np.clip(low, 0, [n_cols, n_rows]), np.clip(high, 0, [n_cols, n_rows])
-    edges = np.zeros((n_rows + 1, n_cols + 1), np.int64)  # corners of rectangles; their sums fill them
+    edges = np.zeros((n_rows + 1, n_cols + 1), np.int64)  # corners of rectangles; cumulative sums fill them
     for sign, x, y in ((1, low, low), (-1, high, low), (-1, low, high), (1, high, high)):
         np.add.at(edges, (y[:, 1], x[:, 0]), sign)
     wanted = edges.cumsum(0).cumsum(1)[:-1, :-1] > 0
@@ -46,7 +46,7 @@ def tiles_over(shape: tuple[int, int], bounds: NDArray[np.float64], spec: Any, s
 def token_grid(
     block: Block, number: NDArray[np.int64], spec: Any, *, step_px: int, forward: Any
 ) -> tuple[Tensor, NDArray[np.float32]]:
-    """Tokens over a block, where tiles overlap the mean of theirs, and each tile's summary.
+    """Compute tokens over a block, averaged where tiles overlap, and the summary of each tile.
 
     Returns
     -------
@@ -64,7 +64,7 @@ def token_grid(
     shape = [n // spec.token_px for n in block.pixels.shape[1:]]
     total: Any = None
     weights, summaries = torch.zeros(*shape, 1), []
-    done, size = 0, forward.batch_size  # which may be halved on the way
+    done, size = 0, forward.batch_size  # the forward pass may halve it
     for start in range(0, len(row), size):
         some = slice(start, start + size)
         tiles = cut(Block(block.pixels, number, centre[some]), tile_px=spec.tile_px)  # (b, 3, tile, tile)
@@ -85,8 +85,8 @@ def token_grid(
 def share_of_tiles(
     xy_px: NDArray[np.float64], number: NDArray[np.int64], spec: Any, *, step_px: int
 ) -> sparse.csr_matrix:
-    """Weight (n, n_tiles) of each tile's summary at places; the same window as for tokens, so nothing jumps."""
-    per_edge = -(-spec.tile_px // step_px)  # tiles over a place along one edge
+    """Weight (n, n_tiles) of each tile's summary at locations, with the window of tokens, so that it is continuous."""
+    per_edge = -(-spec.tile_px // step_px)  # tiles over a location along one edge
     last = np.floor(xy_px / step_px).astype(np.int64)  # (n, 2), (x, y)
     back = np.arange(per_edge)
     tile = last[:, None] - back[None, :, None]  # (n, per_edge, 2)

@@ -1,4 +1,4 @@
-"""The device that computes: which one, how tiles get there, and batches that fit into its memory."""
+"""The device: choose it, copy tiles to it, and run batches that fit into its memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """Choose where to compute: as asked, else as ``settings.device``, else a GPU if there is one, else the CPU."""
+    """Choose where to compute: the argument, else ``settings.device``, else a GPU if there is one, else the CPU."""
     wanted = device if device is not None else settings.device
     if wanted is None:
         if torch.cuda.is_available():
@@ -42,22 +42,23 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def _on_device(block: Any, device: torch.device) -> Tensor:
-    pixels = block.pixels if block.pixels.flags.writeable else block.pixels.copy()  # torch shares no read-only memory
+    # torch cannot share read-only memory
+    pixels = block.pixels if block.pixels.flags.writeable else block.pixels.copy()
     return torch.from_numpy(np.ascontiguousarray(pixels)).to(device)  # (3, h, w)
 
 
 def _buffers(*, pinned: bool) -> Callable[[tuple[int, ...]], NDArray[np.uint8]]:
-    """Make memory for tiles: a GPU fetches pinned memory by itself."""
+    """Allocate memory for tiles; a GPU copies from pinned memory in the background."""
     return lambda shape: torch.empty(shape, dtype=torch.uint8, pin_memory=pinned).numpy()
 
 
 _LARGE = 2e8
-"""Parameters of a network of which a processor embeds about one tile a second, or fewer."""
+"""Networks with more parameters take a second or more for a tile on a processor."""
 _FIRST_TILES = 4
 
 
 class _Forward:
-    """Run tiles through an encoder in batches, halved once if memory runs out; forecast how long the run takes."""
+    """Run tiles through an encoder in batches, halved once if memory runs out; forecast the time of the run."""
 
     def __init__(
         self,
@@ -66,33 +67,33 @@ class _Forward:
         device: torch.device,
         batch_size: int,
         forecast: Forecast,
-        say: Callable[[float], None],
+        report: Callable[[float], None],
     ) -> None:
-        self.encoder, self.device, self.asked = encoder, device, batch_size
+        self.encoder, self.device, self.wanted_batch_size = encoder, device, batch_size
         self.batch_size, self.halved = batch_size, False
-        self.places_per_tile = 1.0
-        """How many places a tile serves"""
-        self._forecast, self._say = forecast, say
-        # so that a network of which a batch takes minutes is known after a few tiles
+        self.locations_per_tile = 1.0
+        """Locations that are embedded for each tile"""
+        self._forecast, self._report = forecast, report
+        # small first batches, so that there is a forecast even where a whole batch takes minutes
         self._first_sizes = [_FIRST_TILES] * 2 if device.type == "cpu" and _is_large(encoder) else []
 
     def begin(self) -> None:
-        """A batch or block is about to be computed."""
+        """Call before a batch or block is computed."""
         self._forecast.begin()
 
     def fetched(self, n_tiles: int) -> None:
-        """Embeddings of some tiles have come back from the device; those of a processor were there at once."""
+        """Call when embeddings of tiles are copied back from a GPU; for a processor this does nothing."""
         if self.device.type != "cpu":
-            self.computed(n_tiles * self.places_per_tile)
+            self.computed(n_tiles * self.locations_per_tile)
 
-    def computed(self, n_places: float) -> None:
-        """Embeddings of some places are there."""
-        seconds = self._forecast.computed(n_places)
+    def computed(self, n_locations: float) -> None:
+        """Call when embeddings of locations are computed."""
+        seconds = self._forecast.computed(n_locations)
         if seconds is not None:
-            self._say(seconds)
+            self._report(seconds)
 
     def __call__(self, tiles: NDArray[np.uint8], call: Callable[[Tensor], Any]) -> Iterator[Any]:
-        """Yield what the encoder gives for (b, 3, tile, tile) uint8, batch after batch."""
+        """Yield the output of the encoder for (b, 3, tile, tile) uint8, batch by batch."""
         start = 0
         self.begin()
         while start < len(tiles):
@@ -108,8 +109,8 @@ class _Forward:
                 if self.halved or self.batch_size == 1:
                     spec = self.encoder.spec
                     msg = (
-                        f"{self.device} ran out of memory with {self.batch_size} tiles of {spec.tile_px} px for encoder "
-                        f"{spec.name!r}. Pass a smaller batch_size= (it was {self.asked}), "
+                        f"{self.device} ran out of memory with {self.batch_size} tiles of {spec.tile_px} px for "
+                        f"encoder {spec.name!r}. Pass a smaller batch_size= (it was {self.wanted_batch_size}), "
                         "a smaller encoder, or device='cpu'."
                     )
                     raise RuntimeError(msg) from err
@@ -117,12 +118,12 @@ class _Forward:
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
                 logger.warning(
-                    "out of memory with batch_size=%d: going on with %d. Pass batch_size= to choose.",
-                    self.asked, self.batch_size,
+                    "out of memory with batch_size=%d: continuing with %d. Pass batch_size= to choose.",
+                    self.wanted_batch_size, self.batch_size,
                 )  # fmt: skip
                 continue
             if self.device.type == "cpu":
-                self.computed(len(some) * self.places_per_tile)
+                self.computed(len(some) * self.locations_per_tile)
             self._first_sizes = self._first_sizes[1:]
             yield values
             start += len(some)

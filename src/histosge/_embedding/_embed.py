@@ -1,8 +1,8 @@
-"""Places → blocks or tiles → encoder on the device → one embedding per place.
+"""Locations → blocks or tiles → encoder on the device → one embedding per location.
 
-A place is embedded as the centre of a tile or, densely, as the area it stands for: the mean of the tokens under its
-footprint, joined with the surroundings of its centre. Dense embeddings of a spot and of its bins go together: the spot's
-tokens are the mean of its bins' (but for their surroundings).
+A location is embedded as the centre of a tile or, densely, as an area: the mean of the tokens under its footprint,
+joined with the surroundings of its centre. Dense embeddings of a spot and of its bins are consistent: the tokens of the
+spot are the mean of those of its bins (except for the surroundings).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 
 _TIMED_PLACES = 20_000
-"""Places of a block that the built-in encoder is timed on, at most: a second or two."""
+"""The built-in encoder is timed on at most so many locations of a block: a second or two."""
 DENSE_BLOCK_PX = 4096
-"""Edge, at the encoder's scale, of the blocks that tiles are laid over for dense embeddings."""
+"""Edge, at the encoder's scale, of blocks of tiles for dense embeddings."""
 
 
 def embed(
@@ -53,22 +53,22 @@ def embed(
     report: bool = True,
     forecast: Forecast | None = None,
 ) -> NDArray[np.float32]:
-    """Embed places of an image with one encoder.
+    """Embed locations of an image with one encoder.
 
     Parameters
     ----------
     image
         The image.
     xy_px
-        (n, 2) places in pixels of the image.
+        (n, 2) locations in pixels of the image.
     mpp
         µm per pixel of the image.
     encoder
         An encoder of tiles or of whole blocks.
     encoder_mpp
-        µm per pixel of the tiles or blocks that it is given; by default what it was trained at.
+        µm per pixel of its tiles or blocks; by default the scale that it was trained at.
     footprints
-        Areas that the places stand for, to embed them densely. ``None`` embeds the tile around each centre.
+        Areas of the locations, to embed them densely. ``None`` embeds the tile around each centre.
     device
         Where to compute.
     batch_size
@@ -76,9 +76,9 @@ def embed(
     progress
         Whether to show a progress bar.
     report
-        Whether to log what was in the cache.
+        Whether to log how many embeddings were in the cache.
     forecast
-        Forecast of the run that these places are a part of; by default they are all of it.
+        Forecast of the run, where these locations are only a part of it.
 
     Returns
     -------
@@ -89,13 +89,15 @@ def embed(
     forecast = Forecast(n) if forecast is None else forecast
     encoder = encoder.to(device)
     run = _WAYS[footprints is not None, spec.whole_blocks]
-    places = xy_px if footprints is None else footprints
+    locations = xy_px if footprints is None else footprints
     cached = BlockCache.open(encoder, device, tile_um=encoder_mpp * spec.tile_px, on_found=forecast.existing)
-    say = partial(_say, forecast, image, xy_px, mpp=mpp, spec=spec, footprints=footprints, device=device)
-    forward = _Forward(encoder, device=device, batch_size=batch_size, forecast=forecast, say=say)
+    report_seconds = partial(
+        _log_forecast, forecast, image, xy_px, mpp=mpp, spec=spec, footprints=footprints, device=device
+    )
+    forward = _Forward(encoder, device=device, batch_size=batch_size, forecast=forecast, report=report_seconds)
     out: NDArray[np.float32] | None = None
-    with progress_bar(desc=f"embedding with {spec.name}", total=n, unit="place", show=progress) as bar:
-        for rows, values in run(image, places, scale=encoder_mpp / mpp, forward=forward, cached=cached):
+    with progress_bar(desc=f"embedding with {spec.name}", total=n, unit="location", show=progress) as bar:
+        for rows, values in run(image, locations, scale=encoder_mpp / mpp, forward=forward, cached=cached):
             out = np.zeros((n, values.shape[1]), np.float32) if out is None else out
             out[rows] = values
             bar.update(len(rows))
@@ -109,13 +111,13 @@ def embed(
     if not finite.all():
         msg = (
             f"encoder {spec.name!r} gave {(~finite).sum()} embeddings that are not finite, "
-            "so that nothing can be learnt from them. Check its weights, or use another encoder."
+            "which heads cannot learn from. Check its weights, or use another encoder."
         )
         raise RuntimeError(msg)
     return out
 
 
-def _say(
+def _log_forecast(
     forecast: Forecast,
     image: LazyImage,
     xy_px: NDArray[np.float64],
@@ -126,21 +128,19 @@ def _say(
     footprints: Footprints | None,
     device: torch.device,
 ) -> None:
-    """Log how long the run will take, and how long the built-in encoder would."""
+    """Log how long the run takes, and how long it takes with the built-in encoder."""
     instead = ""
     if forecast.alternative and spec.name != QUICK_ENCODER:
         try:
-            per_place = _seconds_per_place(image, xy_px, mpp=mpp, footprints=footprints, device=device)
-            instead = f"; encoder={QUICK_ENCODER!r} takes {in_words(per_place * forecast.n_to_compute)}"
-        except Exception:  # noqa: BLE001  half a log line must not end the run
+            per_location = _seconds_per_location(image, xy_px, mpp=mpp, footprints=footprints, device=device)
+            instead = f"; encoder={QUICK_ENCODER!r} takes {in_words(per_location * forecast.n_to_compute)}"
+        except Exception:  # noqa: BLE001  an incomplete log line must not end the run
             logger.debug("%s could not be timed", QUICK_ENCODER, exc_info=True)
-    logger.info(
-        "    %s places with %s on %s: %s%s",
-        f"{forecast.n_to_compute:,}", spec.name, name_device(device), in_words(seconds), instead,
-    )  # fmt: skip
+    n = f"{forecast.n_to_compute:,}"
+    logger.info("    %s locations with %s on %s: %s%s", n, spec.name, name_device(device), in_words(seconds), instead)
 
 
-def _seconds_per_place(
+def _seconds_per_location(
     image: LazyImage,
     xy_px: NDArray[np.float64],
     *,
@@ -148,7 +148,7 @@ def _seconds_per_place(
     footprints: Footprints | None,
     device: torch.device,
 ) -> float:
-    """Time the built-in encoder on its fullest block; the other blocks take as long, though they hold fewer places."""
+    """Time the built-in encoder on its fullest block; blocks with fewer locations take as long."""
     encoder = load_encoder(QUICK_ENCODER)
     cell = np.floor(xy_px / block_edge_px(encoder, mpp=mpp, encoder_mpp=encoder.spec.mpp)).astype(np.int64)
     _, which, sizes = np.unique(cell, axis=0, return_inverse=True, return_counts=True)
@@ -156,7 +156,7 @@ def _seconds_per_place(
     some = None if footprints is None else footprints.take(rows)
     none = Forecast(0)
     took = 0.0
-    for _ in range(2):  # the first time includes what happens only once
+    for _ in range(2):  # the first time includes one-time work
         start = none.clock()
         embed(
             image,
@@ -174,7 +174,7 @@ def _seconds_per_place(
 
 
 def block_edge_px(encoder: Any, *, mpp: float, encoder_mpp: float) -> float:
-    """Edge, in pixels of the image, of the blocks that places are embedded by."""
+    """Edge, in pixels of the image, of the blocks in which locations are embedded."""
     return (1024 if encoder.spec.whole_blocks else DENSE_BLOCK_PX) * snap_scale(encoder_mpp / mpp)
 
 
@@ -197,7 +197,7 @@ def _embed_tiles(
     running: deque[tuple[NDArray[np.int64], list[Tensor]]] = deque()
     for tiles, rows in batches(todo, tile_px=tile_px, batch_size=forward.batch_size, empty=_buffers(pinned=on_gpu)):
         running.append((rows, list(forward(tiles, forward.encoder.embed))))
-        # a GPU gets the next batch before the embeddings of the last one are fetched
+        # send the next batch to a GPU before fetching the embeddings of the last one
         if len(running) > on_gpu:
             yield from cached.done(*_fetched(running.popleft(), forward))
         yield from cached.found()
@@ -214,13 +214,13 @@ def _fetched(batch: tuple[NDArray[np.int64], list[Tensor]], forward: _Forward) -
 
 
 def _embed_blocks_densely(
-    image: LazyImage, places: Footprints, *, scale: float, forward: _Forward, cached: BlockCache
+    image: LazyImage, locations: Footprints, *, scale: float, forward: _Forward, cached: BlockCache
 ) -> Iterator[RowsAndValues]:
     encoder, device = forward.encoder, forward.device
-    on_grid = places.scaled(1 / snap_scale(scale))  # in pixels of the encoder
+    on_grid = locations.scaled(1 / snap_scale(scale))  # in pixels of the encoder
     halo_px = encoder.halo_px + _reach(on_grid)
     token_px = encoder.spec.token_px
-    for block in prefetch(blocks(image, places.xy_px, scale=scale, halo_px=halo_px, align_px=encoder.align_px)):
+    for block in prefetch(blocks(image, locations.xy_px, scale=scale, halo_px=halo_px, align_px=encoder.align_px)):
         forward.begin()
         tokens, around = encoder.embed_block_dense(_on_device(block, device), torch.from_numpy(block.xy_px))
         x0, y0 = block.origin_px
@@ -231,14 +231,14 @@ def _embed_blocks_densely(
 
 
 def _embed_tiles_densely(
-    image: LazyImage, places: Footprints, *, scale: float, forward: _Forward, cached: BlockCache
+    image: LazyImage, locations: Footprints, *, scale: float, forward: _Forward, cached: BlockCache
 ) -> Iterator[RowsAndValues]:
     spec = forward.encoder.spec
-    on_grid = places.scaled(1 / snap_scale(scale))
+    on_grid = locations.scaled(1 / snap_scale(scale))
     step_px = step_tokens(spec.tile_px // spec.token_px) * spec.token_px
     found = blocks(
         image,
-        places.xy_px,
+        locations.xy_px,
         scale=scale,
         halo_px=spec.tile_px + _reach(on_grid),
         block_px=DENSE_BLOCK_PX,
@@ -247,7 +247,7 @@ def _embed_tiles_densely(
     for block in prefetch(cached.todo(found, way=f"dense, {step_px} px from tile to tile", areas=on_grid)):
         some = on_grid.take(block.rows)
         tiles = tiles_over(block.pixels.shape[1:], some.bounds() - (*block.origin_px, *block.origin_px), spec, step_px)
-        forward.places_per_tile = len(block.rows) / max((tiles >= 0).sum(), 1)
+        forward.locations_per_tile = len(block.rows) / max((tiles >= 0).sum(), 1)
         tokens, summary = token_grid(block, tiles, spec, step_px=step_px, forward=forward)
         x0, y0 = block.origin_px
         grid = Grid(x0, y0, spec.token_px, *tokens.shape[:2])
@@ -265,14 +265,14 @@ _WAYS: dict[tuple[bool, bool], Callable[..., Iterator[RowsAndValues]]] = {  # de
 }
 
 
-def _reach(places: Footprints) -> int:
-    """Farthest that any place reaches from its centre, in whole pixels."""
-    bounds = places.bounds()
-    return int(np.ceil(max((places.xy_px - bounds[:, :2]).max(), (bounds[:, 2:] - places.xy_px).max())))
+def _reach(locations: Footprints) -> int:
+    """Largest distance of any footprint's edge from its centre, in whole pixels."""
+    bounds = locations.bounds()
+    return int(np.ceil(max((locations.xy_px - bounds[:, :2]).max(), (bounds[:, 2:] - locations.xy_px).max())))
 
 
-def _under(places: Footprints, grid: Grid, tokens: Tensor, around: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean of the tokens (rows, cols, c) under each place, joined with its surroundings: (n, c + d)."""
+def _under(locations: Footprints, grid: Grid, tokens: Tensor, around: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Mean of the tokens (rows, cols, c) under each footprint, joined with its surroundings: (n, c + d)."""
     flat = tokens.reshape(-1, tokens.shape[-1]).float().cpu().numpy()
-    share = area_fractions(places, grid).astype(np.float32)
+    share = area_fractions(locations, grid).astype(np.float32)
     return np.concatenate([share @ flat, around], axis=1)

@@ -1,4 +1,4 @@
-"""Embed places of one section, always in the same way; reuse embeddings that exist."""
+"""Embed locations of one section with one config; reuse existing embeddings."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-_PARTS_PER_SPOT = 0.44
-"""Edge of a part over a spot's diameter: 24 µm of 55, a dozen parts; 16 µm was no better at twice the time."""
+_EDGE_PER_SPOT = 0.44
+"""Edge of a sub-spot over a spot's diameter: 24 µm of 55, a dozen sub-spots; 16 µm was no better at twice the time."""
 
 
 @dataclass(frozen=True)
 class SpotParts:
-    """What lies below the spots of a section."""
+    """Sub-spots of the spots of a section."""
 
     embedding: NDArray[np.float32]
-    """(p, d), of all parts of all spots"""
+    """(p, d), of all sub-spots of all spots"""
     xy_px: NDArray[np.float64]
     """(p, 2)"""
     index: NDArray[np.int64]
-    """(n, k) rows of each spot's parts; filled up with any row where a spot has fewer"""
+    """(n, k) rows of each spot's sub-spots; padded with any row where a spot has fewer"""
     weight: NDArray[np.float32]
-    """(n, k) share of the spot in each part; rows sum to 1"""
+    """(n, k) share of the spot in each sub-spot; rows sum to 1, padding is 0"""
 
     def take(self, rows: NDArray[np.int64]) -> SpotParts:
-        """Return the parts of some of the spots."""
+        """Return the sub-spots of some of the spots."""
         return SpotParts(self.embedding, self.xy_px, self.index[rows], self.weight[rows])
 
 
 @dataclass(frozen=True)
 class Embedder:
-    """Embeds places of one section in one way."""
+    """Embeds locations of one section with one config."""
 
     section: Section
     encoder: Any
-    """As :func:`histosge.load_encoder` returns it"""
+    """Encoder of :func:`histosge.load_encoder`"""
     config: EmbeddingConfig
     device: torch.device
     batch_size: int = 64
@@ -74,7 +74,7 @@ class Embedder:
         batch_size: int = 64,
         progress: bool | None = None,
     ) -> Self:
-        """Load the encoder, unless it is loaded, and fix how places are embedded."""
+        """Load the encoder, unless it is loaded, and make the config."""
         loaded = load_for(section, encoder, dense=dense)
         config = EmbeddingConfig.of(loaded, tile_um=tile_um, dense=dense)
         return cls(section, loaded, config, resolve_device(device), batch_size, progress)
@@ -90,32 +90,32 @@ class Embedder:
         batch_size: int = 64,
         progress: bool | None = None,
     ) -> Self:
-        """Embed as a fitted model needs it; ``encoder`` may be the loaded encoder of the model."""
+        """Embed with the config of a fitted model; ``encoder`` may be the loaded encoder of the model."""
         loaded = load_of_model(section, encoder, config)
         return cls(section, loaded, config, resolve_device(device), batch_size, progress)
 
     @property
     def block_edge_px(self) -> float:
-        """Edge, in pixels of the image, of the blocks that places are embedded by."""
+        """Edge, in pixels of the image, of the blocks in which locations are embedded."""
         several = zip(split_encoder(self.encoder), self.config.encoders, strict=True)
         return max(block_edge_px(one, mpp=self.section.mpp, encoder_mpp=how.mpp) for one, how in several)
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What goes into ``uns``."""
+        """Provenance for ``uns``."""
         return {**self.config.to_uns(), "image": self.section.image_key, "mpp": float(self.section.mpp)}
 
     def embed(self, targets: Targets, *, forecast: Forecast | None = None, quiet: bool = False) -> NDArray[np.float32]:
-        """Return the embeddings (n, d) of some places of the section: existing ones, or new ones.
+        """Return the embeddings (n, d) of locations of the section: existing ones, or new ones.
 
         Parameters
         ----------
         targets
-            The places.
+            The locations.
         forecast
-            Forecast of the run that these places are a part of. By default they are all of it.
+            Forecast of the run, where these locations are only a part of it.
         quiet
-            Whether to log no more than the forecast and to show no progress bar: for parts of a run.
+            Whether to log only the forecast, without a progress bar: for parts of a run.
         """
         name = self.config.name
         log = logger.debug if quiet else logger.info
@@ -128,7 +128,7 @@ class Embedder:
                 forecast.existing(len(targets))
             return found
         start = time()
-        log("embedding %d places with %s on %s", len(targets), name, self.device)
+        log("embedding %d locations with %s on %s", len(targets), name, self.device)
         values = self._embed(
             targets.xy_px,
             targets.footprints if self.config.dense else None,
@@ -147,14 +147,14 @@ class Embedder:
         Where every spot is among the targets and both are embedded in the same way, spots are not embedded twice.
         """
         spots = own_spots(self.section)
-        same_way = not self.config.dense  # the area of a spot is not that of the target upon it
+        same_way = not self.config.dense  # the area of a spot differs from that of the target at its centre
         alone = Forecast(len(spots), alternative=forecast.alternative)
         if targets is None:
-            forecast.n_places += len(spots) * same_way
+            forecast.n_locations += len(spots) * same_way
             return None, self.embed(spots, forecast=forecast if same_way else alone)
         at_spot = targets.spot_index >= 0
         among = same_way and len(np.unique(targets.spot_index[at_spot])) == len(spots)
-        forecast.n_places += len(targets) + len(spots) * (same_way and not among)
+        forecast.n_locations += len(targets) + len(spots) * (same_way and not among)
         at_targets = self.embed(targets, forecast=forecast)
         if among:
             at_spots = np.empty((len(spots), at_targets.shape[1]), np.float32)
@@ -167,23 +167,23 @@ class Embedder:
         return self.embed(own_spots(self.section), forecast=forecast)
 
     def embed_parts(self) -> SpotParts:
-        """Cut spots into a dozen parts each, and embed these."""
+        """Cut spots into a dozen sub-spots each, and embed these."""
         section = self.section
-        edge_px = max(_PARTS_PER_SPOT * section.spot_um, self.config.token_um or 0.0) / section.mpp
+        edge_px = max(_EDGE_PER_SPOT * section.spot_um, self.config.token_um or 0.0) / section.mpp
         xy_px, index, weight = divide(section.footprints, edge_px=edge_px)
         values = self._embed(xy_px, Footprints.squares(xy_px, edge_px=edge_px), progress=False)
         return SpotParts(values, xy_px, index, weight.astype(np.float32))
 
     def warn_below_token(self, targets: Targets) -> None:
-        """Warn where places are smaller than what the encoder resolves."""
+        """Warn where targets are smaller than the tokens of the encoder."""
         token_um = self.config.token_um
         if token_um is None or len(targets) == 0:
             return
         size_um = float(np.median(targets.footprints.size_px)) * self.section.mpp
         if size_um < 0.99 * token_um:
             logger.warning(
-                "%s of %.3g µm are smaller than the tokens of %r (%.3g µm): what is resolved is the token",
-                "bins" if targets.are_bins else "places", size_um, self.config.name, token_um,
+                "%s of %.3g µm are smaller than the tokens of %r (%.3g µm): the tokens limit the resolution",
+                "bins" if targets.are_bins else "targets", size_um, self.config.name, token_um,
             )  # fmt: skip
 
     def _embed(
@@ -194,14 +194,14 @@ class Embedder:
         forecast: Forecast | None = None,
         **how: Any,
     ) -> NDArray[np.float32]:
-        """Embed places with each encoder. The forecast of the run is that of the first one; others have their own."""
+        """Embed locations with each encoder. The forecast of the run is that of the first encoder."""
         own = None if forecast is None else Forecast(len(xy_px), alternative=forecast.alternative)
         values = [
             embed(
                 self.section.image,
                 xy_px,
                 mpp=self.section.mpp,
-                encoder=one,
+                encoder=encoder,
                 encoder_mpp=part.mpp,
                 footprints=footprints,
                 device=self.device,
@@ -209,6 +209,6 @@ class Embedder:
                 forecast=forecast if i == 0 else own,
                 **how,
             )
-            for i, (one, part) in enumerate(zip(split_encoder(self.encoder), self.config.encoders, strict=True))
+            for i, (encoder, part) in enumerate(zip(split_encoder(self.encoder), self.config.encoders, strict=True))
         ]
         return values[0] if len(values) == 1 else np.concatenate(values, axis=1)

@@ -1,4 +1,4 @@
-"""How long a run will take, from how long its first batches took."""
+"""Forecast of the time of a run, from the time of its first batches."""
 
 from __future__ import annotations
 
@@ -13,29 +13,28 @@ if TYPE_CHECKING:
 WORTH_SAYING_S = 600.0
 """Shorter runs need no forecast: the progress bar is enough."""
 _SLOW_BATCH_S = 60.0
-"""What happens once (kernels are loaded, a network is compiled) takes seconds: it is a small part of such a batch."""
+"""One-time work (loading kernels, compiling a network) takes seconds: a small part of such a batch."""
 
 
 class Forecast:
-    """Expected duration of a run over places, given once.
+    """Expected duration of a run, reported once.
 
-    The first batch includes what happens only once, so the second one is timed, from the end of the first; where the
-    first one takes a minute by itself, it is good enough. Places whose embeddings exist already cost nothing and are not
-    counted.
+    The first batch includes one-time work, so the second batch is timed, from the end of the first. A first batch that
+    takes a minute is used itself. Locations with existing embeddings take no time and are not counted.
 
     Parameters
     ----------
-    n_places
-        Places of the whole run, which may be several calls of ``embed``: sections, or parts of a store.
+    n_locations
+        Locations of the whole run, which may be several calls of ``embed``: sections, or parts of a store.
     alternative
-        Whether the user can take another encoder for them; not with a fitted model.
+        Whether the user can choose another encoder; not with a fitted model.
     """
 
     clock: Callable[[], float] = staticmethod(monotonic)
     """Gives the time in seconds"""
 
-    def __init__(self, n_places: int, *, alternative: bool = True) -> None:
-        self.n_places = n_places
+    def __init__(self, n_locations: int, *, alternative: bool = True) -> None:
+        self.n_locations = n_locations
         self.alternative = alternative
         self.n_existing = 0
         self._since: float | None = None
@@ -44,24 +43,24 @@ class Forecast:
 
     @property
     def n_to_compute(self) -> int:
-        """Places without an embedding when the run began, as far as is known by now."""
-        return self.n_places - self.n_existing
+        """Locations without an embedding when the run began, as far as known."""
+        return self.n_locations - self.n_existing
 
     def existing(self, n: int) -> None:
-        """``n`` places have an embedding already."""
+        """Call where ``n`` locations have an embedding already."""
         self.n_existing += n
 
     def begin(self) -> None:
-        """A batch is about to be computed: the clock starts, if it does not run."""
+        """Call before a batch is computed: starts the clock, if it does not run."""
         if self._since is None:
             self._since = self.clock()
 
     def pause(self) -> None:
-        """Something else is done until the next batch."""
+        """Stop the clock until the next batch."""
         self._since = None
 
     def computed(self, n: float) -> float | None:
-        """A batch of ``n`` places is computed; gives the seconds of the whole run when they are known and worth saying."""
+        """Count a batch of ``n`` locations; return the seconds of the whole run, once, where it is long."""
         if self._forecasted or self._since is None:
             return None
         now = self.clock()
@@ -80,7 +79,7 @@ def name_device(device: torch.device) -> str:
 
 
 def in_words(seconds: float) -> str:
-    """Write a duration as roughly as it is known: "about 40 min", "about 5 h", "about 3 days"."""
+    """Write a duration, rounded: "about 40 min", "about 5 h", "about 3 days"."""
     minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
     if minutes < 1:
         return "less than a minute"

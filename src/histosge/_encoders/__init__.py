@@ -1,9 +1,9 @@
 """Encoders: frozen pathology networks and those built in, behind one spec.
 
-An encoder has ``spec`` and ``to(device)``. One of tiles has ``embed(tiles)``, one of whole blocks
-``embed_block(block, centres)``. Where ``spec.token_px`` is set, they are dense as well: ``embed_tokens(tiles)`` gives
-the tokens of tiles, ``embed_block_dense(block, centres)`` those of a block.
-Importing this imports neither torch nor timm: weights and their libraries are loaded when an encoder is asked for.
+An encoder has ``spec`` and ``to(device)``. An encoder of tiles has ``embed(tiles)``, an encoder of whole blocks
+``embed_block(block, centres)``. Where ``spec.token_px`` is set, it is dense as well: ``embed_tokens(tiles)`` returns
+the tokens of tiles, ``embed_block_dense(block, centres)`` those of a block. This module imports neither torch nor timm:
+weights and their libraries are loaded when an encoder is loaded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One request to the Hugging Face hub before weights are loaded, and errors that say what to do."""
+"""One request to the Hugging Face hub before weights are loaded, and errors with their remedy."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 
 PAGES = "https://huggingface.co/"
 OPEN = ("midnight", "phikon", "lunit-dino-s16")
-"""Encoders that need no permission, large to small, to name where another is refused; a test holds them to the list."""
+"""Encoders without a permission, large to small, to offer where another is refused; a test checks them."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pt2", ".pth", ".ckpt")
 _CLIENTS = ("httpcore", "httpx", "httpx2", "requests", "urllib3")  # huggingface_hub changed its client twice
 
 
 class EncoderAccessError(RuntimeError):
-    """The weights of an encoder cannot be had: no permission, no network, nothing there."""
+    """The weights of an encoder cannot be loaded: no permission, no network, or no such weights."""
 
 
 @contextmanager
 def explained(spec: EncoderSpec, *, repo: str | None, weights: object, takes_weights: bool) -> Iterator[None]:
-    """Explain what to do where loading fails. Another encoder is never loaded instead.
+    """Raise an error with a remedy where loading fails. There is no fallback to another encoder.
 
-    ``repo`` is where on the hub the weights are; ``None`` where timm has them from elsewhere.
+    ``repo`` is the repository of the weights on the hub; ``None`` where timm gets them from elsewhere.
     """
     from huggingface_hub import constants
 
-    asked_offline = constants.HF_HUB_OFFLINE
+    was_offline = constants.HF_HUB_OFFLINE
     try:
-        with _asked_once(repo if weights is None else None, spec.revision):
+        with _requested_once(repo if weights is None else None, spec.revision):
             yield
     except Exception as err:
         # transformers, lazyslide-models and timm each wrap the hub's own error in one of theirs
@@ -43,21 +43,21 @@ def explained(spec: EncoderSpec, *, repo: str | None, weights: object, takes_wei
         if weights is not None and not isinstance(err, ImportError):
             msg = (
                 f"the weights in {str(weights)!r} could not be read as those of encoder {spec.name!r} "
-                f"({type(err).__name__}). Check that they are its own and complete."
+                f"({type(err).__name__}). Check that they are complete and those of this encoder."
             )
             raise ValueError(msg) from err
-        message = _message(chain, spec, takes_weights=takes_weights, asked_offline=asked_offline)
+        message = _message(chain, spec, takes_weights=takes_weights, was_offline=was_offline)
         if message is None:
             raise
         raise EncoderAccessError(message) from err
 
 
 @contextmanager
-def _asked_once(repo: str | None, revision: str | None) -> Iterator[None]:
-    """Ask the hub once before the loaders do: each of them asks several times, and repeats each request five times.
+def _requested_once(repo: str | None, revision: str | None) -> Iterator[None]:
+    """Send one request to the hub before the loaders, which send several and repeat each five times.
 
-    Where the hub does not answer, or refuses, weights in its cache are loaded from there without another request, and
-    others are not tried. The time-out is that of the hub's own client (``HF_HUB_ETAG_TIMEOUT``).
+    Where the hub does not answer, or refuses, weights are loaded from its cache without another request. The time-out
+    is that of the hub's own client (``HF_HUB_ETAG_TIMEOUT``).
     """
     from huggingface_hub import constants, errors
 
@@ -68,12 +68,13 @@ def _asked_once(repo: str | None, revision: str | None) -> Iterator[None]:
     if not weights_kept(repo) or isinstance(refusal, errors.RevisionNotFoundError):
         raise refusal
     logger.info("    no access to the hub (%s): loading from its cache", type(refusal).__name__)
-    constants.HF_HUB_OFFLINE = True  # read at each request; there is no argument that reaches through all loaders
+    constants.HF_HUB_OFFLINE = True  # read at each request; no argument of the loaders sets it
     try:
         yield
     except Exception as err:
         missing = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
-        if any(isinstance(one, missing) for one in _chain(err)):  # the cache is not whole: why nothing can be fetched
+        # the cache is incomplete: raise the reason why the rest cannot be fetched
+        if any(isinstance(each, missing) for each in _chain(err)):
             raise refusal from err
         raise
     finally:
@@ -81,7 +82,7 @@ def _asked_once(repo: str | None, revision: str | None) -> Iterator[None]:
 
 
 def _refusal(repo: str, revision: str | None) -> Exception | None:
-    """Ask for a small file of a repository, once; return the error of the hub or of the network, if any."""
+    """Request a small file of a repository, once; return the error of the hub or of the network, if any."""
     from huggingface_hub import constants, errors, get_token, hf_hub_url
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
@@ -94,13 +95,13 @@ def _refusal(repo: str, revision: str | None) -> Exception | None:
     except errors.HfHubHTTPError as err:
         missing = isinstance(err, errors.RepositoryNotFoundError | errors.RevisionNotFoundError)
         return None if err.response.status_code == 404 and not missing else err  # not every encoder has that file
-    except Exception as err:  # noqa: BLE001  each client has errors of its own
+    except Exception as err:  # noqa: BLE001  each client has its own errors
         return err
     return None
 
 
 def weights_kept(repo: str) -> bool:
-    """Whether the hub's cache holds a file of weights of a repository."""
+    """Whether the hub's cache contains a file of weights of a repository."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -129,7 +130,7 @@ def _chain(err: BaseException) -> Iterator[BaseException]:
         at = at.__cause__ or at.__context__
 
 
-def _message(chain: list[BaseException], spec: EncoderSpec, *, takes_weights: bool, asked_offline: bool) -> str | None:
+def _message(chain: list[BaseException], spec: EncoderSpec, *, takes_weights: bool, was_offline: bool) -> str | None:
     from huggingface_hub import errors
 
     def among(*kinds: type[BaseException]) -> BaseException | None:
@@ -157,7 +158,8 @@ def _message(chain: list[BaseException], spec: EncoderSpec, *, takes_weights: bo
     if among(errors.RepositoryNotFoundError) or status == 401:
         return (
             f"the hub shows no weights of encoder {spec.name!r} at {page} to this machine: the name is wrong, or it is "
-            f"gated and you are not logged in. Ask for access there and log in with `hf auth login`. {elsewhere} {instead}"
+            f"gated and you are not logged in. Ask for access there and log in with `hf auth login`. "
+            f"{elsewhere} {instead}"
         )
     if among(errors.RevisionNotFoundError):
         return (
@@ -174,7 +176,7 @@ def _message(chain: list[BaseException], spec: EncoderSpec, *, takes_weights: bo
             f"{elsewhere} {instead}"
         )
     if unreachable:
-        why = " (HF_HUB_OFFLINE is set)" if asked_offline else ""
+        why = " (HF_HUB_OFFLINE is set)" if was_offline else ""
         return (
             f"the weights of encoder {spec.name!r} are not in the hub's cache and {page} cannot be reached{why}. Check "
             f"the network. {elsewhere} The encoder 'stain-texture' needs no download."

@@ -1,4 +1,4 @@
-"""Encoders of lazyslide-models, with its own pooling and colour statistics; their weights from the hub or a folder."""
+"""Encoders of lazyslide-models, with its pooling and colour statistics; weights from the hub or a folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Pass = Callable[[Any, Tensor], tuple[Tensor, Any]]
 
 _ONE_FILE = ("uni", "uni2")
-"""Made by timm, but lazyslide-models also takes their bare checkpoint, which many clusters hold."""
+"""Built by timm; lazyslide-models also reads their plain checkpoint, which many clusters have."""
 
 
 # ------------------------------------------------------------------------------------- tokens and embedding in one pass
@@ -77,15 +77,15 @@ PASSES: dict[str, Pass] = {
     "twice": _twice,
 }
 """How an encoder gives tokens and embedding: the class token, also with the mean of the patches; the head of a network
-of timm, or of the trunk of open_clip; the pooled output of transformers, or of its CLIP. The network runs once, and
-twice only where the library's two ways share no method."""
+of timm, or of the trunk of open_clip; the pooled output of transformers, or of its CLIP. The network runs once, or
+twice where the library's methods for tokens and for the embedding share nothing."""
 
 
 def wrap_model(model: Any, spec: EncoderSpec) -> TileEncoder:
     """Make an encoder of tiles from a model of the library."""
     dense = TABLE[spec.name].dense
     both = None if dense is None else lambda x: PASSES[dense](model, x)
-    # an exported graph is fixed, in float32 and for evaluation
+    # an exported graph cannot be changed: it computes in float32, for evaluation
     exported = TABLE[spec.name].how == "exported"
     module = model.model if exported else model.model.eval()
     return TileEncoder(spec, model.encode_image, module, owner=model, half=not exported, dense=both)
@@ -95,10 +95,10 @@ def wrap_model(model: Any, spec: EncoderSpec) -> TileEncoder:
 
 
 def load_registered(spec: EncoderSpec, *, weights: str | Path | None, revision: str | None) -> TileEncoder:
-    """Load an encoder of lazyslide-models' registry, keeping its own pooling and colour statistics.
+    """Load an encoder of lazyslide-models' registry, with its pooling and colour statistics.
 
-    ``how`` in the table says where its weights can come from: ``timm`` and ``transformers`` (``remote-code``, if the
-    repository brings its own) from a folder or any revision, ``file:NAME`` from that file, ``folder`` from a folder,
+    ``how`` in the table is the source of its weights: ``timm`` and ``transformers`` (``remote-code`` where the
+    repository contains the code) from a folder or any revision, ``file:NAME`` from that file, ``folder`` from a folder,
     ``hub`` and ``exported`` from the hub and its cache only.
     """
     from lazyslide_models import MODEL_REGISTRY
@@ -120,7 +120,7 @@ def load_registered(spec: EncoderSpec, *, weights: str | Path | None, revision: 
     )
     logger.info("loading encoder %s (%s parameters) from %s", spec.name, spec.n_parameters or "?", source or "the hub")
     with explained(spec, repo=repo, weights=weights, takes_weights=takes_weights), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="As from v0.8.2")  # on a change of their own, years ago
+        warnings.filterwarnings("ignore", message="As from v0.8.2")  # about an old change of that library
         model = _make(MODEL_REGISTRY[spec.name], spec, kind, filename, repo=repo, source=source, revision=revision)
     module = model.model
     width = getattr(module, "num_features", None) or getattr(getattr(module, "config", None), "hidden_size", None)
@@ -150,7 +150,7 @@ def _make(
         return _made_by_timm(cls, f"local-dir:{source}" if source else f"hf-hub:{repo}@{revision}")()
     from transformers import AutoImageProcessor, AutoModel
 
-    # their constructors know one repository each; what they do beside loading it is done here
+    # each constructor knows one repository; what it does after loading is done here
     options = {"trust_remote_code": kind == "remote-code"} | ({} if source else {"revision": revision})
     fixed = {"add_pooling_layer": False} if spec.name == "phikon" else {}
     model = cls.__new__(cls)
@@ -162,10 +162,10 @@ def _make(
 
 
 def _made_by_timm(cls: Any, source: str) -> Any:
-    """Derive a class that asks timm for ``source`` where ``cls`` names its repository on the hub.
+    """Derive a class that loads ``source`` with timm where ``cls`` names its repository on the hub.
 
-    The derived class stands before ``TimmModel`` in the order of methods, so that it is handed what ``cls`` asks for:
-    the architecture's options stay those of ``cls``.
+    The derived class comes before ``TimmModel`` in the method resolution order, so that it gets the arguments of
+    ``cls``: the options of the architecture are those of ``cls``.
     """
     from lazyslide_models import TimmModel
 
@@ -177,14 +177,14 @@ def _made_by_timm(cls: Any, source: str) -> Any:
 
 
 class _Prepared:
-    """Stands for a transformers processor once tiles are normalised on the device."""
+    """Replaces a transformers processor, since tiles are normalised on the device."""
 
     def __call__(self, images: Tensor, **_: Any) -> dict[str, Tensor]:
         return {"pixel_values": images}
 
 
 def _own_colours(model: Any) -> tuple[Any, Any]:
-    """Take the colour statistics of a model's own transform, or of its processor, whose place is then taken."""
+    """Take the colour statistics of a model's transform, or of its processor, which is then replaced."""
     for step in getattr(model.get_transform(), "transforms", []):
         if type(step).__name__ == "Normalize":
             return tuple(float(v) for v in step.mean), tuple(float(v) for v in step.std)
@@ -195,5 +195,5 @@ def _own_colours(model: Any) -> tuple[Any, Any]:
             setattr(model, name, _Prepared())
             unit = 255 * float(images.rescale_factor)  # 1 where pixels are scaled to 0...1
             return tuple(v / unit for v in images.image_mean), tuple(v / unit for v in images.image_std)
-    msg = f"{type(model).__name__} of lazyslide-models does not say with which colours it was trained."
+    msg = f"{type(model).__name__} of lazyslide-models does not state the colours it was trained with."
     raise RuntimeError(msg)

@@ -1,4 +1,4 @@
-"""Encoders by name, by object, or several joined; what is known of them before they are loaded."""
+"""Encoders by name, by object, or several joined; their specs before they are loaded."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JoinedEncoder:
-    """Encoders that are used together: their embeddings are joined."""
+    """Encoders that are used together; their embeddings are joined."""
 
     encoders: tuple[Any, ...]
 
     def __repr__(self) -> str:
-        return f"JoinedEncoder({'+'.join(one.spec.name for one in self.encoders)!r})"
+        return f"JoinedEncoder({'+'.join(encoder.spec.name for encoder in self.encoders)!r})"
 
 
 def load_encoder(
@@ -37,7 +37,7 @@ def load_encoder(
     ----------
     encoder
         A name of :func:`histosge.encoders`; any model of timm as ``"timm:NAME"`` or ``"hf-hub:ORG/NAME"``; an
-        ``nn.Module`` together with ``spec=``; or an encoder loaded before, which is returned as it is. Names joined by
+        ``nn.Module`` together with ``spec=``; or a loaded encoder, which is returned unchanged. Names joined by
         ``+``, or a list of names and encoders, are used together.
     weights
         Local folder in the hub's layout (``config.json`` and ``model.safetensors``), for machines without network.
@@ -45,23 +45,24 @@ def load_encoder(
     revision
         Commit, branch or tag on the hub.
     mpp
-        µm per pixel to feed the encoder with. ``None`` takes what it was trained at; for other models of timm 0.5.
+        µm per pixel of the tiles. ``None`` takes the scale that the encoder was trained at; for other models of timm
+        0.5.
     spec
-        What your own module needs as input. The module is given normalised tiles (n, 3, tile_px, tile_px) and returns
+        Input of your own module. The module takes normalised tiles (n, 3, tile_px, tile_px) and returns
         (n, embed_dim). It is put into evaluation mode, and moved to the device that computes. It has dense tokens only
         where it is a vision transformer of timm.
 
     Returns
     -------
     An encoder with ``spec``, ``to(device)`` and ``embed(tiles)`` (where it has tokens also ``embed_tokens(tiles)``) or,
-    where its spec says ``whole_blocks``, ``embed_block(block, centres)``. Several are joined in their order.
+    where its spec has ``whole_blocks``, ``embed_block(block, centres)``. Several are joined in the given order.
 
     Raises
     ------
     ValueError
         Where the name is unknown, arguments do not go together, or weights are another encoder's.
     RuntimeError
-        Where the weights cannot be had: no access, no network. There is no fallback to another encoder.
+        Where the weights cannot be loaded: no access, no network. There is no fallback to another encoder.
     FileNotFoundError
         Where ``weights`` is no such folder.
 
@@ -76,13 +77,16 @@ def load_encoder(
         for k, v in {"weights": weights, "revision": revision, "mpp": mpp, "spec": spec}.items()
         if v is not None
     ]
-    several = split_encoder(encoder)
-    if several != [encoder]:
-        return _join(several, given)
+    encoders = split_encoder(encoder)
+    if encoders != [encoder]:
+        return _join(encoders, given)
     if not isinstance(encoder, str):
         return _of_object(encoder, spec, [name for name in given if name != "spec="])
     if spec is not None:
-        msg = f"spec= describes a module of your own; encoder={encoder!r} is a name and has a spec already. Leave spec= out."
+        msg = (
+            f"spec= describes a module of your own; encoder={encoder!r} is a name and has a spec already. Leave spec= "
+            "out."
+        )
         raise ValueError(msg)
     name = find_name(encoder)
     if name in BUILT_IN:
@@ -111,7 +115,7 @@ def load_encoder(
 
 
 def split_encoder(encoder: Any) -> list[Any]:
-    """Return the encoders that are joined, or the single one: names, or objects."""
+    """Return the joined encoders, or the single one: names, or objects."""
     if isinstance(encoder, JoinedEncoder):
         return list(encoder.encoders)
     if isinstance(encoder, str):
@@ -122,7 +126,7 @@ def split_encoder(encoder: Any) -> list[Any]:
 
 
 def known_spec(encoder: Any) -> EncoderSpec | None:
-    """Spec of a single encoder without loading it; ``None`` where only its network tells."""
+    """Return the spec of a single encoder without loading it; ``None`` where it is read from the network."""
     if isinstance(encoder, str):
         name = find_name(encoder)
         return None if name is None else listed_spec(name)
@@ -130,31 +134,31 @@ def known_spec(encoder: Any) -> EncoderSpec | None:
     return spec if isinstance(spec, EncoderSpec) else None
 
 
-def _join(several: list[Any], given: list[str]) -> Any:
+def _join(encoders: list[Any], given: list[str]) -> Any:
     if given:
         msg = (
             f"{', '.join(given)} is for one encoder, not for several. Load each with `histosge.load_encoder` and pass "
             'them as a list, for example encoder=[histosge.load_encoder("uni", weights=FOLDER), "rgb"].'
         )
         raise ValueError(msg)
-    if not several:
+    if not encoders:
         msg = "encoder=[] is an empty list: name at least one encoder."
         raise ValueError(msg)
-    names = [spec.name if spec else repr(one) for one, spec in zip(several, map(known_spec, several), strict=True)]
+    names = [spec.name if spec else repr(one) for one, spec in zip(encoders, map(known_spec, encoders), strict=True)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         msg = f"encoder names {', '.join(twice)} twice. Name each encoder once."
         raise ValueError(msg)
-    loaded = [load_encoder(one) for one in several]
+    loaded = [load_encoder(one) for one in encoders]
     return loaded[0] if len(loaded) == 1 else JoinedEncoder(tuple(loaded))
 
 
 def _of_object(encoder: Any, spec: EncoderSpec | None, given: list[str]) -> Any:
-    """Take an encoder as it is, or make one of a module of the user's."""
+    """Return an encoder unchanged, or make one from a module of the user's."""
     if given:
         msg = (
-            f"{', '.join(given)} is for encoders that are loaded by name; encoder={encoder!r:.80} is not a name. Leave it "
-            "out, or name the encoder."
+            f"{', '.join(given)} is for encoders that are loaded by name; encoder={encoder!r:.80} is not a name. Leave "
+            "it out, or name the encoder."
         )
         raise ValueError(msg)
     known = known_spec(encoder)
@@ -162,7 +166,7 @@ def _of_object(encoder: Any, spec: EncoderSpec | None, given: list[str]) -> Any:
         method = "embed_block" if known.whole_blocks else "embed"
         if not hasattr(encoder, method):
             msg = (
-                f"encoder {known.name!r} has no method {method}(), which its spec asks for with "
+                f"encoder {known.name!r} has no method {method}(), which its spec needs with "
                 f"whole_blocks={known.whole_blocks}. Add the method, or change the spec."
             )
             raise ValueError(msg)

@@ -1,10 +1,12 @@
-"""What is known of an encoder before it is loaded."""
+"""The spec of an encoder, which is known before it is loaded."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any, Literal
+
+from histosge._settings import is_number, is_whole
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SOURCES = ("built-in", "lazyslide-models", "timm", "user")
@@ -13,7 +15,7 @@ MPP_SOURCES = ("stated", "magnification", "convention", "given")
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """What an encoder needs as input: scale, tile size, colours; and who may use it.
+    """Input of an encoder (scale, tile size, colours), and who may use it.
 
     Attributes
     ----------
@@ -22,16 +24,16 @@ class EncoderSpec:
     mpp
         µm per pixel that it was trained at; tiles are resampled to it.
     mpp_source
-        How ``mpp`` is known: ``"stated"`` by its authors; from the ``"magnification"`` they state (20x is 0.5);
-        ``"convention"``, what its users take where they state neither; ``"given"`` by you.
+        Source of ``mpp``: ``"stated"`` by its authors; from the ``"magnification"`` that they state (20x is 0.5);
+        ``"convention"`` among its users, where they state neither; ``"given"`` by you.
     tile_px
         Edge of its input in pixels.
     embed_dim
         Length of an embedding.
     token_px
-        Edge of a patch in pixels of its input, where it gives a token for each patch of a tile: whole patches fill a
-        tile. ``None`` where it gives an embedding of the whole tile only. A module of your own has tokens only where
-        it is a vision transformer of timm, and this is then read from it.
+        Edge of a patch in pixels of its input, where it returns a token for each patch; whole patches fill a tile.
+        ``None`` where it returns an embedding of the whole tile only. A module of your own has tokens only where it is
+        a vision transformer of timm; the edge is then read from it.
     mean
         Mean of red, green and blue (0 to 1) that it was trained with.
     std
@@ -39,7 +41,7 @@ class EncoderSpec:
     licence
         Licence of the weights.
     gated
-        Whether access to the weights must be asked for.
+        Whether access to the weights must be requested.
     commercial
         Whether commercial use is allowed; ``None`` where it is not known.
     source
@@ -47,16 +49,16 @@ class EncoderSpec:
     url
         Page of the weights.
     revision
-        Commit of the weights on the hub, where they came from there.
+        Commit of the weights, where they are from the hub.
     n_parameters
-        Number of parameters, as its authors state it.
+        Number of parameters that its authors state.
     coarsest_mpp
-        Largest µm per pixel of an image that it is used on.
+        Largest µm per pixel of an image for this encoder.
     fixed_tile
-        Whether the size of its tile in µm is its own, so that ``tile_um=`` cannot change it.
+        Whether the size of its tile in µm is fixed, so that ``tile_um=`` cannot change it.
     whole_blocks
-        Whether it embeds all places of a block of the image at once (method ``embed_block``), instead of a tile around
-        each place (method ``embed``).
+        Whether it embeds all locations in a block of the image at once (method ``embed_block``), instead of a tile
+        around each location (method ``embed``).
 
     Examples
     --------
@@ -93,16 +95,18 @@ class EncoderSpec:
             raise ValueError(msg)
         for field in ("mpp", "coarsest_mpp"):
             value = getattr(self, field)
-            if not isinstance(value, int | float) or not 0.01 <= value <= 100:
+            if not (is_number(value) and 0.01 <= value <= 100):
                 msg = f"EncoderSpec {self.name!r}: {field}={value!r} is not a number of µm per pixel (0.5 is usual)."
                 raise ValueError(msg)
+            object.__setattr__(self, field, float(value))
         for field in ("tile_px", "embed_dim", "token_px"):
             value = getattr(self, field)
             if field == "token_px" and value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not (is_whole(value) and value >= 1):
                 msg = f"EncoderSpec {self.name!r}: {field}={value!r} must be a whole number above 0."
                 raise ValueError(msg)
+            object.__setattr__(self, field, int(value))  # JSON has no numbers of numpy
         if self.token_px is not None and self.tile_px % self.token_px:
             msg = (
                 f"EncoderSpec {self.name!r}: token_px={self.token_px} does not divide tile_px={self.tile_px}; whole "

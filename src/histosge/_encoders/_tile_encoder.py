@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 class TileEncoder:
     """An encoder of tiles.
 
-    Tiles come at the scale and size of the spec, so nothing is resized or cropped: where a model's own transform cuts
-    a border off (GigaPath: 224 of 256 px), ``tile_px`` is what is left after that.
+    Tiles have the scale and size of the spec, so nothing is resized or cropped. Where a model's own transform crops
+    (GigaPath: 224 of 256 px), ``tile_px`` is the size after cropping.
 
     Parameters
     ----------
     spec
-        What it needs as input.
+        Its input.
     forward
         From normalised tiles to embeddings.
     module
         The network.
     owner
-        What is moved between devices, where that is more than the network.
+        Object to move between devices, where that is more than the network.
     half
         Whether it computes in bfloat16 on CUDA.
     dense
-        From normalised tiles to a token for each of their patches (n, patches, C), and to the embeddings that ``forward``
-        gives; where it has tokens. Patches come row by row, after the last norm, without class token and registers.
+        Where it has tokens: from normalised tiles to a token for each patch (n, patches, C) and to the embeddings of
+        ``forward``. Patches come row by row, after the last norm, without class token and registers.
     """
 
     def __init__(
@@ -77,15 +77,15 @@ class TileEncoder:
         return self
 
     def precision(self, device: torch.device) -> torch.dtype:
-        """Type that it computes in: bfloat16 on CUDA, float32 elsewhere, or as ``settings.precision`` says."""
+        """Type that it computes in: bfloat16 on CUDA, float32 elsewhere, or ``settings.precision``."""
         wanted = settings.precision or ("bfloat16" if device.type == "cuda" else "float32")
         return torch.bfloat16 if self._half and wanted == "bfloat16" else torch.float32
 
     def identity(self, device: torch.device) -> dict[str, Any] | None:
-        """What its embeddings depend on, besides the pixels; ``None`` for a module of the user's without a revision.
+        """Return what its embeddings depend on, except pixels; ``None`` for a module of the user's without a revision.
 
-        Such a module may be changed and look the same. The weights of all others are hashed, once, so that it does not
-        matter which name or branch of the hub they came from.
+        Such a module may change without a visible difference. For all others the weights are hashed, once, so that the
+        name or branch on the hub does not matter.
         """
         spec = self.spec
         if spec.source == "user" and spec.revision is None:
@@ -122,12 +122,12 @@ class TileEncoder:
         return self._pooled(out, len(tiles))
 
     def embed_tokens(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed tiles, given as for ``embed``, and each of their patches.
+        """Embed tiles, as in ``embed``, and each of their patches.
 
         Returns
         -------
-        Tokens (n, side, side, C) float32 by row and column, ``side`` being ``tile_px // token_px``, after the last norm,
-        without class token and registers, C as wide as the network; and (n, embed_dim) float32, what ``embed`` gives.
+        Tokens (n, side, side, C) float32 by row and column, with ``side = tile_px // token_px``, after the last norm,
+        without class token and registers, C as wide as the network; and the (n, embed_dim) float32 of ``embed``.
         """
         spec, n = self.spec, len(tiles)
         if self._dense is None or spec.token_px is None:
@@ -137,7 +137,7 @@ class TileEncoder:
             )
             raise ValueError(msg)
         self._check(tiles)
-        if n == 0:  # only tokens say how wide they are
+        if n == 0:  # the width of tokens is known from tokens only
             tokens, pooled = self.embed_tokens(tiles.new_zeros(1, *tiles.shape[1:]))
             return tokens[:0], pooled[:0]
         with torch.inference_mode():
@@ -171,7 +171,7 @@ class TileEncoder:
         return torch.autocast(tiles.device.type, dtype=torch.bfloat16, enabled=half)
 
     def _pooled(self, out: Any, n: int) -> Tensor:
-        """Check the embeddings of ``n`` tiles, and copy them out of inference mode: a head may be trained on them."""
+        """Check the embeddings of ``n`` tiles; copy them out of inference mode, so that a head can train on them."""
         spec = self.spec
         shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         if shape != (n, spec.embed_dim):

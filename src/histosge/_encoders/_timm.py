@@ -1,4 +1,4 @@
-"""Encoders of timm: any of its models, pooled as timm does; vision transformers give a token for each patch as well."""
+"""Encoders of timm: any of its models with timm's pooling; vision transformers also return a token for each patch."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ def _transformers() -> tuple[Any, ...]:
 
 
 def patch_px(module: Any, tile_px: int) -> int | None:
-    """Edge of a patch of timm's vision transformers, where whole ones fill a tile; ``None`` for other networks."""
+    """Edge of a patch of timm's vision transformers, where whole patches fill a tile; ``None`` for other networks."""
     if not isinstance(module, _transformers()):
         return None
     embed: Any = module.patch_embed
-    height, width = embed.feat_ratio(as_scalar=False)  # with what convolutions before the patches shrink
+    height, width = embed.feat_ratio(as_scalar=False)  # includes convolutions before the patches
     return int(height) if height == width and tile_px % height == 0 else None
 
 
 def tokens_and_embedding(module: Any) -> Callable[[Tensor], tuple[Tensor, Any]]:
-    """How a vision transformer of timm gives a token for each patch, and the embedding, in one pass.
+    """Return a function that gives tokens and embedding of a vision transformer of timm in one pass.
 
-    Timm's ``forward`` is its head of its features. A network with another ``forward`` runs twice.
+    In timm ``forward`` applies the head to the features. A network with another ``forward`` runs twice.
     """
     of_timm = any(type(module).forward is kind.forward for kind in _transformers()) and "forward" not in vars(module)
 
     def both(x: Tensor) -> tuple[Tensor, Any]:
         features = module.forward_features(x)  # (n, prefix + patches, C)
         patches = features[:, module.num_prefix_tokens :]
-        # where the norm follows the pooling, each patch is brought to scale by that norm
+        # where the norm follows the pooling, apply it to each patch
         tokens = module.fc_norm(patches) if isinstance(module.norm, nn.Identity) else patches
         return tokens, module.forward_head(features) if of_timm else module(x)
 
@@ -52,13 +52,13 @@ def tokens_and_embedding(module: Any) -> Callable[[Tensor], tuple[Tensor, Any]]:
 
 
 def wrap_module(module: nn.Module, spec: EncoderSpec) -> TileEncoder:
-    """Make an encoder of a module of the user's, which stops training. A vision transformer of timm has tokens."""
+    """Make an encoder from a module of the user's, in evaluation mode. A vision transformer of timm has tokens."""
     found_px = patch_px(module, spec.tile_px)
     if spec.token_px not in (None, found_px):
         found = "it is no vision transformer of timm" if found_px is None else f"its patches are {found_px} px"
         msg = (
-            f"EncoderSpec {spec.name!r}: token_px={spec.token_px} does not fit the module: {found}. Leave token_px out: "
-            "of your own modules, only those have tokens, and the size of their patches is read from them."
+            f"EncoderSpec {spec.name!r}: token_px={spec.token_px} does not fit the module: {found}. Leave token_px "
+            "out: of your own modules only those have tokens, and the size of their patches is read from them."
         )
         raise ValueError(msg)
     dense = None if found_px is None else tokens_and_embedding(module)
@@ -83,7 +83,7 @@ def load_timm(name: str, *, mpp: float | None, weights: str | Path | None, revis
             f"revision={revision!r}: only models named 'hf-hub:ORG/NAME', without weights=, have revisions ({name!r})."
         )
         raise ValueError(msg)
-    asked: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     source = f"{name}@{revision}" if revision else name
     if repo is None:
         _known_to_timm(name, weights)
@@ -91,7 +91,7 @@ def load_timm(name: str, *, mpp: float | None, weights: str | Path | None, revis
     if weights is not None:
         local = local_weights(weights, "", one_file=not name.startswith("hf-hub:"))
         if local.is_file():
-            asked["pretrained_cfg_overlay"] = {"file": str(local)}
+            given["pretrained_cfg_overlay"] = {"file": str(local)}
         else:
             _same_architecture(name, local)
             source = f"local-dir:{local}"
@@ -107,10 +107,10 @@ def load_timm(name: str, *, mpp: float | None, weights: str | Path | None, revis
         revision=revision,
     )
     if mpp is None:
-        logger.info("encoder %r does not say at which scale it was trained: taking 0.5 µm per pixel (mpp=)", name)
-    bare = None if repo is None else repo.partition("@")[0]  # timm takes a revision in the name, too
+        logger.info("encoder %r does not state the scale it was trained at: taking 0.5 µm per pixel (mpp=)", name)
+    bare = None if repo is None else repo.partition("@")[0]  # timm takes a revision in the name
     with explained(spec, repo=bare, weights=weights, takes_weights=True):
-        model: Any = timm.create_model(source, pretrained=True, num_classes=0, **asked).eval()
+        model: Any = timm.create_model(source, pretrained=True, num_classes=0, **given).eval()
     data = resolve_model_data_config(model)
     _, height, width = data["input_size"]
     if height != width:
@@ -119,7 +119,7 @@ def load_timm(name: str, *, mpp: float | None, weights: str | Path | None, revis
     spec = replace(
         spec,
         tile_px=int(height),
-        embed_dim=int(getattr(model, "head_hidden_size", None) or model.num_features),  # what num_classes=0 gives
+        embed_dim=int(getattr(model, "head_hidden_size", None) or model.num_features),  # the width with num_classes=0
         mean=data["mean"],
         std=data["std"],
         licence=str(model.pretrained_cfg.get("license") or "unknown"),
@@ -148,7 +148,10 @@ def _known_to_timm(name: str, weights: str | Path | None) -> None:
 def _same_architecture(name: str, folder: Path) -> None:
     found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architecture")
     if not name.startswith("hf-hub:") and found != name.split(".")[0]:
-        msg = f"encoder='timm:{name}', but weights={str(folder)!r} holds {found!r}. Name that one, or pass another folder."
+        msg = (
+            f"encoder='timm:{name}', but weights={str(folder)!r} holds {found!r}. Name that one, or pass another "
+            "folder."
+        )
         raise ValueError(msg)
 
 

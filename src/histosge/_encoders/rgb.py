@@ -1,7 +1,7 @@
-"""``rgb``: the mean colour around a place, as in the paper's figure. No weights, no download.
+"""``rgb``: the mean colour around a location, as in the paper's figure. No weights, no download.
 
-It says little by itself: it is joined with another encoder, as in ``"uni+rgb"``. Tokens, for places smaller than a spot,
-are the colours of small squares.
+Alone it has little information: join it with another encoder, as in ``"uni+rgb"``. Tokens, for targets smaller than a
+spot, are the colours of small squares.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ WINDOW_UM = 55.0
 """Edge of the window: the size of a Visium spot."""
 MPP = 1.0
 CELL_PX = 5
-"""Colours are averaged over cells of this edge first; they are the tokens, and whole ones fill the window."""
+"""Colours are first averaged over cells of this edge. The cells are the tokens, and whole cells fill the window."""
 
 
 class MeanColour:
     """Mean red, green and blue, from 0 to 1."""
 
     align_px = CELL_PX
-    halo_px = int(WINDOW_UM / MPP / 2) + 2 * CELL_PX  # half a window, and cells to interpolate between
+    halo_px = int(WINDOW_UM / MPP / 2) + 2 * CELL_PX  # half a window, and cells for interpolation
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -52,14 +52,14 @@ class MeanColour:
 
     @torch.inference_mode()
     def embed_block(self, block: Tensor, centres: Tensor) -> Tensor:
-        """Embed places of a block.
+        """Embed locations of a block.
 
         Parameters
         ----------
         block
             (3, height, width) uint8, red, green, blue, at 1 µm per pixel.
         centres
-            (n, 2) places (x, y) in pixels of the block, at least ``halo_px`` away from its border.
+            (n, 2) locations (x, y) in pixels of the block, at least ``halo_px`` away from its border.
 
         Returns
         -------
@@ -69,7 +69,7 @@ class MeanColour:
 
     @torch.inference_mode()
     def embed_block_dense(self, block: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed every cell of a block, (height / 5, width / 5, 3), and the windows around places, (n, 3), float32."""
+        """Embed every cell of a block, (height / 5, width / 5, 3), and windows around locations, (n, 3), float32."""
         cells = self._cells(block)
         return cells.permute(1, 2, 0), self._around(cells, centres)
 

@@ -3,9 +3,9 @@
 Colour deconvolution into haematoxylin, eosin and a residual (Ruifrok and Johnston, 2001); their amounts and
 histograms; energies in bands of scale (differences of Gaussians), for nuclei also the bright side alone; strength
 and coherence of edges from the structure tensor (Bigün and Granlund, 1987). Every map is averaged over discs of
-several sizes around a place. All statistics are invariant to turning and mirroring the section.
+several sizes around a location. All statistics are invariant to turning and mirroring the section.
 
-Tokens, for places smaller than a spot, are the statistics of small discs on the grid of cells.
+Tokens, for targets smaller than a spot, are the statistics of small discs on the grid of cells.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 MPP = 2.0
 DISC_UM = (56.0, 112.0, 256.0)
-"""Diameters that every map is averaged over: a Visium spot, a tile of a pathology encoder, its surroundings."""
+"""Diameters of the discs that every map is averaged over: a Visium spot, a tile of an encoder, its surroundings."""
 CELL_PX = 4
-"""Maps are averaged over cells of this edge before the discs are: 8 µm, the size of a nucleus."""
+"""Maps are first averaged over cells of this edge, then over discs: 8 µm, the size of a nucleus."""
 TOKEN_DISC_UM = 24.0
-"""Diameter that maps are averaged over around a token: a few nuclei."""
+"""Diameter of the disc that maps are averaged over around a token: a few nuclei."""
 CONTEXT_DISC_UM = DISC_UM[1:]
-"""Discs around the centre of a place that are joined with its tokens; that of a spot's size would only blur them."""
+"""Discs around the centre of a target, joined with its tokens; a disc of a spot's size would only blur these."""
 
 # optical density of haematoxylin, eosin and DAB in red, green and blue (Ruifrok and Johnston, 2001, table 2)
 _STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
@@ -44,7 +44,7 @@ def _gaussian(maps: Tensor, sigma_px: float) -> Tensor:
     weight = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma_px) ** 2)
     weight /= weight.sum()
     blurred = F.pad(maps[None], (reach, reach, reach, reach), mode="replicate")[0]
-    # moved copies are added up, ten times as fast on a processor as a convolution of so few channels
+    # sum of shifted copies, on a processor ten times as fast as a convolution of so few channels
     for dim, size in ((2, maps.shape[2]), (1, maps.shape[1])):
         total = blurred.narrow(dim, reach, size) * float(weight[reach])
         for away in range(1, reach + 1):
@@ -55,9 +55,9 @@ def _gaussian(maps: Tensor, sigma_px: float) -> Tensor:
 
 
 def _blur_ladder(maps: Tensor) -> list[Tensor]:
-    """Blur (c, h, w) with every sigma of ``_BANDS_PX``; the wide ones on a coarser grid, from the next narrower one.
+    """Blur (c, h, w) with every sigma of ``_BANDS_PX``; wide ones on a coarser grid, from the next narrower one.
 
-    Returns maps of (c, h / 2**i, w / 2**i): the grid halves whenever sigma has reached two pixels of it.
+    Returns maps of (c, h / 2**i, w / 2**i): the grid is halved whenever sigma reaches two of its pixels.
     """
     ladder = [_gaussian(maps, _BANDS_PX[0])]
     grid = 1.0
@@ -73,7 +73,7 @@ class StainTexture:
     """The built-in encoder: deterministic, the same on CPU and GPU to 1e-3 of a feature's spread."""
 
     align_px = CELL_PX
-    # half the widest disc, cells to interpolate between, the reach of the widest blur
+    # half the widest disc, cells for interpolation, the reach of the widest blur
     halo_px = int(max(DISC_UM) / MPP / 2) + 2 * CELL_PX + _WIDEST_BLUR_PX
 
     def __init__(self) -> None:
@@ -100,14 +100,14 @@ class StainTexture:
 
     @torch.inference_mode()
     def embed_block(self, block: Tensor, centres: Tensor) -> Tensor:
-        """Embed places of a block.
+        """Embed locations of a block.
 
         Parameters
         ----------
         block
             (3, height, width) uint8, red, green, blue, at 2 µm per pixel.
         centres
-            (n, 2) places (x, y) in pixels of the block, at least ``halo_px`` away from its border.
+            (n, 2) locations (x, y) in pixels of the block, at least ``halo_px`` away from its border.
 
         Returns
         -------
@@ -117,21 +117,21 @@ class StainTexture:
 
     @torch.inference_mode()
     def embed_block_dense(self, block: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed every cell of a block, and the surroundings of places.
+        """Embed every cell of a block, and the surroundings of locations.
 
         Parameters
         ----------
         block
             (3, height, width) uint8, red, green, blue, at 2 µm per pixel.
         centres
-            (n, 2) places (x, y) in pixels of the block, at least ``halo_px`` away from its border.
+            (n, 2) locations (x, y) in pixels of the block, at least ``halo_px`` away from its border.
 
         Returns
         -------
         tokens
             (height / 4, width / 4, 40) float32, statistics of the disc of 24 µm around each cell.
         context
-            (n, 80) float32, of discs of 112 and 256 µm around each place.
+            (n, 80) float32, of discs of 112 and 256 µm around each location.
         """
         cells = self._cells(block)
         _, h, w = cells.shape
@@ -148,13 +148,13 @@ def _over_disc(cells: Tensor, disc_um: float) -> Tensor:
     kernel = _disc(disc_um / MPP / CELL_PX).to(cells)
     if cells.device.type != "cpu":
         return F.conv2d(cells[:, None], kernel[None, None], padding=kernel.shape[0] // 2)[:, 0]
-    # the same sums six times as fast: maps side by side in memory, a group of the convolution each
+    # the same sums, six times as fast: adjacent maps in memory, one group of the convolution each
     maps = cells[None].contiguous(memory_format=torch.channels_last)
     return F.conv2d(maps, kernel.expand(len(cells), 1, -1, -1), padding=kernel.shape[0] // 2, groups=len(cells))[0]
 
 
 def _around(cells: Tensor, centres: Tensor, discs_um: tuple[float, ...]) -> Tensor:
-    """Statistics of discs around places: (n, 40 for each disc)."""
+    """Statistics of discs around locations: (n, 40 for each disc)."""
     grid = (centres.to(cells.device, torch.float32) / CELL_PX) * 2  # grid_sample wants [-1, 1] over the map
     grid = grid / grid.new_tensor([cells.shape[2], cells.shape[1]]) - 1
     pooled = []
@@ -166,7 +166,7 @@ def _around(cells: Tensor, centres: Tensor, discs_um: tuple[float, ...]) -> Tens
 
 
 def _disc(diameter: float) -> Tensor:
-    """Weights of a disc on whole cells, cells at the rim by the part of them that lies inside."""
+    """Weights of a disc on whole cells; a cell at the rim has the share of it that lies inside."""
     reach = int(np.ceil(diameter / 2 + 0.5))
     fine = 16
     x = (np.arange((2 * reach + 1) * fine) + 0.5) / fine - reach - 0.5
@@ -215,7 +215,7 @@ def _maps(block: Tensor) -> Tensor:
         smooth = narrow[2:]
         gy, gx = torch.gradient(smooth, dim=(1, 2))
         tensor = _cells(torch.cat([gx * gx, gy * gy, gx * gy]), full=block.shape[1])
-        parts.append(tensor)  # becomes edge and coherence once averaged
+        parts.append(tensor)  # becomes edge and coherence after averaging
 
     for i, (low, high, n) in enumerate(_HISTOGRAM.values()):
         place = (channels[i : i + 1] - low) / (high - low) * (n - 1)
@@ -227,7 +227,7 @@ def _maps(block: Tensor) -> Tensor:
 
 
 def _cells(maps: Tensor, full: int | None = None) -> Tensor:
-    """Average over cells; maps on a coarser grid than ``full`` rows have smaller cells."""
+    """Average over cells; maps on a grid coarser than ``full`` rows have smaller cells."""
     cell = CELL_PX if full is None else CELL_PX * maps.shape[1] // full
     return F.avg_pool2d(maps[None], cell)[0] if cell > 1 else maps
 

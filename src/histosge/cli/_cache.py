@@ -41,7 +41,7 @@ def cache_list(*, as_json_: bool) -> str:
                 "n_blocks": group.n_blocks,
                 "n_bytes": group.n_bytes,
                 "last_used": group.last_used.isoformat(timespec="seconds"),
-                "recipe": group.recipe,
+                "config": group.config,
             }
             for group in groups
         ]
