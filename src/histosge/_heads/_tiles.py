@@ -1,4 +1,4 @@
-"""Sections cut into tiles with about as many spots each, blended around their borders."""
+"""Sections cut into tiles with about as many spots each, blended around their borders; small sections share a tile."""
 
 from __future__ import annotations
 
@@ -13,21 +13,27 @@ if TYPE_CHECKING:
 _TILE_SPOTS = 500
 """Spots in a tile, roughly: two thirds to one and a half times as many."""
 _NEAR_SPOTS = 1000
-"""Spots that a tile conditions on exactly: its own and those around it, so that all of its places have some around them."""
+"""Spots that a tile conditions on exactly: its own and those around it, so that all of its places have some around them.
+
+Where its sections have fewer, spots of other sections are added, for what the image tells.
+"""
 _BLENDED = 2.0
 """Pitches on either side of a cut where the two sides are blended: without it maps would have seams."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """The plane of each section, cut where spots are many: each tile has about as many as any other."""
+    """The plane of each section, cut where spots are many: each tile has about as many as any other.
+
+    A tile is a part of a section, or consists of whole sections.
+    """
 
     xy: NDArray[np.float64]
     """(n, 2) spots"""
     section: NDArray[np.int64]
     """(n,)"""
     roots: dict[int, int]
-    """The first cut of each section, or ~ its only tile"""
+    """The first cut of each section, or ~ its tile"""
     cuts: list[tuple[int, float, int, int]]
     """Axis, where, and what lies up to there and beyond: a cut, or ~ a tile"""
     spots: list[NDArray[np.intp]]
@@ -56,7 +62,21 @@ class Tiles:
             cuts[here] = (axis, at, cut(rows[below]), cut(rows[~below]))
             return here
 
-        roots = {int(number): cut(np.flatnonzero(section == number)) for number in np.unique(section)}
+        roots: dict[int, int] = {}
+        small: list[int] = []  # sections that are collected for one tile
+        numbers, sizes = np.unique(section, return_counts=True)
+        collected = 0
+        for number, size in zip(numbers.tolist(), sizes.tolist(), strict=True):
+            if size > 1.5 * _TILE_SPOTS:
+                roots[number] = cut(np.flatnonzero(section == number))
+                continue
+            if small and collected + size > 1.5 * _TILE_SPOTS:
+                _close(small, roots, tiles, section)
+                collected = 0
+            small.append(number)
+            collected += size
+        if small:
+            _close(small, roots, tiles, section)
         return cls(xy, section, roots, cuts, tiles)
 
     def shares(
@@ -86,12 +106,25 @@ class Tiles:
         return found
 
     def near(self, tile: int) -> NDArray[np.intp]:
-        """Rows, sorted, of the spots of a tile and of those of its section that are nearest to the box around them."""
+        """Rows, sorted, of the spots of a tile and of those nearest to the box around them in each of its sections."""
         inside = self.spots[tile]
-        rows = np.flatnonzero(self.section == self.section[inside[0]])
-        n = min(max(_NEAR_SPOTS, len(inside)), len(rows))
-        xy, low, high = self.xy[rows], self.xy[inside].min(0), self.xy[inside].max(0)
-        beyond = np.maximum(np.maximum(low - xy, xy - high), 0)
-        distance = np.hypot(*beyond.T)
-        distance[np.searchsorted(rows, inside)] = -1
-        return rows[np.sort(np.argpartition(distance, n - 1)[:n])]
+        distance = np.full(len(self.xy), np.inf)
+        for number in np.unique(self.section[inside]):
+            rows, mine = np.flatnonzero(self.section == number), inside[self.section[inside] == number]
+            xy, low, high = self.xy[rows], self.xy[mine].min(0), self.xy[mine].max(0)
+            beyond = np.maximum(np.maximum(low - xy, xy - high), 0)
+            distance[rows] = np.hypot(*beyond.T)
+        distance[inside] = -1
+        n = min(max(_NEAR_SPOTS, len(inside)), len(self.xy))
+        others = np.flatnonzero(np.isinf(distance))
+        n_more = n - (len(self.xy) - len(others))
+        if n_more > 0:  # evenly from all other sections
+            distance[others[np.linspace(0, len(others) - 1, n_more).astype(np.intp)]] = np.finfo(float).max
+        return np.sort(np.argpartition(distance, n - 1)[:n])
+
+
+def _close(small: list[int], roots: dict[int, int], tiles: list[NDArray[np.intp]], section: NDArray[np.int64]) -> None:
+    """Make one tile of the sections collected in ``small``, and empty it."""
+    tiles.append(np.flatnonzero(np.isin(section, small)))
+    roots.update(dict.fromkeys(small, ~(len(tiles) - 1)))
+    small.clear()
