@@ -1270,6 +1270,34 @@ def test_tiles_are_laid_down_by_the_spots_alone(seed, apart, n_call, lattice, n)
         assert beyond[near].max() <= np.sort(beyond)[len(near) - 1 :].min() + 1e-9
 
 
+def test_small_sections_share_a_tile_and_large_ones_have_several():
+    """Spots near a tile are of its sections first; others fill up, evenly from all sections."""
+    rng, sizes = np.random.default_rng(0), [6, 100, 6, 6, 12, 25]
+    number = np.repeat([4, 1, 7, 2, 9, 5], sizes)
+    xy = rng.random((len(number), 2)) * 20
+    tiles = Tiles.of(xy, number, n_tile=20, n_near=60)
+    assert sorted(np.concatenate(tiles.spots)) == list(range(len(xy)))
+    sections = [set(number[spots]) for spots in tiles.spots]
+    assert sum(s == {1} for s in sections) == 5
+    assert {frozenset(s) for s in sections if s != {1}} == {frozenset(s) for s in ({2, 4}, {5}, {7, 9})}
+    for tile, inside in enumerate(tiles.spots):
+        near = tiles.near(tile)
+        assert len(near) == 60
+        assert set(inside) <= set(near)
+        own = np.isin(number, list(sections[tile]))
+        if own.sum() >= 60:
+            assert own[near].all()
+        else:
+            assert set(np.flatnonzero(own)) <= set(near)
+            assert len(set(number[near])) >= 5
+    # places go to the tile of their section, wherever they lie
+    for tile, rows, share in tiles.shares(xy, number):
+        assert set(number[rows]) <= sections[tile]
+        assert (share > 0).all()
+    ((tile, rows, share),) = tiles.shares(xy[:3], np.full(3, -1))
+    assert (tile, rows.tolist(), share.tolist()) == (0, [0, 1, 2], [1, 1, 1])
+
+
 def test_tiles_end_where_spots_lie_on_one_another():
     """More of them in one place than a tile takes: no cut can bring them apart."""
     xy = np.vstack([np.zeros((60, 2)), np.random.default_rng(0).random((40, 2)) * 5000])

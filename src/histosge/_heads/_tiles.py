@@ -1,4 +1,4 @@
-"""Cut sections into tiles with about equally many spots, blended around their borders."""
+"""Cut sections into tiles with about equally many spots, blended around their borders. Small sections share a tile."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The plane of each section, cut into tiles with about equally many spots."""
+    """The plane of each section, cut into tiles with about equally many spots.
+
+    A tile is a part of a section, or consists of whole sections.
+    """
 
     xy: NDArray[np.float64]
     """(n, 2) spots"""
     section: NDArray[np.int64]
     """(n,)"""
     roots: dict[int, int]
-    """First cut of each section, or ~ its only tile"""
+    """First cut of each section, or ~ its tile"""
     cuts: list[tuple[int, float, int, int]]
     """Axis, position, and the two sides, up to there and beyond: a cut, or ~ a tile"""
     spots: list[NDArray[np.intp]]
@@ -53,7 +56,21 @@ class Tiles:
             cuts[here] = (axis, at, cut(rows[below]), cut(rows[~below]))
             return here
 
-        roots = {int(number): cut(np.flatnonzero(section == number)) for number in np.unique(section)}
+        roots: dict[int, int] = {}
+        small: list[int] = []  # sections that are collected for one tile
+        numbers, sizes = np.unique(section, return_counts=True)
+        collected = 0
+        for number, size in zip(numbers.tolist(), sizes.tolist(), strict=True):
+            if size > 1.5 * n_tile:
+                roots[number] = cut(np.flatnonzero(section == number))
+                continue
+            if small and collected + size > 1.5 * n_tile:
+                _close(small, roots, tiles, section)
+                collected = 0
+            small.append(number)
+            collected += size
+        if small:
+            _close(small, roots, tiles, section)
         return cls(xy, section, roots, cuts, tiles, n_near)
 
     def shares(
@@ -83,12 +100,28 @@ class Tiles:
         return found
 
     def near(self, tile: int) -> NDArray[np.intp]:
-        """Return sorted rows: the spots of a tile, and the spots of its section nearest to their bounding box."""
+        """Return sorted rows: the spots of a tile, then those of its sections nearest to their bounding box.
+
+        Where its sections have fewer than ``n_near``, spots of other sections are added, for what the image tells.
+        """
         inside = self.spots[tile]
-        rows = np.flatnonzero(self.section == self.section[inside[0]])
-        n = min(max(self.n_near, len(inside)), len(rows))
-        xy, low, high = self.xy[rows], self.xy[inside].min(0), self.xy[inside].max(0)
-        beyond = np.maximum(np.maximum(low - xy, xy - high), 0)
-        distance = np.hypot(*beyond.T)
-        distance[np.searchsorted(rows, inside)] = -1
-        return rows[np.sort(np.argpartition(distance, n - 1)[:n])]
+        distance = np.full(len(self.xy), np.inf)
+        for number in np.unique(self.section[inside]):
+            rows, mine = np.flatnonzero(self.section == number), inside[self.section[inside] == number]
+            xy, low, high = self.xy[rows], self.xy[mine].min(0), self.xy[mine].max(0)
+            beyond = np.maximum(np.maximum(low - xy, xy - high), 0)
+            distance[rows] = np.hypot(*beyond.T)
+        distance[inside] = -1
+        n = min(max(self.n_near, len(inside)), len(self.xy))
+        others = np.flatnonzero(np.isinf(distance))
+        n_more = n - (len(self.xy) - len(others))
+        if n_more > 0:  # evenly from all other sections
+            distance[others[np.linspace(0, len(others) - 1, n_more).astype(np.intp)]] = np.finfo(float).max
+        return np.sort(np.argpartition(distance, n - 1)[:n])
+
+
+def _close(small: list[int], roots: dict[int, int], tiles: list[NDArray[np.intp]], section: NDArray[np.int64]) -> None:
+    """Make one tile of the sections collected in ``small``, and empty it."""
+    tiles.append(np.flatnonzero(np.isin(section, small)))
+    roots.update(dict.fromkeys(small, ~(len(tiles) - 1)))
+    small.clear()
