@@ -217,15 +217,6 @@ def test_cross_fit_passes_options_on():
     assert both.heads[1][1].n_neighbours == 4
 
 
-def test_options_of_joined_heads_go_by_name():
-    s, fold = noise_spots()
-    message = (
-        r"head_options of \['n_neighbours'\]: head 'ridge\+nearest' takes options by name, .* \{'ridge': \{\.\.\.\}\}"
-    )
-    with pytest.raises(ValueError, match=message):
-        fit(s, "ridge+nearest", fold, options={"n_neighbours": 3, "nearest": {}})
-
-
 def test_unknown_heads_are_refused_before_anything_is_fitted(monkeypatch):
     s, fold = noise_spots()
 
