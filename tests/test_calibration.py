@@ -386,7 +386,7 @@ def test_too_few_spots_for_the_level_are_told_once(log):
     assert intervals.choose_level(0.99) == 0.99
     assert [r.getMessage() for r in log.records] == [
         "30 spots are too few for prediction intervals at level 0.99, which needs 99: the intervals reach to the largest "
-        "error seen"
+        "error"
     ]
     scores = scores_by_hand(predicted[:, :50], measured[:, :50], folds(30))
     assert quantile(intervals, 0.99)[:50] == pytest.approx(scores.max(0), rel=1e-5)
@@ -414,7 +414,7 @@ def test_between_levels_the_next_higher_one_is_used(log, level, used):
     intervals = calibrate(*simulate(1200, g=2, rng=np.random.default_rng(0)), fold=folds(1200))
     assert intervals.choose_level(level) == used
     assert [r.getMessage() for r in log.records] == (
-        [] if abs(level - used) < 1e-6 else [f"level {level:g}: using {used:g}, the next level that is kept"]
+        [] if abs(level - used) < 1e-6 else [f"level {level:g}: using {used:g}, the next level of the grid"]
     )
     assert (intervals.at(level) == intervals.at(used)).all()
     assert used in LEVELS
@@ -422,7 +422,7 @@ def test_between_levels_the_next_higher_one_is_used(log, level, used):
 
 def test_a_level_above_the_highest_that_is_kept_is_refused():
     intervals = calibrate(*simulate(50, g=2, rng=np.random.default_rng(0)), fold=folds(50))
-    with pytest.raises(ValueError, match=r"level=0\.9999: the highest level that is kept is 0\.999\. Choose that"):
+    with pytest.raises(ValueError, match=r"level=0\.9999: the highest level is 0\.999\. Choose that"):
         intervals.choose_level(0.9999)
 
 
@@ -437,12 +437,12 @@ def test_a_level_that_is_no_share_is_refused(level):
     ("predicted", "measured", "n_folds"), [((10, 2), (10, 3), 10), ((10, 2), (10, 2), 9), ((10,), (10,), 10)]
 )
 def test_arrays_that_do_not_belong_together_are_refused(predicted, measured, n_folds):
-    with pytest.raises(ValueError, match=r"held_out \(10.*measured \(10.*and fold .* Give \(n, g\), \(n, g\) and"):
+    with pytest.raises(ValueError, match=r"held_out \(10.*measured \(10.*and fold .* Pass \(n, g\), \(n, g\) and"):
         calibrate(np.ones(predicted), np.ones(measured), fold=folds(n_folds))
 
 
 def test_one_fold_is_refused():
-    with pytest.raises(ValueError, match=r"fold holds 1 fold\(s\).*Give at least 2"):
+    with pytest.raises(ValueError, match=r"fold holds 1 fold\(s\).*Pass at least 2"):
         calibrate(np.ones((10, 2)), np.ones((10, 2)), fold=np.zeros(10, int))
 
 
@@ -451,7 +451,7 @@ def test_one_fold_is_refused():
 def test_what_is_no_number_is_refused(name, value):
     given = {"held_out": np.ones((10, 2)), "measured": np.ones((10, 2))}
     given[name][3, 1] = value
-    with pytest.raises(ValueError, match=rf"{name} holds 1 value\(s\) that are no finite number.*Leave"):
+    with pytest.raises(ValueError, match=rf"{name} holds 1 value\(s\) that are not finite.*Leave"):
         calibrate(given["held_out"], given["measured"], fold=folds(10))
 
 
@@ -501,7 +501,7 @@ def test_averages_of_independent_errors_are_covered_more_often_and_shared_ones_a
 
 @pytest.mark.parametrize("k", [0, -2])
 def test_an_average_over_nothing_is_refused(k):
-    with pytest.raises(ValueError, match=rf"k={k} spots cannot be averaged\. Give k=1"):
+    with pytest.raises(ValueError, match=rf"k={k} spots cannot be averaged\. Pass k=1"):
         neighbour_average(np.ones((5, 2)), xy=np.zeros((5, 2)), k=k)
 
 

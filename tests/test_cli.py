@@ -402,7 +402,7 @@ def test_values_are_read(tmp_path, asked, source, options, wanted):
         (["--resolution", "1.0"], "--resolution: for --domains."),
         (["--layers", "conserved"], "--layers: OUT.zarr holds all layers."),
         (["--domains", "--n-domains", "1"], "'--n-domains': 1 is not in the range x>=2"),
-        (["--store", "--overwrite"], "--store goes on where an earlier run stopped and replaces nothing"),
+        (["--store", "--overwrite"], "--store continues where an earlier run stopped and replaces nothing"),
         (["--store", "--domains"], "need the whole table in memory: leave --store out"),
         (["--store", "--plot", "map.png"], "need the whole table in memory"),
         (
@@ -646,7 +646,7 @@ def test_input_is_never_the_output(source, tmp_path, asked, overwrite):
     link.symlink_to(source)
     for out in (source, source.parent / "." / source.name, link, source.parent):
         told = fails("predict", source, out, *FAST, *overwrite)
-        assert "choose another name, nothing of the input is overwritten" in told
+        assert "choose another name, the input is not overwritten" in told
     assert "choose another name" in fails("fit", source, source, *FAST[:2], *overwrite)
     assert files(source) == before
 

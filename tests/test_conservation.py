@@ -124,11 +124,11 @@ def test_noise_alone_keeps_the_prediction_and_no_noise_the_measurement():
 
 def test_shrinkage_refuses_what_does_not_belong_together():
     one = np.ones((3, 2))
-    with pytest.raises(ValueError, match="do not belong together"):
+    with pytest.raises(ValueError, match="do not fit together"):
         shrinkage(one, one[:2], noise=one)
-    with pytest.raises(ValueError, match="measured holds values that are no finite number"):
+    with pytest.raises(ValueError, match="measured holds values that are not finite"):
         shrinkage(one * np.nan, one, noise=one)
-    with pytest.raises(ValueError, match="noise holds values that are no finite number, or variances below 0"):
+    with pytest.raises(ValueError, match="noise holds values that are not finite, or variances below 0"):
         shrinkage(one, one, noise=-one)
 
 
@@ -203,7 +203,7 @@ def test_the_window_is_1_inside_and_0_half_way():
 def test_errors_of_conservation():
     one = np.ones((2, 1))
     share, window = sparse.csr_matrix([[0.5, 0.5]]), sparse.csr_matrix(one)
-    with pytest.raises(ValueError, match="do not belong together"):
+    with pytest.raises(ValueError, match="do not fit together"):
         conserve(one, coverage=share, target=one, window=window)
     with pytest.raises(ValueError, match="bins holds values below 0, NaN or infinite. Pass rates"):
         conserve(-one, coverage=share, target=one[:1], window=window)
@@ -215,5 +215,5 @@ def test_errors_of_conservation():
         conserve(one, coverage=share, target=one[:1], window=window * 2)
     with pytest.raises(ValueError, match="1 spots cannot reach their target .for example row 0.*Use smaller bins"):
         conserve(one, coverage=share, target=one[:1] * 3, window=window * 0)
-    with pytest.raises(ValueError, match="inner_um=60, outer_um=50: give 0 < inner_um <= outer_um"):
+    with pytest.raises(ValueError, match="inner_um=60, outer_um=50: pass 0 < inner_um <= outer_um"):
         fade(one, one, inner_um=60, outer_um=50)

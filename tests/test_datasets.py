@@ -389,9 +389,7 @@ def test_bins_out_of_range(bin_um):
 
 
 def test_nothing_to_measure():
-    with pytest.raises(
-        ValueError, match=r"n_rows=1 and n_cols=1 leave no place to measure on the tissue\. Pass larger"
-    ):
+    with pytest.raises(ValueError, match=r"n_rows=1 and n_cols=1 leave no spot or bin on the tissue\. Pass larger"):
         sge.datasets.synthetic(n_rows=1, n_cols=1, bin_um=100)
 
 

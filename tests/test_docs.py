@@ -96,7 +96,7 @@ def test_every_page_is_in_the_navigation():
 # language
 
 AVOIDED = ("told", "lest", "whoever", "shall", "in vain")
-PLAIN = [*PAGES, *NOTEBOOKS]  # pages, and folders of Python files
+PLAIN = [*PAGES, *NOTEBOOKS, ROOT / "src"]  # pages, and folders of Python files
 ABBREVIATIONS = ("e.g.", "i.e.", "et al.", "Fig.", "cf.", "vs.")
 
 

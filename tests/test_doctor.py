@@ -283,7 +283,7 @@ def test_not_logged_in():
     ("who", "message"),
     [
         (("HfHubHTTPError", 401), "the token of this machine is refused: expired, or withdrawn"),
-        (("HfHubHTTPError", 503), "reached, but does not say who is logged in (HfHubHTTPError)"),
+        (("HfHubHTTPError", 503), "reached, but does not state who is logged in (HfHubHTTPError)"),
     ],
 )
 def test_login_that_does_not_work(who, message):
@@ -298,7 +298,7 @@ def test_no_network():
     assert (check.status, check.message) == ("note", "cannot be reached (ConnectionError)")
     assert "Check the network" in check.remedy
     assert TOKEN not in repr(checks)
-    assert one(asked_of(None), "hub").message == "offline: HF_HUB_OFFLINE is set, nothing was asked"
+    assert one(asked_of(None), "hub").message == "offline: HF_HUB_OFFLINE is set, no request was sent"
 
 
 def test_hub_that_never_answers():

@@ -200,7 +200,7 @@ def test_a_number_that_cannot_be_met_is_told(log):
     assert len(runs) == MAX_RUNS
     assert used == 1
     assert [r.getMessage() for r in log.records] == [
-        "n_domains=2 cannot be met in 20 runs of leiden: 4 domains are the nearest to it (resolution 1)"
+        "n_domains=2 was not found in 20 runs of leiden: the nearest number is 4 domains (resolution 1)"
     ]
 
 
@@ -210,7 +210,7 @@ def test_the_nearest_number_is_kept_where_the_search_goes_past_it(numbers, log):
     given = {"resolution": 1.0, "n_domains": 6, "rng": 0}
     domain, _ = cut(sparse.csr_matrix((10, 10)), **given, partition=lambda *_, **__: np.arange(next(sizes)))
     assert len(domain) == numbers[2]
-    assert f"{numbers[2]} domains are the nearest" in log.text
+    assert f"the nearest number is {numbers[2]} domains" in log.text
 
 
 # ------------------------------------------------------------------------------------------------------ agreement

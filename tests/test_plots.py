@@ -347,7 +347,7 @@ def test_elements_that_are_missing(predicted):
     """As in a store, which holds places and table only."""
     s = predicted
     no_image = SpatialData(shapes=dict(s.shapes), tables=dict(s.tables))
-    with pytest.raises(KeyError, match=r"sdata\.images has no 'he', .* into the section that was predicted on"):
+    with pytest.raises(KeyError, match=r"sdata\.images has no 'he', .* into that of the section"):
         sge.pl.expression(no_image, "GENE000")
     shapes = {name: e for name, e in s.shapes.items() if name == "spots"}
     with pytest.warns(UserWarning, match="histosge_targets"):
@@ -644,7 +644,7 @@ def test_embedding_in_three_colours(embedded):
     axes = sge.pl.embedding(embedded)
     assert axes.shape == (2,)
     assert axes[1].get_title() == (
-        "stain-texture, tile around each place\nshare of variance: red 51%, green 34%, blue 16%"
+        "stain-texture, tile around each location\nshare of variance: red 51%, green 34%, blue 16%"
     )
     colours = discs(axes[1]).get_facecolor()
     place = embedded["spots_stain-texture"].obsm["spatial"]
@@ -677,7 +677,7 @@ def test_dense_embedding_of_many_bins(predicted):
     keys = {"region": "many_targets", "region_key": "region", "instance_key": "instance_id"}
     predicted.tables["many"] = TableModel.parse(table, **keys)
     ax = sge.pl.embedding(predicted)[1]
-    assert ax.get_title().startswith("stain-texture, area of each place\n")
+    assert ax.get_title().startswith("stain-texture, area of each location\n")
     (image,) = ax.get_images()
     pixels = image.get_array().reshape(-1, 4)
     assert pixels[pixels[:, 3] == 255, :3].std(axis=0).min() > 20
@@ -696,7 +696,7 @@ def test_embedding_refused(sdata, embeddings_once):
     with pytest.raises(ValueError, match=r"holds \d+ embeddings of 2 numbers: too few for three components"):
         sge.pl.embedding(sdata)
     sdata.tables["more"] = table.copy()
-    with pytest.raises(ValueError, match=r"several tables of embeddings .* key= one of \['"):
+    with pytest.raises(ValueError, match=r"several tables of embeddings.*key= one of \['"):
         sge.pl.embedding(sdata)
     assert plt.get_fignums() == []
 
@@ -745,7 +745,7 @@ def test_training_from_a_table(predicted):
 
 
 def test_training_refused(predicted):
-    solved = r"head 'nearest' was not trained by steps, but solved at once: there are no curves to draw\."
+    solved = r"head 'nearest' was not trained in steps, but solved directly: there are no curves to draw\."
     with pytest.raises(ValueError, match=solved):
         sge.pl.training(predicted)
     with pytest.raises(ValueError, match=solved):
@@ -933,7 +933,7 @@ def test_scores_refused(scores, wrong, error, match):
 
 
 def test_no_scores_refused(scores):
-    with pytest.raises(ValueError, match=r"scores has no rows: nothing was scored, or nothing is left of it\."):
+    with pytest.raises(ValueError, match=r"scores has no rows: nothing was scored, or all rows were filtered out\."):
         sge.pl.evaluation(scores[:0])
 
 
@@ -941,8 +941,6 @@ def test_no_scores_refused(scores):
 def test_scores_that_do_not_compare_are_refused(scores, column, other):
     mixed = pd.concat([scores, scores.assign(**{column: other})])
     first = scores[column].iloc[0]
-    match = (
-        rf"scores holds {column} \['{first}', '{other}'\], which do not compare\. Draw .* scores\[scores\['{column}'\]"
-    )
+    match = rf"scores holds {column} \['{first}', '{other}'\], which are not comparable\. Draw .* scores\[scores\['{column}'\]"
     with pytest.raises(ValueError, match=match):
         sge.pl.evaluation(mixed)

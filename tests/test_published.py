@@ -128,9 +128,7 @@ def test_progress_is_shown_in_bytes(server, tmp_path, capsys):
 def test_a_published_hash_is_compared(server, tmp_path, log):
     fetch_files(tmp_path, [RemoteFile(server.put("/a.h5"), "a.h5", sha256=sha256(TEXT))])
     assert "unverified" not in log.text
-    with pytest.raises(
-        DownloadError, match="something else than it should: sha256 0000.* was published for it"
-    ) as error:
+    with pytest.raises(DownloadError, match="another file than expected: sha256 0000.* was published for it") as error:
         fetch_files(tmp_path, [RemoteFile(server.put("/b.h5"), "b.h5", sha256="0" * 64)], retries=0)
     assert str(tmp_path / "b.h5") in str(error.value)
     assert "to accept it" not in str(error.value)
@@ -168,7 +166,7 @@ def test_a_file_that_changed_on_disk_is_reported(server, tmp_path):
     fetch_files(tmp_path, [file])
     (tmp_path / "a.h5").write_bytes(b"other")
     with pytest.raises(
-        DownloadError, match=r"a\.h5 is not what it should be.*recorded after the first download"
+        DownloadError, match=r"a\.h5 is not the expected file.*recorded after the first download"
     ) as error:
         fetch_files(tmp_path, [file])
     for part in (sha256(b"other"), sha256(TEXT), "Remove the file", "to accept it as it is, remove a.h5.sha256"):
@@ -183,7 +181,7 @@ def test_a_file_that_changed_on_the_server_is_reported(server, tmp_path):
     fetch_files(tmp_path, [file])
     (tmp_path / "a.h5").unlink()
     server.put("/a.h5", b"other")
-    with pytest.raises(DownloadError, match="something else than it should.*remove a.h5.sha256"):
+    with pytest.raises(DownloadError, match="another file than expected.*remove a.h5.sha256"):
         fetch_files(tmp_path, [file], retries=0)
     (tmp_path / "a.h5.sha256").unlink()
     fetch_files(tmp_path, [file])

@@ -211,7 +211,7 @@ def test_numbers_are_those_of_the_table(full, once):
     assert told == {n: [f"{s['pcc']:.3f}", f"{s['mse']:.3f}"] for n, s in held_out.items()} | {"mean": ["0.000", ""]}
     n = int(table.var["predictable"].sum())
     assert full.text("predictable").startswith(f"{n} of 20 genes ({n / 20:.0%}".replace("%", " %"))
-    assert "holds about 90 %" in full.text("intervals")
+    assert "contains about 90 %" in full.text("intervals")
 
 
 def test_run_says_what_was_predicted_from_what(full, once):
@@ -378,9 +378,9 @@ def test_warns_of_what_a_reader_must_know(predicted, scores, tmp_path):
     )
     told = page.text("warnings")
     assert "Only 3 of 20 genes are predictable." in told
-    assert f"{30 / table.n_obs:.1%} of the places are far from all spots" in told
+    assert f"{30 / table.n_obs:.1%} of the targets are far from all spots" in told
     assert "The head ridge did not beat nearest and mean." in told
-    assert "scored spots that were trained on as well" in told
+    assert "also scored spots that heads were trained on" in told
     assert "4 warnings:" in page.text("scores")
     assert "Warnings (4)" in page.html
     assert "GENE005: held-out correlation" in page.text("maps")

@@ -260,7 +260,7 @@ def test_an_impossible_block_is_refused(block_um):
 @pytest.mark.parametrize("copies", [1, 3])
 def test_more_folds_than_places_are_refused(copies):
     xy = np.repeat(lay(n=3), copies, axis=0)
-    want = rf"=10 is more than the 9 different places that the {9 * copies} spots lie at: take a smaller "
+    want = rf"=10 is more than the 9 different locations of the {9 * copies} spots: take a smaller "
     with pytest.raises(ValueError, match="^n_folds" + want + "n_folds= or larger sections"):
         block_folds(xy, n_folds=10, rng=make_rng())
     with pytest.raises(ValueError, match="^n_splits" + want + "n_splits= or larger sections"):
@@ -467,7 +467,7 @@ def test_the_phase_of_big_spots_is_drawn(kind):
 @pytest.mark.parametrize(("kind", "n_places"), PLACES.items())
 @pytest.mark.parametrize("wrong", [0, -1, 8])
 def test_impossible_members_are_refused(kind, n_places, wrong):
-    want = rf"^min_members={wrong}: a big spot on a {kind} lattice has {n_places} places; choose from 1 to {n_places}"
+    want = rf"^min_members={wrong}: a big spot on a {kind} lattice has {n_places} sites; choose from 1 to {n_places}"
     with pytest.raises(ValueError, match=want):
         pseudo_spots(estimate_lattice(lay(kind)), rng=make_rng(), min_members=wrong)
 

@@ -186,7 +186,7 @@ def test_key(sdata):
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
-        ({"upsample": 4, "bin_um": 8}, "upsample=4 and bin_um=8 are two ways to lay places: pass one of them"),
+        ({"upsample": 4, "bin_um": 8}, "upsample=4 and bin_um=8 are two ways to lay targets: pass one of them"),
         ({"upsample": 3}, r"upsample=3: choose one of \(2, 4, 8, 16\)"),
         ({"upsample": 0}, "upsample=0: choose one of"),
         ({"upsample": 1}, "upsample=1: choose one of"),

@@ -1,8 +1,8 @@
-"""Arguments that several doors share: the type, the default and the text of each, said once.
+"""Arguments that several doors share: type, default and text of each.
 
 A door takes a group of them as ``**options: Unpack[Reading]``, so that type checkers know what callers may pass. Its
-docstring names each argument; where a name has no text, it gets the text from here. :func:`expand` writes signature
-and docstring out in full, for ``help()``, Jupyter and Sphinx.
+docstring names each argument; a name without text gets the text from here. :func:`expand` writes signature and
+docstring in full, for ``help()``, Jupyter and Sphinx.
 """
 
 # no "from __future__ import annotations": types and texts are read when a door is made
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DEFAULT_ENCODER = "midnight"
 """Large, and available without a login: the first call works on a fresh installation."""
 _WIDTH = 112
-"""Of a line of a docstring"""
+"""Width of a line of a docstring"""
 
 Door = TypeVar("Door", bound=Callable[..., Any])
 Group = TypeVar("Group")
@@ -54,27 +54,29 @@ class Reading(TypedDict, total=False):
         str | None,
         Argument(
             None,
-            "Coordinate system that aligns image and spots. ``None`` takes the one that holds both; several must agree.",
+            "Coordinate system that aligns image and spots. ``None`` takes the one that holds both; several must be "
+            "equal.",
         ),
     ]
     mpp: Annotated[
         float | None,
         Argument(
             None,
-            "µm per pixel of the image. ``None`` takes what the file states, else what follows from the pitch of the spots.",
+            "µm per pixel of the image. ``None`` takes what the file states, else what follows from the pitch of the "
+            "spots.",
         ),
     ]
 
 
 class Embedding(TypedDict, total=False):
-    """How places are embedded."""
+    """How spots and targets are embedded."""
 
     encoder: Annotated[
         Any,
         Argument(
             DEFAULT_ENCODER,
-            'Name of an encoder (see :func:`histosge.encoders`), names joined by ``+`` as in ``"uni+rgb"``, the paper\'s, '
-            "or one that :func:`histosge.load_encoder` made.",
+            'Name of an encoder (see :func:`histosge.encoders`), names joined by ``+`` as in ``"uni+rgb"``, the '
+            "paper's, or one that :func:`histosge.load_encoder` made.",
         ),
     ]
     tile_um: Annotated[
@@ -117,11 +119,11 @@ class Running(TypedDict, total=False):
 
 
 class EmbedOptions(Reading, Embedding, Running, total=False):
-    """Of doors that embed."""
+    """Arguments of doors that embed."""
 
 
 class FitOptions(EmbedOptions, Learning, total=False):
-    """Of doors that fit heads."""
+    """Arguments of doors that fit heads."""
 
 
 def arguments(group: type) -> dict[str, tuple[Any, Argument]]:

@@ -1,4 +1,4 @@
-"""Settings, logger, progress bars and checks of numbers: the ground floor that every other room may use."""
+"""Settings, logger, progress bars and checks of numbers, for all other modules."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger("histosge")
 
 
 class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
-    """Write to the present ``sys.stderr``: Jupyter and pytest replace it after import."""
+    """Write to the current ``sys.stderr``: Jupyter and pytest replace it after import."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -60,7 +60,7 @@ def is_whole(value: Any) -> TypeGuard[int]:
 
 @dataclass
 class Settings:
-    """Settings of all calls in this session; an argument of the same name goes before them.
+    """Settings of all calls in this session; an argument of the same name overrides them.
 
     Attributes
     ----------
@@ -69,21 +69,21 @@ class Settings:
     progress
         Show progress bars. ``None`` shows them where standard error is a terminal or a notebook.
     verbosity
-        0 errors, 1 warnings, 2 what was done (default), 3 details.
+        0 errors, 1 warnings, 2 progress (default), 3 details.
     precision
-        What encoders compute in. ``None``: bfloat16 on CUDA, float32 elsewhere, and embeddings are rounded to float16.
-        ``"float32"``: float32 everywhere, nothing rounded. ``"bfloat16"``: bfloat16 everywhere, faster on processors that
-        compute in it.
+        Number type of encoders. ``None``: bfloat16 on CUDA, float32 elsewhere, and embeddings are rounded to float16.
+        ``"float32"``: float32 everywhere, nothing rounded. ``"bfloat16"``: bfloat16 everywhere, faster on processors
+        that support it.
     cache_dir
         Folder of computed embeddings, which a second run reuses. ``None`` takes the environment variable
-        ``HISTOSGE_CACHE`` or, without it, ``histosge`` in the system's cache folder. A folder that holds something else
-        is refused. ``histosge cache list`` shows where it is and what is in it.
+        ``HISTOSGE_CACHE`` or, without it, ``histosge`` in the system's cache folder. A folder with other files is
+        refused. ``histosge cache list`` shows the folder and its content.
     cache_gb
-        Size in gigabytes (10⁹ bytes) that the folder is brought to when a run opens it: embeddings that were not used for
-        longest are removed. A run may exceed it by what it writes. 0 turns the cache off.
+        Largest size of the folder in gigabytes (10⁹ bytes) when a run opens it: the least recently used embeddings are
+        removed. A run may exceed it by what it writes. 0 turns the cache off.
     memory_gb
-        Memory that a table and its prediction may take, in gigabytes. ``None`` takes what is free on this machine, or in the
-        container or job.
+        Memory that a table and its prediction may take, in gigabytes. ``None`` takes the free memory of this machine,
+        or of the container or job.
     part_rows
         Rows of a table that are read or written at a time. Half a gigabyte where a store is predicted, for 1000 genes.
 
@@ -119,8 +119,8 @@ class Settings:
             raise ValueError(msg)
         if name == "cache_dir" and value is not None and (not isinstance(value, str | Path) or not str(value).strip()):
             msg = (
-                f"settings.cache_dir={value!r} is not a folder. Pass a str or a Path, or None for HISTOSGE_CACHE or the "
-                "system's cache folder."
+                f"settings.cache_dir={value!r} is not a folder. Pass a str or a Path, or None for HISTOSGE_CACHE or "
+                "the system's cache folder."
             )
             raise ValueError(msg)
         if name == "cache_gb" and not (is_number(value) and value >= 0):
@@ -155,7 +155,7 @@ def progress_bar(
 ) -> tqdm[Any]:
     """Open a progress bar, shown as ``show``, else as ``settings.progress``, else in terminals and notebooks."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a notebook without ipywidgets gets a bar of characters, which is fine
+        warnings.simplefilter("ignore")  # a notebook without ipywidgets gets a bar of characters
         from tqdm.auto import tqdm
 
     show = settings.progress if show is None else show
@@ -168,7 +168,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int:
-    """Bytes that may be used: as ``settings.memory_gb``, else what is free in this machine, container or job."""
+    """Bytes that may be used: ``settings.memory_gb``, else the free memory of this machine, container or job."""
     return free_and_limit()[0] if settings.memory_gb is None else int(settings.memory_gb * 1e9)
 
 
@@ -179,11 +179,11 @@ def free_and_limit(cgroup: Path = _CGROUP) -> tuple[int, int | None]:
     free, limit = int(psutil.virtual_memory().available), None
     for group in control_groups(cgroup):
         with suppress(OSError, ValueError):  # no limit, or "max"
-            one, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+            found, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            # files that were read count as used, and are forgotten on demand
-            free = max(min(free, one - used + int(stat.get("inactive_file", 0))), 0)
-            limit = one if limit is None else min(one, limit)
+            # cached files count as used memory, but it is freed on demand
+            free = max(min(free, found - used + int(stat.get("inactive_file", 0))), 0)
+            limit = found if limit is None else min(found, limit)
     return free, limit
 
 

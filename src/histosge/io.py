@@ -1,4 +1,4 @@
-"""Read sections from what instruments and other programs write, and write what other programs read."""
+"""Read sections from instruments and other programs, and write tables for other programs."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ def read(
     bin_size: int | None = None,
     dataset_id: str | None = None,
 ) -> SpatialData:
-    """Read a section from the folder or file that an instrument or another program wrote.
+    """Read a section from the folder or file of an instrument or another program.
 
     The result has one image, one set of spots and one table, so that :func:`histosge.tl.predict` needs no key.
 
     Parameters
     ----------
     source
-        One of: the ``outs`` folder of Space Ranger 1 to 4, the folder above it or one inside, for Visium (CytAssist too) or
-        Visium HD; a folder of files downloaded from 10x Genomics (``NAME_filtered_feature_bc_matrix.h5``, ``spatial``) or GEO
-        (all in one folder, compressed or not); a ``SpatialData`` on disk (``.zarr``); an ``.h5ad`` with
-        ``obsm["spatial"]``, x and y in pixels of its image; the counts of an ST array (``.tsv`` or ``.tsv.gz``, rows named
-        ``XxY``) with the table of its spots in the same folder (columns ``x``, ``y``, ``pixel_x``, ``pixel_y``); an image
-        alone, from which a model of other sections can predict (``predict(model=, mpp=)``).
+        One of: the ``outs`` folder of Space Ranger 1 to 4, the folder above it or one inside, for Visium (CytAssist
+        too) or Visium HD; a folder of files downloaded from 10x Genomics (``NAME_filtered_feature_bc_matrix.h5``,
+        ``spatial``) or GEO (all in one folder, compressed or not); a ``SpatialData`` on disk (``.zarr``); an ``.h5ad``
+        with ``obsm["spatial"]``, x and y in pixels of its image; the counts of an ST array (``.tsv`` or ``.tsv.gz``,
+        rows named ``XxY``) with the table of its spots in the same folder (columns ``x``, ``y``, ``pixel_x``,
+        ``pixel_y``); an image alone, from which a model of other sections can predict (``predict(model=, mpp=)``).
     image
-        The full-resolution image that the spots were aligned to: TIFF (also OME-TIFF, ``.svs``, ``.ndpi``, ``.qptiff``), JPEG or
-        PNG. It is read as RGB of 8 bits, as the file states: YCbCr, names of channels, bit depth, opacity on white, EXIF or
-        TIFF orientation. Other formats and fluorescence are refused. ``None`` takes the only image in the folder (or above
-        ``outs``) that has the size of the one that the spots were aligned to, or that contains all spots. It is compared
-        with Space Ranger's thumbnail, or the one in ``uns["spatial"]``.
+        The full-resolution image that the spots were aligned to: TIFF (also OME-TIFF, ``.svs``, ``.ndpi``,
+        ``.qptiff``), JPEG or PNG. It is read as RGB of 8 bits, as the file states: YCbCr, names of channels, bit depth,
+        opacity on white, EXIF or TIFF orientation. Other formats and fluorescence are refused. ``None`` takes the only
+        image in the folder (or above ``outs``) that has the size of the one that the spots were aligned to, or that
+        contains all spots. It is compared with Space Ranger's thumbnail, or the one in ``uns["spatial"]``.
     bin_size
         Visium HD: edge in µm of the bins to read. ``None`` takes 8, or the only ones.
     dataset_id
-        Name of the section; names of its elements begin with it. ``None`` takes the prefix of the files, or the name of
-        the folder. For an ``.h5ad`` with several sections, the one to read.
+        Name of the section; it is the prefix of the names of its elements. ``None`` takes the prefix of the files, or
+        the name of the folder. For an ``.h5ad`` with several sections, the one to read.
 
     Returns
     -------
@@ -63,26 +63,27 @@ def read(
     ``shapes["{dataset_id}"]``
         Circles, or with Visium HD the squares ``shapes["{dataset_id}_square_008um"]``, in pixels of the full image.
     ``tables["table"]``
-        Counts of genes at the spots on the tissue, or ``tables["square_008um"]``; from an ``.h5ad`` the whole table, linked to
-        the shapes by columns of ``obs`` with free names (``"region"``, ``"spot_id"``). ``obsm["spatial"]`` (n, 2): (x, y) in
-        pixels of the full image. From an image alone neither shapes nor table.
+        Counts of genes at the spots on the tissue, or ``tables["square_008um"]``; from an ``.h5ad`` the whole table,
+        linked to the shapes by columns of ``obs`` with free names (``"region"``, ``"spot_id"``). ``obsm["spatial"]``
+        (n, 2): (x, y) in pixels of the full image. From an image alone neither shapes nor table.
 
     Raises
     ------
     FileNotFoundError
         Where ``source``, ``image`` or one of the files of Space Ranger does not exist.
     ValueError
-        Where ``source`` is none of these, an argument does not apply to it, there are several sections or images to choose
-        from, the image is not RGB, or it is not the one that the spots were aligned to: of another size, mirrored or turned.
+        Where ``source`` is none of these, an argument does not apply to it, there are several sections or images to
+        choose from, the image is not RGB, or it is not the one that the spots were aligned to: of another size,
+        mirrored or turned.
 
     Notes
     -----
-    :func:`spatialdata_io.visium` and :func:`spatialdata_io.visium_hd` read counts and positions. Thumbnails (where there is
-    a full-resolution image), other bins and cells are left out: use these functions to read them.
+    :func:`spatialdata_io.visium` and :func:`spatialdata_io.visium_hd` read counts and positions. Thumbnails (where
+    there is a full-resolution image), other bins and cells are left out: use these functions to read them.
 
-    A TIFF stays on disk and is read lazily in pieces of about 3 MB, its coarser scales as well: keep the file where it is,
-    or call ``sdata.write``. A JPEG or PNG is held in memory, 3 bytes a pixel, and takes 10 while it is read; so does a TIFF
-    that is compressed in one piece.
+    A TIFF stays on disk and is read lazily in pieces of about 3 MB, its coarser scales as well: keep the file where it
+    is, or call ``sdata.write``. A JPEG or PNG is held in memory, 3 bytes a pixel, and takes 10 while it is read, as
+    does a TIFF that is compressed in one piece.
 
     Examples
     --------
@@ -114,8 +115,8 @@ def write_h5ad(
     Parameters
     ----------
     sdata
-        A section with a predicted table, or such a table. One that is on disk (``predict(store=..., inplace=False)``) is
-        copied piece by piece.
+        A section with a predicted table, or such a table. One that is on disk (``predict(store=..., inplace=False)``)
+        is copied piece by piece.
     path
         File to write, ``"NAME.h5ad"``.
     key
@@ -123,20 +124,22 @@ def write_h5ad(
     layers
         Layers to write in addition to ``X``; each is as large as ``X``.
     overwrite
-        Replace an existing file.
+        Whether to replace an existing file.
 
     Returns
     -------
-    ``None``. The file holds the table as it is, but
+    ``None``. The file has the table with these changes:
 
     ``X``
         (n, genes) float32.
     ``obsm["X_spatial"]``
-        (n, 2) float32, (x, -y): viewers draw y upwards, images have it downwards. ``obsm["spatial"]`` stays (x, y) in pixels.
+        (n, 2) float32, (x, -y): viewers draw y upwards, images have it downwards. ``obsm["spatial"]`` stays (x, y) in
+        pixels.
     ``obs``
         Categories are text.
     ``uns``
-        Without ``"spatialdata_attrs"``, whose shapes are not in the file, and without what an h5ad cannot hold, which the log names.
+        Without ``"spatialdata_attrs"``, since the file has no shapes, and without values that an h5ad cannot store,
+        which are logged.
     ``layers``
         Those in ``layers=``.
 
@@ -152,9 +155,9 @@ def write_h5ad(
     Notes
     -----
     Requirements of cellxgene 1.x, by its documentation ("data requirements") and the checks of its server: counts or
-    expression in ``X``, float32; unique names of ``obs``, ``var`` and their columns; an embedding in ``obsm`` whose name begins
-    with ``X_``, a numpy array of two columns or more without infinite values. It does not show ``obsm["spatial"]`` (its issue
-    2553).
+    expression in ``X``, float32; unique names of ``obs``, ``var`` and their columns; an embedding in ``obsm`` whose
+    name begins with ``X_``, a numpy array of two columns or more without infinite values. It does not show
+    ``obsm["spatial"]`` (its issue 2553).
 
     Examples
     --------
@@ -190,7 +193,7 @@ def write_h5ad(
 
 
 def _for_viewers(table: AnnData, layers: Sequence[str]) -> AnnData:
-    """The table as viewers read it; it shares its values with the given one."""
+    """Return the table for viewers; it shares values with the given table."""
     import anndata as ad
 
     axes = {
@@ -205,7 +208,10 @@ def _for_viewers(table: AnnData, layers: Sequence[str]) -> AnnData:
             msg = f"names of {what} are not unique (for example {twice}), which viewers refuse. Rename or drop them."
             raise ValueError(msg)
     if "spatial" not in table.obsm:
-        msg = f'the table has no obsm["spatial"], (n, 2), to draw its rows at: it has {list(table.obsm)}. Write it there first.'
+        msg = (
+            f'the table has no obsm["spatial"], (n, 2), to draw its rows at: it has {list(table.obsm)}. Write '
+            "positions there first."
+        )
         raise ValueError(msg)
     xy = np.asarray(table.obsm["spatial"])
     uns = {name: value for name, value in table.uns.items() if name != "spatialdata_attrs"}
@@ -232,7 +238,7 @@ def _text_categories(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _fits_h5ad(name: str, value: Any) -> bool:
-    """Whether an h5ad can hold it: written to memory to find out; older anndata of viewers cannot read ``None``."""
+    """Whether an h5ad can store it, tested by writing to memory; older anndata of viewers cannot read ``None``."""
     import anndata as ad
     import h5py
 
@@ -241,7 +247,7 @@ def _fits_h5ad(name: str, value: Any) -> bool:
         try:
             with ad.settings.override(allow_write_nullable_strings=False):
                 ad.io.write_elem(file, name, value)
-        except Exception as err:  # noqa: BLE001  whatever it is, the file cannot hold it
+        except Exception as err:  # noqa: BLE001  after any error the file cannot store it
             logger.debug("uns[%r]: %s", name, err)
             return False
         file.visititems(lambda _, item: kinds.append(item.attrs.get("encoding-type")))

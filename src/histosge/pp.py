@@ -1,4 +1,4 @@
-"""Prepare a section: lay the places to predict at."""
+"""Prepare a section: lay targets."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ def targets(
     inplace: bool = True,
     **reading: Unpack[Reading],
 ) -> GeoDataFrame | None:
-    """Lay the places to predict at: a lattice between the spots, or square bins.
+    """Lay targets to predict at: a lattice between the spots, or square bins.
 
     The lattice is estimated from the spots, at any rotation, scale and technology, and contains the spots themselves.
-    Places off the tissue are left out.
+    Targets outside the tissue are left out.
 
     Parameters
     ----------
     sdata
         Section with an H&E image and measured spots.
     upsample
-        Places per measured spot: 2, 4, 8 or 16. Without this and ``bin_um``, 4 as in the paper.
+        Targets per measured spot: 2, 4, 8 or 16. Without this and ``bin_um``, 4 as in the paper.
     bin_um
         Edge of square bins in µm, instead of ``upsample``; from 1 to the size of a measured spot.
     tissue
-        ``"auto"`` keeps places within reach of a spot where the image is about as dark as at the spots;
-        ``"spots"`` keeps all places within reach of a spot.
+        ``"auto"`` keeps targets within reach of a spot where the image is about as dark as at the spots;
+        ``"spots"`` keeps all targets within reach of a spot.
     image_key, spots_key, table_key, layer, coordinate_system, mpp
     key_added
         The shapes are named ``"{key_added}_targets"``.
     inplace
-        Write into ``sdata``, or return the shapes.
+        Whether to write into ``sdata``, or to return the shapes.
 
     Returns
     -------
@@ -60,8 +60,8 @@ def targets(
     Raises
     ------
     ValueError
-        If the section cannot be read, both ``upsample`` and ``bin_um`` are given, one of them is out of range, or the
-        key is taken by something that histosge did not write.
+        If the section cannot be read, both ``upsample`` and ``bin_um`` are given, one of them is out of range, or
+        histosge did not write existing shapes of this name.
 
     Examples
     --------
@@ -73,7 +73,7 @@ def targets(
     """
     _keys.check("key_added", key_added)
     if upsample is not None and bin_um is not None:
-        msg = f"upsample={upsample!r} and bin_um={bin_um!r} are two ways to lay places: pass one of them."
+        msg = f"upsample={upsample!r} and bin_um={bin_um!r} are two ways to lay targets: pass one of them."
         raise ValueError(msg)
     section = read_section(sdata, **reading)
     name = _keys.targets(key_added)
@@ -82,5 +82,5 @@ def targets(
     if not inplace:
         return element
     commit(sdata, shapes={name: element})
-    logger.info("added %d places to sdata.shapes[%r] (tissue: %s)", len(targets), name, targets.tissue)
+    logger.info("added %d targets to sdata.shapes[%r] (tissue: %s)", len(targets), name, targets.tissue)
     return None

@@ -46,11 +46,11 @@ class Row(NamedTuple):
 
 
 # µm per pixel: as its authors state. Where they mix scales (virchow2, midnight, rudolfv2: 0.25 to 2; lunit: 0.25 and
-# 0.5; musk: 0.25 to 1), the scale that benchmarks use. Where they cut tiles of another size and shrink them to the input
-# (CONCH: 512 px at 20x to 448; conch-madeleine: 256 px at 10x to 224), the scale of the input. CTransPath was trained at
-# 20x, but its authors, and CHIEF after them, recommend 10x. Collected in November 2026 from model cards and from the
-# tables of TRIDENT (README), slide2vec (encoders/models) and raw2features (docs/models.md), which agree except on GPFM
-# (card: 512 px at 40x, shrunk to 224, 0.57; all three use 0.5).
+# 0.5; musk: 0.25 to 1), the scale that benchmarks use. Where they cut tiles of another size and shrink them to the
+# input (CONCH: 512 px at 20x to 448; conch-madeleine: 256 px at 10x to 224), the scale of the input. CTransPath was
+# trained at 20x, but its authors, and CHIEF after them, recommend 10x. Collected in November 2026 from model cards and
+# from the tables of TRIDENT (README), slide2vec (encoders/models) and raw2features (docs/models.md), which agree except
+# on GPFM (card: 512 px at 40x, shrunk to 224, 0.57; all three use 0.5).
 # Access: in lazyslide-models 0.1.0 h-optimus-0 is open and midnight gated. On the hub it is the other way round, by the
 # same tables and by the notes of lazyslide-models (docs/model-candidates.md, "gated: auto").
 # Patches: of encoders whose class has `encode_image_dense`; from names and model cards, and from the registry's flops.

@@ -26,7 +26,7 @@ _POLYGONAL = (3, 6)  # shapely.GeometryType: POLYGON, MULTIPOLYGON
 
 @dataclass(frozen=True, eq=False)
 class Footprints:
-    """Areas of the image that spots or targets stand for, and that plots draw; made with `discs`, `squares` or `of_polygons`."""
+    """Areas of spots or targets in the image, also for plots; made with `discs`, `squares` or `of_polygons`."""
 
     xy_px: Floats
     """(n, 2) centres"""
@@ -85,8 +85,8 @@ class Footprints:
         if crossed.any():
             reason = shapely.is_valid_reason(outlines[np.flatnonzero(crossed)[0]])
             msg = (
-                f"{count_bad(crossed)} are not valid polygons, so that their area is not defined (the first: {reason}): "
-                "repair them with shapely.make_valid or geopandas' GeoSeries.make_valid."
+                f"{count_bad(crossed)} are not valid polygons, so that their area is not defined (the first: "
+                f"{reason}): repair them with shapely.make_valid or geopandas' GeoSeries.make_valid."
             )
             raise ValueError(msg)
         xy = shapely.get_coordinates(shapely.centroid(outlines)) if (area > 0).all() else np.zeros((len(area), 2))

@@ -19,7 +19,7 @@ Ints = NDArray[np.int64]
 
 MIN_OCCUPIED = 0.05
 MIN_NEIGHBOURS = 0.4
-"""Shares of the lattice sites inside the spots' hull, and next to a spot, that have a spot. Below both, the lattice is chance."""
+"""Shares of lattice sites with a spot: inside the spots' hull, and next to a spot. Below both, a lattice is chance."""
 
 _EVEN = 0.3
 """Least share of spots on one class of sites over the mean, or with a neighbour along one axis over the largest."""
@@ -153,8 +153,8 @@ def estimate_lattice(xy_px: Floats) -> Lattice:
     sparse = occupied < MIN_OCCUPIED and along.mean() < MIN_NEIGHBOURS
     if sparse or along.min() < _EVEN * along.max() or _empty_class(index):
         msg = (
-            f"the best {kind} lattice (pitch {pitch:.1f} px) has spots on only {occupied:.1%} of its sites, or on every second "
-            "or third: are these several sections over one another, or a few spots of an array?"
+            f"the best {kind} lattice (pitch {pitch:.1f} px) has spots on only {occupied:.1%} of its sites, or on "
+            "every second or third: are these several sections over one another, or a few spots of an array?"
         )
         raise NotALattice(msg)
     return Lattice(kind, pitch, basis, origin, index, residual)

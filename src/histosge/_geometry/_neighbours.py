@@ -20,21 +20,21 @@ def nearest_spots(
     groups: Ints | None = None,
     spot_groups: Ints | None = None,
 ) -> tuple[Ints, Floats, NDArray[np.bool_]]:
-    """Find the ``k`` nearest spots of each place.
+    """Find the ``k`` nearest spots of each location.
 
     Parameters
     ----------
     xy
-        (n, 2) places.
+        (n, 2) locations.
     spots_xy
         (n_spots, 2)
     k
         How many to find.
     exclude
-        (n,) row of a spot that each place leaves out; -1 for none.
+        (n,) row of a spot that each location leaves out; -1 for none.
     groups, spot_groups
-        (n,) and (n_spots,) numbers of the groups of places and of spots: sections. Only spots of the place's group are
-        found. Without them there is one group.
+        (n,) and (n_spots,) numbers of the groups of locations and of spots: sections. Only spots of the location's
+        group are found. Without them there is one group.
 
     Returns
     -------

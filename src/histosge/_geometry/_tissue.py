@@ -12,7 +12,7 @@ _CUT_OUT = 8
 
 
 def in_mask(xy_px: Floats, mask: NDArray[np.bool_], *, px_per_cell: tuple[float, float]) -> NDArray[np.bool_]:
-    """Look up positions (n, 2) in a coarse mask, whose cells are ``px_per_cell`` (x, y) image pixels; outside is false."""
+    """Look up positions (n, 2) in a coarse mask with cells of ``px_per_cell`` (x, y) image pixels; false outside."""
     col = np.floor(xy_px[:, 0] / px_per_cell[0]).astype(np.int64)
     row = np.floor(xy_px[:, 1] / px_per_cell[1]).astype(np.int64)
     inside = (row >= 0) & (col >= 0) & (row < mask.shape[0]) & (col < mask.shape[1])
@@ -33,9 +33,9 @@ def tissue_mask(
 ) -> tuple[NDArray[np.bool_], float]:
     """Find tissue on a thumbnail by its optical density.
 
-    The threshold is Otsu's (1979), lowered until 95 % of the measured spots are tissue. So pale sections, fat and images
-    that are cropped to the tissue keep their tissue, where thresholds from the image alone fail. Without spots it is
-    Otsu's.
+    The threshold is Otsu's (1979), lowered until 95 % of the measured spots are tissue. So pale sections, fat and
+    images that are cropped to the tissue keep their tissue, where thresholds from the image alone fail. Without spots
+    it is Otsu's.
 
     Parameters
     ----------

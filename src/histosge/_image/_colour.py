@@ -99,7 +99,10 @@ def white_value(what: str, dtype: np.dtype[Any], values: NDArray[Any]) -> float:
         return float(2 ** max(8, int(largest(values)).bit_length()) - 1)
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if low < 0 or high > 255 or not np.isfinite(values).all() or _MOST_OVERSHOOT < high < _LEAST_OF_255:
-        msg = f"{what} has values from {low:.4g} to {high:.4g}; a float image goes from 0 to 1 or from 0 to 255: rescale it."
+        msg = (
+            f"{what} has values from {low:.4g} to {high:.4g}; a float image goes from 0 to 1 or from 0 to 255: rescale "
+            "it."
+        )
         raise ImageError(msg)
     return 1.0 if high <= _MOST_OVERSHOOT else 255.0
 

@@ -51,9 +51,9 @@ def blocks(
 ) -> Iterator[Block]:
     """Read the image block by block, resampled, with the positions of each block.
 
-    All blocks are parts of one resampled image, whose pixel ``j`` covers ``[j * scale, (j + 1) * scale)`` of the source:
-    the pixels around a position do not depend on its block. The source is the coarsest pyramid level that is fine
-    enough, and each of its chunks is read once.
+    All blocks are parts of one resampled image, whose pixel ``j`` covers ``[j * scale, (j + 1) * scale)`` of the
+    source: the pixels around a position do not depend on its block. The source is the coarsest pyramid level that is
+    fine enough, and each of its chunks is read once.
 
     Parameters
     ----------

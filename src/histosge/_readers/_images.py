@@ -26,19 +26,21 @@ if TYPE_CHECKING:
 _TIFFS = (".tif", ".tiff", ".btf", ".svs", ".ndpi", ".qptiff")
 _PICTURES = (".jpg", ".jpeg", ".png")
 _OTHERS = {
-    ".afi": "Aperio", ".bif": "Ventana", ".bmp": "BMP", ".czi": "Zeiss", ".dcm": "DICOM", ".dicom": "DICOM", ".gif": "GIF",
-    ".ims": "Imaris", ".isyntax": "Philips", ".j2k": "JPEG 2000", ".jp2": "JPEG 2000", ".jpx": "JPEG 2000", ".jxl": "JPEG XL",
-    ".jxr": "JPEG XR", ".lif": "Leica", ".lsm": "Zeiss", ".mrxs": "3DHISTECH", ".nd2": "Nikon", ".oib": "Olympus",
-    ".oif": "Olympus", ".oir": "Olympus", ".pdf": "PDF", ".qpi": "PerkinElmer", ".scn": "Leica", ".svslide": "Sakura",
-    ".tmap": "UNIC", ".vms": "Hamamatsu", ".vmu": "Hamamatsu", ".vsi": "Olympus", ".webp": "WebP", ".heic": "HEIC",
-    ".avif": "AVIF", ".xcf": "GIMP", ".psd": "Photoshop", ".zarr": "OME-Zarr", ".zvi": "Zeiss",
+    ".afi": "Aperio", ".bif": "Ventana", ".bmp": "BMP", ".czi": "Zeiss", ".dcm": "DICOM", ".dicom": "DICOM",
+    ".gif": "GIF", ".ims": "Imaris", ".isyntax": "Philips", ".j2k": "JPEG 2000", ".jp2": "JPEG 2000",
+    ".jpx": "JPEG 2000", ".jxl": "JPEG XL", ".jxr": "JPEG XR", ".lif": "Leica", ".lsm": "Zeiss", ".mrxs": "3DHISTECH",
+    ".nd2": "Nikon", ".oib": "Olympus", ".oif": "Olympus", ".oir": "Olympus", ".pdf": "PDF", ".qpi": "PerkinElmer",
+    ".scn": "Leica", ".svslide": "Sakura", ".tmap": "UNIC", ".vms": "Hamamatsu", ".vmu": "Hamamatsu",
+    ".vsi": "Olympus", ".webp": "WebP", ".heic": "HEIC", ".avif": "AVIF", ".xcf": "GIMP", ".psd": "Photoshop",
+    ".zarr": "OME-Zarr", ".zvi": "Zeiss",
 }  # fmt: skip
 """Formats of images that are not read"""
 _BEGINNINGS = (
-    (b"\xff\xd8\xff", "JPEG"), (b"\x89PNG", "PNG"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"II+\0", "TIFF"), (b"MM\0+", "TIFF"),
-    (b"ZISRAW", "Zeiss"), (b"GIF8", "GIF"), (b"BM", "BMP"), (b"\0\0\0\x0cjP", "JPEG 2000"), (b"\xff\x4f\xff\x51", "JPEG 2000"),
-    (b"%PDF", "PDF"), (b"\xd0\xcf\x11\xe0", "Olympus or Zeiss"), (b"\x89HDF", "HDF5"), (b"\xda\xce\xbe\x0a", "Nikon"),
-    (b"PK\x03\x04", "ZIP"), (b"\x1f\x8b", "gzip"), (b"8BPS", "Photoshop"),
+    (b"\xff\xd8\xff", "JPEG"), (b"\x89PNG", "PNG"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"), (b"ZISRAW", "Zeiss"), (b"GIF8", "GIF"), (b"BM", "BMP"), (b"\0\0\0\x0cjP", "JPEG 2000"),
+    (b"\xff\x4f\xff\x51", "JPEG 2000"), (b"%PDF", "PDF"), (b"\xd0\xcf\x11\xe0", "Olympus or Zeiss"),
+    (b"\x89HDF", "HDF5"), (b"\xda\xce\xbe\x0a", "Nikon"), (b"PK\x03\x04", "ZIP"), (b"\x1f\x8b", "gzip"),
+    (b"8BPS", "Photoshop"),
 )  # fmt: skip
 _CHUNK_PX = 1024
 _SMALLEST_CHUNK_PX = 256
@@ -114,8 +116,9 @@ def _kind(path: Path) -> str:
         found = "WebP" if start[8:12] == b"WEBP" else "DICOM" if start[128:] == b"DICM" else found
     if found and found not in ("TIFF", "JPEG", "PNG"):
         msg = (
-            f"{str(path)!r} is a file of {found}, which is not read. What can be read: TIFF ({', '.join(_TIFFS)}; OME-TIFF, "
-            f"too), JPEG and PNG. Convert it to OME-TIFF, as QuPath or Bio-Formats (`bfconvert IN OUT.ome.tif`) does."
+            f"{str(path)!r} is a file of {found}, which is not read. What can be read: TIFF ({', '.join(_TIFFS)}; "
+            "OME-TIFF, too), JPEG and PNG. Convert it to OME-TIFF, as QuPath or Bio-Formats (`bfconvert IN "
+            "OUT.ome.tif`) does."
         )
         raise ImageError(msg)
     return found
@@ -227,5 +230,8 @@ def _picture(path: Path) -> Iterator[Any]:
 
 
 def _unreadable(path: Path, why: str) -> ImageError:
-    msg = f"{str(path)!r} cannot be read as an image ({why}). Is the file complete? Copy it again, or export it as an RGB TIFF."
+    msg = (
+        f"{str(path)!r} cannot be read as an image ({why}). Is the file complete? Copy it again, or export it as an "
+        "RGB TIFF."
+    )
     return ImageError(msg)

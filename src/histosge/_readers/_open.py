@@ -5,8 +5,8 @@ To read another instrument, add a file to this folder with two functions, and a 
 ``is_NAME(source)``
     Whether a source (a file or folder) is of that instrument.
 ``read_NAME(source, *, dataset_id=None)``
-    Reads it: a :class:`~histosge._readers._parts.Found`, that is shapes in pixels of the full-resolution image, and a table
-    that annotates them. The image itself is found, compared and read here.
+    Reads it: a :class:`~histosge._readers._parts.Found`, that is shapes in pixels of the full-resolution image, and a
+    table that annotates them. The image itself is found, compared and read here.
 
 The line says in words what such a source is, for messages; the first reader that owns a source reads it.
 """
@@ -52,8 +52,8 @@ def _read_zarr(source: Path) -> SpatialData:
         return sd.read_zarr(source)
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         msg = (
-            f"{str(source)!r} cannot be read as a SpatialData ({type(err).__name__}: {err}). Is it complete? Write or copy "
-            "it again."
+            f"{str(source)!r} cannot be read as a SpatialData ({type(err).__name__}: {err}). Is it complete? Write or "
+            "copy it again."
         )
         raise ValueError(msg) from err
 
@@ -95,8 +95,8 @@ def open_section(
     unfit = [name for name in given if name not in reader.takes]
     if unfit:
         msg = (
-            f"{' and '.join(f'{name}={given[name]!r}' for name in unfit)}, but source={str(source)!r} is {reader.what}. "
-            f"Leave {' and '.join(f'{name}=' for name in unfit)} out."
+            f"{' and '.join(f'{name}={given[name]!r}' for name in unfit)}, but source={str(source)!r} is "
+            f"{reader.what}. Leave {' and '.join(f'{name}=' for name in unfit)} out."
         )
         raise ValueError(msg)
     found = reader.read(source, **{name: value for name, value in given.items() if name != "image"})
@@ -112,8 +112,8 @@ def _unknown(source: Path) -> ValueError:
     else:
         holds = [f"a {source.suffix or 'nameless'} file"]
     msg = (
-        f"source={str(source)!r} is no section that can be read; it holds {', '.join(holds) or 'nothing'}. Pass one of: "
-        f"{'; '.join(reader.what for reader in _READERS)}."
+        f"source={str(source)!r} is no section that can be read; it holds {', '.join(holds) or 'nothing'}. Pass one "
+        f"of: {'; '.join(reader.what for reader in _READERS)}."
     )
     return ValueError(msg)
 
@@ -166,8 +166,8 @@ def _choose_image(found: Found, source: Path, given: str | Path | None) -> Path 
             raise FileNotFoundError(msg)
         if not fits(path):
             msg = (
-                f"image={str(given)!r} has {' x '.join(map(str, image_size(path)))} px, but {wanted}.{_resized(found, path)} "
-                f"Pass the image that the spots were aligned to{stale}."
+                f"image={str(given)!r} has {' x '.join(map(str, image_size(path)))} px, but "
+                f"{wanted}.{_resized(found, path)} Pass the image that the spots were aligned to{stale}."
             )
             raise ValueError(msg)
         return path
@@ -191,8 +191,8 @@ def _choose_image(found: Found, source: Path, given: str | Path | None) -> Path 
         logger.info("image: %s", fitting[0])
         return fitting[0]
     logger.warning(
-        "there is no full-resolution image for %s: the section has %s. To predict with a pathology encoder, pass image=, the "
-        "microscope image that the spots were aligned to.",
+        "there is no full-resolution image for %s: the section has %s. To predict with a pathology encoder, pass "
+        "image=, the microscope image that the spots were aligned to.",
         source, "no image" if found.hires is None else "Space Ranger's hires image only",
     )  # fmt: skip
     return None

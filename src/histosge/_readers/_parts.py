@@ -36,7 +36,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Found:
-    """A section without its full-resolution image, which is found, compared and read for all readers alike."""
+    """A section without its full-resolution image, which is found, compared and read here for all readers."""
 
     name: str
     shapes_key: str
@@ -61,7 +61,10 @@ def named(folder: Path, tail: str) -> Path | None:
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     names = [path for path in paths if path.name == tail or path.name.endswith(f"_{tail}")]
     if len(names) > 1:
-        msg = f"{str(folder)!r} holds {[path.name for path in names]}: of which section? Move each to a folder of its own."
+        msg = (
+            f"{str(folder)!r} holds {[path.name for path in names]}: of which section? Move each to a folder of its "
+            "own."
+        )
         raise ValueError(msg)
     return names[0] if names else None
 
@@ -79,8 +82,8 @@ def free_name(wanted: str, taken: Collection[Any]) -> str:
 def not_rgb(path: Path, what: str) -> ImageError:
     """The error for an image that is no RGB image."""
     msg = (
-        f"{str(path)!r} {what}; an H&E image has red, green and blue, of 8 or 16 bits. Pass the brightfield image, or save "
-        "this one as an RGB TIFF of 8 bits, for example in QuPath or ImageJ."
+        f"{str(path)!r} {what}; an H&E image has red, green and blue, of 8 or 16 bits. Pass the brightfield image, or "
+        "save this one as an RGB TIFF of 8 bits, for example in QuPath or ImageJ."
     )
     return ImageError(msg)
 

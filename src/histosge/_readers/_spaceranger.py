@@ -252,7 +252,10 @@ def _found(sdata: SpatialData, name: str, outs: Path, factors: Path, *, hires: A
     lost = int((~np.isfinite(centroids(sdata.shapes[shapes_key])).all(axis=1)).sum())
     if lost:
         n = len(sdata.shapes[shapes_key])
-        msg = f"{lost} of {n} barcodes of {str(outs)!r} have no position in its tissue_positions: are the files of one run?"
+        msg = (
+            f"{lost} of {n} barcodes of {str(outs)!r} have no position in its tissue_positions: are the files of one "
+            "run?"
+        )
         raise ValueError(msg)
     small = _thumbnail(factors)
     return Found(

@@ -70,8 +70,8 @@ def read_st(path: Path, *, dataset_id: str | None = None) -> Found:
     tables = {file.name: pd.read_csv(file, sep="\t", dtype=str) for file in files if _is_selection(file)}
     if len(tables) != 1:
         msg = (
-            f"{str(path)!r} needs one file of spots in its folder, a .tsv with columns x, y, pixel_x and pixel_y; there are "
-            f"{list(tables) or [file.name for file in files]}."
+            f"{str(path)!r} needs one file of spots in its folder, a .tsv with columns x, y, pixel_x and pixel_y; "
+            f"there are {list(tables) or [file.name for file in files]}."
         )
         raise ValueError(msg)
     (name, spots), counts = tables.popitem(), pd.read_csv(path, sep="\t", index_col=0)
@@ -81,7 +81,10 @@ def read_st(path: Path, *, dataset_id: str | None = None) -> Found:
         if rows.any():
             break
     else:
-        msg = f"no row of {str(path)!r} (for example {list(counts.index[:2])}) is a spot XxY of {name!r}. Use the spots of the same section."
+        msg = (
+            f"no row of {str(path)!r} (for example {list(counts.index[:2])}) is a spot XxY of {name!r}. Use the spots "
+            "of the same section."
+        )
         raise ValueError(msg)
     if not rows.all():
         logger.warning(
@@ -183,7 +186,8 @@ def _rows_of_section(table: AnnData, path: Path, dataset_id: str | None) -> NDAr
     if column is None:
         if len(names) > 1:
             msg = (
-                f'uns["spatial"] of {str(path)!r} holds {len(names)} sections, {names}, and no column of obs states the '
+                f'uns["spatial"] of {str(path)!r} holds {len(names)} sections, {names}, and no column of obs states '
+                "the "
                 'section of each spot. Write it to obs["library_id"], or remove the others from uns["spatial"].'
             )
             raise ValueError(msg)
@@ -201,8 +205,8 @@ def _rows_of_section(table: AnnData, path: Path, dataset_id: str | None) -> NDAr
         options = [valid_name(s) for s in sections]
         got = "" if dataset_id is None else f"dataset_id={dataset_id!r} is none of them: "
         msg = (
-            f"{str(path)!r} holds the spots of {len(sections)} sections, {sections} (obs[{column!r}]), each with its own "
-            f"image. {got}Read one of them: pass dataset_id= one of {options}, with image= of that section."
+            f"{str(path)!r} holds the spots of {len(sections)} sections, {sections} (obs[{column!r}]), each with its "
+            f"own image. {got}Read one of them: pass dataset_id= one of {options}, with image= of that section."
         )
         raise ValueError(msg)
     chosen = sections[0] if chosen is None else chosen

@@ -52,7 +52,7 @@ def tiff_orientation(path: Path) -> int:
 
 
 def open_tiff(path: Path, *, oriented: bool, largest_piece: int) -> da.Array:
-    """Open the slide of a TIFF as RGB of 8 bits, (3, y, x), read in pieces when they are asked for."""
+    """Open the slide of a TIFF as RGB of 8 bits, (3, y, x), read in pieces on demand."""
     import tifffile
     import zarr
 

@@ -40,8 +40,8 @@ def slide_number(file: TiffFile, path: Path) -> int:
     """Number of the slide among labels, overviews and masks: the largest image with colours."""
     if file.is_bif or file.is_scn:
         msg = (
-            f"{str(path)!r} is a slide of {'Ventana' if file.is_bif else 'Leica'}, in which tiles overlap or have gaps, and is not "
-            "read. Convert it to OME-TIFF, as QuPath or Bio-Formats (`bfconvert IN OUT.ome.tif`) does."
+            f"{str(path)!r} is a slide of {'Ventana' if file.is_bif else 'Leica'}, in which tiles overlap or have "
+            "gaps, and is not read. Convert it to OME-TIFF, as QuPath or Bio-Formats (`bfconvert IN OUT.ome.tif`) does."
         )
         raise ImageError(msg)
     flat = [i for i, series in enumerate(file.series) if {"X", "Y"} <= set(series.axes)]
@@ -55,7 +55,8 @@ def slide_number(file: TiffFile, path: Path) -> int:
     candidates = [i for i in coloured if area[i] > _SAME_SIZE * area[largest]]
     if len(candidates) > 1:
         msg = (
-            f"{str(path)!r} holds {len(candidates)} images of about one size ({', '.join(sizes[i] for i in candidates)} px): it is not clear which "
+            f"{str(path)!r} holds {len(candidates)} images of about one size "
+            f"({', '.join(sizes[i] for i in candidates)} px): it is not clear which "
             "is the slide. Export the one that the spots were aligned to, and pass that file."
         )
         raise ImageError(msg)
@@ -82,8 +83,8 @@ def check_complete(series: TiffPageSeries, path: Path) -> None:
     ]
     if max(ends, default=0) > path.stat().st_size:  # otherwise pieces turn out to be missing during the work
         msg = (
-            f"{str(path)!r} cannot be read as an image (it has {path.stat().st_size} bytes, and pixels up to byte {max(ends)}). "
-            "Is the file complete? Copy it again, or export it as an RGB TIFF."
+            f"{str(path)!r} cannot be read as an image (it has {path.stat().st_size} bytes, and pixels up to byte "
+            f"{max(ends)}). Is the file complete? Copy it again, or export it as an RGB TIFF."
         )
         raise ImageError(msg)
 

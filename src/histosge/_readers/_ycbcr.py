@@ -55,7 +55,7 @@ def _first_piece(page: TiffPage) -> bytes:
 
 
 def _is_untransformed(stream: bytes) -> bool:
-    """Whether a JPEG 2000 codestream holds three equally sampled components without a transform, which stay as they are.
+    """Whether a JPEG 2000 codestream has three equally sampled components without a transform, which are not changed.
 
     The decoder undoes a transform of components, and converts subsampled ones, which are always YCbCr.
     """

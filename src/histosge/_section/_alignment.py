@@ -1,4 +1,4 @@
-"""Whether an image is the one that spots were aligned to, by a small copy of that image; see also ``_orientation.py``."""
+"""Whether an image is the one that spots were aligned to, by a thumbnail of that image; see ``_orientation.py``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _WINDOW_CELLS = 2
 _CELL_PX = 4
 """Pixels of the small copy that are averaged, so that a shift by one or two does not matter."""
 _FITS = 0.85
-"""Rank correlation from which two images are the same: on real sections it is 0.99, in other orientations up to 0.82."""
+"""Rank correlation from which two images are the same: 0.99 on real sections, up to 0.82 in other orientations."""
 _CLEARLY = 0.05
 """By how much the correlation in another orientation must be larger."""
 
@@ -63,8 +63,8 @@ class Agreement:
 def compare(image: LazyImage, small: NDArray[Any]) -> Agreement | None:
     """Compare an image with a small copy, (h, w, 3), in the orientations that keep its shape.
 
-    Ranks of grey levels are compared, so that colour, brightness and contrast may differ. ``None`` where either image is
-    uniform.
+    Ranks of grey levels are compared, so that colour, brightness and contrast may differ. ``None`` where either image
+    is uniform.
     """
     grey = np.asarray(small, float)[..., :3].mean(axis=-1)  # (h, w)
     windows = _windows(image, grey.shape)
@@ -98,8 +98,8 @@ def check_image(image: LazyImage, small: NDArray[Any], name: str) -> None:
         )
         raise ValueError(msg)
     logger.warning(
-        "the image %s looks unlike the thumbnail of the one that the spots were aligned to (rank correlation %.2f, 0.99 is "
-        "usual, and no better mirrored or turned): is it of this section?",
+        "the image %s looks unlike the thumbnail of the one that the spots were aligned to (rank correlation %.2f, "
+        "0.99 is usual, and no better mirrored or turned): is it of this section?",
         name, agreement.upright,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ _SAME_PLACE_PITCH = 0.01
 def align(
     sdata: SpatialData, shapes_key: str, image_key: str, *, wanted: str | None
 ) -> tuple[str, NDArray[np.float64]]:
-    """Find the coordinate system that aligns shapes with an image, and the matrix (3, 3) from the shapes' own coordinates.
+    """Find the coordinate system that aligns shapes with an image, and the matrix (3, 3) from the shapes' coordinates.
 
     Where several hold both, they must agree, or the caller says which is ``wanted``.
     """
@@ -72,8 +72,8 @@ def _check_agreement(shapes: GeoDataFrame, image: Any, systems: list[str], *, sh
         off = np.hypot(*(apply(matrices[groups[1][0]], corners) - apply(matrices[groups[0][0]], corners)).T).max()
         msg = (
             f"coordinate systems align {shapes_key!r} differently with the image {image_key!r}: {groups[0][0]!r} and "
-            f"{groups[1][0]!r} differ by up to {off:.4g} px ({off / pitch_px:.3g} times the distance of neighbours). Say which "
-            f"aligns them: coordinate_system= one of {[g[0] for g in groups]}."
+            f"{groups[1][0]!r} differ by up to {off:.4g} px ({off / pitch_px:.3g} times the distance of neighbours). "
+            f"Say which aligns them: coordinate_system= one of {[g[0] for g in groups]}."
         )
         raise ValueError(msg)
 

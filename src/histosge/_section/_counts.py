@@ -57,15 +57,18 @@ def match_rows(table: AnnData, element: GeoDataFrame, spots_key: str, table_key:
     for what, names in ((f"the spots {spots_key!r}", element.index), (f"rows of table {table_key!r}", instances)):
         if not names.is_unique:
             twice = list(names[names.duplicated()][:3])
-            msg = f"{what}: names are not unique, so that rows cannot be matched (for example {twice}). Rename or drop them."
+            msg = (
+                f"{what}: names are not unique, so that rows cannot be matched (for example {twice}). Rename or drop "
+                "them."
+            )
             raise ValueError(msg)
     known = instances.isin(element.index)
     if not known.any():
         msg = (
             f"table {table_key!r} does not annotate the spots {spots_key!r}: none of its {len(instances)} "
             f"{instance_key!r} values (for example {list(instances[:2])}) is in the element's index "
-            f"(for example {list(element.index[:2])}). Pass the table_key= that annotates these spots, or link them with "
-            "`TableModel.parse`."
+            f"(for example {list(element.index[:2])}). Pass the table_key= that annotates these spots, or link them "
+            "with `TableModel.parse`."
         )
         raise ValueError(msg)
     if not known.all():
@@ -127,21 +130,27 @@ def open_layer(table: AnnData, layer: str | None, table_key: str) -> Source:
     """Find the values of ``layer``, and which of them are of genes; nothing is read."""
     if layer is not None and layer not in named_layers(table):
         hint = " (and there is no table.raw)" if layer == RAW else ""
-        msg = f"layer={layer!r} is not among the layers of table {table_key!r}: {named_layers(table)}{hint} (None means X)."
+        msg = (
+            f"layer={layer!r} is not among the layers of table {table_key!r}: {named_layers(table)}{hint} (None means "
+            "X)."
+        )
         raise KeyError(msg)
     of_raw = layer == RAW and RAW not in table.layers
     holder = table.raw if of_raw else table
     matrix = holder.X if layer is None or of_raw else table.layers[layer]
     if matrix is None or matrix.shape[1] == 0:
-        msg = f"table {table_key!r} has no values in {'X' if layer is None else layer}. Name a layer: {named_layers(table)}."
+        msg = (
+            f"table {table_key!r} has no values in {'X' if layer is None else layer}. Name a layer: "
+            f"{named_layers(table)}."
+        )
         raise ValueError(msg)
     names = pd.Index(holder.var_names.astype(str))
     kinds = feature_kinds(holder.var)
     is_gene = kinds.isna().to_numpy()
     if not is_gene.any():
         msg = (
-            f"table {table_key!r} holds no gene expression: by its var, features are {_counted(kinds)}. Pass the table that "
-            "holds genes, table_key=; or remove that column of var, to read these features as if they were genes."
+            f"table {table_key!r} holds no gene expression: by its var, features are {_counted(kinds)}. Pass the table "
+            "that holds genes, table_key=; or remove that column of var, to read these features as if they were genes."
         )
         raise ValueError(msg)
     what = "" if layer is None else f", {'table.raw.X' if of_raw else f'layer {layer!r}'}"
@@ -176,8 +185,8 @@ def as_rows(part: Any, named: str) -> sparse.csr_matrix:
     part = part.compute() if hasattr(part, "compute") else part
     if part.dtype.kind not in "iuf":
         msg = (
-            f"{named} holds values of type {part.dtype}, which are no counts. Name the layer that holds numbers, layer=, or "
-            "convert what is written as text: table.X = table.X.astype('float32')."
+            f"{named} holds values of type {part.dtype}, which are no counts. Name the layer that holds numbers, "
+            "layer=, or convert what is written as text: table.X = table.X.astype('float32')."
         )
         raise ValueError(msg)
     if part.dtype == np.float16:  # scipy does not accept it

@@ -124,8 +124,9 @@ def check_single_section(table: AnnData, rows: NDArray[np.int64], spots_key: str
     # columns with only a few values are not positions
     if again.mean() > _DOUBLED and (~again).sum() >= _FEWEST_PLACES:
         msg = (
-            f"{again.mean():.0%} of the {len(rows)} spots of {spots_key!r} have a position on the array (array_row, array_col or "
-            f"their names) that another spot has as well: they are of several sections. Read one of them: {remedy}"
+            f"{again.mean():.0%} of the {len(rows)} spots of {spots_key!r} have a position on the array (array_row, "
+            "array_col or their names) that another spot has as well: they are of several sections. Read one of them: "
+            f"{remedy}"
         )
         raise ValueError(msg)
 

@@ -99,8 +99,8 @@ def lazy_image(element: Any, key: str) -> LazyImage:
         order = order_by_name(names)
     except ValueError:
         msg = (
-            f"image {key!r} has channels {[name.lower() for name in names]}, which are not red, green and blue: it does not "
-            "look like H&E. Pass image_key= of a colour image, or rename its channels to r, g, b."
+            f"image {key!r} has channels {[name.lower() for name in names]}, which are not red, green and blue: it "
+            "does not look like H&E. Pass image_key= of a colour image, or rename its channels to r, g, b."
         )
         raise ValueError(msg) from None
     in_order = order is None or order == list(range(n_channels))
@@ -123,8 +123,8 @@ def _check_looks(data: Any, white: float, key: str, *, named: bool) -> None:
     shade = background(rgb)
     if seems_ycbcr(shade):
         msg = (
-            f"image {key!r} has a background of {shade}: it is YCbCr that was read as if it were RGB. Read its file with "
-            "`sge.io.read`, or convert it to RGB."
+            f"image {key!r} has a background of {shade}: it is YCbCr that was read as if it were RGB. Read its file "
+            "with `sge.io.read`, or convert it to RGB."
         )
         raise ValueError(msg)
     if not seems_fluorescent(rgb):
@@ -135,12 +135,13 @@ def _check_looks(data: Any, white: float, key: str, *, named: bool) -> None:
         return
     if not named:
         msg = (
-            f"image {key!r} is dark where H&E is bright, as of fluorescence, and nothing says that its channels are colours. "
-            "Pass image_key= of a brightfield image; if it is H&E, rename its channels to r, g, b."
+            f"image {key!r} is dark where H&E is bright, as of fluorescence, and nothing says that its channels are "
+            "colours. Pass image_key= of a brightfield image; if it is H&E, rename its channels to r, g, b."
         )
         raise ValueError(msg)
     logger.warning(
-        "image %r is dark where H&E is bright: is it fluorescence? Encoders know H&E only, and of anything else predictions mean "
+        "image %r is dark where H&E is bright: is it fluorescence? Encoders know H&E only, and of anything else "
+        "predictions mean "
         "nothing. Pass image_key= of a brightfield image.", key,
     )  # fmt: skip
 

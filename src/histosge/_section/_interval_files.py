@@ -32,8 +32,8 @@ def write_interval_layers(
 ) -> tuple[float, int]:
     """Write the layers ``sd``, ``lower`` and ``upper`` into a zarr store or an h5ad file.
 
-    They are computed outside first, in a folder next to a store or in a copy of a file, so that an interrupted run leaves
-    the input as it was.
+    They are computed outside first, in a folder next to a store or in a copy of a file, so that an interrupted run
+    leaves the input as it was.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ class _Job:
     matrix: Any
     """``X`` on disk, (n, g)"""
     numbers: NDArray[np.float32]
-    """(5, g) of the level, NaN for genes that are not asked for"""
+    """(5, g) of the level, NaN for other genes"""
     level: float
     n_genes: int
 
@@ -83,7 +83,10 @@ class _Job:
         kept = intervals_of(table, name)
         matrix = group.get("X")
         if getattr(matrix, "ndim", 0) != 2:
-            msg = f"{name} has no dense X, which intervals are computed around. Read it, and use sge.tl.intervals(table) in Python."
+            msg = (
+                f"{name} has no dense X, which intervals are computed around. Read it, and use sge.tl.intervals(table) "
+                "in Python."
+            )
             raise ValueError(msg)
         refuse_foreign_layers(group.get("layers", ()), uns, name)
         level = kept.choose_level(level)
@@ -97,7 +100,7 @@ class _Job:
         n = self.matrix.shape[0]
         of_chunk = (self.matrix.chunks or (1,))[0]
         step = max(settings.part_rows // of_chunk, 1) * of_chunk
-        with progress_bar(desc="intervals", total=n, unit="place", show=progress) as bar:
+        with progress_bar(desc="intervals", total=n, unit="row", show=progress) as bar:
             for start in range(0, n, step):
                 rows = slice(start, min(start + step, n))
                 for layer, values in zip(layers, interval_around(self.matrix[rows], self.numbers), strict=True):
@@ -105,13 +108,13 @@ class _Job:
                 bar.update(rows.stop - start)
 
 
-def _write_zarr(path: Path, draft: Path, *, key: str, progress: bool | None, **asked: Any) -> _Job:
+def _write_zarr(path: Path, draft: Path, *, key: str, progress: bool | None, **options: Any) -> _Job:
     import anndata as ad
     import zarr
 
     inner = _find_table(path, key)
     group: Any = zarr.open_group(inner, mode="r+", use_consolidated=False)
-    job = _Job.of(group, str(path) if inner == path else f"table {key!r} of {path}", **asked)
+    job = _Job.of(group, str(path) if inner == path else f"table {key!r} of {path}", **options)
     old = job.matrix
     like = {"shape": old.shape, "chunks": old.chunks, "dtype": np.float32, "compressors": old.compressors}
     fresh = zarr.open_group(draft, mode="w", zarr_format=group.metadata.zarr_format)
@@ -129,15 +132,15 @@ def _write_zarr(path: Path, draft: Path, *, key: str, progress: bool | None, **a
     return job
 
 
-def _write_h5ad(path: Path, draft: Path, *, key: str, progress: bool | None, **asked: Any) -> _Job:
+def _write_h5ad(path: Path, draft: Path, *, key: str, progress: bool | None, **options: Any) -> _Job:
     import anndata as ad
     import h5py
 
     with h5py.File(path) as file:
-        _Job.of(file, str(path), **asked)  # refuse before the file is copied
+        _Job.of(file, str(path), **options)  # refuse before the file is copied
     shutil.copyfile(path, draft)
     with h5py.File(draft, "r+") as file:
-        job = _Job.of(file, str(path), **asked)
+        job = _Job.of(file, str(path), **options)
         like = {"shape": job.matrix.shape, "chunks": job.matrix.chunks, "dtype": np.float32}
         if "layers" not in file:
             ad.io.write_elem(file, "layers", {})

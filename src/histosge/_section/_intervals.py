@@ -51,8 +51,8 @@ def intervals_of(table: AnnData, name: str) -> PredictionIntervals:
         return PredictionIntervals(numbers, np.asarray(made["intervals"]["levels"], float), int(made["n_spots"]))
     if "head" in made and "table" not in made:
         msg = (
-            f"{name} has no prediction intervals: nothing was measured on this section, and those of other sections would be "
-            "too narrow. What a model is worth on sections that it never saw: sge.tl.evaluate([...], split='sections')."
+            f"{name} has no prediction intervals: nothing was measured on this section, and those of other sections "
+            "would be too narrow. To score a model on other sections: sge.tl.evaluate([...], split='sections')."
         )
     else:
         msg = (
@@ -63,7 +63,7 @@ def intervals_of(table: AnnData, name: str) -> PredictionIntervals:
 
 
 def columns_of(table: AnnData, genes: str | Sequence[str] | None, name: str) -> NDArray[np.int64]:
-    """Columns of the genes, in the order asked for."""
+    """Columns of the genes, in the given order."""
     if genes is None:
         return np.arange(table.n_vars)
     wanted = pd.Index([genes] if isinstance(genes, str) else list(genes)).unique()
@@ -81,7 +81,10 @@ def refuse_foreign_layers(layers: Iterable[str], uns: Mapping[str, Any], name: s
         layer for layer in _keys.INTERVAL_LAYERS if layer in there and "level" not in uns[_keys.UNS]["intervals"]
     ]
     if foreign:
-        msg = f"{name} has the layers {foreign} already, which `sge.tl.intervals` did not write: rename or remove them first."
+        msg = (
+            f"{name} has the layers {foreign} already, which `sge.tl.intervals` did not write: rename or remove them "
+            "first."
+        )
         raise ValueError(msg)
 
 

@@ -35,7 +35,7 @@ _PENALTY = 0.05
 
 
 def warn_of_orientation(section: Section, small: NDArray[np.uint8], factor: int) -> None:
-    """Warn where tissue and expression fit another orientation of the image better; ``small`` is shrunken by ``factor``."""
+    """Warn where tissue and expression fit another orientation of the image better; ``small`` is ``factor`` smaller."""
     from PIL import Image
 
     if not section.measured:

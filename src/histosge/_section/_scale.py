@@ -98,9 +98,9 @@ def physical_scale(
         pitch = mpp * lattice.pitch_px
         if found is not None and abs(pitch / found.pitch_um - 1) > 0.1:
             msg = (
-                f"the file states {mpp:.4g} µm per pixel, which makes the pitch of {spots_key!r} {pitch:.4g} µm, but it is "
-                f"{found.pitch_um:g} µm ({declared.source}): are the spots in pixels of another image? Pass mpp=, the "
-                "µm per pixel of this image."
+                f"the file states {mpp:.4g} µm per pixel, which makes the pitch of {spots_key!r} {pitch:.4g} µm, but "
+                f"it is {found.pitch_um:g} µm ({declared.source}): are the spots in pixels of another image? Pass "
+                "mpp=, the µm per pixel of this image."
             )
             raise ValueError(msg)
     if mpp is None:
@@ -131,8 +131,8 @@ def physical_scale(
 def _checked(scale: Scale, spots_key: str) -> Scale:
     if scale.mpp > _COARSE_UM:
         logger.warning(
-            "%r: %.4g µm per pixel is coarser than any microscope image (0.2 to 1; thumbnails up to %g): are the spots in "
-            "pixels of this image?",
+            "%r: %.4g µm per pixel is coarser than any microscope image (0.2 to 1; thumbnails up to %g): are the spots "
+            "in pixels of this image?",
             spots_key, scale.mpp, _COARSE_UM,
         )  # fmt: skip
     return scale
@@ -175,20 +175,21 @@ def _recognised(
             )
         if len(xy_px) > _VISIUM_SPOTS or across > _VISIUM_DIAGONAL:
             return None, (
-                f"{len(xy_px)} spots, {across:.0f} pitches across, on a hexagonal lattice of {pitch_px:.1f} px are more than "
-                f"any Visium array has ({_VISIUM_SPOTS} spots, 158 pitches across)."
+                f"{len(xy_px)} spots, {across:.0f} pitches across, on a hexagonal lattice of {pitch_px:.1f} px are "
+                f"more than any Visium array has ({_VISIUM_SPOTS} spots, 158 pitches across)."
             )
         return VISIUM, ""
     if touching:
         return None, (
-            f"they touch each other on a square lattice of {pitch_px:.1f} px, and no barcode, name or scale factor says how "
-            "large these bins are."
+            f"they touch each other on a square lattice of {pitch_px:.1f} px, and no barcode, name or scale factor "
+            "says how large these bins are."
         )
     if technology is LEGACY_ST:
         return LEGACY_ST, ""
     return None, (
         f"they lie on a square lattice of {pitch_px:.1f} px with gaps, and no name or scale factor says of which "
-        f"technology: 200 µm apart as of Spatial Transcriptomics, 20 to 100 µm as of DBiT-seq, or bins with some left out?"
+        "technology: 200 µm apart as of Spatial Transcriptomics, 20 to 100 µm as of DBiT-seq, or bins with some left "
+        "out?"
     )
 
 
@@ -212,16 +213,19 @@ def _check_pixels(lattice: Lattice, declared: Declared, found: Technology, spots
     if found is VISIUM and ratio is not None and not _SPOT_PER_PITCH[0] <= ratio <= _SPOT_PER_PITCH[1]:
         usual = [declared.spot_px / r for r in reversed(_SPOT_PER_PITCH) if declared.spot_px is not None]
         msg = (
-            f"the scale factors state that a spot of {spots_key!r} is {declared.spot_px:.4g} px wide, so that Visium spots lie "
-            f"{usual[0]:.4g} to {usual[1]:.4g} px apart, but these lie {lattice.pitch_px:.4g} px apart: their coordinates "
-            "are in pixels of another image, for example of the hires thumbnail. Divide them by that image's scale factor "
-            "(tissue_hires_scalef), or pass mpp=, the µm per pixel of this image, if they are right and the factors are not."
+            f"the scale factors state that a spot of {spots_key!r} is {declared.spot_px:.4g} px wide, so that Visium "
+            f"spots lie {usual[0]:.4g} to {usual[1]:.4g} px apart, but these lie {lattice.pitch_px:.4g} px apart: "
+            "their coordinates "
+            "are in pixels of another image, for example of the hires thumbnail. Divide them by that image's scale "
+            "factor (tissue_hires_scalef), or pass mpp=, the µm per pixel of this image, if they are right and the "
+            "factors are not."
         )
         raise ValueError(msg)
     if found in (VISIUM, LEGACY_ST) and lattice.pitch_px < _FEWEST_PX:
         msg = (
-            f"the spots of {spots_key!r} lie {lattice.pitch_px:.3g} px apart, which makes {found.pitch_um / lattice.pitch_px:.3g} "
-            "µm per pixel: are the coordinates rows and columns of the array? Write pixels of the image, or pass mpp=."
+            f"the spots of {spots_key!r} lie {lattice.pitch_px:.3g} px apart, which makes "
+            f"{found.pitch_um / lattice.pitch_px:.3g} µm per pixel: are the coordinates rows and columns of the array? "
+            "Write pixels of the image, or pass mpp=."
         )
         raise ValueError(msg)
 
@@ -229,13 +233,13 @@ def _check_pixels(lattice: Lattice, declared: Declared, found: Technology, spots
 def _warn_if_doubtful(declared: Declared, found: Technology, lattice: Lattice, spots_key: str) -> None:
     if declared.technology is None:
         logger.warning(
-            "%r: taken as %s, %g µm apart, since the spots lie on a %s lattice with gaps; no barcode, array_row and array_col "
-            "or scale factor says so. Pass mpp= if they are of another technology",
+            "%r: taken as %s, %g µm apart, since the spots lie on a %s lattice with gaps; no barcode, array_row and "
+            "array_col or scale factor says so. Pass mpp= if they are of another technology",
             spots_key, found.name, found.pitch_um, lattice.kind,
         )  # fmt: skip
     elif declared.doubtful:
         logger.warning(
-            "%r: taken as Spatial Transcriptomics, %g µm apart (%s); DBiT-seq uses the same names for its squares: if these are such, "
-            "pass mpp=",
+            "%r: taken as Spatial Transcriptomics, %g µm apart (%s); DBiT-seq uses the same names for its squares: if "
+            "these are such, pass mpp=",
             spots_key, found.pitch_um, declared.source,
         )  # fmt: skip

@@ -36,7 +36,7 @@ MIN_SPOTS = 30
 _MOST_OUTSIDE = 0.05
 """Largest share of the spots that may lie outside the image and are left out; with more, it is the wrong image."""
 NEARLY_EMPTY = 0.02
-"""Spots with a smaller share of the median total are left out: scaled to 10,000, their single counts would dominate a gene."""
+"""Spots with a smaller share of the median total are left out: scaled to 10,000, single counts dominate a gene."""
 _XY = ("x", "y")
 
 
@@ -266,8 +266,8 @@ def read_image_only(
     image_key = find_image(sdata, image_key)
     if mpp is None:
         msg = (
-            f"nothing was measured on this section, so that the µm per pixel of its image {image_key!r} cannot be derived "
-            "from the pitch of spots. Pass mpp=, as the scanner states it (about 0.25 at 40x, 0.5 at 20x)."
+            f"nothing was measured on this section, so that the µm per pixel of its image {image_key!r} cannot be "
+            "derived from the pitch of spots. Pass mpp=, as the scanner states it (about 0.25 at 40x, 0.5 at 20x)."
         )
         raise ValueError(msg)
     of_image = get_transformation(sdata.images[image_key], get_all=True)

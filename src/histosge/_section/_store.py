@@ -252,8 +252,9 @@ class TableStore:
         ]
         if differs:
             msg = (
-                f"store={str(self.path)!r}: {str(self._partial)!r} holds an unfinished run with other arguments or data "
-                f"({'; '.join(differs)}). Finish that run with its own arguments, or remove the folder to start anew."
+                f"store={str(self.path)!r}: {str(self._partial)!r} holds an unfinished run with other arguments or "
+                f"data ({'; '.join(differs)}). Finish that run with its own arguments, or remove the folder to start "
+                "anew."
             )
             raise ValueError(msg)
 

@@ -52,8 +52,8 @@ def find_spots(sdata: SpatialData, spots_key: str | None, table_key: str | None)
     pairs = [(r, name) for name, names in tables.items() for r in names if spots_key in (None, r)]
     if not pairs and not sdata.tables:
         msg = (
-            "no measured spots found: this SpatialData has no table. Read the section with its counts (`sge.io.read`), or "
-            "predict from the image alone with a model of other sections, model= and mpp=."
+            "no measured spots found: this SpatialData has no table. Read the section with its counts (`sge.io.read`), "
+            "or predict from the image alone with a model of other sections, model= and mpp=."
         )
         raise ValueError(msg)
     if not pairs:
@@ -73,7 +73,8 @@ def find_spots(sdata: SpatialData, spots_key: str | None, table_key: str | None)
             msg = (
                 f"the spots {key!r} are {kind}, and measured spots are shapes here. Convert them: "
                 f"`sdata.shapes['spots'] = spatialdata.to_circles(sdata[{key!r}]{radius})`, then link the table: "
-                f"`table.obs[region_key] = 'spots'` and `sdata.set_table_annotates_spatialelement(table_name, region='spots')`."
+                "`table.obs[region_key] = 'spots'` and `sdata.set_table_annotates_spatialelement(table_name, "
+                "region='spots')`."
             )
             raise ValueError(msg)
         msg = (

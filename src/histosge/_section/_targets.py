@@ -128,7 +128,10 @@ def read_targets(sdata: SpatialData, section: Section, key: str, *, on_invalid: 
         msg = f"target_key={key!r} is not among the shapes of this SpatialData: {list(sdata.shapes)}."
         raise KeyError(msg)
     if on_invalid not in INVALID:
-        msg = f"on_invalid={on_invalid!r}: choose 'raise', or 'skip' to leave out shapes that are invalid or outside the image."
+        msg = (
+            f"on_invalid={on_invalid!r}: choose 'raise', or 'skip' to leave out shapes that are invalid or outside the "
+            "image."
+        )
         raise ValueError(msg)
     element = sdata.shapes[key]
     if not element.index.is_unique:

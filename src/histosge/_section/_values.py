@@ -50,7 +50,7 @@ _LARGEST_LOG = 20.0
 _LARGEST = 1e9
 """No spot has as many counts: where undoing a logarithm gives more, it was none."""
 _LIBRARY = 0.15
-"""Least standard deviation of library sizes, relative to their mean: 0.3 to 0.6 on real sections, 0.04 to 0.1 of logarithms."""
+"""Least relative standard deviation of library sizes: 0.3 to 0.6 on real sections, 0.04 to 0.1 for logarithms."""
 _FALLS = -0.4
 """Correlation over spots: -0.5 to -1 of logarithms with zeros, 0.4 to 0.9 of counts."""
 
@@ -158,8 +158,8 @@ def recognise(
     """
     if _scaled(genes[sample(genes.shape[0])], within=0.3) and (what := _scaled(genes, within=0.02)):
         msg = (
-            f"{named} cannot be read: {_plain(genes)}, and nearly all genes have the {what} 1. They were scaled gene by gene. "
-            f"Name the layer that holds counts or log-normalised values, layer=: {remedy()}."
+            f"{named} cannot be read: {_plain(genes)}, and nearly all genes have the {what} 1. They were scaled gene "
+            f"by gene. Name the layer that holds counts or log-normalised values, layer=: {remedy()}."
         )
         raise ValueError(msg)
     rows = np.flatnonzero(np.asarray(genes.sum(axis=1)).ravel() > 0)
@@ -187,15 +187,17 @@ def recognise(
     small = largest < _LARGEST_LOG
     if small and (why := _no_library_sizes(genes)):
         msg = (
-            f"{named} cannot be read: {_plain(genes)} are no counts, since {why}. They look like logarithms, whose base and "
-            f"total are not known. Name the layer that holds counts, layer=: {remedy()}. If X holds natural logarithms, say so: "
-            'table.uns["log1p"] = {"base": None}; if it holds corrected counts, normalise them first: sc.pp.normalize_total.'
+            f"{named} cannot be read: {_plain(genes)} are no counts, since {why}. They look like logarithms, whose "
+            f"base and total are not known. Name the layer that holds counts, layer=: {remedy()}. If X holds natural "
+            "logarithms, say so: "
+            'table.uns["log1p"] = {"base": None}; if it holds corrected counts, normalise them first: '
+            "sc.pp.normalize_total."
         )
         raise ValueError(msg)
+    why = ', since nothing says that they are logarithms; if they are, name the base, uns["log1p"] = {"base": None}'
     logger.log(
         logging.WARNING if small else logging.INFO,
-        "%s: %s are treated as corrected counts%s", named, _plain(genes),
-        ', since nothing says that they are logarithms; if they are, name the base, uns["log1p"] = {"base": None}' if small else "",
+        "%s: %s are treated as corrected counts%s", named, _plain(genes), why if small else "",
     )  # fmt: skip
     return CORRECTED
 
@@ -312,8 +314,9 @@ def _multiples(transform: Transform, one: Floats, *, named: str) -> Values:
 def _as_given(transform: Transform, named: str) -> Values:
     """Logarithms whose spots no longer have one total: genes were left out afterwards."""
     logger.warning(
-        "%s holds %s of normalised counts whose total is not known, since spots do not sum to one (genes were left out since?): "
-        "the scale is kept as given. Counts, in another layer=, would be better",
+        "%s holds %s of normalised counts whose total is not known, since spots do not sum to one (genes were left out "
+        "since?): the scale is kept as given. Counts, in another layer=, would be better",
         named, transform.name,
     )  # fmt: skip
-    return Values(f"{transform.name} of normalised counts, total unknown", transform, normalise=False, unit=UNIT_AS_GIVEN, log_normalised=True)  # fmt: skip
+    input_ = f"{transform.name} of normalised counts, total unknown"
+    return Values(input_, transform, normalise=False, unit=UNIT_AS_GIVEN, log_normalised=True)

@@ -64,7 +64,7 @@ def predicted_table(
     var: pd.DataFrame,
     provenance: dict[str, Any],
 ) -> AnnData:
-    """Make the table of predicted expression; ``matrices`` are ``X`` and layers by name, none where they follow later."""
+    """Make the table of predicted expression; ``matrices`` are ``X`` and layers by name, or none yet."""
     import anndata as ad
 
     _, dist, present = nearest_spots(targets.xy_px, section.xy_px, k=1)

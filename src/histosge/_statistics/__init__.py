@@ -1,4 +1,4 @@
-"""Metrics, counting noise, prediction intervals, splits, conservation, domains. Never torch, never SpatialData."""
+"""Metrics, counting noise, prediction intervals, splits, conservation, domains. Without torch and SpatialData."""
 
 from __future__ import annotations
 

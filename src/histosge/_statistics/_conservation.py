@@ -1,7 +1,7 @@
 """Bins that agree with the measurement of their spot, without its counting noise.
 
 Bins that average exactly to their spot copy its noise and are worse than bins without this step (docs/benchmarks.md).
-So bins average to the posterior mean of the spot. Its shrinkage is estimated gene by gene.
+So bins are scaled to the posterior mean of the spot. Its shrinkage is estimated gene by gene.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TERMS = 60
 _CELLS = 2_000_000
 """Spots times genes at a time."""
 _FLOOR = 0.02
-"""Least share of the target in the bins: a prediction near zero must not be scaled to the whole target."""
+"""Smallest share of the target in the bins: a prediction near zero is not scaled to the whole target."""
 _TOLERANCE = 1e-6
 _MOST_STEPS = 500
 
@@ -49,8 +49,9 @@ def noise_variance(
 ) -> NDArray[np.float64]:
     """Variance of log1p-normalised expression that comes from counting alone.
 
-    A count of 0 does not mean a rate of 0, so counts are not used as rates. Rates are posterior means under a gamma prior
-    around the expectation from library size. The spread of the prior is found by moments, as in :func:`noise_ceiling`.
+    A count of 0 does not mean a rate of 0, so counts are not used as rates. Rates are posterior means under a gamma
+    prior around the expectation from library size. The spread of the prior is found by moments, as in
+    :func:`noise_ceiling`.
 
     Parameters
     ----------
@@ -59,7 +60,7 @@ def noise_variance(
     total
         (n,) counts of each spot over all genes, where ``counts`` has only some of them. Default: their sum.
     target_sum
-        What the expression was normalised to before log1p.
+        Total that the expression was normalised to before log1p.
     cells_at_once
         Spots times genes in memory at a time.
 
@@ -98,31 +99,30 @@ def shrinkage(measured: Floats, predicted: Floats, *, noise: Floats) -> Shrunken
     """Empirical-Bayes posterior of the spots, given a prediction and the noise of the measurement.
 
     The difference of measurement and prediction is normal with variance ``tau2 + noise``. ``tau2`` is a property of the
-    gene, found by moments and never below 0. Where differences are no larger than counting noise, the prediction stays.
+    gene, found by moments and never below 0. Where differences are no larger than counting noise, the prediction is
+    kept.
 
     Parameters
     ----------
     measured
         (n, g) log1p expression.
     predicted
-        (n, g) log1p expression, by a head that was not trained on the spot. The head may have read the spot as context:
-        the difference is then what the head could not use.
+        (n, g) log1p expression, by a head that was not trained on the spot. The spot may be in the context of the head:
+        the difference is then the part that the head did not use.
     noise
         (n, g) variance of ``measured``, from :func:`noise_variance`.
     """
     given = {"measured": measured, "predicted": predicted, "noise": noise}
     shapes = {name: np.shape(values) for name, values in given.items()}
     if len(set(shapes.values())) > 1 or np.ndim(measured) != 2:
-        msg = f"measured, predicted and noise do not belong together: {shapes}. Give (n, g) each, one row a spot."
+        msg = f"measured, predicted and noise do not fit together: {shapes}. Pass (n, g) each, one row for each spot."
         raise ValueError(msg)
     for name, values in given.items():
         if not np.isfinite(values).all() or (name == "noise" and (noise < 0).any()):
-            msg = (
-                f"{name} holds values that are no finite number, or variances below 0. Leave these spots or genes out."
-            )
+            msg = f"{name} holds values that are not finite, or variances below 0. Leave these spots or genes out."
             raise ValueError(msg)
     residual = np.asarray(measured, np.float64) - predicted
-    # a common offset is not variance: log1p makes one where the depth of the spots differs from that of the prediction
+    # subtract a common offset: log1p makes one where the depth of the spots differs from that of the prediction
     spread = ((residual - residual.mean(0)) ** 2).sum(0) / max(len(residual) - 1, 1)
     tau2 = np.maximum(spread - noise.mean(0), 0)
     whole = tau2 + noise
@@ -131,21 +131,19 @@ def shrinkage(measured: Floats, predicted: Floats, *, noise: Floats) -> Shrunken
 
 
 def fade(xy_um: Floats, spots_um: Floats, *, inner_um: float, outer_um: float) -> sparse.csr_matrix:
-    """Weight (m, n) of each bin on its nearest spot: how far the correction of a spot reaches.
+    """Weight (m, n) of the correction of the nearest spot in each bin.
 
-    It is 1 within ``inner_um`` of the spot's centre (the radius plus half the diagonal of a bin, so that every covered bin
-    is included) and falls as a cosine to 0 at ``outer_um`` (half the way to the next spot).
+    It is 1 within ``inner_um`` of the spot's centre (the radius plus half the diagonal of a bin, so that every covered
+    bin is included) and falls as a cosine to 0 at ``outer_um`` (half the way to the next spot).
     """
     if not 0 < inner_um <= outer_um:
-        msg = (
-            f"inner_um={inner_um:g}, outer_um={outer_um:g}: give 0 < inner_um <= outer_um (half the pitch, as a rule)."
-        )
+        msg = f"inner_um={inner_um:g}, outer_um={outer_um:g}: pass 0 < inner_um <= outer_um (usually half the pitch)."
         raise ValueError(msg)
-    place, spots = np.asarray(xy_um, np.float64), np.asarray(spots_um, np.float64)
-    index, distance, present = nearest_spots(place, spots, k=1)
+    bins_um, spots = np.asarray(xy_um, np.float64), np.asarray(spots_um, np.float64)
+    index, distance, present = nearest_spots(bins_um, spots, k=1)
     beyond = np.clip((distance[:, 0] - inner_um) / max(outer_um - inner_um, 1e-9), 0, 1)
     weight = np.where(present[:, 0], (1 + np.cos(np.pi * beyond)) / 2, 0.0)
-    found = sparse.csr_matrix((weight, (np.arange(len(place)), index[:, 0])), shape=(len(place), len(spots)))
+    found = sparse.csr_matrix((weight, (np.arange(len(bins_um)), index[:, 0])), shape=(len(bins_um), len(spots)))
     found.eliminate_zeros()
     return found
 
@@ -153,10 +151,10 @@ def fade(xy_um: Floats, spots_um: Floats, *, inner_um: float, outer_um: float) -
 def conserve(
     bins: Floats, *, coverage: sparse.spmatrix, target: Floats, window: sparse.spmatrix
 ) -> NDArray[np.float64]:
-    """Scale bins so that those under a spot average to its target.
+    """Scale bins so that the mean of the bins under a spot is its target.
 
     Every spot and gene has one factor. A bin is multiplied by 1 + window @ (factor - 1). Where no bin is under two
-    spots, the factor is target / mean. Else factors are scaled in turn until all spots agree.
+    spots, the factor is target / mean. Otherwise factors are scaled in turn until all spots agree.
 
     Parameters
     ----------
@@ -207,16 +205,16 @@ class Conservation:
     spots_um: NDArray[np.float64]
     """(n_spots, 2)"""
     reach_um: tuple[float, float]
-    """Distances from a spot's centre: up to the first, bins are scaled fully; from the second on, not at all"""
+    """Distances from a spot's centre: bins are scaled fully up to the first, and not at all from the second on"""
     target: NDArray[np.float32]
     """(n_spots, genes) target rates of the spots"""
     weight: NDArray[np.float32]
     """(genes,) mean share of the difference between measurement and prediction that is kept"""
 
     def partners(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the other bins under the spots of ``rows``: all bins of a spot are scaled together.
+        """Return the other bins under the spots of ``rows``, since all bins of a spot are scaled together.
 
-        Where spots overlap, the bins of their neighbours belong to them too, and so on.
+        Where spots overlap, these include the bins of their neighbours, and so on.
         """
         found = rows
         while len(more := np.setdiff1d(self.share[self._spots_of(found)].indices, found)):
@@ -224,7 +222,7 @@ class Conservation:
         return found[len(rows) :]
 
     def apply(self, rows: NDArray[np.int64], expression: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return (n, genes) log1p expression of bins ``rows`` that agrees with the spots; all partners must be in ``rows``."""
+        """Scale the (n, genes) log1p expression of bins ``rows`` to the spots; all partners must be in ``rows``."""
         spots = self._spots_of(rows)
         window = self._window(rows)[:, spots]
         share = self.share[spots][:, rows]
@@ -245,12 +243,12 @@ class Conservation:
 
 
 def _check(bins: Floats, share: sparse.csr_matrix, target: Floats, reach: sparse.csr_matrix) -> None:
-    """Refuse what cannot be conserved."""
+    """Raise where bins cannot be scaled to spots."""
     (m, g), n = bins.shape, len(target)
     if target.shape != (n, g) or share.shape != (n, m) or reach.shape != (m, n):
         msg = (
-            f"bins {bins.shape}, coverage {share.shape}, target {target.shape} and window {reach.shape} do not belong "
-            "together. Give (m, g), (n, m), (n, g) and (m, n)."
+            f"bins {bins.shape}, coverage {share.shape}, target {target.shape} and window {reach.shape} do not "
+            "fit together. Pass (m, g), (n, m), (n, g) and (m, n)."
         )
         raise ValueError(msg)
     for name, values in (("bins", bins), ("target", target)):
@@ -259,7 +257,8 @@ def _check(bins: Floats, share: sparse.csr_matrix, target: Floats, reach: sparse
             raise ValueError(msg)
     whole = np.asarray(share.sum(1)).ravel()
     if ((np.abs(whole - 1) > 1e-6) & (whole != 0)).any() or (share.data < 0).any():
-        msg = f"coverage: rows must sum to 1 (or 0 for a spot without bins), but sums reach from {whole.min():.3g} to {whole.max():.3g}."
+        sums = f"{whole.min():.3g} to {whole.max():.3g}"
+        msg = f"coverage: rows must sum to 1 (or 0 for a spot without bins), but sums are {sums}."
         raise ValueError(msg)
     most = float(np.asarray(reach.sum(1)).max(initial=0))
     if (reach.data < 0).any() or most > 1 + 1e-9:

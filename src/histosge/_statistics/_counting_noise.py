@@ -1,4 +1,4 @@
-"""Counting noise: how much counts vary by chance, and the correlation that this leaves to a perfect model."""
+"""Counting noise: the random variation of counts, and the correlation that a perfect model reaches in spite of it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def thin(counts: sparse.spmatrix, *, rng: np.random.Generator) -> tuple[sparse.c
 
 
 def checked_counts(counts: sparse.spmatrix) -> sparse.csr_matrix:
-    """Compressed rows without duplicates; raises if a value is no count at all."""
+    """Return compressed rows without duplicates; raise where a value is no count."""
     rows = sparse.csr_matrix(counts, copy=True)
     rows.sum_duplicates()
     bad = ~(np.isfinite(rows.data) & (rows.data >= 0))
@@ -48,15 +48,15 @@ def checked_counts(counts: sparse.spmatrix) -> sparse.csr_matrix:
 _NODES = (3 * np.sinh(np.linspace(-1.9, 1.9, 41))).astype(np.float32)
 """Grid of a gene's rates: standard deviations of their logarithm, dense near 0, out to 10."""
 _AT_FIRST = (np.exp(-(_NODES**2) / 2) + 0.02 / (1 + _NODES**2)) * np.gradient(_NODES)
-"""Weight of each node before it is fitted: normal, with tails heavy enough for a few odd spots."""
+"""Initial weight of each node: normal, with tails heavy enough for a few unusual spots."""
 _N_FITS = 8
-"""Number of fits of the weights of these nodes: enough for the shape, too few to follow single counts."""
+"""Number of fits of the weights of these nodes: enough for the shape, too few to fit single counts."""
 _CELLS = 160_000
 """Spots times genes at a time."""
 
 
 def sized_counts(counts: sparse.spmatrix, total: Floats | None) -> tuple[sparse.csr_matrix, Floats]:
-    """Return raw counts and the library size (n,) of each spot; refuse spots without counts."""
+    """Return raw counts and the library size (n,) of each spot; raise where spots have no counts."""
     rows = checked_counts(counts)
     size = np.asarray(rows.sum(1) if total is None else total, np.float64).ravel()
     if (size <= 0).any():
@@ -66,7 +66,7 @@ def sized_counts(counts: sparse.spmatrix, total: Floats | None) -> tuple[sparse.
 
 
 def noise_ceiling(counts: sparse.spmatrix, *, total: Floats | None = None, target_sum: float = 1e4) -> Floats:
-    """Correlation with the measured values that a model could at most reach if it knew the expression without noise.
+    """Highest correlation with the measured values, of a model that knows the expression without noise.
 
     Counts of a gene are Poisson around a rate. The mean rate follows a power of the spot's library size. The spread of
     the rates is found by moments, without counting noise, as if counts were split in all ways at once. The posterior of
@@ -124,7 +124,7 @@ def count_rates(k: Floats, size: Floats) -> tuple[Floats, Floats]:
         known = weight * expected
         centred = x - (known * x).sum(0) / known.sum(0)
         information = np.maximum((known * centred**2).sum(0), 1e-6)
-        if last:  # shrunken by its noise (James and Stein, 1961): else every gene follows library size a little
+        if last:  # shrunken by its noise (James and Stein, 1961), or every gene depends on library size a little
             power *= np.maximum(1 - 1 / (information * np.maximum(power**2, 1e-12)), 0)
         else:
             power = np.clip(power + (weight * (k - expected) * centred).sum(0) / information, -1.5, 1.5)

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 SPATIAL_NEIGHBOURS = 6
-"""Nearest places that are joined in space: those around a spot of a hexagonal array."""
+"""Nearest locations that are joined in space: those around a spot of a hexagonal array."""
 SPATIAL_WEIGHT = 0.2
 """Default share of space in the graph."""
 
 MAX_RUNS = 20
-"""Most runs of leiden in the search for a number of domains."""
+"""Largest number of runs of leiden in the search for a number of domains."""
 
 N_ITERATIONS = 2
 
@@ -42,7 +42,7 @@ def find_domains(
     spatial_weight: float,
     rng: int,
 ) -> Ints:
-    """Find domains of places by their (n, g) log-normalised expression and their position: (n,), 0 is the largest."""
+    """Find domains (n,), 0 the largest, of locations by their (n, g) log-normalised expression and position."""
     graph = domain_graph(expression, xy, n_pcs=n_pcs, n_neighbours=n_neighbours, spatial_weight=spatial_weight, rng=rng)
     return cut(graph, resolution=resolution, n_domains=n_domains, rng=rng)[0]
 
@@ -56,7 +56,7 @@ def domain_graph(
     spatial_weight: float,
     rng: int,
 ) -> sparse.csr_matrix:
-    """Join places of similar expression (scanpy's neighbours, McInnes et al., 2018) and places next to each other: (n, n).
+    """Join locations of similar expression (scanpy's neighbours, McInnes et al., 2018), and adjacent ones: (n, n).
 
     ``spatial_weight`` is the share of the weight that is in space. The total weight is that of scanpy's graph: the
     refinement of leiden is random on an absolute scale (igraph's ``beta``), so another total gives other domains.
@@ -78,20 +78,20 @@ def _expression_graph(
 
     held = _holder(expression)
     n, n_genes = held.shape
-    few = n_genes <= n_pcs  # all components of few genes are the genes, turned
+    few = n_genes <= n_pcs  # all components of few genes are a rotation of the genes
     if not few:
         sc.pp.pca(held, n_comps=min(n_pcs, n - 1), random_state=rng)
-    with warnings.catch_warnings():  # from identical places scanpy makes a graph that scipy finds inefficient
+    with warnings.catch_warnings():  # from identical locations scanpy makes a graph that scipy finds inefficient
         warnings.simplefilter("ignore", sparse.SparseEfficiencyWarning)
         sc.pp.neighbors(held, n_neighbors=n_neighbours, use_rep="X" if few else "X_pca", random_state=rng)
     return sparse.csr_matrix(held.obsp["connectivities"])
 
 
 def spatial_graph(xy: Floats) -> sparse.csr_matrix:
-    """Join every place to its nearest ones and to all others that are as near: eight on a square lattice, not six."""
+    """Join every location to its nearest ones and to any at the same distance: on a square lattice eight, not six."""
     n = len(xy)
-    place = np.asarray(xy, np.float64)
-    index, distance, present = nearest_spots(place, place, k=2 * SPATIAL_NEIGHBOURS, exclude=np.arange(n))
+    position = np.asarray(xy, np.float64)
+    index, distance, present = nearest_spots(position, position, k=2 * SPATIAL_NEIGHBOURS, exclude=np.arange(n))
     near = present & (distance <= 1.01 * distance[:, [SPATIAL_NEIGHBOURS - 1]])
     near[:, :SPATIAL_NEIGHBOURS] = present[:, :SPATIAL_NEIGHBOURS]
     row, column = np.nonzero(near)
@@ -107,7 +107,7 @@ def cut(
     rng: int,
     partition: Callable[..., Ints] | None = None,
 ) -> tuple[Ints, float]:
-    """Cut a graph into domains: (n,) domains, 0 the largest, and the resolution that they were found at.
+    """Cut a graph into domains; return (n,) domains, 0 the largest, and the resolution.
 
     With ``n_domains`` the resolution is halved or doubled until it lies between too few and too many domains, and
     then bisected on its logarithm. ``partition`` is called instead of :func:`leiden`, with the same arguments.
@@ -132,7 +132,7 @@ def cut(
             best, nearest = (label, resolution), int(label.max()) + 1
     if nearest != n_domains:
         logger.warning(
-            "n_domains=%d cannot be met in %d runs of leiden: %d domains are the nearest to it (resolution %.4g)",
+            "n_domains=%d was not found in %d runs of leiden: the nearest number is %d domains (resolution %.4g)",
             n_domains, MAX_RUNS, nearest, best[1],
         )  # fmt: skip
     return best
@@ -160,7 +160,7 @@ def leiden(graph: sparse.csr_matrix, *, resolution: float, rng: int) -> Ints:
 
 
 def _holder(values: Floats | sparse.spmatrix) -> AnnData:
-    """What scanpy works on; rows and columns need names, and nobody sees them."""
+    """Make an AnnData for scanpy, with dummy names of rows and columns."""
     import anndata as ad
 
     return ad.AnnData(values)

@@ -1,4 +1,4 @@
-"""How far a measurement may lie from its prediction: prediction intervals from cross-fitted errors. Never torch."""
+"""Prediction intervals from cross-fitted errors: the range of a measurement around its prediction. Without torch."""
 
 from __future__ import annotations
 
@@ -25,40 +25,41 @@ LEVEL = 0.9
 """Target coverage, unless the caller chooses another."""
 
 LEVELS = (*(i / 100 for i in range(1, 100)), 0.995, 0.999)
-"""Target coverages that can be asked for later: the quantiles of the scores are kept at these."""
+"""Target coverages with stored quantiles of the scores."""
 
 FLOOR = 0.25
-"""The variance is never below this share of the gene's mean squared error, wherever the fitted line leads."""
+"""Smallest variance, as a share of the gene's mean squared error: the fitted line may be lower."""
 
 TINY = 1e-6
-"""Standard deviation, log1p units, of a gene that all other folds predict without any error."""
+"""Standard deviation, in log1p units, of a gene without any error in the other folds."""
 
 PART = 512
-"""Genes at a time: all at once in float64 need not fit in memory."""
+"""Genes at a time: all genes in float64 may not fit in memory."""
 
 PASS = 2**16
-"""Values that intervals are computed for at a time: a quarter of a megabyte, four times."""
+"""Values whose intervals are computed at a time: four arrays of a quarter of a megabyte."""
 
 _OF_A_GENE = ("intercept", "slope", "floor", "largest")
-"""Columns that hold at every level: the line of the variance, its least value, and the largest error seen."""
+"""Columns that are the same at every level: the line of the variance, its smallest value, and the largest error."""
 
 
 @dataclass(frozen=True)
 class PredictionIntervals:
-    """Spread and reach of the errors of a prediction, gene by gene, for any level of a grid.
+    """Prediction intervals, gene by gene, for any level of a grid.
 
-    The variance of a gene's errors is a line in its predicted value. An interval reaches to either side by that standard
-    deviation times a quantile of the errors in such units (normalised scores: Lei et al., 2018), but never beyond the
-    largest error seen. Made by :func:`calibrate`.
+    The variance of a gene's errors is a line in its predicted value. Half the width of an interval is that standard
+    deviation times a quantile of the errors in these units (normalised scores: Lei et al., 2018), at most the largest
+    error. Made by :func:`calibrate`.
     """
 
     numbers: NDArray[np.float32]
-    """(g, 4 + n_levels) named by ``columns``: intercept and slope of the variance (the slope is negative where the logarithm
-    flattens a strong gene), the least variance, the largest error, and a quantile of the scores for each level"""
+    """(g, 4 + n_levels) named by ``columns``: intercept and slope of the variance (the slope is negative where the
+    logarithm flattens a strong gene), the smallest variance, the largest error, and a quantile of the scores for each
+    level"""
     levels: NDArray[np.float64]
     """(n_levels,) target coverages, increasing"""
     n_spots: int
-    """Number of spots that the errors were measured at"""
+    """Number of spots with errors"""
 
     @property
     def columns(self) -> list[str]:
@@ -70,18 +71,18 @@ class PredictionIntervals:
         return replace(self, numbers=self.numbers[genes])
 
     def choose_level(self, level: float) -> float:
-        """Return the level of the grid that is used for ``level``, and report where it is not the same or needs more spots."""
+        """Return the level of the grid for ``level``; log where it differs or needs more spots."""
         number = isinstance(level, int | float | np.number) and not isinstance(level, bool)
         if not (number and 0 < level < 1):
             msg = f"level={level!r} is not a share of the measurements. Choose one between 0 and 1, such as 0.9."
             raise ValueError(msg)
         chosen = float(self.levels[self._column(level)])
         if abs(chosen - level) > 1e-6:
-            logger.info("level %g: using %g, the next level that is kept", level, chosen)
+            logger.info("level %g: using %g, the next level of the grid", level, chosen)
         if _rank(self.n_spots, chosen) > self.n_spots:
             logger.warning(
-                "%d spots are too few for prediction intervals at level %g, which needs %d: the intervals reach to the largest "
-                "error seen",
+                "%d spots are too few for prediction intervals at level %g, which needs %d: the intervals reach to the "
+                "largest error",
                 self.n_spots, chosen, _least_spots(chosen),
             )  # fmt: skip
         return chosen
@@ -101,21 +102,19 @@ class PredictionIntervals:
         return interval_around(predicted, self.at(level))[1:]
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
-        """Give all fields as arrays, for safetensors."""
+        """Return all fields as arrays, for safetensors."""
         return {"numbers": self.numbers, "levels": self.levels, "n_spots": np.asarray(self.n_spots)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Self:
-        """Restore from what :meth:`to_arrays` gave."""
+        """Restore intervals from their :meth:`to_arrays`."""
         return cls(arrays["numbers"], arrays["levels"], int(arrays["n_spots"]))
 
     def _column(self, level: float) -> int:
-        """Which level of the grid: the same, or the next higher one."""
+        """Find the level in the grid: the same, or the next higher one."""
         found = int(np.searchsorted(self.levels, level - 1e-6))  # 1e-6: 0.9 in float32 is 0.9
         if found == len(self.levels):
-            msg = (
-                f"level={level!r}: the highest level that is kept is {self.levels[-1]:g}. Choose that, or a lower one."
-            )
+            msg = f"level={level!r}: the highest level is {self.levels[-1]:g}. Choose that, or a lower one."
             raise ValueError(msg)
         return found
 
@@ -135,7 +134,7 @@ def interval_around(
     intercept, slope, floor, largest, quantile = numbers
     value = np.asarray(predicted, np.float32)
     sd, lower, upper = (np.empty(value.shape, np.float32) for _ in range(3))
-    n = max(1, PASS // max(value.shape[-1], 1))  # a few rows at a time, which caches hold
+    n = max(1, PASS // max(value.shape[-1], 1))  # a few rows at a time, which fit in the cache
     centre = np.empty((n, value.shape[-1]), np.float32)
     for start in range(0, len(value), n):
         rows = slice(start, start + n)
@@ -154,60 +153,61 @@ def interval_around(
 def calibrate(held_out: Floats, measured: Floats, *, fold: Ints) -> PredictionIntervals:
     """Find prediction intervals from cross-fitted predictions, for every level of :data:`LEVELS`.
 
-    The score of a spot is its absolute error in standard deviations, as fitted on the *other* folds; the interval of a
-    level reaches to the ``ceil((n + 1) * level)``-th smallest score of the gene. Scores have no sign on purpose:
-    expression starts at 0 and is often 0, so an interval cut off at 0 loses nothing. At new places the standard deviation
-    fitted on *all* folds is used: no new place had a part in it, just as no spot had a part in its own.
+    The score of a spot is its absolute error in standard deviations, which are fitted on the *other* folds. The
+    interval of a level reaches to the ``ceil((n + 1) * level)``-th smallest score of the gene. Scores have no sign,
+    since expression is never below 0 and often 0: nothing is lost where an interval is cut off at 0. At new targets the
+    standard deviation is fitted on *all* folds: it does not depend on a new target, as that of a spot does not depend
+    on the spot.
 
     Parameters
     ----------
     held_out
-        (n, g) log1p expression, each spot predicted by a head that never saw it.
+        (n, g) log1p expression, each spot predicted by a head that was not trained on it.
     measured
         (n, g) log1p expression.
     fold
-        (n,) fold that each spot was held out with.
+        (n,) fold of each spot.
 
     Notes
     -----
-    New places must be like the held-out spots for the level to hold: folds and places exchangeable, measurements at
-    spot scale. Random folds say nothing about the errors far from all spots. CV+ (Barber, Candes, Ramdas and
-    Tibshirani, 2021) then holds at least about ``1 - 2 * (1 - level)`` in the worst case and about ``level`` in
-    practice. It centres each error on the head of its own fold; these intervals are centred on the mean of all heads,
-    which takes a small fraction of the memory, has no such worst case, and holds about ``level`` as well for heads that
-    a fifth of the spots does not upset.
+    The level is valid if new targets are like the held-out spots: folds and targets exchangeable, measurements at spot
+    scale. Random folds do not measure the errors far from all spots. CV+ (Barber, Candes, Ramdas and Tibshirani, 2021)
+    then covers at least about ``1 - 2 * (1 - level)`` in the worst case and about ``level`` in practice. It centres
+    each error on the head of its own fold. These intervals are centred on the mean of all heads: this takes a small
+    fraction of the memory, has no such guarantee, and also covers about ``level`` for heads that change little without
+    a fifth of the spots.
     """
     _check(held_out, measured, fold=fold)
     n, n_genes = held_out.shape
-    places = np.array([min(_rank(n, level), n) - 1 for level in LEVELS])
+    ranks = np.array([min(_rank(n, level), n) - 1 for level in LEVELS])
     numbers = np.empty((n_genes, len(_OF_A_GENE) + len(LEVELS)), np.float32)
     for start in range(0, n_genes, PART):
         part = slice(start, start + PART)
         predicted = np.maximum(np.asarray(held_out[:, part], np.float64), 0)
         error = np.abs(measured[:, part] - predicted)
         scores = np.sort(_scores(predicted, error, fold), axis=0)
-        numbers[part] = np.vstack([*_fit(predicted, error), error.max(0), scores[places]]).T
+        numbers[part] = np.vstack([*_fit(predicted, error), error.max(0), scores[ranks]]).T
     return PredictionIntervals(numbers, np.array(LEVELS), n)
 
 
 def empirical_coverage(measured: Floats, lower: Floats, upper: Floats) -> Floats:
-    """Share of the measurements within the intervals, (g,); their ends belong to them."""
+    """Share of the measurements within the intervals, (g,), including their ends."""
     return ((lower <= measured) & (measured <= upper)).mean(0)
 
 
 def neighbour_average(values: Floats, *, xy: Floats, k: int) -> NDArray[np.float32]:
-    """Average (n, g) held-out values over a spot and its ``k - 1`` nearest.
+    """Average (n, g) held-out values over a spot and its ``k - 1`` nearest spots.
 
-    Measurements and both ends of the intervals, all averaged, show what :func:`empirical_coverage` becomes at coarser
-    scales. Intervals hold their level at spot scale only, with exchangeable folds: averages of independent errors are
-    smaller than the averaged intervals say, so these over-cover; errors that neighbours share do not average out.
+    Averages of the measurements and of both ends of the intervals give :func:`empirical_coverage` at coarser scales.
+    Intervals have their level at spot scale only, with exchangeable folds. Averages of independent errors are smaller
+    than the averaged intervals, which then over-cover; errors that neighbours share do not average out.
     """
     if k < 1:
-        msg = f"k={k} spots cannot be averaged. Give k=1 for the spots as they are, or more."
+        msg = f"k={k} spots cannot be averaged. Pass k=1 for single spots, or more."
         raise ValueError(msg)
     n = len(xy)
-    place = np.asarray(xy, np.float64)
-    index, _, present = nearest_spots(place, place, k=k - 1, exclude=np.arange(n))
+    position = np.asarray(xy, np.float64)
+    index, _, present = nearest_spots(position, position, k=k - 1, exclude=np.arange(n))
     index = np.column_stack([np.arange(n), index])
     present = np.column_stack([np.ones(n, bool), present])
     weight = (present / present.sum(1, keepdims=True)).astype(np.float32)
@@ -217,7 +217,7 @@ def neighbour_average(values: Floats, *, xy: Floats, k: int) -> NDArray[np.float
 
 
 def _scores(predicted: Floats, error: Floats, fold: Ints) -> Floats:
-    """Errors (n, g) in standard deviations as the other folds see them."""
+    """Errors (n, g) in standard deviations, which are fitted on the other folds."""
     scores = np.empty_like(error)
     for one in np.unique(fold):
         inside = fold == one
@@ -238,36 +238,36 @@ def _fit(predicted: Floats, error: Floats) -> tuple[Floats, Floats, Floats]:
 
 
 def _sd(predicted: Floats, intercept: Floats, slope: Floats, floor: Floats) -> Floats:
-    """Root of the line, or of the floor under it."""
+    """Square root of the line, at least of the floor."""
     return np.sqrt(np.maximum(intercept + slope * np.maximum(predicted, 0), floor))
 
 
 def _rank(n: int, level: float) -> int:
-    """Which of ``n`` scores, smallest first, has at most ``1 - level`` of the future above it."""
-    return math.ceil((n + 1) * level - 1e-9)  # 1e-9: a whole number that floats put a little too high
+    """Rank among ``n`` scores, smallest first, that a new score exceeds with a probability of at most ``1 - level``."""
+    return math.ceil((n + 1) * level - 1e-9)  # 1e-9: rounding may put a whole number a little too high
 
 
 def _least_spots(level: float) -> int:
-    """Fewest spots of which the largest error is enough for ``level``."""
+    """Smallest number of spots for ``level``: the interval then reaches to the largest error."""
     return math.ceil(level / (1 - level) - 1e-9)
 
 
 def _check(held_out: Floats, measured: Floats, *, fold: Ints) -> None:
-    """Refuse what no intervals can be made of."""
+    """Raise where intervals cannot be computed."""
     if held_out.ndim != 2 or held_out.shape != measured.shape or np.shape(fold) != held_out.shape[:1]:
         msg = (
-            f"held_out {held_out.shape}, measured {measured.shape} and fold {np.shape(fold)} do not belong together. "
-            f"Give (n, g), (n, g) and (n,): one row a spot in each."
+            f"held_out {held_out.shape}, measured {measured.shape} and fold {np.shape(fold)} do not fit together. "
+            f"Pass (n, g), (n, g) and (n,), with one row for each spot."
         )
         raise ValueError(msg)
     if len(np.unique(fold)) < 2:
         msg = (
-            f"fold holds {len(np.unique(fold))} fold(s), but the errors of one are measured by the spread in the "
-            f"others. Give at least 2 folds."
+            f"fold holds {len(np.unique(fold))} fold(s), but the errors of a fold are scaled by the spread in the "
+            f"others. Pass at least 2 folds."
         )
         raise ValueError(msg)
     for name, values in (("held_out", held_out), ("measured", measured)):
         if not np.isfinite(values).all():
             wrong = int((~np.isfinite(values)).sum())
-            msg = f"{name} holds {wrong} value(s) that are no finite number. Leave these spots or genes out."
+            msg = f"{name} holds {wrong} value(s) that are not finite. Leave these spots or genes out."
             raise ValueError(msg)

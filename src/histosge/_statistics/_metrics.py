@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     Floats = NDArray[np.floating]
 
 BASELINES = ("ridge", "nearest")
-"""Simple heads that are always scored too, on the same folds."""
+"""Baselines that are always scored too, on the same folds."""
 _SAME_PCC = 0.01
-"""A smaller lead over a part of the head does not count: scores differ as much between seeds."""
+"""A smaller difference to a part of the head is ignored: scores differ as much between seeds."""
 _BLOCK = 512
-"""Genes at a time, where all at once need not fit in memory."""
+"""Genes at a time: all genes may not fit in memory."""
 _K1, _K2 = 0.01, 0.03
 """Constants of the structural similarity (Wang et al., 2004)."""
 
@@ -40,9 +40,9 @@ def rank_correlation(predicted: Floats, measured: Floats) -> Floats:
 
 
 def gene_agreement(predicted: Floats, measured: Floats) -> Floats:
-    """How well gene-gene correlations are kept: for each gene, the correlation of its rows of the two matrices.
+    """Agreement of gene-gene correlations: for each gene, the correlation of its rows of the two matrices.
 
-    The row holds all other genes. A constant gene correlates with none: it is 0 in the rows of others and scores 0.
+    The row has all other genes. A constant gene correlates with none: it is 0 in the rows of others and scores 0.
     """
     p, m = _unit_columns(predicted), _unit_columns(measured)
     n_genes = p.shape[1]
@@ -53,7 +53,7 @@ def gene_agreement(predicted: Floats, measured: Floats) -> Floats:
         for block in (
             one,
             other,
-        ):  # a gene's correlation of 1 with itself is replaced by the mean of the others, which has no effect
+        ):  # replace the correlation of 1 of a gene with itself by the mean of the others, which has no effect
             block[rows, rows - start] = 0
             block[rows, rows - start] = block.sum(0) / max(n_genes - 1, 1)
         found[rows] = correlation(one, other)
@@ -70,10 +70,10 @@ def _unit_columns(values: Floats) -> Floats:
 
 
 def structural_similarity(predicted: Floats, measured: Floats, *, xy: Floats, n_neighbours: int = 6) -> Floats:
-    """Structural similarity (Wang et al., 2004) of each gene, its windows a spot and its nearest neighbours.
+    """Structural similarity (Wang et al., 2004) of each gene; a window is a spot and its nearest neighbours.
 
-    Mean over all spots. Both are compared in the unit of the measurement: a prediction that varies less than the
-    measurement, or has another level, scores lower. The dynamic range is that of the measured gene; 0 where it is constant.
+    Mean over all spots. Both are in the unit of the measurement: a prediction that varies less than the measurement, or
+    has another mean, scores lower. The dynamic range is that of the measured gene; 0 where it is constant.
     """
     mean = neighbour_mean(xy, n_neighbours=n_neighbours, itself=True)
     found = np.zeros(predicted.shape[1])
@@ -100,8 +100,8 @@ def neighbour_mean(
 ) -> sparse.csr_matrix:
     """Matrix that averages over the nearest neighbours of each spot, with or without the spot itself."""
     n = len(xy)
-    place, of = np.asarray(xy, np.float64), {"groups": groups, "spot_groups": groups}
-    index, _, present = nearest_spots(place, place, k=n_neighbours, exclude=np.arange(n), **of)
+    position, of = np.asarray(xy, np.float64), {"groups": groups, "spot_groups": groups}
+    index, _, present = nearest_spots(position, position, k=n_neighbours, exclude=np.arange(n), **of)
     if itself:
         index, present = np.column_stack([np.arange(n), index]), np.column_stack([np.ones(n, bool), present])
     weight = present / np.maximum(present.sum(1, keepdims=True), 1)

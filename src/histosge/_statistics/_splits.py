@@ -1,6 +1,6 @@
-"""Which spots are learnt from and which are scored: at random, in blocks, on a coarser lattice, by section.
+"""Splits into training spots and test spots: at random, in blocks, on a coarser lattice, by section.
 
-Positions are in µm. Nothing here sees what was measured, so no split can depend on it.
+Positions are in µm. No function here gets measurements, so splits do not depend on them.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 BLOCKS_PER_FOLD = 6
-"""About so many blocks make a fold, if nobody says how large they are."""
+"""Approximate number of blocks in a fold, where their size is not given."""
 MIN_TRAIN = 10
-"""A split that leaves fewer spots to learn from is refused."""
+"""Smallest number of training spots of a split."""
 
 _SMALLEST_UM = 1e-3
-"""Blocks are not made smaller than this: spots nearer to each other share a place."""
+"""Smallest edge of a block: spots nearer to each other have the same location."""
 
 _STEPS = {
     "hexagonal": {3: (1, 1), 4: (2, 0), 7: (2, 1)},
     "square": {2: (1, 1), 4: (2, 0), 5: (2, 1)},
 }
-"""The first step (columns, rows) of the sublattice that keeps 1 in so many places; the second is the first, turned."""
+"""First step (columns, rows) of the sublattice that keeps 1 in so many sites; the second is the first, rotated."""
 _FLOWER = {"hexagonal": (7, 5), "square": (5, 4)}
-"""Places of a spot and its ring of neighbours, and how many of them must have a spot by default."""
+"""Sites of a spot and its ring of neighbours, and how many of them must have a spot by default."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Spots to learn from and spots to score; no spot is in both."""
+    """Training spots and test spots; no spot is in both."""
 
     train: Ints
-    """(n_train,) rows learnt from, in order"""
+    """(n_train,) sorted rows of training spots"""
     test: Ints
-    """(n_test,) rows scored, in order"""
+    """(n_test,) sorted rows of test spots"""
     fold: int
     """Number of the split, from 0."""
 
@@ -54,12 +54,12 @@ class Split:
 
 
 def random_folds(n_spots: int, *, n_folds: int, rng: np.random.Generator) -> Ints:
-    """Deal spots into folds of equal size at random."""
+    """Assign spots to folds of equal size at random."""
     return rng.permutation(np.arange(n_spots) % n_folds)
 
 
 def random_splits(n_spots: int, *, n_splits: int, rng: np.random.Generator, share: float = 0.5) -> list[Split]:
-    """Draw a ``share`` of the spots to learn from, ``n_splits`` times, each time anew; the others are scored."""
+    """Draw a ``share`` of the spots for training, ``n_splits`` times independently; the others are test spots."""
     if n_splits < 1:
         msg = f"n_splits={n_splits}: at least 1 is needed."
         raise ValueError(msg)
@@ -85,11 +85,11 @@ def block_folds(
     block_um: float | None = None,
     groups: Ints | None = None,
 ) -> NDArray[np.int64]:
-    """Deal spots into folds of about equal size by whole square blocks of a randomly turned and shifted grid.
+    """Assign spots to folds of about equal size by whole square blocks of a randomly rotated and shifted grid.
 
-    Neighbours resemble each other; in a fold made of blocks few of the scored spots have neighbours to learn from
-    (Roberts et al., 2017). Blocks are dealt largest first, each to the smallest fold, so that no two folds differ by
-    more spots than the largest block has.
+    Neighbours are similar. In a fold of blocks few test spots have neighbours in the training set (Roberts et al.,
+    2017). Blocks are assigned largest first, each to the smallest fold, so that no two folds differ by more spots than
+    the largest block has.
 
     Parameters
     ----------
@@ -98,12 +98,12 @@ def block_folds(
     n_folds
         Number of folds; none is empty.
     rng
-        Turns and shifts the grid, and orders blocks of equal size.
+        Rotates and shifts the grid, and orders blocks of equal size.
     block_um
-        Edge of a block, smaller where that makes fewer blocks than folds. By default the edge of about six blocks a
+        Edge of a block; smaller where there are fewer blocks than folds. By default the edge of about six blocks a
         fold, where the area of the spots is their number times the square of the median distance to the nearest one.
     groups
-        (n_spots,) section of each spot, each in coordinates of its own; sections share no block. By default there is
+        (n_spots,) section of each spot, each in its own coordinates; sections share no block. By default there is
         one section.
 
     Returns
@@ -116,7 +116,7 @@ def block_folds(
 def block_splits(
     xy_um: Floats, *, n_splits: int, rng: np.random.Generator, buffer_um: float, block_um: float | None = None
 ) -> list[Split]:
-    """Hold out each fold of blocks once, and learn from no spot nearer than a buffer to any spot held out.
+    """Hold out each fold of blocks once; no training spot is nearer to a held-out spot than the buffer.
 
     Parameters
     ----------
@@ -125,9 +125,9 @@ def block_splits(
     n_splits
         Number of folds; each spot is scored in one of them.
     rng
-        Lays and deals the blocks.
+        Makes and assigns the blocks.
     buffer_um
-        Spots nearer than this to a spot that is held out are neither learnt from nor scored in that split.
+        Spots nearer than this to a held-out spot are neither training nor test spots of that split.
     block_um
         Edge of a block, as for :func:`block_folds`.
     """
@@ -161,7 +161,7 @@ def _block_folds(
     name: str,
     groups: Ints | None = None,
 ) -> Ints:
-    """Lay blocks, smaller ones until there is one for every fold, and deal them."""
+    """Make blocks, smaller ones until there is one for every fold, and assign them to folds."""
     if n_folds < 2:
         msg = f"{name}={n_folds}: at least 2 are needed, or nothing is left to learn from."
         raise ValueError(msg)
@@ -181,7 +181,7 @@ def _block_folds(
     size = np.bincount(block)
     if len(size) < n_folds:
         msg = (
-            f"{name}={n_folds} is more than the {len(size)} different places that the {len(block)} spots lie at: "
+            f"{name}={n_folds} is more than the {len(size)} different locations of the {len(block)} spots: "
             f"take a smaller {name}= or larger sections."
         )
         raise ValueError(msg)
@@ -190,11 +190,11 @@ def _block_folds(
 
 def _edge_um(xy_um: Floats, *, section: Ints, n_blocks: int) -> float:
     """Edge of the squares of which ``n_blocks`` cover the area of the spots."""
-    places = np.unique(np.column_stack([section, xy_um]), axis=0)  # spots that share a place cover it once
-    number, places = places[:, 0].astype(np.int64), places[:, 1:]
+    sites = np.unique(np.column_stack([section, xy_um]), axis=0)  # spots that share a site cover it once
+    number, sites = sites[:, 0].astype(np.int64), sites[:, 1:]
     of = {"groups": number, "spot_groups": number}
-    _, near, _ = nearest_spots(places, places, k=1, exclude=np.arange(len(places)), **of)
-    return max(float(np.median(near)) * np.sqrt(len(places) / n_blocks), _SMALLEST_UM)
+    _, near, _ = nearest_spots(sites, sites, k=1, exclude=np.arange(len(sites)), **of)
+    return max(float(np.median(near)) * np.sqrt(len(sites) / n_blocks), _SMALLEST_UM)
 
 
 def _blocks(xy_um: Floats, *, section: Ints, edge_um: float, turn: float, shift: Floats) -> Ints:
@@ -254,7 +254,7 @@ def lattice_splits(lattice: Lattice, *, keep: int, n_splits: int, rng: np.random
 def pseudo_spots(lattice: Lattice, *, rng: np.random.Generator, min_members: int | None = None) -> Ints:
     """Merge spots into big ones, so that what lies below a big spot was measured.
 
-    Every place of a sublattice is merged with its ring of neighbours: 7 places on a hexagonal lattice, 5 on a square
+    Every site of a sublattice is merged with its ring of neighbours: 7 sites on a hexagonal lattice, 5 on a square
     one. These flowers tile the plane without overlap.
 
     Parameters
@@ -274,13 +274,13 @@ def pseudo_spots(lattice: Lattice, *, rng: np.random.Generator, min_members: int
     min_members = default if min_members is None else min_members
     if not 1 <= min_members <= n_places:
         msg = (
-            f"min_members={min_members!r}: a big spot on a {lattice.kind} lattice has {n_places} places; "
+            f"min_members={min_members!r}: a big spot on a {lattice.kind} lattice has {n_places} sites; "
             f"choose from 1 to {n_places}."
         )
         raise ValueError(msg)
     box = np.stack(np.meshgrid(*[np.arange(-1, 2)] * 2, indexing="ij"), -1).reshape(-1, 2)
     flower = box[_squared_length(box, kind=lattice.kind) <= 1]  # (n_places, 2), the centre among them
-    # the places of a flower have all phases, each once: just one of them leads from a spot back to a centre
+    # the sites of a flower have all phases, each once: just one of them leads from a spot back to a centre
     wanted = rng.choice(_phase(flower, kind=lattice.kind, keep=n_places))
     phase = _phase(lattice.index[:, None] - flower, kind=lattice.kind, keep=n_places)
     own = flower[(phase == wanted).argmax(axis=1)]
@@ -302,9 +302,9 @@ def _squared_length(index: Ints, *, kind: str) -> Ints:
 
 
 def _phase(index: Ints, *, kind: str, keep: int) -> Ints:
-    """Label of the coset that each place (..., 2) is in, of the sublattice that keeps 1 in ``keep`` places.
+    """Label of the coset that each site (..., 2) is in, of the sublattice that keeps 1 in ``keep`` sites.
 
-    A place is in the sublattice of the rows of V if its index times V⁻¹ is whole, so the index times the adjugate
+    A site is in the sublattice of the rows of V if its index times V⁻¹ is whole, so the index times the adjugate
     of V, modulo det V = keep, tells the cosets apart.
     """
     a, b = _STEPS[kind][keep]

@@ -1,4 +1,4 @@
-"""``histosge`` from a shell, with the names and defaults of Python. One file for each command or small group of commands."""
+"""``histosge`` in a shell, with the names and defaults of Python; one file for each command or group of commands."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def main(*, quiet: bool, verbose: bool) -> None:
     \b
     Exit codes:
       0  done
-      1  an error; the last line says what is wrong and what to do
+      1  an error; the last line is its message, with the remedy
       2  wrong usage
-    """  # noqa: D301  click's own mark for a paragraph that is not to be wrapped
+    """  # noqa: D301  click's mark for a paragraph without wrapping
     settings.verbosity = 1 if quiet else 3 if verbose else 2
-    # a future default of zarr, once for every array: users of the shell can do nothing about it
+    # about a future default of zarr, for every array: users of the shell cannot change it
     warnings.filterwarnings("ignore", message="zarr v3 autosharding")
 
 

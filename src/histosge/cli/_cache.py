@@ -1,4 +1,4 @@
-"""``histosge cache``: embeddings that are kept on disk."""
+"""``histosge cache``: embeddings on disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from histosge.cli._shared import JSON, Command, as_json, as_table, readable_size
 
 @click.group()
 def cache() -> None:
-    """List or remove embeddings that are kept on disk, so that a second run does not compute them again.
+    """List or remove embeddings on disk, which a second run reuses.
 
     \b
     Examples:
@@ -22,7 +22,7 @@ def cache() -> None:
 @cache.command("list", cls=Command)
 @JSON
 def cache_list(*, as_json_: bool) -> str:
-    """List the embeddings that are kept: folder, encoders and sizes.
+    """List the embeddings on disk: folder, encoders and sizes.
 
     \b
     Examples:
@@ -67,7 +67,7 @@ def cache_list(*, as_json_: bool) -> str:
 @click.option("--encoder", help="Only embeddings by this encoder; see `histosge cache list`.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def cache_clear(*, encoder: str | None, yes: bool) -> str:
-    """Remove embeddings that are kept; other files in the folder stay.
+    """Remove embeddings on disk; other files in the folder stay.
 
     \b
     Examples:

@@ -48,7 +48,7 @@ def datasets_list(*, as_json_: bool) -> str:
 @OVERWRITE
 @JSON
 def datasets_fetch(*, name: str, target: Path | None, overwrite: bool, as_json_: bool) -> str:
-    """Download what is missing of a published section, and print its folder.
+    """Download the missing files of a published section, and print its folder.
 
     With OUT.zarr the section is read as well and written there, as SpatialData.
 

@@ -17,7 +17,8 @@ from histosge.cli._shared import JSON, OUT_PATH, Command, as_json, held_out_line
 def demo(*, out: Path, rng: int, as_json_: bool) -> str:
     """Run everything on a synthetic section with known truth: offline, in about a minute.
 
-    Writes OUT/section.zarr (SpatialData), OUT/predicted.h5ad and OUT/expression.png; an OUT of an earlier demo is replaced.
+    Writes OUT/section.zarr (SpatialData), OUT/predicted.h5ad and OUT/expression.png; replaces an OUT of an earlier
+    demo.
 
     \b
     Examples:
@@ -72,7 +73,7 @@ def demo(*, out: Path, rng: int, as_json_: bool) -> str:
         return as_json(summary)
     return "\n".join(
         [
-            f"{table.n_obs} places ({int(between.sum())} between spots) x {table.n_vars} genes, "
+            f"{table.n_obs} targets ({int(between.sum())} between spots) x {table.n_vars} genes, "
             f"{n_domains} domains, {time() - start:.0f} s",
             "Correlation with the measurement on held-out spots, mean over genes:",
             *held_out_lines(held_out),

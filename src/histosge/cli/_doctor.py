@@ -36,11 +36,10 @@ _ACCESS = {True: "access granted", False: "no access", None: "access not known"}
 @click.command(cls=Command)
 @JSON
 def doctor(*, as_json_: bool) -> tuple[str, int]:
-    """Check Python, packages, GPU, memory, hub, access to gated encoders and disk, and say what to do.
+    """Check Python, packages, GPU, memory, hub, access to gated encoders and disk, with remedies.
 
-    One line for each check: ok, a note that is worth knowing, or a problem, with its remedy. The exit code is 1 only if
-    histosge cannot run at all. -v lists the version of each package, and each gated encoder with the page to ask for
-    access at. Prints no token.
+    One line for each check: ok, a note, or a problem with its remedy. The exit code is 1 only if histosge cannot run.
+    -v lists the version of each package, and each gated encoder with the page to request access. Prints no token.
 
     \b
     Examples:
@@ -61,7 +60,7 @@ def examine(*, folders: Mapping[str, tuple[Path, str]]) -> list[Check]:
     Parameters
     ----------
     folders
-        Further folders to check, by their use, with the environment variable that moves them.
+        Further folders to check, by their use, with the environment variable that sets them.
     """
     return collect(
         {
@@ -78,12 +77,12 @@ def examine(*, folders: Mapping[str, tuple[Path, str]]) -> list[Check]:
 
 
 def collect(steps: Mapping[str, Callable[[], Iterable[Check]]]) -> list[Check]:
-    """Run checks; one that fails must not stop the others."""
+    """Run checks; a failing check must not stop the others."""
     checks: list[Check] = []
     for name, step in steps.items():
         try:
             checks += step()
-        except Exception as err:  # noqa: BLE001  whatever it is, it is reported
+        except Exception as err:  # noqa: BLE001  any error is reported
             message = f"could not be checked ({type(err).__name__}: {first_line(err)})"
             remedy = "See the checks above first; if nothing there explains it, report it as a bug of histosge."
             checks.append(Check(name, "problem", message, remedy))
@@ -108,7 +107,7 @@ def text_report(checks: list[Check], *, in_full: bool) -> str:
 
 
 def _shortened(checks: list[Check]) -> list[Check]:
-    """Packages as their number, and gated encoders by access: one check for each answer, not for each encoder."""
+    """Shorten packages to their number, and gated encoders to one check for each kind of access."""
     each = [check for check in checks if check.name.startswith("encoder ")]
     groups = []
     for access, words in _ACCESS.items():

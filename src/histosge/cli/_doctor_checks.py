@@ -1,7 +1,7 @@
-"""What ``histosge doctor`` checks: can histosge run on this machine, and what to do where it cannot.
+"""Checks of ``histosge doctor``: whether histosge can run on this machine, and remedies where it cannot.
 
-A check gets the facts about the machine as arguments. It never fails: its message says what is broken. No token is
-read into a message.
+A check gets the facts about the machine as arguments. It does not raise: its message describes the problem. No message
+contains a token.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
 _IMPORTED = ("torch", "torchvision", "timm", "scanpy", "spatialdata")
-"""Libraries with compiled parts, which may be installed and still not fit together"""
+"""Libraries with compiled parts, which may be installed but incompatible"""
 _LITTLE_DISK = 6e9
 """The largest encoder has 4.6 GB"""
 _LITTLE_MEMORY = 4e9
@@ -38,7 +38,7 @@ class Check:
 
     name: str
     status: Status
-    """``"note"`` is worth knowing, ``"problem"`` needs a remedy"""
+    """``"ok"``, ``"note"`` for information, or ``"problem"``, which needs a remedy"""
     message: str
     remedy: str | None = None
     fatal: bool = False
@@ -59,7 +59,7 @@ def required_python() -> str | None:
 
 
 def check_python(version: str, *, wanted: str | None) -> Check:
-    """Whether this Python fits."""
+    """Whether histosge supports this Python."""
     from packaging.specifiers import SpecifierSet
 
     message = f"{version} ({platform.python_implementation()}), {platform.system()} {platform.machine()}"
@@ -91,7 +91,7 @@ def dependency_versions(requirements: Iterable[str] | None = None) -> dict[str, 
 
 
 def check_packages(versions: Mapping[str, str | None]) -> Check:
-    """List the dependencies; whether their versions fit is for ``pip check`` to say."""
+    """List the dependencies; ``pip check`` tests their versions."""
     missing = [name for name, version in versions.items() if version is None]
     if missing:
         message, remedy = f"not installed: {', '.join(missing)}", f"Run `pip install {' '.join(missing)}`."
@@ -101,17 +101,20 @@ def check_packages(versions: Mapping[str, str | None]) -> Check:
 
 
 def check_imports(load: Callable[[str], Any] = importlib.import_module) -> Iterator[Check]:
-    """Import what may be broken though it is installed."""
+    """Import libraries that may be installed but broken."""
     imported = []
     for name in _IMPORTED:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 version = getattr(load(name), "__version__", "")
-        except Exception as err:  # noqa: BLE001  a library that does not fit raises anything
+        except Exception as err:  # noqa: BLE001  an incompatible library may raise any error
             remedy = f"Make a fresh environment and install histosge there, so that {name} fits its dependencies."
             if name in ("torchvision", "timm"):
-                remedy = "torch and torchvision come from different sources: install both from the same one, in a fresh environment."
+                remedy = (
+                    "torch and torchvision come from different sources: install both from the same one, in a fresh "
+                    "environment."
+                )
             elif isinstance(err, ModuleNotFoundError) and err.name == name:
                 remedy = f"Run `pip install {name}`."
             message = f"cannot be imported ({type(err).__name__}: {first_line(err)})"
@@ -137,7 +140,7 @@ def check_gpus(
     environ
         Environment variables.
     has_driver
-        There is a driver of NVIDIA. ``None`` looks for it.
+        Whether there is a driver of NVIDIA. ``None`` looks for it.
     """
     torch = importlib.import_module("torch") if torch is None else torch
     with warnings.catch_warnings(record=True) as caught:
@@ -193,13 +196,13 @@ def cores() -> Iterator[Check]:
     total = os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else total
     threads = None
-    with suppress(Exception):  # without torch there are no threads of its own
+    with suppress(Exception):  # without torch there are no threads of torch
         threads = importlib.import_module("torch").get_num_threads()
     yield check_cores(total, allowed, groups=control_groups(), threads=threads)
 
 
 def check_cores(total: int, allowed: float, *, groups: Iterable[Path], threads: int | None) -> Check:
-    """How many cores a job may use, of those of the machine; whether torch starts more threads."""
+    """How many of the cores a job may use, and whether torch starts more threads."""
     for group in groups:
         with suppress(OSError, ValueError):  # no limit, or "max"
             quota, period = map(float, (group / "cpu.max").read_text().split())
@@ -257,20 +260,20 @@ def disks(folders: Mapping[str, tuple[Path, str]]) -> Iterator[Check]:
 def check_folder(
     name: str, folder: Path, *, variable: str, used: str = "", free: int | None = None, writable: bool | None = None
 ) -> Check:
-    """Whether a folder can be written to, and how much.
+    """Whether a folder is writable, and how much space is free.
 
     Parameters
     ----------
     name
-        Of the check.
+        Name of the check.
     folder
-        It need not exist yet.
+        The folder. It need not exist.
     variable
-        Environment variable that moves it.
+        Environment variable that sets it.
     used
-        What is in it, for the message.
+        Its content, for the message.
     free, writable
-        Free bytes of its disk, and whether it may be written to. ``None`` looks.
+        Free bytes of its disk, and whether it is writable. ``None`` looks.
     """
     there = next((f for f in (folder, *folder.parents) if f.exists()), Path("/"))
     free = shutil.disk_usage(there).free if free is None else free

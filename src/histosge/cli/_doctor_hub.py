@@ -1,4 +1,4 @@
-"""What ``histosge doctor`` asks the Hugging Face hub: who is logged in, and which gated encoders this machine may have."""
+"""Checks of the Hugging Face hub by ``histosge doctor``: the login, and access to gated encoders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 _SECONDS = 4.0
-"""For all requests to the hub, which run at once"""
+"""Time for all requests to the hub, which are sent at once"""
 
 
 def hub() -> Iterator[Check]:
@@ -26,18 +26,18 @@ def hub() -> Iterator[Check]:
 
 
 def check_hub(api: Any, *, has_token: bool, kept: Callable[[str], bool], seconds: float = _SECONDS) -> Iterator[Check]:
-    """What the hub says of this machine, which weights are here, and which gated encoders it may have.
+    """Check the hub, the weights in its cache, and access to gated encoders.
 
     Parameters
     ----------
     api
-        As ``huggingface_hub.HfApi``. ``None`` is offline.
+        A ``huggingface_hub.HfApi``. ``None`` is offline.
     has_token
-        Somebody has logged in.
+        Whether somebody is logged in.
     kept
-        Whether the weights of a repository are here.
+        Whether the weights of a repository are in the cache.
     seconds
-        For all requests together.
+        Time for all requests together.
     """
     from histosge._encoders import DEFAULT_ENCODER, OPEN, PAGES, encoders
 
@@ -73,40 +73,43 @@ def check_hub(api: Any, *, has_token: bool, kept: Callable[[str], bool], seconds
 
 
 def _may_read(api: Any, repo: str, *, token: bool | None = None) -> bool:
-    api.auth_check(repo, token=token)  # an error is the hub's answer
+    api.auth_check(repo, token=token)  # the answer of the hub is an error or none
     return True
 
 
 def _login(answers: Mapping[str, Any], *, offline: bool, has_token: bool) -> Check:
-    """Who is logged in, or why that is not known."""
+    """Check who is logged in, or why that is not known."""
     log_in = "Log in with `hf auth login`, for encoders that are gated; open ones and stain-texture need no login."
     if offline:
         remedy = "Unset it to fetch weights; encoders whose weights are here, and stain-texture, work without."
-        return Check("hub", "note", "offline: HF_HUB_OFFLINE is set, nothing was asked", remedy)
+        return Check("hub", "note", "offline: HF_HUB_OFFLINE is set, no request was sent", remedy)
     who = answers.get("who")
     if isinstance(who, dict):
         return Check("hub", "ok", f"logged in as {who.get('name', '?')}")
     if _status(who) == 401:
         return Check("hub", "note", "the token of this machine is refused: expired, or withdrawn", log_in)
     if answers["open"] is not True and _status(answers["open"]) is None:
-        remedy = "Check the network or a proxy (HTTPS_PROXY). Encoders whose weights are here, and stain-texture, work without."
+        remedy = (
+            "Check the network or a proxy (HTTPS_PROXY). Encoders whose weights are here, and stain-texture, work "
+            "without."
+        )
         return Check("hub", "note", f"cannot be reached ({type(answers['open']).__name__})", remedy)
     if not has_token:
         return Check("hub", "note", "reached, not logged in", log_in)
-    return Check("hub", "note", f"reached, but does not say who is logged in ({type(who).__name__})", log_in)
+    return Check("hub", "note", f"reached, but does not state who is logged in ({type(who).__name__})", log_in)
 
 
 def _within(seconds: float, requests: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Send all requests at once; an error counts as an answer. Requests that take too long are given up."""
+    """Send all requests at once; an error counts as an answer. Requests that take too long are dropped."""
     answers: dict[str, Any] = {name: TimeoutError() for name in requests}
 
-    def ask(name: str, request: Callable[[], Any]) -> None:
+    def send(name: str, request: Callable[[], Any]) -> None:
         try:
             answers[name] = request()
-        except Exception as err:  # noqa: BLE001  reported for what it is
+        except Exception as err:  # noqa: BLE001  any error is an answer
             answers[name] = err
 
-    threads = [threading.Thread(target=ask, args=item, daemon=True) for item in requests.items()]
+    threads = [threading.Thread(target=send, args=item, daemon=True) for item in requests.items()]
     end = monotonic() + seconds
     for thread in threads:
         thread.start()
@@ -116,5 +119,5 @@ def _within(seconds: float, requests: Mapping[str, Callable[[], Any]]) -> dict[s
 
 
 def _status(err: Any) -> int | None:
-    """HTTP status that the hub answered with."""
+    """HTTP status of the answer of the hub."""
     return getattr(getattr(err, "response", None), "status_code", None)

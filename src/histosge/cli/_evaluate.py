@@ -1,4 +1,4 @@
-"""``histosge evaluate``: scores of heads on spots that they never saw."""
+"""``histosge evaluate``: scores of heads on held-out spots."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _STDOUT = Path("-")
         "--out",
         type=OUT_PATH,
         metavar="FILE",
-        help="Scores, a row a gene, head and split: .csv or .parquet, or '-' for CSV on standard output.",
+        help="Scores, one row for each gene, head and split: .csv or .parquet, or '-' for CSV on standard output.",
     ),
     click.option("--plot", type=OUT_PATH, metavar="FILE", help="Draw the scores: .png, .pdf or .svg."),
     click.option("--heads", type=Names(), help="Heads, with commas. By default the default head and its baselines."),
@@ -58,7 +58,7 @@ _STDOUT = Path("-")
         help="What is held out: blocks, random, lattice, sections or pseudo-spots.",
     ),
     click.option("--n-splits", type=int, default=5, show_default=True, help="Number of splits."),
-    click.option("--n-repeats", type=int, default=1, show_default=True, help="How often everything is repeated."),
+    click.option("--n-repeats", type=int, default=1, show_default=True, help="Number of repeats."),
     click.option("--buffer-um", type=float, help="Width of the buffer around blocks in µm. By default 2.5 pitches."),
     click.option("--block-um", type=float, help="Edge of the blocks in µm. By default four buffers."),
     click.option(
@@ -90,9 +90,10 @@ def evaluate(
     encoder: str,
     **options: Any,
 ) -> str:
-    """Score heads on spots of the sections IN that they never saw, and print their means.
+    """Score heads on held-out spots of the sections IN, and print their means.
 
-    IN is what `histosge predict` takes. Several sections are scored one by one, or with --split sections each by the others.
+    IN is as for `histosge predict`. Several sections are scored one by one; with --split sections, heads learn from the
+    others.
 
     \b
     Examples:

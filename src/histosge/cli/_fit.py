@@ -1,4 +1,4 @@
-"""``histosge fit``: a model to predict other sections with."""
+"""``histosge fit``: a model that predicts other sections."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _MARKS = ("config.json",)
-"""In every folder of a model."""
+"""A file in every folder of a model."""
 
 
 @click.command(cls=Command)
@@ -67,7 +67,7 @@ def fit(
 ) -> str:
     """Train a head on the measured spots of the sections IN and save it to the folder MODEL.
 
-    IN is what `histosge predict` takes. The model predicts other sections: `histosge predict --model MODEL`.
+    IN is as for `histosge predict`. The model predicts other sections: `histosge predict --model MODEL`.
 
     \b
     Examples:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @click.argument("path", type=SOURCE_PATH, metavar="PREDICTED")
 @taking(
-    click.option("--level", type=float, default=LEVEL, show_default=True, help="Share of measurements that they hold."),
+    click.option("--level", type=float, default=LEVEL, show_default=True, help="Target coverage."),
     click.option("--genes", type=Names(), help="Names with commas. By default all genes."),
     click.option("--key", default="histosge", show_default=True, help="Table of a SpatialData store."),
     click.option(
@@ -31,9 +31,9 @@ def intervals(
 ) -> str | None:
     """Write prediction intervals into PREDICTED, which `histosge predict` wrote, at any level.
 
-    PREDICTED is a store (.zarr) or a table (.h5ad). It gets the layers sd, lower and upper, of the shape of X; genes that are not
-    named are NaN. Layers of an earlier run are replaced. A few rows are in memory at a time, and an interrupted run leaves PREDICTED
-    as it was.
+    PREDICTED is a store (.zarr) or a table (.h5ad). It gets the layers sd, lower and upper, with the shape of X; other
+    genes are NaN. Layers of an earlier run are replaced. Few rows are in memory at a time, and an interrupted run
+    leaves PREDICTED unchanged.
 
     \b
     Examples:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 _OF_THE_MODEL = ("head", "genes", "n_folds", "head_options", "tile_um")
-"""Options that a fitted model fixes"""
+"""Options that are not allowed with a fitted model"""
 _FIGURE = (".png", ".pdf", ".svg")
 _MOST_DRAWN = 4
 _POSITIVE = click.FloatRange(min=0, min_open=True)
@@ -57,21 +57,21 @@ _PROVENANCE = ("head", "mpp", "tile_um", "dense", "seed")
     *LEARN,
     *heads_option("Arguments of the head, as JSON."),
     click.option("--model", type=SOURCE_PATH, metavar="FOLDER", help="Use the model that `histosge fit` saved."),
-    click.option("--upsample", type=int, help="Places per spot: 2, 4, 8 or 16 (the default is 4)."),
+    click.option("--upsample", type=int, help="Targets per spot: 2, 4, 8 or 16 (the default is 4)."),
     click.option("--bin-um", type=float, help="Edge of square bins in µm."),
     click.option("--target-key", help="Shapes to predict at."),
-    click.option("--tissue", default="auto", show_default=True, help="Where places lie: auto, or spots."),
+    click.option("--tissue", default="auto", show_default=True, help="Where targets lie: auto, or spots."),
     click.option(
         "--on-invalid", default="raise", show_default=True, help="With --target-key: raise, or skip invalid shapes."
     ),
-    click.option("--conserve", is_flag=True, help="Bins that average to their spot, freed of noise, too."),
-    click.option("--store", is_flag=True, help="Write OUT.zarr part by part, places and table only; resumes."),
+    click.option("--conserve", is_flag=True, help="Also bins that average to their spot, without noise."),
+    click.option("--store", is_flag=True, help="Write OUT.zarr part by part, targets and table only; resumes."),
     click.option("--layers", type=Names(), default="", help="With OUT.h5ad: layers to keep as well as X: conserved."),
     click.option("--domains", is_flag=True, help="Find spatial domains in the prediction (leiden)."),
     click.option(
         "--resolution", type=_POSITIVE, default=1.0, show_default=True, help="With --domains: larger gives more."
     ),
-    click.option("--n-domains", type=click.IntRange(min=2), help="With --domains: how many to find."),
+    click.option("--n-domains", type=click.IntRange(min=2), help="With --domains: number of domains."),
     click.option("--plot", type=OUT_PATH, metavar="FILE", help="Draw image, measured, predicted: .png, .pdf or .svg."),
     click.option("--report", type=OUT_PATH, metavar="FILE", help="Write a page about the run: .html."),
     click.option("--key-added", default="histosge", show_default=True, help="Name of the table."),
@@ -103,13 +103,12 @@ def predict(
 ) -> str | None:
     """Predict expression for the section IN and write it to OUT.
 
-    IN is a SpatialData store (.zarr), a folder of Space Ranger, or a table (.h5ad); --image adds the microscope's image. With
-    --model and --mpp it may be an image alone.
-    OUT.zarr gets everything, as SpatialData, with --store the places and the table alone; OUT.h5ad gets the table alone.
-    Outputs get their names when they are complete.
+    IN is a SpatialData store (.zarr), a folder of Space Ranger, or a table (.h5ad); --image adds the microscope's
+    image. With --model and --mpp it may be an image alone. OUT.zarr gets everything, as SpatialData; with --store only
+    targets and table. OUT.h5ad gets the table only. Outputs get their names when they are complete.
 
-    --plot draws the genes that --genes names (four at most), else the two that are predicted best, and with --domains
-    the domains. --domains, --plot and --report need the table in memory, and so no --store.
+    --plot draws the genes of --genes (four at most), else the two that are predicted best, and with --domains the
+    domains. --domains, --plot and --report need the table in memory, so they do not go with --store.
 
     \b
     Examples:
@@ -149,7 +148,7 @@ def predict(
                     sge.io.write_h5ad(sdata, fresh, key=key, layers=layers)
             elif not store:
                 sdata.write(fresh)
-        logger.info("wrote %s", target)  # it stays even if a picture fails
+        logger.info("wrote %s", target)  # the table stays if a picture fails
         genes = options["genes"] if isinstance(options["genes"], list) else []
         genes = [gene for gene in genes if gene in table.var_names][:_MOST_DRAWN]
         if plot is not None:
@@ -203,7 +202,7 @@ def _check_usage(
             msg = f"OUT is {target}, but --store writes a SpatialData store: choose a name that ends in .zarr."
             raise click.UsageError(msg)
         if overwrite:
-            msg = "--store goes on where an earlier run stopped and replaces nothing: leave --overwrite out."
+            msg = "--store continues where an earlier run stopped and replaces nothing: leave --overwrite out."
             raise click.UsageError(msg)
         if domains or plot is not None or report is not None:
             msg = "--domains, --plot and --report need the whole table in memory: leave --store out, or them."
@@ -220,7 +219,7 @@ def _check_usage(
 
 
 def _given(*names: str) -> list[str]:
-    """Those of these options that were typed."""
+    """Options among ``names`` that the user typed."""
     context = click.get_current_context()
     typed = [name for name in names if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
     return [f"--{name.replace('_', '-')}" for name in typed]
@@ -228,7 +227,7 @@ def _given(*names: str) -> list[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Do not log "wrote" with the temporary name of a file."""
+    """Drop log lines "wrote" with the temporary name of a file."""
     import histosge as sge
 
     with sge.settings.override(verbosity=min(sge.settings.verbosity, 1)):

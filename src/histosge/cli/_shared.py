@@ -1,4 +1,4 @@
-"""What commands share: output and exit codes, reading and writing of files, and common options."""
+"""Common parts of commands: output and exit codes, reading and writing of files, options."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 _EXPECTED = (ValueError, KeyError, RuntimeError, OSError, ImportError, MemoryError)
-"""Errors whose message says what to do; any other error is a bug of histosge, and its traceback is needed to report it"""
+"""Errors whose message has a remedy; other errors are bugs of histosge, which are reported with a traceback"""
 ZARR_MARKS = ("zarr.json", ".zgroup", ".zattrs")
 """A folder that may be overwritten contains one of them"""
 
 
 def _set_verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
-    def callback(_context: click.Context, _option: click.Parameter, value: bool) -> None:  # noqa: FBT001  click's own
+    def callback(_context: click.Context, _option: click.Parameter, value: bool) -> None:  # noqa: FBT001  by click
         if value:
             settings.verbosity = level
 
@@ -37,7 +37,7 @@ def _set_verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool
 
 
 class Command(click.Command):
-    """A command whose standard output is what its function returns; an error ends it with one line on standard error.
+    """A command that prints the result of its function; an error ends it with one line on standard error.
 
     The function returns text, text and an exit code, or nothing.
     """
@@ -55,9 +55,9 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> None:
         """Run the command."""
         try:
-            with redirect_stdout(sys.stderr):  # libraries print, spatialdata's log among them
+            with redirect_stdout(sys.stderr):  # libraries print, such as the log of spatialdata
                 message = super().invoke(ctx)
-        except (click.Abort, click.exceptions.Exit):  # which are RuntimeErrors
+        except (click.Abort, click.exceptions.Exit):  # these are RuntimeErrors
             raise
         except _EXPECTED as err:
             if settings.verbosity > 2:
@@ -90,7 +90,7 @@ def _plain(value: Any) -> Any:
 
 
 def as_table(names: Iterable[Any], rows: Sequence[Sequence[Any]], *, decimals: int | None = None) -> str:
-    """Write a table with a line of names; numbers are right-aligned, missing values are dashes."""
+    """Write a table with a header; numbers are right-aligned, missing values are dashes."""
     cells = [list(map(str, names)), *([_cell(value, decimals) for value in row] for row in rows)]
     columns = []
     for i, column in enumerate(zip(*cells, strict=True)):
@@ -145,7 +145,7 @@ def written(*targets: Path | None, overwrite: bool, marks: Sequence[str] = ZARR_
     Parameters
     ----------
     targets
-        Files and folders; ``None`` for an output that is not wanted.
+        Files and folders; ``None`` for no output.
     overwrite
         Replace an existing file, or an existing folder that contains one of ``marks``.
     marks
@@ -161,9 +161,9 @@ def written(*targets: Path | None, overwrite: bool, marks: Sequence[str] = ZARR_
     pairs = [(new, target) for new, target in zip(fresh, targets, strict=True) if target is not None]
     try:
         for new, target in pairs:
-            try:  # an error before the work, not after it
+            try:  # raise before the work, not after it
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _remove(new)  # left by a run that was killed
+                _remove(new)  # from an interrupted run
                 new.touch()
                 _remove(new)
             except OSError as err:
@@ -171,7 +171,7 @@ def written(*targets: Path | None, overwrite: bool, marks: Sequence[str] = ZARR_
                 raise OSError(msg) from err
         yield fresh
         for new, target in pairs:
-            # the old output stays until the new one has its name
+            # the old output stays until the new one is renamed
             old = target.with_name(f".old.{target.name}")
             _remove(old)
             if target.exists():
@@ -197,7 +197,7 @@ def _remove(path: Path) -> None:
 
 
 def _refuse_foreign(path: Path, *, overwrite: bool, marks: Sequence[str]) -> None:
-    """Refuse to replace anything; with ``overwrite``, anything that does not look like results of histosge."""
+    """Raise where the path exists; with ``overwrite``, where it does not look like results of histosge."""
     if not path.exists():
         return
     of_ours = any((path / mark).exists() for mark in marks) if path.is_dir() else path.suffix not in ("", ".zarr")
@@ -208,10 +208,10 @@ def _refuse_foreign(path: Path, *, overwrite: bool, marks: Sequence[str]) -> Non
 
 
 def refuse_input_as_output(sources: Sequence[Path], target: Path, *, name: str) -> None:
-    """Refuse an output that is the input, or contains it."""
+    """Raise where an output is the input, or contains it."""
     for source in sources:
         if source.resolve().is_relative_to(target.resolve()):
-            msg = f"{name} is or holds IN ({target}): choose another name, nothing of the input is overwritten."
+            msg = f"{name} is or holds IN ({target}): choose another name, the input is not overwritten."
             raise ValueError(msg)
 
 
@@ -274,7 +274,7 @@ OUT_PATH = click.Path(path_type=Path)
 
 
 def taking(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Give a command these options, in this order."""
+    """Add options to a command, in this order."""
 
     def decorate(function: Any) -> Any:
         for option in reversed(options):
@@ -296,11 +296,11 @@ _OF_THE_SHELL: dict[str, dict[str, Any]] = {
     "progress": {"help": "Progress bars. By default where a terminal shows them."},
     "rng": {"param_decls": ("--rng", "--seed"), "type": int, "help": "Seed."},
 }
-"""What differs from Python"""
+"""Texts and types that differ from Python"""
 
 
 def from_python(group: type) -> tuple[Callable[[Any], Any], ...]:
-    """Options with the names, types, defaults and texts that the arguments of a group have in Python."""
+    """Make options with the names, types, defaults and texts of a group of arguments."""
     return tuple(_option(name, hint, argument) for name, (hint, argument) in arguments(group).items())
 
 
@@ -326,7 +326,7 @@ RAW = (
         type=SOURCE_PATH,
         multiple=True,
         metavar="FILE",
-        help="The microscope's image, where IN does not hold it; once for each IN.",
+        help="The microscope's image, where IN lacks it; once for each IN.",
     ),
     click.option("--bin-size", type=int, help="Bins of a Visium HD folder to learn from, in µm: 2, 8 or 16."),
 )
@@ -340,9 +340,9 @@ ENCODER = (
 LEARN = (*from_python(Learning),)
 COMPUTE = (
     *from_python(Running),
-    click.option("--no-cache", is_flag=True, help="Neither read nor keep embeddings; see `histosge cache`."),
+    click.option("--no-cache", is_flag=True, help="Neither read nor store embeddings; see `histosge cache`."),
 )
-OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace what an earlier run wrote there.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the output of an earlier run.")
 JSON = click.option("--json", "as_json_", is_flag=True, help="Print the result on standard output, as JSON.")
 
 
@@ -352,7 +352,7 @@ def cache_setting(*, no_cache: bool) -> dict[str, Any]:
 
 
 def with_weights(encoder: str, weights: str | None) -> Any:
-    """Load an encoder from a folder, or leave it to be loaded by name."""
+    """Load an encoder from a folder, or return its name."""
     if weights is None:
         return encoder
     import histosge as sge

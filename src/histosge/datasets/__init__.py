@@ -1,8 +1,8 @@
-"""Sections to try things on: simulated offline with known truth, or published by others and downloaded."""
+"""Example sections: simulated offline with known truth, or published and downloaded."""
 
 from __future__ import annotations
 
-# what is not in __all__ is for the shell and tests
+# names outside __all__ are for the shell and tests
 from histosge.datasets._download import DownloadError, data_folder, fetch_files  # noqa: F401
 from histosge.datasets._published import (
     breast_cancer_1,

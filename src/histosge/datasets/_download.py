@@ -28,7 +28,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 class DownloadError(OSError):
-    """A file of a published section cannot be downloaded, or has changed; the message says what to do."""
+    """A file of a published section cannot be downloaded, or has changed; the message has the remedy."""
 
 
 def data_folder(environ: Mapping[str, str] = os.environ) -> Path:
@@ -120,18 +120,18 @@ def _download(folder: Path, file: RemoteFile, left: Sequence[RemoteFile], *, ret
                 retry_if_failed=retries,
             ).fetch(target.name, downloader=_download_once)
     except requests.RequestException as err:
-        places = "\n".join(f"  {other.url}\n    → {folder / other.path}" for other in left)
+        addresses = "\n".join(f"  {other.url}\n    → {folder / other.path}" for other in left)
         msg = (
             f"could not download {file.url}: {_reason(err)}. Files that are complete are kept: the same call downloads "
             "the others.\n"
-            f"Without a network, download these {len(left)} files by other means, put each at the place after its arrow, "
-            f"and make the same call again:\n{places}\n"
-            "For another folder, set the environment variable HISTOSGE_DATA."
+            f"Without a network, download these {len(left)} files by other means, put each at its path, "
+            f"and make the same call again:\n{addresses}\nFor another folder, set the environment variable "
+            "HISTOSGE_DATA."
         )
         raise DownloadError(msg) from err
     except ValueError as err:  # from pooch, which has removed the file
         msg = (
-            f"{file.url} has sent something else than it should: sha256 {known} was {_origin(file)}. The file was "
+            f"{file.url} has sent another file than expected: sha256 {known} was {_origin(file)}. The file was "
             "damaged on the way, or changed by its owner. Try again; if the error stays, get the right file by other "
             f"means, put it at {target} and make the same call again{_or_accept(target, file)}."
         )
@@ -168,7 +168,7 @@ def _compare(target: Path, file: RemoteFile) -> None:
     is_now, known = file_hash(str(target)), file.sha256 or _recorded(target)
     if known and is_now != known:
         msg = (
-            f"{target} is not what it should be: its sha256 is {is_now}, but {known} was {_origin(file)}. Remove the "
+            f"{target} is not the expected file: its sha256 is {is_now}, but {known} was {_origin(file)}. Remove the "
             f"file, and the same call downloads it again{_or_accept(target, file)}."
         )
         raise DownloadError(msg)

@@ -1,4 +1,4 @@
-"""Sections that others have published: downloaded once, read at every call."""
+"""Published sections: downloaded once, read at every call."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def published() -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame, one row a section, indexed by the name that :func:`fetch` takes, with the columns
+    DataFrame, one row for each section, indexed by the name that :func:`fetch` takes, with the columns
 
     ``technology``, ``tissue``
         Technology of the measurement, and the tissue.
     ``size_gb``
         Approximate size of the download in gigabytes (10⁹ bytes); NaN where no public source states it.
     ``licence``
-        Of the data, or "not stated".
+        Licence of the data, or "not stated".
     ``citation``, ``url``
         What to cite, and the page of the source.
     ``on_disk``
-        All files are on disk.
+        Whether all files are on disk.
     ``folder``
         Folder of the files, which need not exist yet: in the folder that the environment variable ``HISTOSGE_DATA``
         names or, without it, in ``histosge/datasets`` in the system's cache folder.
@@ -75,10 +75,10 @@ def published() -> pd.DataFrame:
 
 
 def fetch(name: str) -> Path:
-    """Download a published section, or what is missing of it, and read nothing.
+    """Download the missing files of a published section, without reading it.
 
     Complete files are kept; an interrupted file is downloaded anew. Files whose hash is published are compared with it;
-    for the others the hash of the first download is recorded next to the file, and the log says so. All files are
+    for the others the hash of the first download is recorded next to the file and logged. All files are
     compared at every later call, except archives, which are unpacked and removed.
 
     Parameters
@@ -95,8 +95,8 @@ def fetch(name: str) -> Path:
     ValueError
         No section has this name.
     DownloadError
-        A file cannot be downloaded: the message names its address, and where to put it if it comes by other means. Or
-        a file has changed.
+        A file cannot be downloaded: the message has its address, and the path for a file from elsewhere. Or a file
+        has changed.
 
     Examples
     --------

@@ -1,8 +1,8 @@
 """Published sections that can be downloaded: addresses, hashes and licences, as public sources state them.
 
-Nothing was downloaded to write this file. Every address was read in public code in November 2026; the comments say
-where. The addresses of her2st are composed of the repository's name, commits and paths. A ``sha256`` is given only where
-somebody has published it; for other files it is recorded at the first download and compared from then on.
+Nothing was downloaded to write this file. Every address was read in public code in November 2026; the comments name the
+source. The addresses of her2st are composed of the repository's name, commits and paths. A ``sha256`` is given only
+where it is published; for other files it is recorded at the first download and compared later.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ HER2ST_SECTIONS = ("B4", "C2", "C3", "C4", "C5", "C6")
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a section: where it comes from and where it goes."""
+    """A file of a section: its address and its path."""
 
     url: str
     path: str
-    """In the folder of the section"""
+    """Path in the folder of the section"""
     sha256: str | None = None
     """``None`` where no public source states it"""
     unpack: str | None = None
-    """For a tar archive, which is removed: the folder that it holds, or the folder for its contents"""
+    """For a tar archive, which is removed: the folder in it, or the folder for its contents"""
 
 
 @dataclass(frozen=True)
 class PublishedSection:
-    """A section that somebody has published, and the files that make it up."""
+    """A published section and its files."""
 
     name: str
     technology: str
@@ -49,7 +49,7 @@ class PublishedSection:
     url: str
     """Page of the source"""
     size_gb: float | None = None
-    """About, of all that is downloaded; ``None`` where no public source states it"""
+    """Approximate size of the download; ``None`` where no public source states it"""
 
 
 def _tenx(

@@ -64,7 +64,7 @@ def hidden_fields(params: dict[str, Any]) -> tuple[NDArray[np.float64], NDArray[
 def sample(
     rasters: NDArray[np.float64], xy_um: NDArray[np.float64], *, raster_um: float = RASTER_UM
 ) -> NDArray[np.float64]:
-    """Interpolate rasters (k, h, w) at places (n, 2): (n, k)."""
+    """Interpolate rasters (k, h, w) at locations (n, 2): (n, k)."""
     from scipy.ndimage import map_coordinates
 
     at = xy_um.T[::-1] / raster_um - 0.5
@@ -74,7 +74,7 @@ def sample(
 def expected_rates(
     fields: NDArray[np.float64], params: dict[str, Any], xy_um: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Expected counts at places (n, 2), up to a factor for each place: (n, genes)."""
+    """Expected counts at locations (n, 2), up to a factor for each location: (n, genes)."""
     random = np.random.default_rng([params["genes_seed"], 2])
     n_genes = params["n_genes"]
     loading = np.zeros((len(fields), n_genes))
@@ -128,7 +128,7 @@ def draw(
     random: np.random.Generator,
     inside: NDArray[np.float64] | None = None,
 ) -> NDArray[np.uint8]:
-    """Draw the H&E image (h, w, 3): nuclei, stroma and lumen follow the fields, absorption follows Beer and Lambert's law.
+    """Draw the H&E image (h, w, 3): nuclei, stroma and lumen follow the fields, absorption the law of Beer and Lambert.
 
     ``inside`` is 1 in glands, which are bluer than the stroma around them, and 0 elsewhere.
     """

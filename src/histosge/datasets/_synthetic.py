@@ -44,8 +44,8 @@ _UNS = "synthetic"
 
 
 @dataclass(frozen=True)
-class _Places:
-    """The n spots or bins that are measured, with the names that readers give them."""
+class _Measured:
+    """The n measured spots or bins, named as by readers."""
 
     shapes_key: str
     table_key: str
@@ -59,11 +59,11 @@ class _Places:
     names: NDArray[Any]
     """(n,), names of the rows of the table"""
     offsets_um: NDArray[np.float64]
-    """(k, 2), points around a centre: a place measures their mean"""
+    """(k, 2), points around a centre: a spot or bin measures their mean"""
     counts: float
     """Median library size"""
     corners_um: NDArray[np.float64] | None = None
-    """(4, 2) around a centre; ``None`` for round places"""
+    """(4, 2) around a centre; ``None`` for spots"""
 
 
 def synthetic(
@@ -81,12 +81,12 @@ def synthetic(
     """Make a section like Visium or Visium HD whose truth is known everywhere.
 
     Four hidden fields cause both the image and the expression: the number of nuclei, their size, the pinkness of the
-    stroma, and its openings (lumen). The first and third vary over a quarter of a millimetre, the second and fourth over
-    ``detail_um``. A fifth, coarse field is not visible in the image. A fifth of the genes follow no field. Counts are
-    Poisson, with a random library size for each spot or bin, and each measures the mean of the area that it covers. The
-    section has the traps of real sections: the stored radius of a spot is not the physical one, rows of the table are
-    in another order than the shapes, the shapes' own coordinates are rotated against the image, and no coordinate system
-    is called "global".
+    stroma, and its openings (lumen). The first and third vary over a quarter of a millimetre, the second and fourth
+    over ``detail_um``. A fifth, coarse field is not visible in the image. A fifth of the genes follow no field. Counts
+    are Poisson, with a random library size for each spot or bin, and each measures the mean of the area that it covers.
+    The section has the traps of real sections: the stored radius of a spot is not the physical one, rows of the table
+    are in another order than the shapes, the shapes' own coordinates are rotated against the image, and no coordinate
+    system is called "global".
 
     The seed fixes the fields and which gene follows which: sections that differ only in ``bin_um`` or ``mpp`` have the
     same truth, but other nuclei and counts.
@@ -104,17 +104,17 @@ def synthetic(
     rng
         Seed.
     detail_um
-        Sigma of the Gaussian that smooths the two finely varying fields, 16 to 250 µm. Two places are correlated by
+        Sigma of the Gaussian that smooths the two finely varying fields, 16 to 250 µm. Two locations are correlated by
         ``exp(-(distance / (2 * detail_um)) ** 2)``: 70 is wider than a spot, 20 is structure that a spot averages over.
     gland_um
-        Width of glands, 16 to 200 µm: bluer bands with sharp edges, structure smaller than a spot. More than half of the
-        genes differ between glands and stroma. ``None`` makes none.
+        Width of glands, 16 to 200 µm: bluer bands with sharp edges, structure smaller than a spot. More than half of
+        the genes differ between glands and stroma. ``None`` makes none.
     bin_um
         Edge of contiguous square bins, as of Visium HD, that replace the spots: a whole number from 2 to 100. Bins hold
         as many counts in a µm² as spots. ``None`` measures spots.
     genes_rng
-        Seed of which gene follows which field: sections with the same ``genes_rng`` and different ``rng`` are sections of
-        one kind of tissue. ``None`` takes ``rng``.
+        Seed of which gene follows which field: sections with the same ``genes_rng`` and different ``rng`` are sections
+        of one kind of tissue. ``None`` takes ``rng``.
 
     Returns
     -------
@@ -126,25 +126,25 @@ def synthetic(
     ``X``
         Raw counts, sparse float32.
     ``obs["region"]``, ``obs["spot_id"]`` or ``obs["location_id"]``
-        Which shape the row is about. ``spot_id`` is the name of a spot, ``location_id`` the number of a bin.
+        Shape of the row. ``spot_id`` is the name of a spot, ``location_id`` the number of a bin.
     ``obs["in_tissue"]``
-        1: places off the tissue are left out.
+        1: spots and bins outside the tissue are left out.
     ``obs["array_row"]``, ``obs["array_col"]``
-        Place in the array; columns of a hexagonal array count in half steps.
+        Position in the array; columns of a hexagonal array count in half steps.
     ``obsm["spatial"]``
         (x, y) in pixels of the image.
     ``uns["synthetic"]``
-        ``n_rows``, ``n_cols``, ``n_genes``, ``seed``, ``genes_seed``, ``detail_um`` and ``gland_um`` (0 for none), which
-        :func:`synthetic_truth` needs.
+        ``n_rows``, ``n_cols``, ``n_genes``, ``seed``, ``genes_seed``, ``detail_um`` and ``gland_um`` (0 for none),
+        which :func:`synthetic_truth` needs.
 
     Raises
     ------
     ValueError
-        Where ``detail_um``, ``gland_um`` or ``bin_um`` is out of range, or no place is left on the tissue.
+        Where ``detail_um``, ``gland_um`` or ``bin_um`` is out of range, or no spot or bin is left on the tissue.
 
     See Also
     --------
-    synthetic_truth : the expected expression at any places of it.
+    synthetic_truth : the expected expression at any of its shapes.
 
     Examples
     --------
@@ -164,13 +164,13 @@ def synthetic(
     params |= {"detail_um": float(detail_um), "gland_um": float(gland_um or 0)}
     random = np.random.default_rng([rng, 1])
     fields, tissue = hidden_fields(params)
-    places = _spots(n_rows, n_cols, tissue) if bin_um is None else _bins(n_rows, n_cols, tissue, bin_um=int(bin_um))
-    n = len(places.xy_um)
+    measured = _spots(n_rows, n_cols, tissue) if bin_um is None else _bins(n_rows, n_cols, tissue, bin_um=int(bin_um))
+    n = len(measured.xy_um)
     if n == 0:
-        msg = f"n_rows={n_rows!r} and n_cols={n_cols!r} leave no place to measure on the tissue. Pass larger ones."
+        msg = f"n_rows={n_rows!r} and n_cols={n_cols!r} leave no spot or bin on the tissue. Pass larger ones."
         raise ValueError(msg)
-    counts = _counts(places, fields, params, random)
-    own, back = _own_shapes(places)
+    counts = _counts(measured, fields, params, random)
+    own, back = _own_shapes(measured)
     shapes = ShapesModel.parse(
         own, transformations={"synthetic": Affine(back, input_axes=("x", "y"), output_axes=("x", "y"))}
     )
@@ -187,20 +187,20 @@ def synthetic(
         counts[shuffled],
         obs=pd.DataFrame(
             {
-                "region": pd.Categorical([places.shapes_key] * n),
-                places.instance_key: places.instances[shuffled],
+                "region": pd.Categorical([measured.shapes_key] * n),
+                measured.instance_key: measured.instances[shuffled],
                 "in_tissue": 1,
-                "array_row": places.array_row[shuffled],
-                "array_col": places.array_col[shuffled],
+                "array_row": measured.array_row[shuffled],
+                "array_col": measured.array_col[shuffled],
             },
-            index=places.names[shuffled],
+            index=measured.names[shuffled],
         ),
         var=pd.DataFrame(index=_gene_names(n_genes)),
     )
-    adata.obsm["spatial"] = places.xy_um[shuffled] / mpp
+    adata.obsm["spatial"] = measured.xy_um[shuffled] / mpp
     adata.uns[_UNS] = params
-    table = TableModel.parse(adata, region=places.shapes_key, region_key="region", instance_key=places.instance_key)
-    return SpatialData(images={"he": image}, shapes={places.shapes_key: shapes}, tables={places.table_key: table})
+    table = TableModel.parse(adata, region=measured.shapes_key, region_key="region", instance_key=measured.instance_key)
+    return SpatialData(images={"he": image}, shapes={measured.shapes_key: shapes}, tables={measured.table_key: table})
 
 
 def synthetic_truth(sdata: SpatialData, *, target_key: str = "spots") -> pd.DataFrame:
@@ -209,7 +209,7 @@ def synthetic_truth(sdata: SpatialData, *, target_key: str = "spots") -> pd.Data
     Parameters
     ----------
     sdata
-        What :func:`synthetic` returned, also after writing and reading it.
+        Result of :func:`synthetic`, also after writing and reading it.
     target_key
         Shapes at whose centres to compute it.
 
@@ -283,14 +283,14 @@ def _params(uns: Mapping[str, Any]) -> dict[str, Any]:
     return {"genes_seed": read["seed"]} | read | {name: float(uns.get(name, value)) for name, value in usual.items()}
 
 
-def _spots(n_rows: int, n_cols: int, tissue: NDArray[np.bool_]) -> _Places:
+def _spots(n_rows: int, n_cols: int, tissue: NDArray[np.bool_]) -> _Measured:
     """Spots of a hexagonal array."""
     row, col = (a.ravel() for a in np.meshgrid(np.arange(n_rows), np.arange(n_cols), indexing="ij"))
     xy_um = np.column_stack([PITCH_UM * (col + 0.5 * (row % 2)), PITCH_UM * np.sqrt(0.75) * row]) + MARGIN_UM
     on_tissue = _on_tissue(tissue, xy_um)
     xy_um, row, col = xy_um[on_tissue], row[on_tissue], col[on_tissue]
     name = np.array([f"SPOT-{r:02d}-{c:02d}" for r, c in zip(row, col, strict=True)])
-    return _Places(
+    return _Measured(
         shapes_key="spots",
         table_key="table",
         instance_key="spot_id",
@@ -304,7 +304,7 @@ def _spots(n_rows: int, n_cols: int, tissue: NDArray[np.bool_]) -> _Places:
     )
 
 
-def _bins(n_rows: int, n_cols: int, tissue: NDArray[np.bool_], *, bin_um: int) -> _Places:
+def _bins(n_rows: int, n_cols: int, tissue: NDArray[np.bool_], *, bin_um: int) -> _Measured:
     """Contiguous square bins over the extent of the array."""
     shape = (int(n_rows * PITCH_UM * np.sqrt(0.75) // bin_um), int(n_cols * PITCH_UM // bin_um))
     row, col = (a.ravel() for a in np.indices(shape))
@@ -315,7 +315,7 @@ def _bins(n_rows: int, n_cols: int, tissue: NDArray[np.bool_], *, bin_um: int) -
     # midpoints of equal parts of the square
     n_side = max(2, int(np.ceil(bin_um / _BIN_POINT_UM)))
     x, y = (a.ravel() for a in np.meshgrid(*[((np.arange(n_side) + 0.5) / n_side - 0.5) * bin_um] * 2))
-    return _Places(
+    return _Measured(
         # one SpatialData cannot hold shapes and a table of one name
         shapes_key=f"synthetic_square_{size}",
         table_key=f"square_{size}",
@@ -336,23 +336,23 @@ def _on_tissue(tissue: NDArray[np.bool_], xy_um: NDArray[np.float64]) -> NDArray
 
 
 def _counts(
-    places: _Places, fields: NDArray[np.float64], params: dict[str, Any], random: np.random.Generator
+    measured: _Measured, fields: NDArray[np.float64], params: dict[str, Any], random: np.random.Generator
 ) -> sparse.csr_matrix:
     """Draw the counts in parts, with the random numbers of one draw: (n, genes) float32."""
     from scipy import sparse
 
-    n, n_points, n_genes = len(places.xy_um), len(places.offsets_um), params["n_genes"]
-    library = random.lognormal(np.log(places.counts), 0.35, n)
+    n, n_points, n_genes = len(measured.xy_um), len(measured.offsets_um), params["n_genes"]
+    library = random.lognormal(np.log(measured.counts), 0.35, n)
     drawn = []
     for part in parts(n, n_points * n_genes):
-        points_um = (places.xy_um[part, None] + places.offsets_um[None]).reshape(-1, 2)
+        points_um = (measured.xy_um[part, None] + measured.offsets_um[None]).reshape(-1, 2)
         rate = expected_rates(fields, params, points_um).reshape(-1, n_points, n_genes).mean(1)  # (part, genes)
         counts = random.poisson(rate / rate.sum(1, keepdims=True) * library[part, None])
         drawn.append(sparse.csr_matrix(counts.astype(np.float32)))
     return sparse.vstack(drawn, format="csr")
 
 
-def _own_shapes(places: _Places) -> tuple[GeoDataFrame, NDArray[np.float64]]:
+def _own_shapes(measured: _Measured) -> tuple[GeoDataFrame, NDArray[np.float64]]:
     """Shapes in their own coordinates (half µm, rotated, shifted), and the matrix (3, 3) back to µm of the image."""
     import geopandas as gpd
     import shapely
@@ -360,15 +360,15 @@ def _own_shapes(places: _Places) -> tuple[GeoDataFrame, NDArray[np.float64]]:
     turn = np.deg2rad(_TURN_DEG)
     turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     back = np.linalg.inv(np.block([[turned * 2, np.array([[300.0], [700.0]])], [np.zeros((1, 2)), np.ones((1, 1))]]))
-    if places.corners_um is None:
-        own = (places.xy_um @ turned.T) * 2 + [300.0, 700.0]
+    if measured.corners_um is None:
+        own = (measured.xy_um @ turned.T) * 2 + [300.0, 700.0]
         frame = gpd.GeoDataFrame(
-            {"radius": _DRAWN_SPOT_UM / 2 * 2}, geometry=shapely.points(own), index=places.instances
+            {"radius": _DRAWN_SPOT_UM / 2 * 2}, geometry=shapely.points(own), index=measured.instances
         )
     else:
-        corners_um = places.xy_um[:, None] + places.corners_um  # (n, 4, 2)
+        corners_um = measured.xy_um[:, None] + measured.corners_um  # (n, 4, 2)
         frame = gpd.GeoDataFrame(
-            geometry=shapely.polygons((corners_um @ turned.T) * 2 + [300.0, 700.0]), index=places.instances
+            geometry=shapely.polygons((corners_um @ turned.T) * 2 + [300.0, 700.0]), index=measured.instances
         )
     return frame, back
 

@@ -1,4 +1,4 @@
-"""Look at results. Every function returns matplotlib axes; :func:`report` writes a page."""
+"""Draw results. Every function returns matplotlib axes; :func:`report` writes a page."""
 
 from __future__ import annotations
 

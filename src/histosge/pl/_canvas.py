@@ -1,6 +1,6 @@
-"""What the maps share: the image of a section, the places over it, colours, layout.
+"""Common parts of maps: the image of a section, the shapes over it, colours, layout.
 
-All is in pixels of the image's finest scale.
+All coordinates are in pixels of the image's finest scale.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 _IMAGE_PX = 1500
 _EDGE, _TITLE = 0.08, 0.42
-"""Inches around the figure, and for two lines above a panel."""
+"""Inches around the figure, and for two lines of title above a panel."""
 BAR = 0.85
-"""Inches that a colour bar with its label takes next to a panel."""
+"""Inches of a colour bar with its label next to a panel."""
 PLAIN = 0.1
 _MISSING = (0.83, 0.83, 0.83, 1.0)
 _DIAMETER_UM = {technology.name: technology.spot_um for technology in (VISIUM, LEGACY_ST)}
@@ -55,13 +55,14 @@ class Canvas:
     """Pixels of the image in one of ``small``"""
 
     def outlines(self, key: str, instances: Any, *, diameter_um: float | None = None) -> Footprints:
-        """Some shapes of an element, by their names; circles may be drawn in another size than the stored one."""
+        """Return some shapes of an element, by name; circles may be drawn in another size than the stored one."""
         element = self.sdata.shapes[key]
         missing = ~np.isin(instances, element.index)
         if missing.any():
             msg = (
                 f"{missing.sum()} of {len(missing)} rows have no shape in sdata.shapes[{key!r}] (for example "
-                f"{list(np.asarray(instances)[missing][:3])}): the table was made of other shapes. Predict again, or put these back."
+                f"{list(np.asarray(instances)[missing][:3])}): the table belongs to other shapes. Predict again, or "
+                "restore these shapes."
             )
             raise KeyError(msg)
         element = element.loc[instances]
@@ -101,15 +102,15 @@ class Canvas:
 
 
 def open_canvas(sdata: SpatialData, table: AnnData, key: str) -> Canvas:
-    """Find the image that a table of ours was made from, and make a small copy of it."""
+    """Find the image of a predicted table or a table of embeddings, and make a small copy of it."""
     from spatialdata.transformations import get_transformation
 
     made, shapes = table.uns[_keys.UNS], region(table)
     for kind, holder, name in (("images", sdata.images, str(made["image"])), ("shapes", sdata.shapes, shapes)):
         if name not in holder:
             msg = (
-                f"sdata.{kind} has no {name!r}, which sdata.tables[{key!r}] was made of; there are {list(holder)}. Of a "
-                f"store, put sdata.shapes[{shapes!r}] and sdata.tables[{key!r}] into the section that was predicted on."
+                f"sdata.{kind} has no {name!r}, which sdata.tables[{key!r}] needs; there are {list(holder)}. If it is "
+                f"from a store, put sdata.shapes[{shapes!r}] and sdata.tables[{key!r}] into that of the section."
             )
             raise KeyError(msg)
     image = str(made["image"])
@@ -117,8 +118,8 @@ def open_canvas(sdata: SpatialData, table: AnnData, key: str) -> Canvas:
     common = sorted(systems[0] & systems[1])
     if not common:
         msg = (
-            f"image {image!r} and shapes {shapes!r} share no coordinate system: {sorted(systems[0])}, {sorted(systems[1])}. "
-            "Align them with `spatialdata.transformations.set_transformation`."
+            f"image {image!r} and shapes {shapes!r} share no coordinate system: {sorted(systems[0])}, "
+            f"{sorted(systems[1])}. Align them with `spatialdata.transformations.set_transformation`."
         )
         raise KeyError(msg)
     system = str(made.get("coordinate_system", common[0]))
@@ -127,7 +128,7 @@ def open_canvas(sdata: SpatialData, table: AnnData, key: str) -> Canvas:
 
 
 def measured_spots(canvas: Canvas, made: dict[str, Any]) -> tuple[AnnData, NDArray[np.int64], Footprints]:
-    """Table that was predicted from, which of its rows are spots of the section, and their outlines."""
+    """Return the measured table, the rows that are spots of the section, and their outlines."""
     spots, name = str(made["spots"]), str(made["table"])
     table = canvas.sdata.tables[name]
     rows, instances, _ = match_rows(table, canvas.sdata.shapes[spots], spots, name)
@@ -136,7 +137,7 @@ def measured_spots(canvas: Canvas, made: dict[str, Any]) -> tuple[AnnData, NDArr
 
 
 def predicted_table(sdata: SpatialData, key: str) -> AnnData:
-    """Return a table that was predicted."""
+    """Return a predicted table."""
     have = [n for n, t in sdata.tables.items() if "head" in t.uns.get(_keys.UNS, {})]
     if key not in have:
         msg = f"key={key!r} is not a table that histosge.tl.predict wrote; there are {have}."
@@ -145,35 +146,35 @@ def predicted_table(sdata: SpatialData, key: str) -> AnnData:
 
 
 def region(table: AnnData) -> str:
-    """Name of the shapes that a table of ours annotates."""
+    """Name of the shapes that a table annotates."""
     return str(np.asarray(table.obs[_keys.REGION])[0])
 
 
 def view(shown: Sequence[Footprints]) -> Floats:
-    """x0, y0, x1, y1 of all that is shown, with a margin."""
-    bounds = np.array([places.extent for places in shown])
+    """Return x0, y0, x1, y1 of all shapes that are shown, with a margin."""
+    bounds = np.array([targets.extent for targets in shown])
     low, high = bounds[:, :2].min(0), bounds[:, 2:].max(0)
     margin = 0.015 * (high - low).max()
     return np.concatenate([low - margin, high + margin])
 
 
-def to_show(places: Footprints, others: Sequence[Footprints]) -> list[Footprints]:
-    """Everything, or the places alone where they are a small part of it, such as the cells of a region."""
-    own, whole = (np.diff(view(some).reshape(2, 2), axis=0) for some in ([places], [places, *others]))
-    return [places] if (own < whole / 2).any() else [places, *others]
+def to_show(targets: Footprints, others: Sequence[Footprints]) -> list[Footprints]:
+    """Return all shapes, or the targets alone where they cover a small part, such as the cells of a region."""
+    own, whole = (np.diff(view(some).reshape(2, 2), axis=0) for some in ([targets], [targets, *others]))
+    return [targets] if (own < whole / 2).any() else [targets, *others]
 
 
 def panel_inches(shown: Sequence[Footprints], longest: float) -> tuple[float, float]:
-    """Width and height of a panel of the section's proportions; none is too narrow for its title."""
+    """Width and height of a panel with the section's proportions, wide enough for its title."""
     x0, y0, x1, y1 = view(shown)
     width, height = longest * np.array([x1 - x0, y1 - y0]) / max(x1 - x0, y1 - y0)
     return max(float(width), 1.6), max(float(height), 0.8)
 
 
 def lay_panels(n_rows: int, *, panel: tuple[float, float], gaps: Sequence[float]) -> NDArray[Any]:
-    """Lay out axes (n_rows, columns) of one size, with space in inches to the right of each column (colour bar, legend).
+    """Lay out axes (n_rows, columns) of one size, with space in inches right of each column (colour bar, legend).
 
-    No layout engine: sizes are known, and its solver takes longer than the drawing and still lets bars overlap.
+    No layout engine: sizes are known, and its solver takes longer than the drawing, and bars may still overlap.
     """
     import matplotlib.pyplot as plt
 
@@ -189,10 +190,10 @@ def lay_panels(n_rows: int, *, panel: tuple[float, float], gaps: Sequence[float]
     return axes
 
 
-def draw_numbers(ax: Axes, places: Footprints, values: Any, *, cmap: str, label: str) -> None:
-    """Colour places by numbers, from the 1st to the 99th percentile, with a colour bar."""
+def draw_numbers(ax: Axes, targets: Footprints, values: Any, *, cmap: str, label: str) -> None:
+    """Colour shapes by numbers, from the 1st to the 99th percentile, with a colour bar."""
     values = np.asarray(values, float)
-    drawn = fill(ax, places, numbers=values, cmap=cmap, clim=_limits(values))
+    drawn = fill(ax, targets, numbers=values, cmap=cmap, clim=_limits(values))
     inch = 1 / _inches(ax)[0]  # in widths of the panel
     bar = ax.figure.colorbar(drawn, cax=ax.inset_axes((1 + 0.06 * inch, 0.0, 0.12 * inch, 1.0)))
     bar.ax.tick_params(labelsize=7, length=2)
@@ -210,14 +211,14 @@ def _limits(values: Floats) -> tuple[float, float]:
     return float(low), float(high if high > low else low + 1)
 
 
-def draw_categories(ax: Axes, places: Footprints, values: pd.Categorical, colours: dict[str, Any]) -> None:
-    """Colour places by category, with a legend."""
+def draw_categories(ax: Axes, targets: Footprints, values: pd.Categorical, colours: dict[str, Any]) -> None:
+    """Colour shapes by category, with a legend."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import to_rgba_array
 
     names = list(map(str, values.categories))
-    paint = np.vstack([to_rgba_array([colours[name] for name in names]), _MISSING])  # the last is that of code -1
-    fill(ax, places, colours=paint[values.codes])
+    paint = np.vstack([to_rgba_array([colours[name] for name in names]), _MISSING])  # the last is of code -1
+    fill(ax, targets, colours=paint[values.codes])
     seen = [names[i] for i in np.unique(values.codes) if i >= 0]
     marks = [(colours[name], name) for name in seen] + [(_MISSING, "missing")] * bool((values.codes < 0).any())
     handles = [plt.Line2D([], [], marker="s", ls="", markersize=6, color=c, label=n) for c, n in marks]
@@ -229,7 +230,7 @@ def draw_categories(ax: Axes, places: Footprints, values: pd.Categorical, colour
 
 
 def legend_shape(names: Sequence[str], height: float) -> tuple[int, float]:
-    """Columns of a legend that is no taller than its panel, and its width, in inches."""
+    """Return columns and width in inches of a legend that is no taller than its panel."""
     n_cols = -(-len(names) // max(3, int(height / 0.17)))
     return n_cols, n_cols * (0.42 + 0.072 * max(map(len, names), default=0))
 
@@ -254,7 +255,7 @@ def categories(values: Any) -> pd.Categorical | None:
 
 
 def colours_of(table: AnnData, column: str, names: Sequence[str]) -> dict[str, Any]:
-    """Colour of each category: those that scanpy stored, else those that it would choose. Nothing is stored."""
+    """Return the colour of each category: stored by scanpy, else scanpy's choice. Nothing is stored."""
     stored = list(map(str, np.atleast_1d(table.uns.get(f"{column}_colors", []))))
     if len(stored) >= len(names) > 0:
         return dict(zip(names, stored, strict=False))

@@ -39,19 +39,19 @@ def domains(
     key
         Name of the predicted table.
     domain
-        Column of its ``obs``: of :func:`histosge.tl.domains`, of leiden, or any categories.
+        Column of its ``obs``: from :func:`histosge.tl.domains`, from leiden, or any categories.
     panel_size
         Longer edge of a panel in inches.
 
     Returns
     -------
     Axes, (panels,): H&E; measured, where the measured table has that column as well; predicted. Colours are those in
-    ``uns["{domain}_colors"]``, where scanpy keeps them, else scanpy's own choice. Two tables share colours by name.
+    ``uns["{domain}_colors"]``, where scanpy stores them, else scanpy's choice. Two tables share colours by name.
 
     Raises
     ------
     KeyError
-        Where there is no such table or column, or image and places are not in ``sdata``.
+        Where there is no such table or column, or ``sdata`` lacks the image or the shapes.
     ValueError
         Where the column holds numbers.
 
@@ -72,7 +72,10 @@ def domains(
         raise KeyError(msg)
     predicted = categories(table.obs[domain])
     if predicted is None:
-        msg = f"domain={domain!r} holds numbers, not domains. Make it categorical, or draw it with sge.pl.expression(obs=...)."
+        msg = (
+            f"domain={domain!r} holds numbers, not domains. Make it categorical, or draw it with "
+            "sge.pl.expression(obs=...)."
+        )
         raise ValueError(msg)
     canvas = open_canvas(sdata, table, key)
     made = table.uns[_keys.UNS]

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 _MOST_FITTED = 20_000
-"""Rows that components are found in; all are drawn."""
+"""Number of rows from which components are computed; all rows are drawn."""
 
 
 def embedding(sdata: SpatialData, *, key: str | None = None, panel_size: float = 4.0) -> NDArray[Any]:
     """Draw the first three principal components of embeddings as red, green and blue over the tissue.
 
-    Places of one colour look the same to the encoder.
+    Locations of the same colour have similar embeddings.
 
     Parameters
     ----------
@@ -35,15 +35,16 @@ def embedding(sdata: SpatialData, *, key: str | None = None, panel_size: float =
 
     Returns
     -------
-    Axes, (2,): H&E; the components, each from its 1st to its 99th percentile. The title names the share of variance of
-    each. Components are found in at most 20,000 places, drawn at random with a fixed seed, of standardised embeddings.
+    Axes, (2,): H&E; the components, each from its 1st to its 99th percentile. The title has the share of variance of
+    each. Components are those of standardised embeddings, of at most 20,000 locations, drawn at random with a fixed
+    seed.
 
     Raises
     ------
     KeyError
-        Where there is no such table, or image and places are not in ``sdata``.
+        Where there is no such table, or ``sdata`` lacks the image or the shapes.
     ValueError
-        Where there are several to choose from, or too few places or numbers for three components.
+        Where there are several tables, or too few locations or numbers for three components.
 
     Examples
     --------
@@ -64,14 +65,14 @@ def embedding(sdata: SpatialData, *, key: str | None = None, panel_size: float =
     axes[0].set_title("H&E", fontsize=9)
     fill(axes[1], places, colours=colours)
     shares = ", ".join(f"{name} {s:.0%}" for name, s in zip(("red", "green", "blue"), share, strict=True))
-    what = "area of each place" if made.get("dense") else "tile around each place"
+    what = "area of each location" if made.get("dense") else "tile around each location"
     axes[1].set_title(f"{encoder}, {what}\nshare of variance: {shares}", fontsize=9)
     canvas.frame(axes, [places])
     return axes
 
 
 def _embedded(sdata: SpatialData, key: str | None) -> tuple[str, AnnData]:
-    """Table of embeddings and its name."""
+    """Return the name of the table of embeddings, and the table."""
     have = [
         name
         for name, table in sdata.tables.items()
@@ -79,7 +80,7 @@ def _embedded(sdata: SpatialData, key: str | None) -> tuple[str, AnnData]:
         and _keys.embedding(str(made["encoder"]["name"])) in table.obsm
     ]
     if key is None and len(have) > 1:
-        msg = f"several tables of embeddings to choose from; name one: key= one of {have}."
+        msg = f"there are several tables of embeddings. Name one: key= one of {have}."
         raise ValueError(msg)
     if not have or (key is not None and key not in have):
         what = "there is no table" if key is None else f"key={key!r} is not a table"
@@ -90,11 +91,14 @@ def _embedded(sdata: SpatialData, key: str | None) -> tuple[str, AnnData]:
 
 
 def _as_colours(values: NDArray[Any], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Three components as (n, 4) colours, and the share of variance of each."""
+    """Return three components as (n, 4) colours, and the share of variance of each."""
     from sklearn.decomposition import PCA
 
     if min(values.shape) < 4:
-        msg = f"sdata.tables[{key!r}] holds {values.shape[0]} embeddings of {values.shape[1]} numbers: too few for three components. Embed more places."
+        msg = (
+            f"sdata.tables[{key!r}] holds {values.shape[0]} embeddings of {values.shape[1]} numbers: too few for three "
+            "components. Embed more locations."
+        )
         raise ValueError(msg)
     rng = np.random.default_rng(0)
     some = (
@@ -102,7 +106,7 @@ def _as_colours(values: NDArray[Any], key: str) -> tuple[NDArray[np.float64], ND
     )
     mean, spread = some.mean(0, dtype=np.float64), some.std(0, dtype=np.float64)
     spread = np.where(spread > 0, spread, 1)
-    # numbers of stain-texture differ in unit; those of a network are left nearly as they are
+    # numbers of stain-texture differ in unit; those of a network hardly change
     fitted = PCA(3, svd_solver="randomized", random_state=0).fit((some - mean) / spread)
     found = (values - mean) @ (fitted.components_.T / spread[:, None])
     low, high = np.percentile(found, [1, 99], axis=0)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _COVERAGES = {1: "coverage", 2: "coverage_2", 4: "coverage_4", 8: "coverage_8"}
-"""Columns of scores by the number of spots averaged over."""
+"""Columns of scores by the number of spots that are averaged."""
 
 
 def evaluation(
@@ -25,35 +25,35 @@ def evaluation(
     baseline: str | None = None,
     figsize: tuple[float, float] = (10.0, 4.0),
 ) -> NDArray[Any]:
-    """Draw the scores of heads on spots that they never saw.
+    """Draw the scores of heads on held-out spots.
 
-    Every gene's scores are averaged over all splits, repeats and sections first.
+    The scores of each gene are first averaged over all splits, repeats and sections.
 
     Parameters
     ----------
     scores
-        What :func:`histosge.tl.evaluate` returned: one split and one protocol.
+        Result of :func:`histosge.tl.evaluate`: one split and one protocol.
     head
         Head to compare with a baseline, gene by gene. ``None`` takes the first of ``scores``.
     baseline
-        Head to compare it with. ``None`` takes the best of the others.
+        Head to compare it with. ``None`` takes the best other head.
     figsize
         Width and height of the figure in inches.
 
     Returns
     -------
-    Axes, (panels,): correlation of predicted and measured by head, best first, with the noise ceiling and the mean's
-    share of it; ``head`` against ``baseline``; the share of measurements within the prediction intervals against the
-    width of these, also after averaging over 2, 4 and 8 spots, and the target of 0.9 as a line; Moran's I of predicted against that of measured expression, where points above
-    the diagonal are smoother than the measurement. Panels are left out whose scores are missing: the second with a
-    single head.
+    Axes, (panels,): correlation of predicted and measured by head, best first, with the noise ceiling and the share of
+    the mean in it; ``head`` against ``baseline``; the share of measurements within the prediction intervals against
+    their width, also after averaging over 2, 4 and 8 spots, with a line at the target coverage of 0.9; Moran's I of
+    predicted against that of measured expression, where points above the diagonal are smoother than the measurement.
+    Panels without scores are left out: with a single head the second.
 
     Raises
     ------
     TypeError
         Where ``scores`` is no DataFrame.
     ValueError
-        Where it lacks columns or rows or mixes splits or protocols, or a head is not in it.
+        Where it lacks columns, rows or a head, or mixes splits or protocols.
 
     Examples
     --------
@@ -83,7 +83,7 @@ def evaluation(
     figure, axes = plt.subplots(
         1, n_panels, figsize=figsize, width_ratios=[1.25] + [1] * (n_panels - 1), squeeze=False, layout="constrained"
     )
-    held_out = _say_what(figure, scores)
+    held_out = _describe(figure, scores)
     rest = iter(axes[0])
     _draw_correlations(next(rest), genes, mean, colours=colours, name="held-out PCC" if held_out else "PCC")
     if other is not None:
@@ -99,7 +99,7 @@ def evaluation(
 
 
 def _check_scores(scores: Any) -> None:
-    """Refuse what :func:`histosge.tl.evaluate` did not return, and scores that do not compare."""
+    """Raise where scores are not from :func:`histosge.tl.evaluate`, or are not comparable."""
     if not isinstance(scores, pd.DataFrame):
         msg = f"scores is a {type(scores).__name__}: pass the DataFrame that histosge.tl.evaluate returned."
         raise TypeError(msg)
@@ -107,24 +107,24 @@ def _check_scores(scores: Any) -> None:
     if missing:
         msg = (
             f"scores lacks the columns {missing}: pass the DataFrame that histosge.tl.evaluate returned, "
-            "one row a gene, head and split."
+            "one row for each gene, head and split."
         )
         raise ValueError(msg)
     if len(scores) == 0:
-        msg = "scores has no rows: nothing was scored, or nothing is left of it. Evaluate again, or filter less."
+        msg = "scores has no rows: nothing was scored, or all rows were filtered out. Evaluate again, or filter less."
         raise ValueError(msg)
     for name in ("split", "protocol"):
         values = list(dict.fromkeys(scores[name]))
         if len(values) > 1:
             msg = (
-                f"scores holds {name} {values}, which do not compare. "
+                f"scores holds {name} {values}, which are not comparable. "
                 f"Draw one of them: scores[scores[{name!r}] == {values[0]!r}]."
             )
             raise ValueError(msg)
 
 
 def _pair(heads: list[str], head: str | None, baseline: str | None, mean: pd.Series) -> tuple[str, str | None]:
-    """Head and baseline; no baseline where there is only one head."""
+    """Choose head and baseline; no baseline where there is only one head."""
     for name, value in (("head", head), ("baseline", baseline)):
         if value is not None and value not in heads:
             msg = f"{name}={value!r} is not in scores. Choose one of {heads}."
@@ -139,8 +139,8 @@ def _pair(heads: list[str], head: str | None, baseline: str | None, mean: pd.Ser
     return one, str(mean[others].idxmax())
 
 
-def _say_what(figure: Figure, scores: pd.DataFrame) -> bool:
-    """Title: which split and protocol, how many sections, genes and splits; whether the spots scored were held out."""
+def _describe(figure: Figure, scores: pd.DataFrame) -> bool:
+    """Set the title: split, protocol, numbers of sections, genes and splits; return whether spots were held out."""
     split, protocol = scores["split"].iloc[0], scores["protocol"].iloc[0]
     counted = [(scores["gene"].nunique(), "gene")]
     if "section" in scores:
@@ -159,7 +159,7 @@ def _say_what(figure: Figure, scores: pd.DataFrame) -> bool:
 
 
 def _draw_correlations(ax: Axes, genes: pd.DataFrame, mean: pd.Series, *, colours: dict[str, Any], name: str) -> None:
-    """Box of all genes for every head, best on top, and of the noise ceiling above."""
+    """Draw a box of all genes for every head, best on top, and one of the noise ceiling above."""
     order = list(mean.sort_values(kind="stable").index)
     boxes = [genes.loc[h, "pcc"].to_numpy() for h in order]
     labels = [f"{h}\n{mean[h]:.3f}" for h in order]
@@ -190,7 +190,7 @@ def _draw_correlations(ax: Axes, genes: pd.DataFrame, mean: pd.Series, *, colour
 
 
 def _draw_pair(ax: Axes, pcc: pd.DataFrame, *, colours: dict[str, Any]) -> None:
-    """One head against another, a point a gene, in the colour of the one ahead."""
+    """Draw one head against another, one point for each gene, in the colour of the better head."""
     one, other = pcc.columns
     ahead = (pcc[one] > pcc[other]).to_numpy()
     ax.scatter(pcc[other], pcc[one], s=10, lw=0, alpha=0.7, c=[colours[one if a else other] for a in ahead])
@@ -201,7 +201,7 @@ def _draw_pair(ax: Axes, pcc: pd.DataFrame, *, colours: dict[str, Any]) -> None:
 
 
 def _draw_coverage(ax: Axes, heads: pd.DataFrame, *, colours: dict[str, Any]) -> None:
-    """Share in the intervals against their width: a stem a head, its points larger for averages over more spots."""
+    """Draw coverage against width of intervals: a line for each head, larger points for averages over more spots."""
     for name, row in heads.iterrows():
         found = [(k, row[c]) for k, c in _COVERAGES.items() if c in heads and pd.notna(row[c])]
         if not found:
@@ -218,7 +218,7 @@ def _draw_coverage(ax: Axes, heads: pd.DataFrame, *, colours: dict[str, Any]) ->
 
 
 def _draw_smoothness(ax: Axes, genes: pd.DataFrame, *, colours: dict[str, Any]) -> None:
-    """Moran's I of predictions against that of measurements: a point a gene, a large one the mean of a head."""
+    """Draw Moran's I of predictions against that of measurements: a point for each gene, a large one for the mean."""
     for name, part in genes.groupby("head", sort=False):
         x, y = part["morans_i_measured"], part["morans_i"]
         ax.scatter(x, y, s=5, lw=0, alpha=0.35, color=[colours[str(name)]])
@@ -230,7 +230,7 @@ def _draw_smoothness(ax: Axes, genes: pd.DataFrame, *, colours: dict[str, Any]) 
 
 
 def _square(ax: Axes, values: NDArray[np.floating]) -> None:
-    """Same limits on both axes, and the diagonal."""
+    """Set the same limits on both axes, and draw the diagonal."""
     low, high = np.nanmin(values), np.nanmax(values)
     margin = 0.05 * max(high - low, 0.1)
     ax.axline((0, 0), slope=1, color="0.5", lw=0.8, zorder=0)

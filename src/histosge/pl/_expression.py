@@ -58,12 +58,13 @@ def expression(
 ) -> NDArray[Any]:
     """Draw the H&E image, measured and predicted expression side by side.
 
-    Places have their true size and shape. More than 20,000 are drawn as a raster, in seconds for a million.
+    Targets have their true size and shape. More than 20,000 are drawn as a raster; a million take seconds.
 
     Parameters
     ----------
     sdata
-        Section with a table that :func:`histosge.tl.predict` wrote. The table may be lazy: only what is drawn is read.
+        Section with a table that :func:`histosge.tl.predict` wrote. The table may be lazy: only the values that are
+        drawn are read.
     genes
         One gene or several.
     key
@@ -71,13 +72,13 @@ def expression(
     obs
         Column of the predicted table's ``obs`` to draw as well, for example ``"leiden"``.
     layer
-        Layer of the measured table that holds the counts. ``None`` takes the one that was predicted from.
+        Layer of the measured table that holds the counts. ``None`` takes the layer of the prediction.
     panels
-        What to draw of each gene, in this order: ``"image"``, ``"measured"``, ``"predicted"``, and ``"width"``, the width of
-        the prediction interval, which is computed here. ``None`` draws the first three, of a section without spots the image
-        and the prediction.
+        Panels of each gene, in this order: ``"image"``, ``"measured"``, ``"predicted"``, and ``"width"``, the width of
+        the prediction interval, which is computed here. ``None`` draws the first three, without measured spots the
+        image and the prediction.
     level
-        Target coverage of the intervals whose width is drawn; see :func:`histosge.tl.intervals`.
+        Target coverage of the intervals; see :func:`histosge.tl.intervals`.
     cmap
         Colour map of the expression.
     panel_size
@@ -85,13 +86,13 @@ def expression(
 
     Returns
     -------
-    Axes, (genes, panels), ``obs`` last. Genes stand below each other, many in several columns. Each panel has a colour
-    scale of its own, from the 1st to the 99th percentile: a prediction varies less than a noisy measurement.
+    Axes, (genes, panels), ``obs`` last. Genes are below each other, many genes in several columns. Each panel has its
+    own colour scale, from the 1st to the 99th percentile, since a prediction varies less than a noisy measurement.
 
     Raises
     ------
     KeyError
-        Where there is no such table, gene, column or layer, or image and places are not in ``sdata``.
+        Where there is no such table, gene, column or layer, or ``sdata`` lacks the image or the shapes.
     ValueError
         Where a panel is unknown or has nothing to show.
 
@@ -190,7 +191,7 @@ def _kinds(panels: Sequence[str] | None, table: AnnData) -> list[str]:
 
 
 def _label(made: dict[str, Any]) -> str:
-    """What a colour bar shows; the unit says if the scale is not known."""
+    """Label of a colour bar; it states where the scale is not known."""
     return f"log1p expression{', scale as given' if 'as given' in str(made.get('unit')) else ''}"
 
 
@@ -201,7 +202,7 @@ def _title(kind: str, gene: str, table: AnnData) -> str:
 
 
 def _predicted(table: AnnData, columns: NDArray[np.int64]) -> Values:
-    """Values of some genes, (n, genes); of a lazy table nothing else is read."""
+    """Return values of some genes, (n, genes); from a lazy table nothing else is read."""
     part = table.X[:, columns]
     part = part.compute() if hasattr(part, "compute") else part
     return np.asarray(part.toarray() if sparse.issparse(part) else part, dtype=np.float32)
@@ -210,14 +211,14 @@ def _predicted(table: AnnData, columns: NDArray[np.int64]) -> Values:
 def _measured(
     canvas: Canvas, made: dict[str, Any], genes: Sequence[str], layer: str | None
 ) -> tuple[pd.Index, Footprints, Values]:
-    """Which genes were measured, at which spots, and what :func:`read_section` would make of their counts.
+    """Return which genes were measured, at which spots, and their expression as :func:`read_section` computes it.
 
-    It would hold all genes in memory, several times over; here they are read in runs of rows for their sums.
+    That function needs several copies of all genes in memory. Here only sums over genes are computed, row by row.
     """
     table, rows, outlines = measured_spots(canvas, made)
     source = open_layer(table, layer, str(made["table"]))
     columns = source.genes.get_indexer(pd.Index(genes))
-    with settings.override(verbosity=0):  # logged when the section was read
+    with settings.override(verbosity=0):  # was logged when the section was read
         kind = source.values(*source.split(select(source.matrix, rows[sample(len(rows))])))
     totals, found = [], []
     for part in _runs(source.matrix, rows):
@@ -232,7 +233,7 @@ def _measured(
 
 
 def _runs(matrix: Any, rows: NDArray[np.int64]) -> Iterator[Any]:
-    """Rows of a matrix, in memory or lazy, a run at a time; by columns compressed ones at once."""
+    """Yield rows of a matrix, in memory or lazy, some at a time; a matrix compressed by columns at once."""
     step = len(rows) if getattr(matrix, "format", None) == "csc" else settings.part_rows
     for start in range(0, len(rows), step):
         run = rows[start : start + step]

@@ -1,4 +1,4 @@
-"""Figures as parts of a page."""
+"""Figures as pictures of a page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DPI = 144
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as part of the page."""
+    """A figure as a picture of the page."""
 
     src: str
     width: int
@@ -32,13 +32,13 @@ class Picture:
 
     @property
     def width_css(self) -> int:
-        """Width at which it is as large as matplotlib meant it: no picture is drawn larger."""
+        """Width in CSS pixels of the size in matplotlib: no picture is shown larger."""
         return round(self.width * 96 / _DPI)
 
 
 @contextmanager
 def figures_closed() -> Iterator[None]:
-    """Close the figures that are opened inside, and no others."""
+    """Close the figures that are opened inside, and no other figures."""
     import matplotlib.pyplot as plt
 
     before = set(plt.get_fignums())
@@ -50,7 +50,7 @@ def figures_closed() -> Iterator[None]:
 
 
 def pictures_of(axes: NDArray[Any], texts: list[tuple[str, str]]) -> list[Picture]:
-    """Turn the figure of some axes, (rows, panels) or (panels,), into a picture for each row, with alt text and caption."""
+    """Turn the figure of axes (rows, panels) or (panels,) into a picture for each row, with alt text and caption."""
     import matplotlib.pyplot as plt
     from matplotlib.transforms import Bbox
     from PIL import Image, ImageChops, ImageOps

@@ -1,7 +1,7 @@
-"""Draw places at their true size and shape.
+"""Draw shapes at their true size.
 
-Few are drawn one by one and stay sharp at any size. Of many a raster is made once, the number of the place under each
-pixel, which then serves every panel.
+Few shapes are drawn one by one, as vectors. For many shapes a raster is computed once, with the number of the shape
+under each pixel, and used in every panel.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 MANY = 20_000
-"""More places than this are drawn as a raster: one by one, a million take seconds a panel, and as many objects in a PDF."""
+"""More shapes are drawn as a raster: as vectors, a million take seconds a panel, and as many objects in a PDF."""
 _RASTER_PX = 800
 _MOST_PX = 4000
 _RASTERS: WeakKeyDictionary[Footprints, NDArray[np.int32]] = WeakKeyDictionary()
-"""Of places that are drawn in several panels"""
+"""Rasters of shapes that are drawn in several panels"""
 
 
 def of_polygons(stored: NDArray[Any], matrix: Floats) -> Footprints:
-    """Move polygons by a matrix (3, 3). Equal squares are recognised: many of them are drawn faster, without geometry."""
+    """Transform polygons by a matrix (3, 3). Equal squares are recognised: they are drawn faster, without geometry."""
     if (shapely.get_type_id(stored) == shapely.GeometryType.POLYGON).all() and (
         shapely.get_num_coordinates(stored) == 5
     ).all():
@@ -44,35 +44,35 @@ def of_polygons(stored: NDArray[Any], matrix: Floats) -> Footprints:
     return Footprints.of_polygons(shapely.transform(stored, lambda xy: xy @ matrix[:2, :2].T + matrix[:2, 2]))
 
 
-def fill(ax: Axes, places: Footprints, *, numbers: Any = None, colours: Any = None, **style: Any) -> ScalarMappable:
-    """Draw all places: coloured by (n,) numbers, with ``cmap`` and ``clim``, or in (n, 4) colours."""
+def fill(ax: Axes, shapes: Footprints, *, numbers: Any = None, colours: Any = None, **style: Any) -> ScalarMappable:
+    """Draw all shapes: coloured by (n,) numbers, with ``cmap`` and ``clim``, or in (n, 4) colours."""
     drawn: Any
-    if len(places) > MANY:
-        drawn = _draw_raster(ax, places, numbers, colours)
-    elif places.kind == "disc":
-        drawn = _draw_discs(ax, places, numbers, colours)
+    if len(shapes) > MANY:
+        drawn = _draw_raster(ax, shapes, numbers, colours)
+    elif shapes.kind == "disc":
+        drawn = _draw_discs(ax, shapes, numbers, colours)
     else:
-        drawn = _draw_polygons(ax, places.as_polygons(), numbers, colours)
+        drawn = _draw_polygons(ax, shapes.as_polygons(), numbers, colours)
     drawn.set(**style)
     return drawn
 
 
-def _draw_raster(ax: Axes, places: Footprints, numbers: Any, colours: Any) -> Any:
-    rows = raster(places)
+def _draw_raster(ax: Axes, shapes: Footprints, numbers: Any, colours: Any) -> Any:
+    rows = raster(shapes)
     if numbers is not None:
         values = np.ma.masked_invalid(np.append(np.asarray(numbers, np.float32), np.nan)[rows])
     else:
         paint = np.rint(255 * np.asarray(colours)).astype(np.uint8)
         values = np.append(paint, np.zeros((1, 4), np.uint8), axis=0)[rows]
-    x0, y0, x1, y1 = places.extent
+    x0, y0, x1, y1 = shapes.extent
     return ax.imshow(values, extent=(x0, x1, y1, y0))
 
 
-def _draw_discs(ax: Axes, places: Footprints, numbers: Any, colours: Any) -> Any:
+def _draw_discs(ax: Axes, shapes: Footprints, numbers: Any, colours: Any) -> Any:
     from matplotlib.collections import EllipseCollection
 
-    where: dict[str, Any] = {"offsets": places.xy_px, "offset_transform": ax.transData}
-    size, angle = places.size_px, np.zeros(len(places))
+    where: dict[str, Any] = {"offsets": shapes.xy_px, "offset_transform": ax.transData}
+    size, angle = shapes.size_px, np.zeros(len(shapes))
     drawn = EllipseCollection(size, size, angle, units="xy", linewidths=0, **where)
     ax.add_collection(drawn)
     if numbers is None:
@@ -82,54 +82,54 @@ def _draw_discs(ax: Axes, places: Footprints, numbers: Any, colours: Any) -> Any
     return drawn
 
 
-def _draw_polygons(ax: Axes, places: Footprints, numbers: Any, colours: Any) -> Any:
+def _draw_polygons(ax: Axes, shapes: Footprints, numbers: Any, colours: Any) -> Any:
     import geopandas as gpd
 
     how: dict[str, Any] = {"color": list(map(tuple, colours))} if numbers is None else {}
-    values = np.zeros(len(places)) if numbers is None else numbers
-    frame = gpd.GeoDataFrame({"value": values}, geometry=places.polygons)
+    values = np.zeros(len(shapes)) if numbers is None else numbers
+    frame = gpd.GeoDataFrame({"value": values}, geometry=shapes.polygons)
     frame.plot("value" if numbers is not None else None, ax=ax, aspect=None, linewidth=0, **how)
     return ax.collections[-1]
 
 
-def raster(places: Footprints) -> NDArray[np.int32]:
-    """(h, w) which place lies under each pixel of ``places.extent``, -1 for none."""
-    if places not in _RASTERS:
-        _RASTERS[places] = _rasterise(places)
-    return _RASTERS[places]
+def raster(shapes: Footprints) -> NDArray[np.int32]:
+    """Return (h, w) the number of the shape under each pixel of ``shapes.extent``, -1 for none."""
+    if shapes not in _RASTERS:
+        _RASTERS[shapes] = _rasterise(shapes)
+    return _RASTERS[shapes]
 
 
-def _rasterise(places: Footprints) -> NDArray[np.int32]:
-    low, span = places.extent[:2], places.extent[2:] - places.extent[:2]
-    longest, size = float(span.max()), float(np.median(places.size_px))
-    # whole pixels fit squares along the axes; turned squares need more of them
-    least = 1 if places.kind == "square" and abs(np.sin(2 * places.turn)) < 1e-6 else 2
+def _rasterise(shapes: Footprints) -> NDArray[np.int32]:
+    low, span = shapes.extent[:2], shapes.extent[2:] - shapes.extent[:2]
+    longest, size = float(span.max()), float(np.median(shapes.size_px))
+    # whole pixels fit squares along the axes; rotated squares need more pixels
+    least = 1 if shapes.kind == "square" and abs(np.sin(2 * shapes.turn)) < 1e-6 else 2
     step = max(size / max(least, int(_RASTER_PX * size / longest)), longest / _MOST_PX)
     width, height = np.ceil(span / step - 1e-6).astype(int).tolist()
-    if places.kind == "polygon":
-        return _burn(places, width, height)
+    if shapes.kind == "polygon":
+        return _burn(shapes, width, height)
     from scipy.spatial import cKDTree
 
     x, y = (low[i] + span[i] / n * (np.arange(n) + 0.5) for i, n in ((0, width), (1, height)))
     pixels = np.stack(np.broadcast_arrays(x[None], y[:, None]), axis=-1).reshape(-1, 2)
     turned, norm = np.eye(2), 2.0
-    if places.kind == "square":  # the nearest centre, by the larger of two distances along the edges
-        c, s = np.cos(places.turn), np.sin(places.turn)
+    if shapes.kind == "square":  # the nearest centre, by the larger of two distances along the edges
+        c, s = np.cos(shapes.turn), np.sin(shapes.turn)
         turned, norm = np.array([[c, -s], [s, c]]), np.inf
-    tree = cKDTree(places.xy_px @ turned, balanced_tree=False, compact_nodes=False)
-    reach = places.size_px.max() / 2 * (1 + 1e-6)
+    tree = cKDTree(shapes.xy_px @ turned, balanced_tree=False, compact_nodes=False)
+    reach = shapes.size_px.max() / 2 * (1 + 1e-6)
     distance, found = tree.query(pixels @ turned, p=norm, distance_upper_bound=reach)
-    inside = distance <= np.append(places.size_px, 0)[found] / 2 * (1 + 1e-6)
+    inside = distance <= np.append(shapes.size_px, 0)[found] / 2 * (1 + 1e-6)
     return np.where(inside, found, -1).astype(np.int32).reshape(height, width)
 
 
-def _burn(places: Footprints, width: int, height: int) -> NDArray[np.int32]:
-    """Draw many polygons, the last on top."""
+def _burn(shapes: Footprints, width: int, height: int) -> NDArray[np.int32]:
+    """Rasterise many polygons, the last on top."""
     import datashader as ds
     import geopandas as gpd
 
-    x0, y0, x1, y1 = places.extent
+    x0, y0, x1, y1 = shapes.extent
     canvas = ds.Canvas(width, height, x_range=(x0, x1), y_range=(y0, y1))
-    frame = gpd.GeoDataFrame({"row": np.arange(len(places))}, geometry=places.polygons)
+    frame = gpd.GeoDataFrame({"row": np.arange(len(shapes))}, geometry=shapes.polygons)
     rows = canvas.polygons(frame, "geometry", agg=ds.max("row")).to_numpy()
     return np.nan_to_num(rows, nan=-1).astype(np.int32)

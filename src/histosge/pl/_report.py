@@ -34,22 +34,22 @@ _N_LISTED = 50
 _BASELINES = {
     "nearest": "interpolation of the measured spots",
     "ridge": "ridge regression on the image",
-    "mean": "each gene's mean: a constant, 0 by definition",
+    "mean": "the mean of each gene: a constant, 0 by definition",
 }
 _FEW = 0.5
 """Share of predictable genes below which the page warns."""
 _FAR = 0.01
-"""Share of places beyond one pitch above which the page warns."""
+"""Share of targets farther than a pitch from all spots above which the page warns."""
 _DOMAINS = ("domain", "leiden")
 _PANELS = {
     "image": "the H&E image",
     "measured": "expression measured at the spots",
-    "predicted": "expression predicted at all places",
+    "predicted": "expression predicted at all targets",
     "width": "width of the prediction interval",
 }
 _COLUMNS = ("held_out_pcc", "held_out_mse", "predictable", "highly_variable", "shrinkage")
 _PANEL_SIZE = 2.8
-"""Edge of a panel of a map in inches: small, so that its text is large."""
+"""Edge of a panel of a map in inches: small, so that its text is relatively large."""
 _MARK = re.compile(rb'<meta name="generator" content="histosge[ "]')
 
 
@@ -61,29 +61,29 @@ def report(
     scores: pd.DataFrame | None = None,
     genes: str | Sequence[str] | None = None,
 ) -> Path:
-    """Write one HTML page about a run: what was predicted from what, how well, and what to be careful of.
+    """Write one HTML page about a run: its input, its scores and warnings.
 
-    The page is complete in itself: pictures, styles and the table of all genes are inside, and it loads nothing from
-    elsewhere, so that it can be sent by mail and opened without network.
+    The page contains pictures, styles and the table of all genes and loads nothing from elsewhere: it can be sent by
+    mail and opened without network.
 
     Parameters
     ----------
     sdata
         Section with a table that :func:`histosge.tl.predict` wrote.
     path
-        File to write, ``"report.html"``. A report that histosge wrote before is replaced; another file is not.
+        File to write, ``"report.html"``. A report of histosge is replaced; another file is not.
     key
         Name of the predicted table.
     scores
-        What :func:`histosge.tl.evaluate` returned for this section, to be drawn as well.
+        Result of :func:`histosge.tl.evaluate` for this section, to draw as well.
     genes
-        Genes to map, and to list among the others. ``None`` maps the four predicted best.
+        Genes to map and to list. ``None`` maps the four genes that are predicted best.
 
     Returns
     -------
-    The path. On the page, as far as they are there: the run; held-out scores and those of the simple baselines; what the
-    prediction intervals say; the 50 genes predicted best and ``genes``, and a CSV file of all; maps; the domains of
-    ``obs["domain"]`` and ``obs["leiden"]``; curves of the training; ``scores``; warnings; how to cite; the call and all of
+    The path. The page shows, where they exist: the run; held-out scores of the head and the baselines; prediction
+    intervals; the 50 genes that are predicted best and ``genes``, and a CSV file of all genes; maps; the domains of
+    ``obs["domain"]`` and ``obs["leiden"]``; training curves; ``scores``; warnings; how to cite; the call and all of
     ``uns["histosge"]``. Nothing is written into ``sdata``.
 
     Raises
@@ -93,9 +93,9 @@ def report(
     TypeError
         Where ``scores`` is no DataFrame.
     ValueError
-        Where ``scores`` mixes what does not compare.
+        Where ``scores`` mixes splits or protocols.
     FileNotFoundError
-        Where the folder of ``path`` is not there.
+        Where the folder of ``path`` does not exist.
     FileExistsError
         Where ``path`` is a folder, or a file that this function did not write.
 
@@ -124,7 +124,7 @@ def report(
 
 
 def _writable(path: Path) -> Path:
-    """Refuse a path that nothing should be written to, before the work."""
+    """Raise, before the work starts, where the page cannot be written to the path."""
     if path.is_dir():
         msg = f"path={str(path)!r} is a folder. Name a file in it, such as {str(path / 'report.html')!r}."
         raise FileExistsError(msg)
@@ -135,29 +135,32 @@ def _writable(path: Path) -> Path:
         with path.open("rb") as file:
             ours = _MARK.search(file.read(1000)) is not None
         if not ours:
-            msg = f"path={str(path)!r} exists, and histosge.pl.report did not write it. Choose another name, or move it away."
+            msg = (
+                f"path={str(path)!r} exists, and histosge.pl.report did not write it. Choose another name, or move "
+                "it away."
+            )
             raise FileExistsError(msg)
     return path
 
 
 def _wanted(table: AnnData, genes: str | Sequence[str] | None) -> list[str]:
-    """Genes to map: those asked for, or the best that are predictable."""
+    """Return the genes to map: those of the user, or the best predictable ones."""
     if genes is None:
         best = table.var[table.var["predictable"].to_numpy(bool)]["held_out_pcc"].nlargest(_N_MAPS).index
         return [str(g) for g in best]
-    asked = list(dict.fromkeys([genes] if isinstance(genes, str) else genes))
-    missing = [g for g in asked if g not in table.var_names]
+    chosen = list(dict.fromkeys([genes] if isinstance(genes, str) else genes))
+    missing = [g for g in chosen if g not in table.var_names]
     if missing:
         msg = (
             f"genes {missing} were not predicted. Predict them with genes=[...]; here are {list(table.var_names[:5])} …"
         )
         raise KeyError(msg)
-    return asked
+    return chosen
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A predicted table, and what the page shows of it."""
+    """A predicted table, and facts about it for the page."""
 
     sdata: SpatialData
     table: AnnData
@@ -169,7 +172,7 @@ class _Run:
 
     @property
     def region(self) -> str:
-        """Name of the places."""
+        """Name of the shapes."""
         return str(self.table.obs[_keys.REGION].iloc[0])
 
     @property
@@ -184,14 +187,14 @@ class _Run:
 
     @property
     def missing(self) -> list[str]:
-        """Elements that the table was predicted from, or describes, and that are not here."""
+        """Elements of the prediction that ``sdata`` lacks."""
         named = {"images": self.made["image"], "shapes": self.made.get("spots"), "tables": self.made.get("table")}
-        asked = [*named.items(), ("shapes", self.region)]
-        return [f"{kind}[{name!r}]" for kind, name in asked if name and name not in getattr(self.sdata, kind)]
+        elements = [*named.items(), ("shapes", self.region)]
+        return [f"{kind}[{name!r}]" for kind, name in elements if name and name not in getattr(self.sdata, kind)]
 
     @property
     def held_out(self) -> dict[str, float]:
-        """Held-out correlations of the head, its parts and the baselines, best first; a constant scores 0 by definition."""
+        """Held-out correlations of the head, its parts and the baselines, best first; a constant has 0."""
         found = {"mean": 0.0} | {name: float(score["pcc"]) for name, score in self.made["held_out"].items()}
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
@@ -201,13 +204,13 @@ class _Run:
 
     @property
     def far(self) -> float:
-        """Share of places more than a pitch from all spots."""
+        """Share of targets farther than a pitch from all spots."""
         distance_um = self.table.obs["distance_to_spot_um"].to_numpy(float)
         return float(np.mean(~(distance_um <= float(self.made["pitch_um"]) * (1 + 1e-6))))
 
     @property
     def token_um(self) -> float | None:
-        """Edge of a token, where places were embedded by their area."""
+        """Edge of a token, where targets are embedded by their area."""
         sizes = [um * one["token_px"] / one["tile_px"] for one, um in self.encoders if "token_px" in one]
         return float(max(sizes)) if self.made["dense"] and sizes else None
 
@@ -225,42 +228,42 @@ class _Run:
 
     @property
     def baseline(self) -> str | None:
-        """Best of the simple baselines."""
+        """The best baseline."""
         return next((name for name in self.held_out if name in _BASELINES and name != self.made["head"]), None)
 
     @property
     def better(self) -> list[str]:
-        """What the head did not beat, best first."""
+        """Baselines that the head did not beat, best first."""
         return better_baselines(self.made["head"], self.held_out)
 
     def warnings(self, *, scores: pd.DataFrame | None) -> list[tuple[str, str]]:
-        """What a reader must know, in a few words and in a sentence."""
+        """Warnings, each in a few words and in sentences."""
         made, n = self.made, self.table.n_vars
         found = []
         if self.better:
             names = " and ".join(self.better)
-            text = f"On held-out spots {names} came as near to the measurement, or nearer."
+            text = f"On held-out spots {names} predicted as well, or better."
             text += f" Consider head={self.better[0]!r}." if self.better[0] != "mean" else " Nothing was learnt."
             found.append((f"the head {made['head']} did not beat {names}", text))
         if self.n_predictable < _FEW * n:
-            text = "The maps of all others show nothing that was confirmed on spots that were held out."
+            text = "The maps of all other genes are not confirmed on held-out spots."
             found.append((f"only {self.n_predictable:,} of {n:,} genes are predictable", text))
         if not self.measured:
             text = (
-                "The scores are those of the sections that the model was fitted on; they were not checked here, and no "
+                "The scores are those of the sections that the model was fitted on. They were not checked here, and no "
             )
             text += "prediction intervals are given: those of other sections would be too narrow."
             found.append(("nothing was measured on this section", text))
         elif self.far > _FAR:
             text = (
-                f"They lie more than one pitch ({float(made['pitch_um']):.4g} µm) from every measured spot. Predictions and "
-                "their intervals are not checked so far from the measurements."
+                f"They lie more than one pitch ({float(made['pitch_um']):.4g} µm) from every measured spot. "
+                "Predictions and their intervals are not checked at this distance from the measurements."
             )
-            found.append((f"{self.far:.1%} of the places are far from all spots", text))
+            found.append((f"{self.far:.1%} of the targets are far from all spots", text))
         if self.missing:
             text = (
-                f"This SpatialData has no {' and no '.join(self.missing)}: put the predicted table, and its places, into "
-                "that of the section."
+                f"This SpatialData has no {' and no '.join(self.missing)}: put the predicted table and its shapes into "
+                "the SpatialData of the section."
             )
             found.append(("there are no maps", text))
         bin_um = self.params.get("bin_um")
@@ -270,12 +273,12 @@ class _Run:
             )
             found.append(("bins are finer than a token", text))
         if scores is not None and (scores["protocol"] != "held-out").any():
-            text = "The evaluation scored spots that were trained on as well. Such scores measure memory."
+            text = "The evaluation also scored spots that heads were trained on. These scores measure memory."
             found.append(("the evaluation was not held out", text))
         return found
 
     def call(self) -> str:
-        """Write the call that predicts this again; an object that was passed is named after its argument."""
+        """Write the call that repeats the prediction; an object is written as ``...``."""
         lines = ["import histosge as sge", "", "sge.tl.predict(", "    sdata,"]
         for name, value in self.params.items():
             is_object = isinstance(value, str) and value.startswith("<")
@@ -284,7 +287,7 @@ class _Run:
 
 
 def _python(value: Any) -> str:
-    """Write a value as Python, strings in double quotes as elsewhere."""
+    """Write a value as Python, with strings in double quotes."""
     value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_python(k)}: {_python(v)}" for k, v in value.items()) + "}"
@@ -295,7 +298,7 @@ def _python(value: Any) -> str:
 
 
 def _draw(run: _Run, *, wanted: list[str], scores: pd.DataFrame | None) -> dict[str, list[Picture]]:
-    """Draw what there is to draw, by section of the page."""
+    """Draw all pictures, by part of the page."""
     from histosge.pl._domains import domains
     from histosge.pl._evaluation import evaluation
     from histosge.pl._expression import expression
@@ -303,10 +306,13 @@ def _draw(run: _Run, *, wanted: list[str], scores: pd.DataFrame | None) -> dict[
 
     table, made, key = run.table, run.made, run.key
     drawn: dict[str, list[Picture]] = {"maps": [], "domains": [], "training": [], "evaluation": []}
-    if scores is not None:  # first: it may be refused
+    if scores is not None:  # first, since it may raise
         axes = evaluation(scores)
-        alt = "Scores of every head: a box of all genes' correlations and, as far as scored, gene by gene, prediction intervals, smoothness."
-        caption = f"What sge.tl.evaluate found, split {scores['split'].iloc[0]!r}."
+        alt = (
+            "Scores of every head: a box of all genes' correlations and, where scored, gene by gene, prediction "
+            "intervals, smoothness."
+        )
+        caption = f"Result of sge.tl.evaluate, split {scores['split'].iloc[0]!r}."
         drawn["evaluation"] = pictures_of(axes, [(alt, caption)])
     if "training" in made:
         alt = "Loss against epoch, a line for each fold and a panel for each head that is trained."
@@ -317,16 +323,16 @@ def _draw(run: _Run, *, wanted: list[str], scores: pd.DataFrame | None) -> dict[
     panels = [name for name in _PANELS if there[name]]
     texts: list[tuple[str, str]] = []
     for gene, row in table.var.loc[wanted].iterrows():
-        sure = "." if row["predictable"] else ". NOT predictable: this map shows nothing that was confirmed."
+        sure = "." if row["predictable"] else ". NOT predictable: this map is not confirmed."
         alt = f"{gene}, side by side: {', '.join(_PANELS[name] for name in panels)}."
         texts.append((alt, f"{gene}: held-out correlation {row['held_out_pcc']:.3f}{sure}"))
-    for i in range(0, len(wanted), _N_MAPS):  # a few at once: what lies under each pixel is found once for them
+    for i in range(0, len(wanted), _N_MAPS):  # a few at once: they share the raster
         some = slice(i, i + _N_MAPS)
         axes = expression(run.sdata, wanted[some], key=key, panels=panels, panel_size=_PANEL_SIZE)
         drawn["maps"] += pictures_of(axes, texts[some])
     for column in (name for name in _DOMAINS if name in table.obs):
         n = table.obs[column].nunique()
-        alt = f"The H&E image and the {n} domains of {column}, each in a colour of its own."
+        alt = f"The H&E image and the {n} domains of {column}, each in its own colour."
         drawn["domains"] += pictures_of(
             domains(run.sdata, key=key, domain=column), [(alt, f"{n} domains, of obs[{column!r}].")]
         )
@@ -335,7 +341,7 @@ def _draw(run: _Run, *, wanted: list[str], scores: pd.DataFrame | None) -> dict[
 
 def _page(run: _Run, pictures: dict[str, list[Picture]], *, wanted: list[str], scores: pd.DataFrame | None) -> str:
     """Fill the page."""
-    from jinja2 import Environment, StrictUndefined  # comes with torch; escapes every value, which no f-string does
+    from jinja2 import Environment, StrictUndefined  # a dependency of torch; unlike an f-string it escapes every value
 
     ranked = run.table.var[[c for c in _COLUMNS if c in run.table.var]].sort_values(
         "held_out_pcc", ascending=False, kind="stable"
@@ -368,5 +374,5 @@ def _page(run: _Run, pictures: dict[str, list[Picture]], *, wanted: list[str], s
 
 
 def _plain(value: Any) -> Any:
-    """Turn numbers and arrays of numpy into JSON's."""
+    """Convert numbers and arrays of numpy for JSON."""
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)

@@ -1,4 +1,4 @@
-"""Draw how heads were trained."""
+"""Draw training curves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def training(data: Model | SpatialData, *, key: str = "histosge", panel_size: fl
     Parameters
     ----------
     data
-        Model that :func:`histosge.tl.fit` returned, or a section with a table that :func:`histosge.tl.predict` wrote.
+        Model of :func:`histosge.tl.fit`, or a section with a table that :func:`histosge.tl.predict` wrote.
     key
         Name of the predicted table; not used for a model.
     panel_size
@@ -31,7 +31,8 @@ def training(data: Model | SpatialData, *, key: str = "histosge", panel_size: fl
 
     Returns
     -------
-    Axes, (heads,): a line a fold. The dot is the best epoch, whose weights were kept; the line ends where training stopped.
+    Axes, (heads,): a line for each fold. The dot is the best epoch, whose weights are used. The line ends where
+    training stopped.
 
     Raises
     ------
@@ -40,7 +41,7 @@ def training(data: Model | SpatialData, *, key: str = "histosge", panel_size: fl
     TypeError
         Where ``data`` is neither model nor section.
     ValueError
-        Where no head was trained by steps: ``ridge``, ``kriging`` and ``nearest`` are solved at once.
+        Where no head was trained in steps: ``ridge``, ``kriging`` and ``nearest`` are solved directly.
 
     Examples
     --------
@@ -55,7 +56,7 @@ def training(data: Model | SpatialData, *, key: str = "histosge", panel_size: fl
 
     name, losses = _losses(data, key)
     if len(losses) == 0:
-        msg = f"head {name!r} was not trained by steps, but solved at once: there are no curves to draw."
+        msg = f"head {name!r} was not trained in steps, but solved directly: there are no curves to draw."
         raise ValueError(msg)
     heads = list(dict.fromkeys(losses["head"]))
     folds = sorted(set(losses["fold"]))
@@ -83,11 +84,14 @@ def training(data: Model | SpatialData, *, key: str = "histosge", panel_size: fl
 
 
 def _losses(data: Any, key: str) -> tuple[str, pd.DataFrame]:
-    """Name of the head, and one row an epoch."""
+    """Return the name of the head, and one row for each epoch."""
     if isinstance(getattr(data, "training", None), pd.DataFrame):
         return str(data.head), data.training
     if not hasattr(data, "tables"):
-        msg = f"data is a {type(data).__name__}: pass a Model of sge.tl.fit, or a SpatialData that sge.tl.predict wrote into."
+        msg = (
+            f"data is a {type(data).__name__}: pass a Model of sge.tl.fit, or a SpatialData that sge.tl.predict wrote "
+            "into."
+        )
         raise TypeError(msg)
     made = predicted_table(data, key).uns[_keys.UNS]
     columns = {name: np.asarray(values) for name, values in made.get("training", {}).items()}
