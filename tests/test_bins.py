@@ -595,12 +595,12 @@ def test_memory_is_that_of_the_layers_and_genes_asked_for(small, model):
     n = len(sge.pp.targets(small, bin_um=16, inplace=False))
     for genes, n_genes in (("all", 20), (np.int64(5), 5), (1000, 20), (["GENE000", "GENE001"], 2)):
         with sge.settings.override(memory_gb=0.99 * memory(n, n_genes)):
-            refuses(small, f"table of {n:,} places x {n_genes} genes", error=MemoryError, bin_um=16, genes=genes)
+            refuses(small, f"table of {n:,} targets x {n_genes} genes", error=MemoryError, bin_um=16, genes=genes)
         with sge.settings.override(memory_gb=1.01 * memory(n, n_genes)):
             sge.tl.predict(small, bin_um=16, inplace=False, **FAST | {"genes": genes})
     ask = {"model": model, "encoder": Colours(), "bin_um": 16, "conserve": True, "inplace": False}
     with sge.settings.override(memory_gb=0.99 * memory(n, 10, n_layers=1)):
-        refuses(small, f"table of {n:,} places x 10 genes", error=MemoryError, **ask)
+        refuses(small, f"table of {n:,} targets x 10 genes", error=MemoryError, **ask)
     with sge.settings.override(memory_gb=1.01 * memory(n, 10, n_layers=1)):
         sge.tl.predict(small, **ask)
 

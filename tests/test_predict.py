@@ -1003,7 +1003,7 @@ def count_embeddings():
     logger, calls = logging.getLogger("histosge"), []
 
     def count(record):
-        if found := re.match(r"embedding (\d+) places with ", record.getMessage()):
+        if found := re.match(r"embedding (\d+) locations with ", record.getMessage()):
             calls.append(int(found[1]))
         return True
 
@@ -1282,8 +1282,11 @@ def test_impossible_genes(sdata, genes, match):
         ({"batch_size": "64"}, "batch_size='64': pass a whole number"),
         ({"encoder": "rgb+rgb"}, "encoder names rgb twice"),
         ({"encoder": []}, "an empty list: name at least one"),
-        ({"tile_um": 112}, "tile_um=112: the tile of encoder 'stain-texture' has a size of its own"),
-        ({"tile_um": 112, "encoder": "stain-texture+rgb"}, "tile of encoder 'stain-texture' and 'rgb' has a size of"),
+        ({"tile_um": 112}, "tile_um=112: the tile of encoder 'stain-texture' has a fixed size"),
+        (
+            {"tile_um": 112, "encoder": "stain-texture+rgb"},
+            "tile of encoder 'stain-texture' and 'rgb' has a fixed size",
+        ),
         ({"tile_um": -1}, "tile_um=-1 is not the edge of a tile in µm"),
         ({"head": "in-contex"}, r"head='in-contex' is unknown\. Did you mean 'in-context'"),
         ({"n_folds": 1}, "n_folds=1: choose a whole number from 2 to 20"),
