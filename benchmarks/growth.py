@@ -75,7 +75,7 @@ def fitted(options) -> Fitted:
     parts = [embedder.embed_parts()] if dense else None
     model = fit_model(
         [section], [at_spots], config=embedder.config, head=options.head, genes=N_GENES, n_folds=5,
-        rng=np.random.default_rng(0), device=embedder.device, parts=parts, progress=False,
+        rng=np.random.default_rng(0), device=embedder.device, sub_spots=parts, progress=False,
     )  # fmt: skip
     if kept is not None:
         model.save(kept, overwrite=True)
