@@ -589,8 +589,7 @@ def test_intervals_say_what_they_did(predicted, log):
     sge.tl.intervals(predicted, level=0.994, genes=["GENE001"])
     assert [r.getMessage() for r in log.records] == [
         "level 0.994: using 0.995, the next level of the grid",
-        "138 spots are too few for prediction intervals at level 0.995, which needs 199: the intervals reach to the largest "
-        "error seen",
+        "138 spots are too few for prediction intervals at level 0.995, which needs 199: the intervals reach to the largest error",
         "added layers 'sd', 'lower', 'upper' to table 'histosge': intervals at level 0.995 of 1 genes",
     ]
 
