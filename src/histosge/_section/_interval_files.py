@@ -120,7 +120,7 @@ def _write_zarr(path: Path, draft: Path, *, key: str, progress: bool | None, **o
     fresh = zarr.open_group(draft, mode="w", zarr_format=group.metadata.zarr_format)
     layers = [fresh.create_array(name, attributes=_ENCODING, **like) for name in _keys.INTERVAL_LAYERS]
     job.fill(layers, progress=progress)
-    ad.io.write_elem(group, _LEVEL, job.level)  # first: layers without it would not be known as ours
+    _write_level(group, job.level)  # first: layers without it would not be known as ours
     if "layers" not in group:
         ad.io.write_elem(group, "layers", {})
     for name in _keys.INTERVAL_LAYERS:
@@ -151,9 +151,17 @@ def _write_h5ad(path: Path, draft: Path, *, key: str, progress: bool | None, **o
             layers.append(file["layers"].create_dataset(name, compression=job.matrix.compression, **like))
             layers[-1].attrs.update(_ENCODING)
         job.fill(layers, progress=progress)
-        ad.io.write_elem(file, _LEVEL, job.level)
+        _write_level(file, job.level)
     draft.replace(path)
     return job
+
+
+def _write_level(group: Any, level: float) -> None:
+    """Write the level of the layers into ``uns``; anndata takes no path as a key."""
+    import anndata as ad
+
+    parent, _, name = _LEVEL.rpartition("/")
+    ad.io.write_elem(group[parent], name, level)
 
 
 def _find_table(path: Path, key: str) -> Path:
