@@ -449,6 +449,7 @@ def few_rows():
         yield
 
 
+@pytest.mark.filterwarnings("ignore:Did not")  # anndata 0.13, of a table inside a store
 @pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize("kind", ["section", "store", "alone", "h5ad"])
 def test_intervals_on_disk(source, predicted, back, tmp_path, kind):
