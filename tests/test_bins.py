@@ -27,6 +27,7 @@ from torch.nn.functional import avg_pool2d, grid_sample
 
 import histosge as sge
 from histosge._geometry import Footprints, Grid, area_fractions, spot_by_bin
+from histosge._heads import get_head
 from histosge._model import check_memory
 from histosge._section import read_section, read_targets, smaller_than_spot
 from histosge._statistics import noise_variance, shrinkage
@@ -780,6 +781,25 @@ def test_another_run_does_not_continue_its_parts(small, model, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out.zarr.partial").rglob("*.done")) == there
     # what changes nothing of the result is no other run
     sge.tl.predict(small, **ask | {"batch_size": 7, "device": "cpu", "inplace": False})
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_a_head_object_of_other_options_is_another_run(small, tmp_path, log):
+    """The same name, but other neighbours; and a head of which nobody can tell."""
+    nearest = get_head("nearest")
+    ask = FAST | {"bin_um": 16, "store": tmp_path / "out.zarr"}
+    with interrupt(1), pytest.raises(KeyboardInterrupt):
+        sge.tl.predict(small, **ask | {"head": nearest(n_neighbours=4)})
+    with pytest.raises(ValueError, match=r"head is \"nearest [0-9a-f]+.*, was \"nearest [0-9a-f]+"):
+        sge.tl.predict(small, **ask | {"head": nearest(n_neighbours=5)})
+    log.clear()
+    sge.tl.predict(small, **ask | {"head": nearest(n_neighbours=4)})
+    assert n_fits(log) == 0
+    odd = nearest()
+    odd.rule = lambda distance: distance
+    with pytest.raises(TypeError, match=r"head=.* cannot be pickled .*With store=, pass its class, with head_options="):
+        sge.tl.predict(small, **ask | {"head": odd, "store": tmp_path / "odd.zarr"})
+    assert not list(tmp_path.glob("odd*"))
 
 
 @pytest.mark.usefixtures("small_parts")

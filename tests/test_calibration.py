@@ -300,7 +300,9 @@ def test_genes_do_not_see_each_other():
     whole = calibrate(predicted, measured, fold=folds(60))
     other = calibrate(predicted[:, order], measured[:, order], fold=folds(60))
     assert len(np.unique(quantile(whole, 0.9))) > 1190
-    np.testing.assert_allclose(other.numbers, whole.take(order).numbers, rtol=1e-6, atol=1e-7)
+    # the same float64 sums over spots, perhaps in another order, stored as float32: they may round to its neighbour
+    off = rounding.of_sum(60, dtype=np.float64) + np.finfo(np.float32).eps
+    np.testing.assert_allclose(other.numbers, whole.take(order).numbers, rtol=off, atol=off)
 
 
 def test_spots_may_come_in_any_order():

@@ -16,7 +16,7 @@ from histosge._embedding._forecast import Forecast
 from histosge._encoders import split_encoder
 from histosge._geometry import Footprints, Targets, divide
 from histosge._section import Section, find_embedding, own_spots
-from histosge._settings import logger
+from histosge._settings import is_whole, logger
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,7 @@ class Embedder:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+        if not is_whole(self.batch_size) or self.batch_size < 1:
             msg = f"batch_size={self.batch_size!r}: pass a whole number of tiles above 0."
             raise ValueError(msg)
 

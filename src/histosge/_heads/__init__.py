@@ -16,6 +16,7 @@ from histosge._heads._registry import (
     AnyHead,
     default_head,
     get_head,
+    head_digest,
     head_name,
     learns_sub_spots,
     new_head,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import difflib
 from importlib.metadata import entry_points
+from pickle import PicklingError
 from typing import Any
+
+import joblib
 
 from histosge._heads._protocol import Head
 from histosge._heads.aggregate import Aggregate
@@ -66,6 +69,20 @@ def get_head(head: AnyHead) -> type[Head]:
 def head_name(head: AnyHead) -> str:
     """Name of a head, or the names of several joined by ``+``."""
     return head if isinstance(head, str) else get_head(head).name
+
+
+def head_digest(head: AnyHead) -> str:
+    """Tell heads apart: by name, and an object by what it holds as well, such as its options."""
+    if isinstance(head, (str, type)):
+        return head_name(head)
+    try:
+        return f"{head_name(head)} {joblib.hash(head)}"
+    except (PicklingError, TypeError, AttributeError) as error:
+        msg = (
+            f"head={head!r} cannot be told from another of its kind, since it cannot be pickled ({error}). With store=, "
+            "pass its class, with head_options=, or hold in it what can be pickled."
+        )
+        raise TypeError(msg) from error
 
 
 def parts_of(head: AnyHead) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from histosge import _keys
 from histosge._embedding import Embedder, Forecast
-from histosge._heads import default_head, head_name, learns_sub_spots
+from histosge._heads import AnyHead, default_head, head_digest, learns_sub_spots
 from histosge._model import (
     Predictor,
     check_arguments,
@@ -257,10 +257,10 @@ def predict(
             commit(sdata, shapes=shapes, tables={key_added: None}, dry_run=True)  # raise before the work, not after it
 
     settled = {"model": model.fingerprint()} if model is not None else {"seed": seed, **learn}
-    if model is None:
-        settled["head"] = head_name(learn["head"])
     parts = None
     if store is not None:
+        if model is None:
+            settled["head"] = head_digest(learn["head"])
         parts = open_store(store, embedder, targets, name=key_added, params=settled | {"conserve": conserve})
     forecast = Forecast(0 if parts is None else parts.n_rows_left, alternative=model is None)
     fitted = None if parts is None else load_fitted(parts)
@@ -305,7 +305,7 @@ def _warn_of_image_only() -> None:
     )
 
 
-def _fit(embedder: Embedder, at_spots: NDArray[np.float32], *, head: str, **learn: Any) -> Model:
+def _fit(embedder: Embedder, at_spots: NDArray[np.float32], *, head: AnyHead, **learn: Any) -> Model:
     """Fit the head on the spots of the section, with their sub-spots where it learns from these."""
     parts = [embedder.embed_parts()] if embedder.config.dense and learns_sub_spots(head) else None
     return fit_model(
@@ -322,7 +322,7 @@ def _fit(embedder: Embedder, at_spots: NDArray[np.float32], *, head: str, **lear
 
 def _check_unit(model: Model, section: Section) -> None:
     """Raise where the expression of the section is in another unit than that of the model."""
-    mine = model.info.get("unit", section.values.unit)  # models of earlier versions have no unit
+    mine = model.info["unit"]
     if mine != section.values.unit:
         msg = (
             f"the model predicts {mine}, but section {section.spots_key!r} holds {section.values.unit}: they cannot be "
