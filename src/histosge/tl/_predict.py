@@ -162,6 +162,8 @@ def predict(
     ValueError
         Where the section cannot be read, an argument is out of range, histosge did not write an existing ``key_added``,
         or the encoder has no tokens for ``dense``. ``sdata`` is then unchanged.
+    TypeError
+        Where ``head`` is no head; with ``store``, also where it is an object that cannot be pickled.
     MemoryError
         Where the table would not fit in memory; before the work starts.
     FileExistsError
