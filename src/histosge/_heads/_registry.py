@@ -72,15 +72,15 @@ def head_name(head: AnyHead) -> str:
 
 
 def head_digest(head: AnyHead) -> str:
-    """Tell heads apart: by name, and an object by what it holds as well, such as its options."""
+    """Identify a head: by name, and an object also by what it holds, such as its options."""
     if isinstance(head, (str, type)):
         return head_name(head)
     try:
         return f"{head_name(head)} {joblib.hash(head)}"
     except (PicklingError, TypeError, AttributeError) as error:
         msg = (
-            f"head={head!r} cannot be told from another of its kind, since it cannot be pickled ({error}). With store=, "
-            "pass its class, with head_options=, or hold in it what can be pickled."
+            f"head={head!r} cannot be compared with that of an earlier run, since it cannot be pickled ({error}). "
+            "With store=, pass its class, with head_options=, or hold in it what can be pickled."
         )
         raise TypeError(msg) from error
 
