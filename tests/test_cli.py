@@ -523,7 +523,11 @@ def test_intervals_that_cannot_be(source, predicted, back, tmp_path):
     del table.layers["sd"]
     table.write_h5ad(tmp_path / "sparse.h5ad")
     assert "has no dense X, which intervals are computed around" in fails("intervals", tmp_path / "sparse.h5ad")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.h5ad", "sparse.h5ad"]
+    centred = back.tables["histosge"].copy()
+    centred.X = centred.X - centred.X.mean(0)
+    centred.write_h5ad(tmp_path / "centred.h5ad")
+    assert "X was scaled or centred" in fails("intervals", tmp_path / "centred.h5ad")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["centred.h5ad", "mine.h5ad", "sparse.h5ad"]
 
 
 # ------------------------------------------------------------------------------------------------------ in one line

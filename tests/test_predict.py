@@ -585,6 +585,22 @@ def test_intervals_of_sparse_values(predicted):
     np.testing.assert_array_equal(table.layers["upper"], whole.layers["upper"])
 
 
+def test_intervals_around_a_scaled_x_are_refused(predicted):
+    """As :func:`scanpy.pp.scale` leaves it, before principal components; a lazy one when it is read."""
+    import scanpy as sc
+
+    table = predicted.tables[KEY].copy()
+    sc.pp.scale(table)
+    match = r"X holds -.*, but predicted expression is never negative: X was scaled or centred.*copy=True"
+    with pytest.raises(ValueError, match=match):
+        sge.tl.intervals(table)
+    assert "sd" not in table.layers
+    table.X = da.from_array(table.X, chunks=(97, 7))
+    sge.tl.intervals(table)
+    with pytest.raises(ValueError, match=match):
+        table.layers["upper"].compute()
+
+
 def test_intervals_say_what_they_did(predicted, log):
     sge.tl.intervals(predicted, level=0.994, genes=["GENE001"])
     assert [r.getMessage() for r in log.records] == [

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from histosge import _keys
-from histosge._section._intervals import columns_of, intervals_of, refuse_foreign_layers
+from histosge._section._intervals import columns_of, intervals_of, predicted_values, refuse_foreign_layers
 from histosge._settings import progress_bar, settings
 from histosge._statistics import interval_around
 
@@ -103,7 +103,9 @@ class _Job:
         with progress_bar(desc="intervals", total=n, unit="row", show=progress) as bar:
             for start in range(0, n, step):
                 rows = slice(start, min(start + step, n))
-                for layer, values in zip(layers, interval_around(self.matrix[rows], self.numbers), strict=True):
+                for layer, values in zip(
+                    layers, interval_around(predicted_values(self.matrix[rows]), self.numbers), strict=True
+                ):
                     layer[rows] = values
                 bar.update(rows.stop - start)
 

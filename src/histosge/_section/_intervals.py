@@ -108,7 +108,7 @@ def interval_layers(
     if genes is not None:
         numbers[:, ~genes] = np.nan
     if not hasattr(values, "dask"):
-        return dict(zip(_keys.INTERVAL_LAYERS, interval_around(_dense(values), numbers), strict=True))
+        return dict(zip(_keys.INTERVAL_LAYERS, interval_around(predicted_values(values), numbers), strict=True))
     import dask.array as da
 
     of_columns = da.from_array(numbers, chunks=(-1, values.chunks[1]))
@@ -121,8 +121,17 @@ def interval_layers(
 
 def _stacked(values: Any, numbers: NDArray[np.float32]) -> NDArray[np.float32]:
     """One block of the three layers, (3, m, g)."""
-    return np.stack(interval_around(_dense(values), numbers))
+    return np.stack(interval_around(predicted_values(values), numbers))
 
 
-def _dense(values: Any) -> NDArray[np.float32]:
-    return np.asarray(values.toarray() if hasattr(values, "toarray") else values, np.float32)
+def predicted_values(values: Any) -> NDArray[np.float32]:
+    """Rows of ``X`` as a dense array. Predictions are never negative: an ``X`` that is has been scaled or centred."""
+    found = np.asarray(values.toarray() if hasattr(values, "toarray") else values, np.float32)
+    if found.size and (lowest := found.min()) < 0:
+        msg = (
+            f"X holds {lowest:g}, but predicted expression is never negative: X was scaled or centred, and intervals "
+            "around it would be wrong. Compute them around X as `sge.tl.predict` wrote it; keep scaled values in a "
+            "layer, or scale a copy: sc.pp.scale(table, copy=True). To plot this X, leave 'width' out of panels=."
+        )
+        raise ValueError(msg)
+    return found

@@ -69,7 +69,7 @@ def intervals(
         Where ``data`` is neither section nor table.
     ValueError
         Where ``level`` is no share or above the highest level, where the table has no numbers of prediction intervals,
-        or where this function did not write an existing layer of one of these names.
+        where ``X`` has negative values, or where this function did not write an existing layer of one of these names.
 
     Notes
     -----
@@ -79,7 +79,8 @@ def intervals(
     measured there are none, since those of other sections are too narrow. A high level is not reached with few spots:
     the intervals then have the width of the largest error, with a warning.
 
-    They are computed around the present ``X``. If you scale or change it, they are wrong.
+    They are computed around the present ``X``, which must be as it was predicted. A scaled or centred ``X`` is refused,
+    since it has negative values; another change is not noticed.
 
     See Also
     --------
