@@ -13,7 +13,7 @@ STAMP = $(VENV)/.stamp
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint docs tutorials dist clean FORCE
+.PHONY: help demo test test-all campaign gpu lint docs tutorials dist clean FORCE
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3] [VENV=.venv]"
@@ -29,6 +29,9 @@ test: $(STAMP)-test ## run the tests but the slow tenth (PYTEST_ARGS='-k geometr
 
 test-all: $(STAMP)-test ## run all of the tests, as CI does
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+campaign: $(STAMP)-test ## run the faults, kills and invariances of tests/campaign whole: about an hour
+	$(BIN)/python -m pytest tests/campaign --campaign $(PYTEST_ARGS)
 
 lint: $(STAMP)-lint ## style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -48,8 +48,9 @@ _ARITHMETIC = {
 
 
 def pytest_addoption(parser):
-    """Add what .ci/machines needs."""
+    """Add what .ci/machines and `make campaign` need."""
     parser.addoption("--reverse", action="store_true", help="run the tests in reverse order: none may need another one")
+    parser.addoption("--campaign", action="store_true", help="run tests/campaign whole, not in its short form")
 
 
 @pytest.hookimpl(tryfirst=True)  # before what is not marked is left out
@@ -60,6 +61,21 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("arithmetic")
     if config.getoption("reverse"):
         items.reverse()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the counts of tests/campaign, as docs/reliability.md shows them."""
+    rows = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) == "teardown":
+                rows |= dict(value for name, value in report.user_properties if name == "campaign")
+    if rows:
+        terminalreporter.section("campaign")
+        terminalreporter.write_line("| what | tried | outcomes |\n|---|---|---|")
+        for what, outcomes in sorted(rows.items()):
+            found = ", ".join(f"{n:,} {outcome}" for outcome, n in outcomes.items())
+            terminalreporter.write_line(f"| {what} | {sum(outcomes.values()):,} | {found} |")
 
 
 @pytest.fixture(scope="session")
