@@ -288,7 +288,7 @@ def test_options_by_name_of_the_head(section, embedding):
         ),
         ("in-context+kriging", {"kriging": {"width": 3}}, "head 'kriging' has no option 'width'"),
         ("nearest", 3, r"head_options=3: pass a dict of arguments"),
-        ("nearest", {"n_neighbours": 0}, "n_neighbours=0 of head 'nearest' must be a whole number from 1"),
+        ("nearest", {"n_neighbours": 0}, "n_neighbours=0 of head 'nearest' must be a whole number from 1 to 10000"),
         ("kriging", {"n_components": 2.5}, "n_components=2.5 of head 'kriging' must be a whole number from 1, or None"),
         ("in-context", {"dropout": 2}, "dropout=2 of head 'in-context' must be a number from 0 to 1"),
     ],

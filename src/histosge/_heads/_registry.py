@@ -40,6 +40,8 @@ ENTRY_POINTS = "histosge.heads"
 _MEMBERS = ("name", "ensembles_folds", "learns_sub_spots", "losses", "fit", "predict", "state", "from_state", "to")
 _FROM_0 = ("n_exact", "n_steps")
 """Options that may be 0; all other whole numbers begin at 1."""
+_MOST = {"n_neighbours": 10_000}
+"""Options that memory grows with, whatever the number of spots"""
 _TRIED = 64
 """Spots that a restored head is tried on"""
 _PASSED: dict[str, type[Head]] = {}
@@ -121,10 +123,10 @@ def wrong_option(kind: type[Head], option: str, value: Any) -> str | None:
     default = inspect.signature(kind).parameters[option].default
     if isinstance(default, float):
         return None if is_number(value) and 0 <= value <= 1 else "a number from 0 to 1"
-    least = 0 if option in _FROM_0 else 1
-    if (value is None and default is None) or (is_whole(value) and value >= least):
+    least, most = 0 if option in _FROM_0 else 1, _MOST.get(option)
+    if (value is None and default is None) or (is_whole(value) and least <= value <= (most or value)):
         return None
-    return f"a whole number from {least}{', or None' if default is None else ''}"
+    return f"a whole number from {least}{f' to {most}' if most else ''}{', or None' if default is None else ''}"
 
 
 def restore_head(kind: type[Head], config: dict[str, Any], weights: dict[str, Tensor], *, spots: Spots) -> Head:
