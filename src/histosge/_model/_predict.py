@@ -14,7 +14,7 @@ import torch
 
 from histosge._geometry import block_order, spot_by_bin
 from histosge._image import thumbnail
-from histosge._model._files import MODEL_FILE, read_file, write_file
+from histosge._model._files import MODEL_FILE, ModelError, read_file, write_file
 from histosge._model._model import Model
 from histosge._section import TableStore, predicted_table, shapes_element
 from histosge._settings import available_memory, logger, progress_bar, settings
@@ -224,8 +224,12 @@ def load_fitted(store: TableStore) -> tuple[NDArray[np.float32], Model] | None:
     folder = store.folder / "model"
     if not (folder / MODEL_FILE).exists():
         return None
-    _, tensors = read_file(store.folder / _SPOTS_FILE)
-    return tensors["embedding"].numpy(), Model.load(folder)
+    try:
+        _, tensors = read_file(store.folder / _SPOTS_FILE)
+        return tensors["embedding"].numpy(), Model.load(folder)
+    except ModelError as error:
+        msg = f"{error} To do so, remove {str(store.folder.parent)!r} and start again."
+        raise ModelError(msg) from error
 
 
 def save_fitted(store: TableStore, at_spots: NDArray[np.float32], model: Model) -> tuple[NDArray[np.float32], Model]:
