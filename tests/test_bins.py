@@ -866,9 +866,24 @@ def test_a_model_that_was_half_saved_is_fitted_again(small, tmp_path, log):
     ask = {"bin_um": 16, "store": tmp_path / "out.zarr"} | FAST
     with interrupt(0), pytest.raises(KeyboardInterrupt):
         sge.tl.predict(small, **ask)
-    (tmp_path / "out.zarr.partial" / "work" / "model" / "whole").unlink()
+    (tmp_path / "out.zarr.partial" / "work" / "model" / "histosge.safetensors").unlink()
     sge.tl.predict(small, **ask)
     assert n_fits(log) == 2
+
+
+@pytest.mark.parametrize("name", ["model/histosge.safetensors", "spots.safetensors"])
+def test_a_damaged_model_of_an_interrupted_run_is_refused(small, tmp_path, name):
+    ask = {"bin_um": 16, "store": tmp_path / "out.zarr"} | FAST
+    with interrupt(0), pytest.raises(KeyboardInterrupt):
+        sge.tl.predict(small, **ask)
+    path = tmp_path / "out.zarr.partial" / "work" / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        sge.ModelError, match=rf"{name}: its sha256 is .* remove '.*out\.zarr\.partial' and start again"
+    ):
+        sge.tl.predict(small, **ask)
 
 
 # ------------------------------------------------------------------------------------------------------ conservation

@@ -679,7 +679,7 @@ def test_two_outputs_of_one_name(source, tmp_path):
         (["--upsample", "4", "--bin-um", "8"], "pass one of them"),
         (["--device", "gpu"], "device='gpu' is not a device torch knows"),
         (["--encoder", "test_vit", "--weights", "tests"], "is not a folder in the hub's layout"),
-        (["--model", "tests"], "tests holds no model: there is no config.json"),
+        (["--model", "tests"], "tests holds no model: there is no histosge.safetensors"),
     ],
 )
 def test_mistakes_are_told(source, tmp_path, options, match):

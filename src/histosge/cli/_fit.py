@@ -33,7 +33,7 @@ from histosge.cli._shared import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-_MARKS = ("config.json",)
+_MARKS = ("histosge.safetensors",)
 """A file in every folder of a model."""
 
 
