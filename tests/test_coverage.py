@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from scipy import sparse
 from shapely.affinity import rotate
 from tests import rounding
 
-from histosge._geometry import Footprints, Grid, _areas, area_fractions, block_order, spot_by_bin
+from histosge._geometry import Footprints, Grid, _areas, area_fractions, block_order, divide, padded, spot_by_bin
 
 properties = settings(deadline=None, max_examples=40)
 KINDS = ["disc", "square", "polygon"]
@@ -371,7 +372,33 @@ def test_one_size_or_one_each():
     np.testing.assert_array_equal(Footprints.squares(xy, edge_px=[3, 4]).size_px, [3, 4])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_digests_differ_wherever_areas_do(kind):
+    def made(*, at=3.0, size=2.0, tilt=0.0, reverse=False):
+        xy = np.array([[0.0, 0.0], [at, 7.0]])[:: -1 if reverse else 1]
+        if kind == "disc":
+            return Footprints.discs(xy, diameter_px=size)
+        if kind == "square":
+            return Footprints.squares(xy, edge_px=size, turn=tilt)
+        edge = size * np.array([1 + tilt, 1 / (1 + tilt)])  # of the same area and centre
+        return Footprints.of_polygons(shapely.box(*np.hstack([xy - edge / 2, xy + edge / 2]).T))
+
+    other = [made(), made(at=3.0000001), made(size=2.0000001), made(reverse=True)]
+    other += [] if kind == "disc" else [made(tilt=0.1)]
+    assert len({footprints.digest() for footprints in other}) == len(other)
+    assert made().digest() == made().digest()
+    strided = replace(made(), xy_px=np.repeat(made().xy_px, 2, axis=0)[::2])
+    assert strided.digest() == made().digest()
+    assert Footprints.discs([[1, 1]], diameter_px=2).digest() != Footprints.squares([[1, 1]], edge_px=2).digest()
+
+
 # ----------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(("n", "rows"), [(1, "0"), (5, "0, 1, 2, 3, 4"), (6, "0, 1, 2, 3, 4, ...")])
+def test_the_first_five_are_named(n, rows):
+    with pytest.raises(ValueError, match=rf"^{n} of {n} footprints \(rows {re.escape(rows)}\) have no area"):
+        Footprints.discs(np.zeros((n, 2)), diameter_px=0)
 
 
 def test_outside_the_grid_is_an_error_that_names_a_grid_to_hold_all():
@@ -526,6 +553,46 @@ def test_bins_that_are_not_on_their_grid():
         spot_by_bin(spots, **{k: v if k == "bin_px" else np.concatenate([v, v[:1]]) for k, v in bins.items()})
     with pytest.raises(ValueError, match=r"bin_px=0: give a finite number of pixels above 0"):
         spot_by_bin(spots, **{**bins, "bin_px": 0})
+
+
+# ----------------------------------------------------------------------------------------------------- divide
+
+
+@given(kind=kinds, edge=st.floats(0.5, 30), seed=seeds, at=st.tuples(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3)))
+@properties
+def test_footprints_are_cut_into_the_squares_of_one_grid(kind, edge, seed, at):
+    footprints = lay(kind, n=7, seed=seed, grid=Grid(*at, edge, 6, 5))
+    xy, index, weight = divide(footprints, edge_px=edge)
+    assert (index.dtype, index.shape) == (np.int64, weight.shape)
+    whole = xy / edge - 0.5
+    np.testing.assert_allclose(whole, np.rint(whole), atol=1e-9)
+    assert len(np.unique(np.rint(whole), axis=0)) == len(xy)  # each square once,
+    assert np.unique(index[weight > 0]).tolist() == list(range(len(xy)))  # and none that no footprint reaches
+    np.testing.assert_allclose(weight.sum(axis=1), 1)
+    assert (weight >= 0).all()
+    squares = shapely.box(*np.hstack([xy - edge / 2, xy + edge / 2]).T)
+    areas = outlines(footprints)
+    wanted = shapely.area(shapely.intersection(areas[:, None], squares[index])) / shapely.area(areas)[:, None]
+    # the oracle's discs are polygons of 1024 corners, 6e-6 smaller
+    np.testing.assert_allclose(weight[weight > 0], wanted[weight > 0], atol=2e-5 if kind == "disc" else OFF)
+    assert (weight > 0).any(axis=0).all()  # no more columns than the widest footprint needs
+
+
+@pytest.mark.parametrize("kind", ["square", "polygon"])
+def test_a_footprint_that_is_a_square_of_the_grid_is_cut_once(kind):
+    edge = 0.1  # three of it are not 0.3
+    squares = Footprints.squares((np.array([[0, 0], [3, 7], [-4, 2]]) + 0.5) * edge, edge_px=edge)
+    xy, index, weight = divide(squares if kind == "square" else squares.as_polygons(), edge_px=edge)
+    assert weight.tolist() == [[1.0]] * 3
+    np.testing.assert_allclose(xy[index[:, 0]], squares.xy_px)
+
+
+def test_rows_of_unequal_length_are_padded():
+    index, weight = padded(sparse.csr_matrix([[0, 0, 0.5, 0.5], [0, 0, 0, 0], [0, 1, 0, 0], [0.2, 0.3, 0, 0.5]]))
+    assert index.tolist() == [[2, 3, 0], [0, 0, 0], [1, 0, 0], [0, 1, 3]]
+    assert weight.tolist() == [[0.5, 0.5, 0], [0, 0, 0], [1, 0, 0], [0.2, 0.3, 0.5]]
+    for nothing in padded(sparse.csr_matrix((0, 4))):
+        assert nothing.shape == (0, 0)
 
 
 # ------------------------------------------------------------------------------------------------ block_order

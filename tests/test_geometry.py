@@ -14,6 +14,8 @@ from histosge._geometry import (
     Targets,
     estimate_lattice,
     in_mask,
+    lay_around,
+    lay_over,
     nearest_spots,
     refine,
     similarity_scale,
@@ -381,6 +383,62 @@ def test_square_bins_cover_what_is_near_a_spot(bin_px, margin, seed):
     grid = (np.stack(np.meshgrid(wide, wide), -1).reshape(-1, 2) + 0.5) * bin_px
     near = np.hypot(*(grid[:, None] - xy[None]).transpose(2, 0, 1)).min(1) < margin
     assert same_places(bins.xy_px, grid[near], tolerance=1e-6) if near.any() else len(bins) == 0
+
+
+def test_square_bins_over_an_image():
+    bins = lay_over(70.0, 45.0, step_px=20, hexagonal=False, diameter_px=7)
+    assert bins.xy_px.tolist() == [[10, 10], [30, 10], [50, 10], [10, 30], [30, 30], [50, 30]]
+    assert bins.array_row.tolist() == [0, 0, 0, 1, 1, 1]
+    assert bins.array_col.tolist() == [0, 1, 2, 0, 1, 2]
+    assert bins.footprints.size_px.tolist() == [20] * 6  # side by side, whatever the diameter of a disc
+    assert (bins.are_bins, bins.step_px, bins.laid) == (True, 20.0, True)
+    assert bins.spot_index.tolist() == [-1] * 6
+    assert bins.instances.tolist() == list(range(6))
+    assert {bins.array_row.dtype, bins.array_col.dtype, bins.spot_index.dtype} == {np.dtype(np.int64)}
+
+
+@pytest.mark.parametrize("diameter_px", [None, 7.0])
+def test_a_hexagonal_lattice_over_an_image(diameter_px):
+    """Rows are 17.3 px apart, and 2.7 of them fit; each second one is half a step to the right."""
+    places = lay_over(70.0, 47.0, step_px=20, hexagonal=True, diameter_px=diameter_px)
+    np.testing.assert_allclose(places.xy_px[:, 0], [10, 30, 50, 20, 40, 60])
+    np.testing.assert_allclose(places.xy_px[:, 1], [10 * np.sqrt(0.75)] * 3 + [30 * np.sqrt(0.75)] * 3)
+    assert places.array_row.tolist() == [0, 0, 0, 1, 1, 1]
+    assert places.array_col.tolist() == [0, 2, 4, 1, 3, 5]
+    assert places.footprints.size_px.tolist() == [diameter_px or 20.0] * 6
+    assert (places.footprints.kind, places.step_px) == ("disc", 20.0)
+
+
+@properties
+@given(st.integers(1, 30), st.floats(1, 300), st.sampled_from(UPSAMPLE), st.integers(0, 999))
+def test_a_lattice_around_irregular_spots(n, pitch, upsample, seed):
+    """All sites of one hexagonal lattice that are nearer than a pitch to a spot, and no other."""
+    xy = np.random.default_rng(seed).uniform(-5, 5, (n, 2)) * pitch
+    places = lay_around(xy, pitch_px=pitch, upsample=upsample)
+    step = pitch / np.sqrt(upsample)
+    assert places.step_px == pytest.approx(step)
+    np.testing.assert_allclose(places.footprints.size_px, step)
+    assert lay_around(xy, pitch_px=pitch, upsample=upsample, diameter_px=3).footprints.size_px.tolist() == [3] * len(
+        places
+    )
+    index = np.column_stack([places.array_col, places.array_row])
+    assert index.min(axis=0).tolist() == [0, 0]
+    assert len(np.unique(index, axis=0)) == len(places)
+    basis = step * UNIT["hexagonal"]
+    origin = (places.xy_px - index @ basis).mean(axis=0)
+    np.testing.assert_allclose(places.xy_px, origin + index @ basis, atol=1e-9 * pitch)
+    assert (places.spot_index == -1).all()
+    reach = np.arange(-9, index.max() + 9)
+    sites = origin + np.stack(np.meshgrid(reach, reach), -1).reshape(-1, 2) @ basis
+    far = cKDTree(xy).query(sites)[0]
+    clear = cKDTree(xy).query(places.xy_px)[0] < pitch * (1 - 1e-9)  # rounding decides on the others
+    assert same_places(places.xy_px[clear], sites[far < pitch * (1 - 1e-9)], tolerance=1e-6 * pitch)
+
+
+@pytest.mark.parametrize("upsample", [0, 3, None])
+def test_a_lattice_around_spots_refuses_other_numbers(upsample):
+    with pytest.raises(ValueError, match=rf"^upsample={upsample}: choose one of \(2, 4, 8, 16\)"):
+        lay_around(np.zeros((1, 2)), pitch_px=10, upsample=upsample)
 
 
 # ------------------------------------------------------------------------------------------------ nearest spots
