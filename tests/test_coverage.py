@@ -11,7 +11,7 @@ import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
-from shapely.affinity import rotate
+from shapely.affinity import rotate, scale
 from tests import rounding
 
 from histosge._geometry import Footprints, Grid, _areas, area_fractions, block_order, divide, padded, spot_by_bin
@@ -118,6 +118,12 @@ def test_square_on_a_cell_is_that_cell_alone(kind, cell):
     np.testing.assert_array_equal(found.indices, np.arange(600))
     np.testing.assert_array_equal(found.data, 1.0)
     assert found.dtype == np.float64
+
+
+def test_on_the_corner_of_four_cells_however_small():
+    """What crosses a line by a billionth of a cell crosses it by half of itself here."""
+    found = as_map(Footprints.discs([[0, 0]], diameter_px=1e-9), Grid(-1, -1, 1, 2, 2))
+    np.testing.assert_allclose(found, 0.25)
 
 
 def test_square_over_parts_of_cells():
@@ -451,6 +457,7 @@ BOW = shapely.Polygon([(0, 0), (3, 2), (3, 0), (0, 1)])
     ("polygon", "message"),
     [
         (BOW, r"1 of 2 footprints \(rows 1\) are not valid polygons.*Self-intersection.*make_valid"),
+        (scale(BOW, 0.01, 0.01), r"1 of 2 footprints \(rows 1\) are not valid polygons"),
         (shapely.Polygon(), r"1 of 2 footprints \(rows 1\) have no area"),
         (shapely.Polygon([(0, 0), (1, 1), (2, 2)]), r"1 of 2 footprints \(rows 1\) have no area"),
         (
@@ -460,7 +467,7 @@ BOW = shapely.Polygon([(0, 0), (3, 2), (3, 0), (0, 1)])
             r"1 of 2 footprints \(rows 1\) have a centre or size that is not",
         ),
         (shapely.Point(0, 0), r"1 of 2 footprints \(rows 1\) are no Polygon or MultiPolygon but Point: leave them out"),
-        (None, r"1 of 2 footprints \(rows 1\) are no Polygon or MultiPolygon but None"),
+        (None, r"1 of 2 footprints \(rows 1\) are no Polygon or MultiPolygon but None: leave them out"),
     ],
 )
 def test_unsound_polygons(polygon, message):
@@ -493,7 +500,7 @@ def test_grid_must_be_one(grid, message):
 
 
 def test_footprint_smaller_than_the_last_digit_of_its_place():
-    far = Footprints.discs([[0.5, 0.5], [1e9, 1e9]], diameter_px=[1, 1e-9])
+    far = Footprints.discs([[0.5, 0.5], [1e9, 1e9], [1e9, 1e9]], diameter_px=[1, 1e-9, 1e-9])
     with pytest.raises(ValueError, match=r"shares of footprint 1 sum to .* instead of 1: it is too small for its dist"):
         area_fractions(far, Grid(0, 0, 1e6, 1001, 1001))
 
