@@ -14,9 +14,11 @@ from histosge._geometry import (
     Targets,
     estimate_lattice,
     in_mask,
+    lattice_of_array,
     lay_around,
     lay_over,
     nearest_spots,
+    optical_density,
     refine,
     similarity_scale,
     square_bins,
@@ -207,6 +209,36 @@ def test_lattice_stretched_along_its_diagonal_is_refused(kind, direction):
     """Both steps stay equally long, and yet one direction is 12 % longer than the other."""
     with pytest.raises(NotALattice, match="stretched"):
         estimate_lattice(stretch(lay(kind, n=14, pitch=80), factor=1.12, direction=direction))
+
+
+def test_pairs_scattered_over_a_lattice_are_chance():
+    """Sixty pairs on ten thousand sites, in all directions: each spot has one neighbour, and hardly any site has one."""
+    rng = np.random.default_rng(0)
+    corner = 10 * np.stack(np.meshgrid(np.arange(10), np.arange(10)), -1).reshape(-1, 2) + rng.integers(0, 9, (100, 2))
+    step = np.array([[1, 0], [0, 1], [-1, 1]])[np.arange(100) % 3]
+    xy = np.vstack([corner, corner + step]) @ (20.0 * UNIT["hexagonal"])
+    with pytest.raises(
+        NotALattice, match=r"best hexagonal lattice \(pitch 20\.0 px\) has spots on only [12]\.\d% of its sites"
+    ):
+        estimate_lattice(xy)
+
+
+@pytest.mark.parametrize("stretch", [(1.5, 1.0), (1.0, 1.5), (1.08, 1.0), (1.0, 1.08)])
+@pytest.mark.parametrize("half_steps", [False, True])
+def test_a_stretched_array_is_refused(stretch, half_steps):
+    row, col = (a.ravel() for a in np.indices((8, 9)))
+    col = 2 * col + row % 2 if half_steps else col
+    xy = np.column_stack([col / 2, row * np.sqrt(0.75)] if half_steps else [col, row]) * 20 * stretch
+    with pytest.raises(NotALattice, match=r"^rows of the array lie .* neither hexagonal nor square"):
+        lattice_of_array(xy, row, col)
+
+
+def test_the_array_is_numbered_from_its_own_first_row_and_column():
+    row, col = (a.ravel() for a in np.indices((6, 5)))
+    found = lattice_of_array(np.column_stack([col, row]) * 20.0 + 7, row + 40, col + 13)
+    np.testing.assert_array_equal(found.index, np.column_stack([col, row]))
+    np.testing.assert_allclose(found.origin, 7)
+    assert found.residual < 1e-12
 
 
 @properties
@@ -492,6 +524,20 @@ def test_nearest_spots_of_a_group_against_brute_force(n_spots, k, excluding, see
         assert present.tolist() == [True] * n + [False] * (k - n)
 
 
+def test_nearest_spots_where_a_group_has_none():
+    """All locations of one section and all spots of another; and one location, or none."""
+    spots = np.array([[0.0, 0.0], [1.0, 0.0]])
+    for n in (0, 1, 3):
+        groups = {"groups": np.full(n, 1), "spot_groups": np.full(2, 2)}
+        for found in nearest_spots(np.zeros((n, 2)), spots, k=2, **groups):
+            assert found.shape == (n, 2)
+            assert not found.any()
+        groups = {"groups": np.full(n, 1), "spot_groups": np.zeros(0, int)}
+        assert not nearest_spots(np.zeros((n, 2)), spots[:0], k=2, **groups)[2].any()
+    index, _, present = nearest_spots(spots[:1], spots, k=2, groups=np.array([2]), spot_groups=np.full(2, 2))
+    assert (index.tolist(), present.tolist()) == ([[0, 1]], [[True, True]])
+
+
 def test_nearest_spots_without_spots():
     index, dist, present = nearest_spots(np.zeros((3, 2)), np.zeros((0, 2)), k=4)
     assert index.shape == (3, 4)
@@ -547,6 +593,38 @@ def spots_in(mask, n=80, seed=0):
     row, col = np.nonzero(mask)
     take = np.random.default_rng(seed).choice(len(row), n)
     return np.column_stack([col[take], row[take]]) + 0.5
+
+
+def test_optical_density_of_known_colours():
+    """Light is divided by ten for each unit, from 256; what is below 8 in all colours was blacked out, not stained."""
+    image = np.array([[[255, 127, 0], [7, 7, 7], [8, 7, 7], [0, 0, 0], [0, 0, 63]]], np.uint8)
+    found = optical_density(image)[0]
+    assert found.dtype == np.float32
+    half = np.log10(2)
+    np.testing.assert_allclose(found[0], [0, half, 8 * half], atol=1e-6)
+    assert not found[[1, 3]].any()
+    np.testing.assert_allclose(found[2], [np.log10(256 / 9), 5 * half, 5 * half], rtol=1e-6)
+    np.testing.assert_allclose(found[4], [8 * half, 8 * half, 2 * half], rtol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "top", "bottom"])
+def test_spots_beyond_the_thumbnail_are_of_the_pixel_next_to_them(side):
+    """One dark line of pixels along one side, and only there spots: it is tissue, and nothing else is."""
+    image, line = np.full((9, 12, 3), 240, np.uint8), np.zeros((9, 12), bool)
+    line[{"left": np.s_[:, 0], "right": np.s_[:, 11], "top": np.s_[0], "bottom": np.s_[8]}[side]] = True
+    image[line] = (150, 80, 140)
+    at = {"left": [-1.5, 4], "right": [12.7, 4], "top": [5, -1.5], "bottom": [5, 9.7]}[side]
+    for spots in ([at], [at, np.clip(at, 0, [11.9, 8.9])]):  # one spot counts, too
+        mask, share = tissue_mask(image, np.array(spots, float), blur_cells=0)
+        np.testing.assert_array_equal(mask, line)
+        assert share == 1.0
+
+
+def test_without_spots_the_threshold_is_otsus():
+    image, truth = disc(45, tissue=(190, 120, 170), glass=(245, 245, 245))
+    mask, share = tissue_mask(image, np.zeros((0, 2)), blur_cells=1.0)
+    assert (mask == truth).mean() > 0.99
+    assert np.isnan(share)
 
 
 @pytest.mark.parametrize("glass", [(245, 245, 245), (225, 228, 222)], ids=["white", "grey"])

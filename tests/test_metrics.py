@@ -237,6 +237,20 @@ def test_structural_similarity_of_known_predictions():
     assert structural_similarity(0.5 * measured, measured, xy=xy)[599] == pytest.approx(one[0])
 
 
+@pytest.mark.parametrize("unit", [1e-3, 1e3])
+def test_structural_similarity_has_no_unit(unit):
+    """The dynamic range is the measurement's own; float32 is computed as float64 is, and six neighbours are usual."""
+    xy, rng = grid(), np.random.default_rng(0)
+    measured = (100 + rng.random((100, 3))).astype(np.float32)
+    predicted = measured + rng.random((100, 3), np.float32)
+    wanted = structural_similarity(predicted.astype(float), measured.astype(float), xy=xy, n_neighbours=6)
+    assert ((wanted > 0) & (wanted < 0.9)).all()
+    assert structural_similarity(predicted, measured, xy=xy) == pytest.approx(wanted, abs=1e-12)
+    assert structural_similarity(unit * predicted.astype(float), unit * measured.astype(float), xy=xy) == pytest.approx(
+        wanted, abs=1e-6
+    )
+
+
 def test_structural_similarity_of_a_constant_measurement_is_zero():
     x = np.random.default_rng(0).random((100, 2))
     assert structural_similarity(x, np.full((100, 2), 0.1), xy=grid()).tolist() == [0, 0]

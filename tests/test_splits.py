@@ -294,6 +294,13 @@ def test_without_a_buffer_every_spot_is_used():
     assert_partition(block_splits(xy, n_splits=4, buffer_um=0, rng=make_rng()), len(xy))
 
 
+def test_a_spot_as_far_as_the_buffer_is_trained_on():
+    """Only nearer ones are left out: on a line of spots 100 µm apart none is nearer than 100 µm."""
+    xy = np.column_stack([np.arange(60) * 100.0, np.zeros(60)])
+    assert_partition(block_splits(xy, n_splits=3, buffer_um=100, rng=make_rng()), 60)
+    assert sum(len(s.train) for s in block_splits(xy, n_splits=3, buffer_um=100.01, rng=make_rng())) < 120
+
+
 def test_a_buffer_that_leaves_nothing_is_refused():
     want = (
         r"^buffer_um=1e\+06 leaves 0 of 196 spots to learn from when fold 0 of 5 is held out \(at least 10 are needed\)"
