@@ -362,6 +362,8 @@ def test_predictions_below_zero_count_as_zero():
     below = calibrate(predicted, measured, fold=folds(200)).to_arrays()
     cut = calibrate(np.maximum(predicted, 0), measured, fold=folds(200)).to_arrays()
     assert all((below[name] == cut[name]).all() for name in cut)
+    intervals = PredictionIntervals.from_arrays(cut)
+    np.testing.assert_array_equal(intervals.sd(np.full((2, 8), -3.0)), intervals.sd(np.zeros((2, 8))))
 
 
 # ------------------------------------------------------------------------------------------------------ the rest

@@ -492,6 +492,7 @@ def test_factor_must_be_positive(factor):
         ({"cell_px": 0}, "x0 and y0 must be finite, cell_px finite and above 0"),
         ({"x0": np.nan}, "x0 and y0 must be finite"),
         ({"n_rows": 0}, "at least one row and one column"),
+        ({"n_cols": 0}, "at least one row and one column"),
     ],
 )
 def test_grid_must_be_one(grid, message):
@@ -516,7 +517,7 @@ def lay_bins(*, n_rows, n_cols, bin_px, corner, first):
     return {"bins_xy_px": xy[order], "bin_px": bin_px, "row": row[order] + first, "col": col[order] + first}, order
 
 
-@given(kind=kinds, bin_px=st.floats(2, 30), first=st.integers(-50, 5000), seed=seeds)
+@given(kind=kinds, bin_px=st.floats(0.3, 30), first=st.integers(-50, 5000), seed=seeds)
 @properties
 def test_bins_under_spots_are_the_cells_under_spots(kind, bin_px, first, seed):
     bins, order = lay_bins(n_rows=7, n_cols=9, bin_px=bin_px, corner=(411.3, -70.9), first=first)
@@ -657,7 +658,8 @@ def test_order_is_stable_and_goes_with_the_places():
 
 
 def test_order_needs_a_block_and_places():
-    with pytest.raises(ValueError, match=r"block_px=0: give a finite number of pixels above 0"):
-        block_order(np.zeros((1, 2)), block_px=0)
+    for wrong in (0, -1.0, np.inf, np.nan):
+        with pytest.raises(ValueError, match=rf"block_px={wrong}: give a finite number of pixels above 0"):
+            block_order(np.zeros((1, 2)), block_px=wrong)
     with pytest.raises(ValueError, match=r"xy_px: 1 of 2 positions \(rows 1\) are not finite: leave them out"):
         block_order(np.array([[0, 0], [np.nan, 0]]), block_px=1)

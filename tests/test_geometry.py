@@ -18,6 +18,7 @@ from histosge._geometry import (
     lay_around,
     lay_over,
     nearest_spots,
+    occupied_share,
     optical_density,
     refine,
     similarity_scale,
@@ -223,6 +224,25 @@ def test_pairs_scattered_over_a_lattice_are_chance():
         estimate_lattice(xy)
 
 
+@pytest.mark.parametrize("kind", ["hexagonal", "square"])
+@pytest.mark.parametrize("period", [2, 3])
+def test_a_lattice_without_one_class_of_its_sites_is_refused(kind, period):
+    """As of several arrays over one another: every second or third site of every second or third row is empty."""
+    site = np.stack(np.meshgrid(np.arange(18), np.arange(18)), -1).reshape(-1, 2)
+    there = site[(site % period != 1).any(axis=1)]
+    with pytest.raises(NotALattice, match="on every second or third"):
+        estimate_lattice(20.0 * there @ UNIT[kind])
+    some = np.random.default_rng(0).random(len(site)) < len(there) / len(site)  # as many, but any
+    assert estimate_lattice(20.0 * site[some] @ UNIT[kind]).pitch_px == pytest.approx(20)
+
+
+def test_share_of_occupied_sites_is_exact_by_picks_theorem():
+    site = np.stack(np.meshgrid(np.arange(6.0), np.arange(5.0)), -1).reshape(-1, 2)
+    inner = ((site > 1) & (site < [4, 3])).all(axis=1)  # the hull does not need them
+    assert inner.sum() == 2
+    assert occupied_share(site[~inner] * 3, cell_px2=9) == pytest.approx(28 / 30, abs=1e-4)
+
+
 @pytest.mark.parametrize("stretch", [(1.5, 1.0), (1.0, 1.5), (1.08, 1.0), (1.0, 1.08)])
 @pytest.mark.parametrize("half_steps", [False, True])
 def test_a_stretched_array_is_refused(stretch, half_steps):
@@ -352,6 +372,15 @@ def test_refine_leaves_large_holes_open():
     assert np.hypot(*(places.xy_px - centre).T).min() > 20
 
 
+@pytest.mark.parametrize("kind", ["hexagonal", "square"])
+@pytest.mark.parametrize("upsample", UPSAMPLE)
+def test_no_target_lies_beyond_the_cells_of_the_spots(kind, upsample):
+    """The corners of a spot's own cell, of a hexagon or a square, are the farthest from it."""
+    xy = lay(kind, n=9)
+    far = cKDTree(xy).query(refine(estimate_lattice(xy), xy, upsample=upsample).xy_px)[0]
+    assert far.max() <= {"hexagonal": np.sqrt(1 / 3), "square": np.sqrt(1 / 2)}[kind] * (1 + 1e-5)
+
+
 def test_refine_does_not_grow_the_edge():
     """What lies beyond the edge of the array is no hole."""
     xy = lay("hexagonal", n=9, pitch=10)
@@ -464,7 +493,14 @@ def test_a_lattice_around_irregular_spots(n, pitch, upsample, seed):
     sites = origin + np.stack(np.meshgrid(reach, reach), -1).reshape(-1, 2) @ basis
     far = cKDTree(xy).query(sites)[0]
     clear = cKDTree(xy).query(places.xy_px)[0] < pitch * (1 - 1e-9)  # rounding decides on the others
+    assert cKDTree(xy).query(places.xy_px)[0].max() <= pitch * (1 + 1e-9)
     assert same_places(places.xy_px[clear], sites[far < pitch * (1 - 1e-9)], tolerance=1e-6 * pitch)
+
+
+def test_a_lattice_around_irregular_spots_moves_with_them():
+    xy = np.random.default_rng(0).uniform(0, 90, (20, 2))
+    here, there = (lay_around(places, pitch_px=16, upsample=4) for places in (xy, xy + [64, -32]))
+    np.testing.assert_allclose(there.xy_px, here.xy_px + [64, -32])
 
 
 @pytest.mark.parametrize("upsample", [0, 3, None])
@@ -524,6 +560,14 @@ def test_nearest_spots_of_a_group_against_brute_force(n_spots, k, excluding, see
         assert present.tolist() == [True] * n + [False] * (k - n)
 
 
+def test_many_neighbours_stay_in_order_when_one_is_left_out():
+    rng = np.random.default_rng(0)
+    spots = rng.random((200, 2))
+    index, dist, _ = nearest_spots(spots, spots, k=60, exclude=rng.integers(0, 200, 200))
+    assert (np.diff(dist, axis=1) > 0).all()
+    np.testing.assert_allclose(np.hypot(*(spots[index] - spots[:, None]).transpose(2, 0, 1)), dist)
+
+
 def test_nearest_spots_where_a_group_has_none():
     """All locations of one section and all spots of another; and one location, or none."""
     spots = np.array([[0.0, 0.0], [1.0, 0.0]])
@@ -555,6 +599,9 @@ def test_in_mask():
     outside = [[9.99, 50], [20, 50], [15, 39.99], [15, 60], [-0.01, 50], [50, 20], [15, -5], [1e6, 1e6]]
     found = in_mask(np.array(inside + outside, dtype=float), mask, px_per_cell=(10.0, 20.0))
     assert found.tolist() == [True] * 3 + [False] * 8
+    first = np.zeros((3, 4), dtype=bool)
+    first[0, 0] = True
+    assert in_mask(np.array([[0.0, 0.0], [9.99, 19.99]]), first, px_per_cell=(10.0, 20.0)).all()
     # a negative index would wrap around to the other side
     mask[:] = True
     assert not in_mask(np.array([[-0.5, 5.0], [5.0, -0.5], [40.0, 5.0]]), mask, px_per_cell=(10.0, 20.0)).any()

@@ -113,6 +113,15 @@ def test_morans_i_of_sections_that_lie_on_one_another():
     np.testing.assert_allclose(morans_i(values, np.vstack([xy, xy]), groups=group), apart, atol=1e-6)
 
 
+def test_a_spot_without_neighbours_has_an_empty_row():
+    """Alone in its section, and the neighbour of none: the matrix still has its row and column."""
+    xy = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [50.0, 50.0]])
+    alone = neighbour_mean(xy, n_neighbours=2, itself=False, groups=np.array([0, 0, 0, 1])).toarray()
+    assert alone.tolist() == [[0, 0.5, 0.5, 0], [0.5, 0, 0.5, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 0]]
+    assert neighbour_mean(xy, n_neighbours=2, itself=False)[[3]].sum() == pytest.approx(1)
+    assert neighbour_mean(xy, n_neighbours=2, itself=False).shape == (4, 4)
+
+
 def test_morans_i_of_many_genes():
     """More than one part's worth of columns, each in its place."""
     xy, rng = grid(), np.random.default_rng(0)

@@ -301,6 +301,16 @@ def test_a_spot_as_far_as_the_buffer_is_trained_on():
     assert sum(len(s.train) for s in block_splits(xy, n_splits=3, buffer_um=100.01, rng=make_rng())) < 120
 
 
+def test_ten_spots_are_enough_to_learn_from():
+    splits = block_splits(lay("square", n=20)[:20], n_splits=2, buffer_um=0, rng=make_rng(), block_um=10)
+    assert [len(split.train) for split in splits] == [MIN_TRAIN, MIN_TRAIN]
+
+
+def test_spots_a_fraction_of_a_micrometre_apart_are_different_locations():
+    xy = np.column_stack([np.arange(12) * 0.05, np.zeros(12)])
+    assert np.bincount(block_folds(xy, n_folds=12, rng=make_rng())).tolist() == [1] * 12
+
+
 def test_a_buffer_that_leaves_nothing_is_refused():
     want = (
         r"^buffer_um=1e\+06 leaves 0 of 196 spots to learn from when fold 0 of 5 is held out \(at least 10 are needed\)"
