@@ -499,8 +499,8 @@ def test_a_lattice_around_irregular_spots(n, pitch, upsample, seed):
 
 def test_a_lattice_around_irregular_spots_moves_with_them():
     xy = np.random.default_rng(0).uniform(0, 90, (20, 2))
-    here, there = (lay_around(places, pitch_px=16, upsample=4) for places in (xy, xy + [64, -32]))
-    np.testing.assert_allclose(there.xy_px, here.xy_px + [64, -32])
+    here, there = (lay_around(places, pitch_px=16, upsample=4) for places in (xy, xy + [63.3, -31.7]))
+    np.testing.assert_allclose(there.xy_px, here.xy_px + [63.3, -31.7])
 
 
 @pytest.mark.parametrize("upsample", [0, 3, None])
