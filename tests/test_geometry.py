@@ -600,8 +600,8 @@ def test_in_mask():
     found = in_mask(np.array(inside + outside, dtype=float), mask, px_per_cell=(10.0, 20.0))
     assert found.tolist() == [True] * 3 + [False] * 8
     first = np.zeros((3, 4), dtype=bool)
-    first[0, 0] = True
-    assert in_mask(np.array([[0.0, 0.0], [9.99, 19.99]]), first, px_per_cell=(10.0, 20.0)).all()
+    first[[0, 2], [0, 3]] = True
+    assert in_mask(np.array([[0.0, 0.0], [9.99, 19.99], [39.99, 59.99]]), first, px_per_cell=(10.0, 20.0)).all()
     # a negative index would wrap around to the other side
     mask[:] = True
     assert not in_mask(np.array([[-0.5, 5.0], [5.0, -0.5], [40.0, 5.0]]), mask, px_per_cell=(10.0, 20.0)).any()

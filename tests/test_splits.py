@@ -457,6 +457,7 @@ def test_incomplete_big_spots_are_left_out(kind, default):
     assert size.min() == 1
     by_default = pseudo_spots(lattice, rng=make_rng())
     assert ((by_default >= 0) == (size[every] >= default)).all()
+    assert by_default.min() == -1
     assert by_default.max() + 1 == (size >= default).sum()
     assert len(np.unique(np.column_stack([by_default, every])[by_default >= 0], axis=0)) == (size >= default).sum()
 
