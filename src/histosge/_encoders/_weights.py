@@ -61,11 +61,9 @@ class Loading:
             raise ValueError(msg)
         _, missing, extra = self._left_out.get(id(network), (network, [], []))
         refuse_other_weights(missing, extra, name=name, weights=weights)
-        learnt = {tensor for tensor, _ in network.named_parameters()}
+        masks = {t for t, _ in network.named_buffers() if not t.split(".")[-1].startswith("running_")}  # of attention
         broken = [
-            tensor
-            for tensor, values in network.state_dict().items()
-            if not _is_finite(values, masked=tensor not in learnt)
+            tensor for tensor, values in network.state_dict().items() if not _is_finite(values, masked=tensor in masks)
         ]
         if broken:
             msg = (
