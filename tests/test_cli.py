@@ -216,6 +216,7 @@ OWN = {  # the function that an option belongs to, or a reason for it
     "dataset_id": lambda: sge.io.read,
     "layers": lambda: sge.io.write_h5ad,
     "weights": lambda: sge.load_encoder,
+    "trust_remote_code": lambda: sge.load_encoder,
     "resolution": lambda: sge.tl.domains,
     "n_domains": lambda: sge.tl.domains,
     "domains": "runs tl.domains",

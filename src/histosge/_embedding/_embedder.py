@@ -16,7 +16,7 @@ from histosge._embedding._forecast import Forecast
 from histosge._encoders import split_encoder
 from histosge._geometry import Footprints, Targets, divide
 from histosge._section import Section, find_embedding, own_spots
-from histosge._settings import is_whole, logger
+from histosge._settings import is_whole, logger, settings
 
 if TYPE_CHECKING:
     import torch
@@ -76,8 +76,9 @@ class Embedder:
     ) -> Self:
         """Load the encoder, unless it is loaded, and make the config."""
         loaded = load_for(section, encoder, dense=dense)
-        config = EmbeddingConfig.of(loaded, tile_um=tile_um, dense=dense)
-        return cls(section, loaded, config, resolve_device(device), batch_size, progress)
+        computes_on = resolve_device(device)
+        config = EmbeddingConfig.of(loaded, tile_um=tile_um, dense=dense, device=computes_on)
+        return cls(section, loaded, config, computes_on, batch_size, progress)
 
     @classmethod
     def of_model(
@@ -92,7 +93,8 @@ class Embedder:
     ) -> Self:
         """Embed with the config of a fitted model; ``encoder`` may be the loaded encoder of the model."""
         loaded = load_of_model(section, encoder, config)
-        return cls(section, loaded, config, resolve_device(device), batch_size, progress)
+        computes_on = resolve_device(device)
+        return cls(section, loaded, config.on(computes_on, loaded), computes_on, batch_size, progress)
 
     @property
     def block_edge_px(self) -> float:
@@ -121,9 +123,15 @@ class Embedder:
         log = logger.debug if quiet else logger.info
         if not quiet:
             self.warn_below_token(targets)
-        found = find_embedding(self.section, targets, encoder=name, provenance=self.provenance)
+        wanted = self.provenance
+        if settings.precision is None:  # embeddings of a GPU are used on a processor as well
+            del wanted["precision"]
+        found = find_embedding(self.section, targets, encoder=name, provenance=wanted)
         if found is not None:
-            log("using the embeddings of sdata.tables[%r]", _keys.embedding_table(targets.key, name))
+            table = _keys.embedding_table(targets.key, name)
+            made_in = self.section.written[table].uns[_keys.UNS].get("precision")
+            rounding = "" if made_in == self.config.precision else f", computed in {made_in}"
+            log("using the embeddings of sdata.tables[%r]%s", table, rounding)
             if forecast is not None:
                 forecast.existing(len(targets))
             return found

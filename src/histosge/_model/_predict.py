@@ -215,7 +215,10 @@ def open_store(
     """
     embedder.warn_below_token(targets)  # here once, since parts do not log
     data = _fingerprint(embedder.section, targets)
-    params = {**embedder.config.to_dict(), "data": data, **params}
+    config = embedder.config.to_dict()
+    encoders = config.pop("encoders")
+    config["encoder"] = {one["spec"]["name"]: one for one in encoders}  # an error then names what differs
+    params = {**config, "joined": embedder.config.name, "data": data, **params}
     return TableStore.open(path, name=name, params=params, n_rows=len(targets), part_rows=settings.part_rows)
 
 

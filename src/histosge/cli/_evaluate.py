@@ -25,10 +25,10 @@ from histosge.cli._shared import (
     as_table,
     cache_setting,
     heads_option,
+    loaded_encoder,
     read_sections,
     refuse_input_as_output,
     taking,
-    with_weights,
     written,
 )
 
@@ -84,6 +84,7 @@ def evaluate(
     images: tuple[Path, ...],
     bin_size: int | None,
     weights: str | None,
+    trust_remote_code: bool,
     no_cache: bool,
     overwrite: bool,
     as_json_: bool,
@@ -116,8 +117,9 @@ def evaluate(
         refuse_input_as_output(sources, path, name=str(path))
     with written(file, plot, overwrite=overwrite, marks=()) as (fresh_file, fresh_plot):
         sections = read_sections(sources, images=images, bin_size=bin_size)
+        how = loaded_encoder(encoder, weights=weights, trust_remote_code=trust_remote_code)
         with sge.settings.override(**cache_setting(no_cache=no_cache)):
-            scores = sge.tl.evaluate(sections, encoder=with_weights(encoder, weights), **options)
+            scores = sge.tl.evaluate(sections, encoder=how, **options)
         if file is not None:
             _write(scores, fresh_file)
         if plot is not None:

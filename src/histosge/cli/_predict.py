@@ -89,6 +89,7 @@ def predict(
     dataset_id: str | None,
     model: Path | None,
     weights: str | None,
+    trust_remote_code: bool,
     no_cache: bool,
     store: bool,
     layers: tuple[str, ...],
@@ -136,8 +137,9 @@ def predict(
                 if not _given("encoder"):
                     options["encoder"] = config.name
             [sdata] = read_sections([source], images=images, bin_size=bin_size, dataset_id=dataset_id)
-            if weights is not None or not found:  # the model cannot load it by name
-                options["encoder"] = sge.load_encoder(options["encoder"], weights=weights)
+            if weights is not None or trust_remote_code or not found:  # the model cannot load it by name
+                encoder = options["encoder"]
+                options["encoder"] = sge.load_encoder(encoder, weights=weights, trust_remote_code=trust_remote_code)
             with sge.settings.override(**cache_setting(no_cache=no_cache)):
                 made = sge.tl.predict(sdata, store=target if store else None, inplace=not store, **options)
             table = sdata.tables[key] if made is None else made

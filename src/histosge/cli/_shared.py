@@ -336,6 +336,11 @@ ENCODER = (
     click.option(
         "--weights", type=click.Path(exists=True), metavar="FOLDER", help="Local weights, for machines without network."
     ),
+    click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Allow code of others, which some encoders run when they are loaded; see `histosge encoders`.",
+    ),
 )
 LEARN = (*from_python(Learning),)
 COMPUTE = (
@@ -351,10 +356,10 @@ def cache_setting(*, no_cache: bool) -> dict[str, Any]:
     return {"cache_gb": 0} if no_cache else {}
 
 
-def with_weights(encoder: str, weights: str | None) -> Any:
-    """Load an encoder from a folder, or return its name."""
-    if weights is None:
+def loaded_encoder(encoder: str, *, weights: str | None, trust_remote_code: bool) -> Any:
+    """Load an encoder that needs more than its name, or return its name."""
+    if weights is None and not trust_remote_code:
         return encoder
     import histosge as sge
 
-    return sge.load_encoder(encoder, weights=weights)
+    return sge.load_encoder(encoder, weights=weights, trust_remote_code=trust_remote_code)
