@@ -38,7 +38,7 @@ campaign: $(STAMP)-test ## run the faults, kills and invariances of tests/campai
 gpu: ## tests and benchmarks of a GPU, with PYTHON as it is and wheels in WHEELS (.whl); writes GPU_JSON (gpu.json)
 	@site="$$(mktemp -d)" && trap 'rm -rf "$$site"' EXIT && if [ -d "$(WHEELS)" ]; then $(PYTHON) -m pip install \
 	  --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$$site" "$(WHEELS)"/*.whl; fi && \
-	PYTHONPATH="$(CURDIR)/src:$$site" $(PYTHON) benchmarks/gpu.py --all --compile --json "$(GPU_JSON)"
+	PYTHONPATH="$(CURDIR)/src:$$site" $(PYTHON) benchmarks/gpu.py --all --json "$(GPU_JSON)"
 
 lint: $(STAMP)-lint ## style, types and the direction of imports
 	$(BIN)/ruff check .

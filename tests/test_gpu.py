@@ -93,7 +93,7 @@ def test_bfloat16_against_float32(name, figure):
     )
     rounding = 2**-9 * len(encoder.module.blocks) ** 0.5
     assert max(gap["embedding"], gap["tokens"]) < 4 * rounding
-    assert gap["float32"] < 4 * rounding * 2**-15
+    assert gap["float32"] < 16 * rounding * 2**-15  # of 2^-24, and sums in another order
 
 
 class Hungry(nn.Module):
