@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import sys
 import traceback
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -151,49 +150,38 @@ def written(*targets: Path | None, overwrite: bool, marks: Sequence[str] = ZARR_
     marks
         Names that only folders written by histosge contain.
     """
+    from histosge._section import scratch
+
     wanted = [target for target in targets if target is not None]
     if len({target.resolve() for target in wanted}) < len(wanted):
         msg = f"two of the outputs have one name: {', '.join(map(str, wanted))}. Choose different ones."
         raise ValueError(msg)
     for target in wanted:
         _refuse_foreign(target, overwrite=overwrite, marks=marks)
-    fresh = [Path() if target is None else target.with_name(f".part.{target.name}") for target in targets]
-    pairs = [(new, target) for new, target in zip(fresh, targets, strict=True) if target is not None]
-    try:
-        for new, target in pairs:
+    with ExitStack() as folders:
+        fresh = []
+        for target in targets:
+            if target is None:
+                fresh.append(Path())
+                continue
             try:  # raise before the work, not after it
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _remove(new)  # from an interrupted run
-                new.touch()
-                _remove(new)
+                fresh.append(folders.enter_context(scratch(target, what=str(target))) / target.name)
             except OSError as err:
                 msg = f"{target} cannot be written: {err.strerror or err}. Choose another folder."
                 raise OSError(msg) from err
         yield fresh
-        for new, target in pairs:
-            # the old output stays until the new one is renamed
-            old = target.with_name(f".old.{target.name}")
-            _remove(old)
-            if target.exists():
+        for new, target in zip(fresh, targets, strict=True):
+            if target is None:
+                continue
+            old = new.with_name(f"old.{target.name}")
+            if target.is_dir():  # a file is replaced in one step
                 target.rename(old)
             try:
-                new.rename(target)
+                new.replace(target)
             except BaseException:
                 if old.exists():
                     old.rename(target)
                 raise
-            _remove(old)
-    finally:
-        for new, _ in pairs:
-            with suppress(OSError):  # do not hide an earlier error
-                _remove(new)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _refuse_foreign(path: Path, *, overwrite: bool, marks: Sequence[str]) -> None:
