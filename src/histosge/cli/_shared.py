@@ -159,20 +159,15 @@ def written(*targets: Path | None, overwrite: bool, marks: Sequence[str] = ZARR_
     for target in wanted:
         _refuse_foreign(target, overwrite=overwrite, marks=marks)
     with ExitStack() as folders:
-        fresh = []
-        for target in targets:
-            if target is None:
-                fresh.append(Path())
-                continue
+        fresh = {}
+        for target in wanted:
             try:  # raise before the work, not after it
-                fresh.append(folders.enter_context(scratch(target, what=str(target))) / target.name)
+                fresh[target] = folders.enter_context(scratch(target, what=str(target))) / target.name
             except OSError as err:
                 msg = f"{target} cannot be written: {err.strerror or err}. Choose another folder."
                 raise OSError(msg) from err
-        yield fresh
-        for new, target in zip(fresh, targets, strict=True):
-            if target is None:
-                continue
+        yield [Path() if target is None else fresh[target] for target in targets]
+        for target, new in fresh.items():
             old = new.with_name(f"old.{target.name}")
             if target.is_dir():  # a file is replaced in one step
                 target.rename(old)
