@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import warnings
-from itertools import product
-from pathlib import Path
 
 import click
 import pytest

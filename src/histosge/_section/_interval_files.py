@@ -52,7 +52,12 @@ def write_interval_layers(
     -------
     The level that was used, and the number of genes.
     """
+    from h5py import is_hdf5
+
     write = _write_zarr if path.is_dir() else _write_h5ad
+    if not path.is_dir() and not is_hdf5(path):
+        msg = f"{path} is neither a zarr store nor an HDF5 file: pass what `histosge predict` wrote, .zarr or .h5ad."
+        raise ValueError(msg)
     with _quiet(), scratch(path, what=f"{path}: intervals") as folder:
         job = write(path, folder / path.name, key=key, level=level, genes=genes, progress=progress)
     return job.level, job.n_genes
@@ -183,8 +188,8 @@ def _find_table(path: Path, key: str) -> Path:
     tables = path / "tables"
     if not tables.is_dir():
         return path
-    if not (tables / key).is_dir():
-        there = sorted(folder.name for folder in tables.iterdir() if folder.is_dir())
+    there = sorted(folder.name for folder in tables.iterdir() if folder.is_dir())
+    if key not in there:
         msg = f"key={key!r} is not among the tables of {path}: {there}."
         raise KeyError(msg)
     return tables / key

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import zarr
 
-from histosge._atomic import replacing
+from histosge import _keys
+from histosge._atomic import naming, replacing
 from histosge._section._claim import Claim
 from histosge._settings import logger
 
@@ -81,7 +82,7 @@ class TableStore:
                 raise ValueError(msg)
         run = {"format": _FORMAT, "table": name, "n_rows": n_rows, "part_rows": part_rows, "params": params}
         text = json.dumps(run, default=_for_json, indent=1)
-        path = Path(path)
+        path = _keys.check_output("store", path, endings=("", ".zarr"))
         _refuse_existing(path)
         store = cls(path, name, n_rows, part_rows, _claim_of(path))
         try:
@@ -174,7 +175,10 @@ class TableStore:
         self._claim.check()
         draft = self._room / f"{_STORE}.tmp"
         shutil.rmtree(draft, ignore_errors=True)
-        with warnings.catch_warnings(action="ignore"):  # of spatialdata, anndata and zarr, about their own formats
+        with (
+            naming(self.path),
+            warnings.catch_warnings(action="ignore"),
+        ):  # of spatialdata, anndata and zarr, about their own formats
             SpatialData(shapes=shapes, tables={self.name: table}).write(
                 draft, consolidate_metadata=False, update_sdata_path=False
             )
@@ -197,8 +201,9 @@ class TableStore:
             msg = f"part {part}: the matrices are {found}, but this part of the store needs {wanted}."
             raise ValueError(msg)
         self._claim.check()
-        for key, values in matrices.items():
-            self._matrices[key][rows] = values
+        with naming(self.path):
+            for key, values in matrices.items():
+                self._matrices[key][rows] = values
         self._claim.check()  # zarr makes missing folders: what it wrote may be nowhere
         (self._room / _PARTS / f"{part:06d}.done").touch()
         self.done.add(part)

@@ -7,12 +7,14 @@ import math
 import re
 import sys
 import traceback
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from histosge import _keys
+from histosge._atomic import naming
 from histosge._options import Argument, Embedding, Learning, Reading, Running, arguments
 from histosge._settings import settings
 
@@ -61,8 +63,11 @@ class Command(click.Command):
         except _EXPECTED as err:
             if settings.verbosity > 2:
                 traceback.print_exception(err)
-            # str() puts the message of a KeyError in quotes
-            text = err.args[0] if isinstance(err, KeyError) and err.args else err
+            text: Any = err
+            if isinstance(err, KeyError) and err.args:  # str() puts its message in quotes
+                text = err.args[0]
+            elif isinstance(err, OSError) and err.strerror and err.filename:
+                text = f"{err.filename}: {err.strerror}. Correct that, or choose another place."
             click.echo(f"histosge: {' '.join(str(text).split()) or type(err).__name__}", err=True)
             sys.exit(1)
         message, code = message if isinstance(message, tuple) else (message, 0)
@@ -166,7 +171,8 @@ def written(*targets: Path | None, overwrite: bool, marks: Sequence[str] = ZARR_
             except OSError as err:
                 msg = f"{target} cannot be written: {err.strerror or err}. Choose another folder."
                 raise OSError(msg) from err
-        yield [Path() if target is None else fresh[target] for target in targets]
+        with naming(wanted[0]) if wanted else nullcontext():
+            yield [Path() if target is None else fresh[target] for target in targets]
         for target, new in fresh.items():
             old = new.with_name(f"old.{target.name}")
             if target.is_dir():  # a file is replaced in one step
@@ -252,8 +258,29 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+class OutPath(click.Path):
+    """A file or folder to write, whose name is possible and has one of the endings."""
+
+    def __init__(self, *endings: str) -> None:
+        super().__init__(path_type=Path)
+        self.endings = endings
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read it."""
+        if value == "-" and "-" in self.endings:
+            return Path(value)
+        try:
+            name = param.human_readable_name if param is not None else "path"
+            _keys.check_output(name, value, endings=tuple(e for e in self.endings if e != "-"))
+        except ValueError as err:
+            self.fail(str(err), param, ctx)
+        return super().convert(value, param, ctx)
+
+
 SOURCE_PATH = click.Path(exists=True, path_type=Path)
-OUT_PATH = click.Path(path_type=Path)
+OUT_PATH = OutPath()
+OUT_STORE = OutPath("", ".zarr")
+OUT_FIGURE = OutPath(".png", ".pdf", ".svg")
 
 
 def taking(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -24,7 +24,7 @@ from histosge._model import (
     save_fitted,
     write_parts,
 )
-from histosge._options import FitOptions, Reading, Running, expand, pick
+from histosge._options import FitOptions, Reading, Running, expand, pick, seeded
 from histosge._section import (
     commit,
     is_measured,
@@ -203,11 +203,16 @@ def predict(
         several = " and ".join(f"{k}={v!r}" for k, v in given.items())
         msg = f"{several} are ways to say where to predict: pass one of them."
         raise ValueError(msg)
+    if target_key is None and on_invalid != "raise":
+        msg = (
+            f"on_invalid={on_invalid!r} is for the shapes of target_key=: pass that as well, or leave on_invalid= out."
+        )
+        raise ValueError(msg)
     reading = pick(options, Reading)
     encoder, tile_um = options["encoder"], options["tile_um"]
     genes, n_folds, rng = options["genes"], options["n_folds"], options["rng"]
     seed = int(rng) if isinstance(rng, (int, np.integer)) else "generator"
-    generator = np.random.default_rng(rng)
+    generator = seeded(rng)
     if model is not None and reading["spots_key"] is None and reading["table_key"] is None and not is_measured(sdata):
         if reading["layer"] is not None:
             layer = reading["layer"]
