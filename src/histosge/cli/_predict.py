@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from time import time
 from typing import TYPE_CHECKING, Any
@@ -42,8 +43,13 @@ if TYPE_CHECKING:
 _OF_THE_MODEL = ("head", "genes", "n_folds", "head_options", "tile_um")
 """Options that are not allowed with a fitted model"""
 _MOST_DRAWN = 4
-_POSITIVE = click.FloatRange(min=0, max=1000, min_open=True)
 _PROVENANCE = ("head", "mpp", "tile_um", "dense", "seed")
+
+
+class _Resolution(click.FloatRange):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        return self.fail(f"{value} is no number.", param, ctx) if math.isnan(found) else found
 
 
 @click.command(cls=Command)
@@ -70,7 +76,11 @@ _PROVENANCE = ("head", "mpp", "tile_um", "dense", "seed")
     click.option("--layers", type=Names(), default="", help="With OUT.h5ad: layers to keep as well as X: conserved."),
     click.option("--domains", is_flag=True, help="Find spatial domains in the prediction (leiden)."),
     click.option(
-        "--resolution", type=_POSITIVE, default=1.0, show_default=True, help="With --domains: larger gives more."
+        "--resolution",
+        type=_Resolution(min=0, max=1000, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="With --domains: larger gives more.",
     ),
     click.option("--n-domains", type=click.IntRange(min=2), help="With --domains: number of domains."),
     click.option(
@@ -124,7 +134,10 @@ def predict(
     import histosge as sge
 
     start = time()
-    _check_usage(target, store=store, overwrite=overwrite, model=model, plot=plot, report=report, domains=domains)
+    _check_usage(
+        target, store=store, overwrite=overwrite, model=model, plot=plot, report=report, domains=domains,
+        layers=layers, conserve=options["conserve"],
+    )  # fmt: skip
     refuse_input_as_output([source], target, name=f"OUT{target.suffix}")
     for path in filter(None, (plot, report)):
         refuse_input_as_output([source], path, name=str(path))
@@ -192,6 +205,8 @@ def _check_usage(
     domains: bool,
     plot: Path | None,
     report: Path | None,
+    layers: tuple[str, ...],
+    conserve: bool,
 ) -> None:
     if target.suffix not in ("", ".zarr", ".h5ad"):
         msg = f"OUT is {target}: choose a name that ends in .zarr (everything) or .h5ad (the predicted table alone)."
@@ -208,6 +223,9 @@ def _check_usage(
             raise click.UsageError(msg)
     if target.suffix != ".h5ad" and (given := _given("layers")):
         msg = f"{given[0]}: OUT.zarr holds all layers. Leave it out, or write OUT.h5ad."
+        raise click.UsageError(msg)
+    if set(layers) - ({"conserved"} if conserve else set()):
+        msg = f"--layers {','.join(layers)}: the only layer is conserved, with --conserve. Pass that, or leave it out."
         raise click.UsageError(msg)
     if _given("on_invalid") and not _given("target_key"):
         msg = "--on-invalid: for the shapes of --target-key. Pass that as well, or leave it out."

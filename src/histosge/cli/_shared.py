@@ -158,9 +158,6 @@ def written(*targets: Path | None, overwrite: bool, marks: Sequence[str] = ZARR_
     from histosge._section import scratch
 
     wanted = [target for target in targets if target is not None]
-    if len({target.resolve() for target in wanted}) < len(wanted):
-        msg = f"two of the outputs have one name: {', '.join(map(str, wanted))}. Choose different ones."
-        raise ValueError(msg)
     for target in wanted:
         _refuse_foreign(target, overwrite=overwrite, marks=marks)
     with ExitStack() as folders:
