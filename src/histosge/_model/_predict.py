@@ -6,11 +6,13 @@ import hashlib
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from time import time
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from histosge._atomic import replacing
 from histosge._geometry import block_order, spot_by_bin
 from histosge._image import thumbnail
 from histosge._model._model import Model
@@ -229,7 +231,10 @@ def save_fitted(store: TableStore, at_spots: NDArray[np.float32], model: Model) 
     The run uses what is read back, so that an interrupted run and an uninterrupted one compute with the same digits.
     """
     folder = store.folder / "model"
-    np.save(store.folder / "spots.npy", at_spots)
+    content = BytesIO()  # numpy's own error of a full disk names no file
+    np.save(content, at_spots)
+    with replacing(store.folder / "spots.npy") as draft:
+        draft.write_bytes(content.getbuffer())
     model.save(folder, overwrite=True)
     (folder / "whole").touch()
     return np.load(store.folder / "spots.npy"), Model.load(folder)

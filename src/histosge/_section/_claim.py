@@ -16,6 +16,7 @@ import re
 import shutil
 import socket
 import threading
+import time
 import uuid
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Self
 
 import psutil
 
-from histosge._atomic import replacing
+from histosge._atomic import naming, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +40,8 @@ _ROOM = "run-"
 _OURS = re.compile(r"run-[0-9a-f]{12}(\.json(\.tmp)?)?")
 _LABEL = "histosge-run.txt"
 """In every room that was claimed; a process that lost its room may leave one without it."""
+_TEXT = "Unfinished work of histosge: the next run with the same arguments continues it, or remove the folder.\n"
+_OTHER_WAS_FASTER = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ class Claim:
         self._stop = threading.Event()
         self.folder = home / f"{_ROOM}{self._id}"
         """The room: empty, or with what an unfinished run has left."""
-        self._take()
+        with naming(home):
+            self._take()
         threading.Thread(target=_beat, args=(self._file, self._stop), daemon=True).start()
 
     def __enter__(self) -> Self:
@@ -136,80 +140,97 @@ class Claim:
     def remove(self) -> None:
         """Remove the working folder: the work is done."""
         self.check()
-        self._sweep()
-        self.folder.rename(self._aside)  # in one step: nobody finds half of it
+        self._sweep(_Owner.here())
+        (self.folder / _LABEL).unlink()  # in one step: what is left is nobody's room
         self.release()
+        _remove(self.folder)
         with suppress(OSError):
             self._home.rmdir()  # another process may have come
-        shutil.rmtree(self._aside)
-
-    @property
-    def _aside(self) -> Path:
-        return self._home.with_name(f".{self._home.name}.{self._id}")
 
     def _take(self) -> None:
         self._home.parent.mkdir(parents=True, exist_ok=True)
         here = _Owner.here()
-        for _ in range(10):  # each time another process may be faster
-            self._refuse_foreign()
-            taken = self._take_over(here) if self._rooms() else self._make(here)
-            if taken:
+        for _ in range(20):
+            there = self._entries()
+            rooms = [path for path in there if path.suffix != ".json" and path.is_dir()]
+            try:
+                if rooms:
+                    self._take_over(rooms, here)
+                else:
+                    self._make(there, here)
                 break
+            except OSError as err:
+                if err.errno not in _OTHER_WAS_FASTER:
+                    raise
+                time.sleep(0.01)
         else:
             msg = f"{self._what}: several processes start to write it at this moment. Wait, or {self._remedy}."
             raise RuntimeError(msg)
-        self._sweep()
+        self._sweep(here)
 
-    def _sweep(self) -> None:
+    def _sweep(self, here: _Owner) -> None:
         """Remove what is left of processes that were killed or that lost their room: nobody but us works here."""
-        beside = f".{self._home.name}."
-        for left in self._home.parent.iterdir():
-            if left.name.startswith(beside) and _OURS.fullmatch(_ROOM + left.name.removeprefix(beside)):
-                _remove(left)
-        for left in self._home.iterdir():
+        for left in self._entries():
             if left not in (self.folder, self._file):
                 _remove(left)
+        now, beside = self._file.stat().st_mtime, f".{self._home.name}."
+        for left in self._home.parent.iterdir():
+            if left.name.startswith(beside) and _OURS.fullmatch(_ROOM + left.name.removeprefix(beside)):
+                file = left / f"{_ROOM}{left.name.removeprefix(beside)}.json"
+                with suppress(FileNotFoundError):  # just finished
+                    if not _is_alive(file if file.exists() else left, now=now, here=here):
+                        _remove(left)
 
-    def _rooms(self) -> list[Path]:
-        return sorted(label.parent for label in self._home.glob(f"{_ROOM}*/{_LABEL}"))
+    def _entries(self) -> list[Path]:
+        """What is in the working folder; raise where it is not ours."""
+        try:
+            there = sorted(self._home.iterdir())
+        except FileNotFoundError:
+            return []
+        except NotADirectoryError:
+            there = [self._home]
+        if not all(_OURS.fullmatch(path.name) for path in there):
+            msg = (
+                f"{self._what}: the work would be done in {str(self._home)!r}, which exists and is not histosge's. "
+                f"Move it away, or {self._remedy}."
+            )
+            raise FileExistsError(msg)
+        return there
 
-    def _make(self, here: _Owner) -> bool:
-        """Make the working folder, with our room in it, in one step."""
-        for left in self._home.iterdir() if self._home.is_dir() else ():
-            _remove(left)
-        draft = self._aside
+    def _make(self, there: list[Path], here: _Owner) -> None:
+        """Make the working folder, with our room in it, in one step: it fails where there is one that is not empty."""
+        draft = self._home.with_name(f".{self._home.name}.{self._id}")
         try:
             (draft / self.folder.name).mkdir(parents=True)
-            (draft / self.folder.name / _LABEL).write_text("Unfinished work of histosge.\n", encoding="utf-8")
+            (draft / self.folder.name / _LABEL).write_text(_TEXT, encoding="utf-8")
             _write(draft / self._file.name, here)
-            draft.rename(self._home)  # an empty folder is replaced
-            return True
-        except OSError as err:
-            if err.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):  # another process was faster
-                return False
-            raise
+            now = (draft / self._file.name).stat().st_mtime
+            for file in there:
+                if not _is_alive(file, now=now, here=here):
+                    file.unlink()
+            draft.rename(self._home)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
-    def _take_over(self, here: _Owner) -> bool:
+    def _take_over(self, rooms: list[Path], here: _Owner) -> None:
         """Take the room if its owner is dead, else raise."""
-        room, taken = self._rooms()[0], False
         try:
             _write(self._file, here)
             now = self._file.stat().st_mtime
-            with suppress(FileNotFoundError):  # no file: the room is free
+            for room in rooms:
                 file = room.with_name(f"{room.name}.json")
-                last, owner = file.stat().st_mtime, _read(file)
-                if now - last < _DEAD_AFTER_S if owner is None else owner.is_alive(age_s=now - last, here=here):
-                    raise RuntimeError(self._busy(owner, last, here))
-            room.rename(self.folder)
-            taken = True
-        except FileNotFoundError:  # another process was faster
-            pass
-        finally:
-            if not taken:
-                self._file.unlink(missing_ok=True)
-        return taken
+                with suppress(FileNotFoundError):  # without the file the room is free
+                    if _is_alive(file, now=now, here=here):
+                        raise RuntimeError(self._busy(_read(file), file.stat().st_mtime, here))
+            next((room for room in rooms if (room / _LABEL).exists()), rooms[0]).rename(self.folder)
+            if not (self.folder / _LABEL).exists():  # half removed
+                for left in self.folder.iterdir():
+                    _remove(left)
+                (self.folder / _LABEL).write_text(_TEXT, encoding="utf-8")
+            os.utime(self._file)
+        except BaseException:
+            self._file.unlink(missing_ok=True)
+            raise
 
     def _busy(self, owner: _Owner | None, last: float, here: _Owner) -> str:
         since = "" if owner is None else f" since {datetime.fromisoformat(owner.since):%Y-%m-%d %H:%M}"
@@ -220,18 +241,6 @@ class Claim:
             f"{self._what}: {whose}{own} writes it{since} (last sign {sign:%H:%M}). Wait for it, end it, or "
             f"{self._remedy}."
         )
-
-    def _refuse_foreign(self) -> None:
-        """Raise where something else than rooms is in the working folder."""
-        ours = not self._home.exists() or (
-            self._home.is_dir() and all(_OURS.fullmatch(path.name) for path in self._home.iterdir())
-        )
-        if not ours:
-            msg = (
-                f"{self._what}: the work would be done in {str(self._home)!r}, which exists and is not histosge's. "
-                f"Move it away, or {self._remedy}."
-            )
-            raise FileExistsError(msg)
 
 
 @contextmanager
@@ -258,6 +267,12 @@ def scratch(target: Path, *, what: str) -> Iterator[Path]:
         claim.remove()
 
 
+def _is_alive(file: Path, *, now: float, here: _Owner) -> bool:
+    """Whether the owner that a file names still runs."""
+    age_s, owner = now - file.stat().st_mtime, _read(file)
+    return age_s < _DEAD_AFTER_S if owner is None else owner.is_alive(age_s=age_s, here=here)
+
+
 def _write(file: Path, owner: _Owner) -> None:
     with replacing(file) as draft:
         draft.write_text(json.dumps(asdict(owner)), encoding="utf-8")
@@ -269,7 +284,7 @@ def _read(file: Path) -> _Owner | None:
         owner = _Owner(**json.loads(file.read_text(encoding="utf-8")))
         datetime.fromisoformat(owner.since)
         return owner
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, IsADirectoryError):
         return None
 
 

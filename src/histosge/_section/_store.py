@@ -88,8 +88,8 @@ class TableStore:
         try:
             _refuse_existing(path)  # another process may just have finished it
             store._resume(text)
-        except BaseException:
-            store.close()
+        except BaseException as err:
+            store.__exit__(type(err), err, None)
             raise
         return store
 
@@ -115,8 +115,12 @@ class TableStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, at: object) -> None:
+        try:
+            if isinstance(err, Exception):
+                self._claim.check()  # the reason of all other errors
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Let the next process continue."""
