@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+_LARGEST_BATCH = 65_536
 _EDGE_PER_SPOT = 0.44
 """Edge of a sub-spot over a spot's diameter: 24 µm of 55, a dozen sub-spots; 16 µm was no better at twice the time."""
 
@@ -58,8 +59,8 @@ class Embedder:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        if not is_whole(self.batch_size) or self.batch_size < 1:
-            msg = f"batch_size={self.batch_size!r}: pass a whole number of tiles above 0."
+        if not (is_whole(self.batch_size) and 1 <= self.batch_size <= _LARGEST_BATCH):
+            msg = f"batch_size={self.batch_size!r}: pass a whole number of tiles above 0, at most {_LARGEST_BATCH:,}."
             raise ValueError(msg)
 
     @classmethod

@@ -15,12 +15,13 @@ from histosge.cli._shared import (
     JSON,
     KEYS,
     LEARN,
-    OUT_PATH,
+    OUT_FIGURE,
     OVERWRITE,
     RAW,
     SOURCE_PATH,
     Command,
     Names,
+    OutPath,
     as_json,
     as_table,
     cache_setting,
@@ -45,11 +46,11 @@ _STDOUT = Path("-")
     click.option(
         "-o",
         "--out",
-        type=OUT_PATH,
+        type=OutPath(".csv", ".parquet", "-"),
         metavar="FILE",
         help="Scores, one row for each gene, head and split: .csv or .parquet, or '-' for CSV on standard output.",
     ),
-    click.option("--plot", type=OUT_PATH, metavar="FILE", help="Draw the scores: .png, .pdf or .svg."),
+    click.option("--plot", type=OUT_FIGURE, metavar="FILE", help="Draw the scores: .png, .pdf or .svg."),
     click.option("--heads", type=Names(), help="Heads, with commas. By default the default head and its baselines."),
     click.option(
         "--split",
@@ -109,9 +110,6 @@ def evaluate(
     file = None if out == _STDOUT else out
     if out == _STDOUT and as_json_:
         msg = "--out - and --json both write to standard output: name a file, or leave one of them out."
-        raise click.UsageError(msg)
-    if file is not None and file.suffix not in (".csv", ".parquet"):
-        msg = f"--out {file}: the name must end in .csv or .parquet, or be '-'."
         raise click.UsageError(msg)
     for path in filter(None, (file, plot)):
         refuse_input_as_output(sources, path, name=str(path))
