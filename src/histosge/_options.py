@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, TypedDict, TypeVar, get_args
 
+from histosge._settings import is_whole
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -127,14 +129,20 @@ class FitOptions(EmbedOptions, Learning, total=False):
     """Arguments of doors that fit heads."""
 
 
+def check_seed(seed: Any, *, argument: str = "rng", also: str = "") -> int:
+    """Return the seed, else raise; ``also`` names what else is taken. Larger seeds are none to scanpy, nor to HDF5."""
+    if not (is_whole(seed) and 0 <= seed <= _LARGEST_SEED):
+        msg = f"{argument}={seed!r}: choose a whole number from 0 to {_LARGEST_SEED}{also}."
+        raise ValueError(msg)
+    return int(seed)
+
+
 def seeded(rng: Any) -> "np.random.Generator":
-    """Return the generator of the argument ``rng``, else raise. Larger seeds are none to scanpy, nor to HDF5."""
+    """Return the generator of the argument ``rng``, else raise."""
     import numpy as np
 
-    whole = isinstance(rng, int | np.integer) and not isinstance(rng, bool)
-    if not (rng is None or isinstance(rng, np.random.Generator) or (whole and 0 <= rng <= _LARGEST_SEED)):
-        msg = f"rng={rng!r}: choose a whole number from 0 to {_LARGEST_SEED}, or pass a numpy.random.Generator."
-        raise ValueError(msg)
+    if not (rng is None or isinstance(rng, np.random.Generator)):
+        check_seed(rng, also=", or pass a numpy.random.Generator")
     return np.random.default_rng(rng)
 
 

@@ -37,7 +37,7 @@ _DEAD_AFTER_S = 300.0
 """A process of another machine that gave no sign for so long is dead: network file systems may be a minute late."""
 _SAME_START_S = 2.0
 _ROOM = "run-"
-_OURS = re.compile(r"run-[0-9a-f]{12}(\.json(\.tmp)?)?")
+_OURS = re.compile(r"run-[0-9a-f]{12}(\.json(\.[0-9]+-[0-9a-f]{8}\.tmp)?)?")
 _LABEL = "histosge-run.txt"
 """In every room that was claimed; a process that lost its room may leave one without it."""
 _TEXT = "Unfinished work of histosge: the next run with the same arguments continues it, or remove the folder.\n"
