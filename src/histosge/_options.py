@@ -15,14 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, TypedDict, TypeVar, get_args
 
-from histosge._settings import is_whole
-
 if TYPE_CHECKING:
     import numpy as np
 
 DEFAULT_ENCODER = "midnight"
 """Large, and available without a login: the first call works on a fresh installation."""
-_LARGEST_SEED = 2**32 - 1
 _WIDTH = 112
 """Width of a line of a docstring"""
 
@@ -127,23 +124,6 @@ class EmbedOptions(Reading, Embedding, Running, total=False):
 
 class FitOptions(EmbedOptions, Learning, total=False):
     """Arguments of doors that fit heads."""
-
-
-def check_seed(seed: Any, *, argument: str = "rng", also: str = "") -> int:
-    """Return the seed, else raise; ``also`` names what else is taken. Larger seeds are none to scanpy, nor to HDF5."""
-    if not (is_whole(seed) and 0 <= seed <= _LARGEST_SEED):
-        msg = f"{argument}={seed!r}: choose a whole number from 0 to {_LARGEST_SEED}{also}."
-        raise ValueError(msg)
-    return int(seed)
-
-
-def seeded(rng: Any) -> "np.random.Generator":
-    """Return the generator of the argument ``rng``, else raise."""
-    import numpy as np
-
-    if not (rng is None or isinstance(rng, np.random.Generator)):
-        check_seed(rng, also=", or pass a numpy.random.Generator")
-    return np.random.default_rng(rng)
 
 
 def arguments(group: type) -> dict[str, tuple[Any, Argument]]:

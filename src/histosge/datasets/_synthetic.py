@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from histosge._options import check_seed
 from histosge._section import centroids
+from histosge._settings import check_seed
 from histosge.datasets._simulation import (
     COARSE_UM,
     DETAIL_UM,

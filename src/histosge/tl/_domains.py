@@ -11,9 +11,8 @@ import pandas as pd
 from scipy import sparse
 
 from histosge import _keys
-from histosge._options import check_seed
 from histosge._section import feature_kinds, find_table, log_left_out
-from histosge._settings import logger
+from histosge._settings import check_seed, logger
 from histosge._statistics import N_ITERATIONS, SPATIAL_NEIGHBOURS, SPATIAL_WEIGHT, cut, domain_graph
 
 if TYPE_CHECKING:
