@@ -15,11 +15,11 @@ STAMP = $(VENV)/.stamp
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .NOTPARALLEL:
-.PHONY: help demo test test-all campaign gpu lint docs tutorials dist clean FORCE
+.PHONY: help demo test test-all test-oldest oldest campaign gpu lint docs tutorials dist clean FORCE
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3] [VENV=.venv]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "The first target builds the environment: several GB and some minutes, mostly for torch."
 
 demo: $(STAMP)-run ## predict on a synthetic section, offline; writes ./demo
@@ -31,6 +31,12 @@ test: $(STAMP)-test ## run the tests but the slow tenth (PYTEST_ARGS='-k geometr
 
 test-all: $(STAMP)-test ## run all of the tests, as CI does
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-oldest: ## run the tests with the oldest versions that pyproject.toml allows, in an environment of their own
+	@$(MAKE) --no-print-directory VENV="$(VENV)-oldest" oldest
+
+oldest: $(STAMP)-oldest
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 campaign: $(STAMP)-test ## run the faults, kills and damaged files of tests/campaign whole, not in their short form
 	$(BIN)/python -m pytest tests/campaign --campaign $(PYTEST_ARGS)
@@ -59,7 +65,7 @@ dist: $(STAMP)-release ## build wheel and source archive into dist/, check them,
 	$(BIN)/python recipe/try_wheel.py dist
 
 clean: ## remove what the other targets made, the environment too
-	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
+	@for env in "$(VENV)" "$(VENV)-oldest"; do if [ -f "$$env/pyvenv.cfg" ]; then rm -rf "$$env"; fi; done
 	rm -rf demo dist build docs/_build docs/generated .coverage
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests docs benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
@@ -83,6 +89,12 @@ $(STAMP)-run: $(STAMP)-venv pyproject.toml
 
 $(STAMP)-test $(STAMP)-lint $(STAMP)-doc $(STAMP)-tutorial $(STAMP)-release: $(STAMP)-%: $(STAMP)-run
 	$(PIP) install -e . --group $*
+	@touch $@
+
+# of dependencies that pyproject.toml names, the oldest versions; of others, the newest that fit these
+$(STAMP)-oldest: $(STAMP)-venv pyproject.toml
+	$(PIP) install uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --resolution lowest-direct -e . --group test
 	@touch $@
 
 FORCE:

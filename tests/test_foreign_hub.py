@@ -223,7 +223,7 @@ def test_another_revision_is_not_taken_from_the_cache(cache, midnight, server):
 def test_errors_of_a_loader_are_not_taken_for_the_hubs(cache, midnight, lost):
     write_to_cache(cache, midnight)
     config = cache / MIDNIGHT / "snapshots" / COMMIT / "config.json"
-    wrong = json.loads(config.read_text()) | {"num_attention_heads": 7}
+    wrong = json.loads(config.read_text()) | {"mlp_ratio": 2}
     config.unlink()
     config.write_text(json.dumps(wrong))
     lost()
