@@ -206,6 +206,9 @@ def _pseudo_spots(sections: Sequence[Measured], plan: Plan, repeat: int, rng: np
             what = "raw counts (whole numbers)" if section.counts is None else "spots on a lattice"
             msg = f"split='pseudo-spots' needs {what}, which {section.spots_key!r} does not have. Choose another split."
             raise ValueError(msg)
+        # counts are drawn gene by gene: not in the order of the table
+        section = section.with_genes(section.genes.sort_values())
+        measured = replace(measured, section=section)
         for fold in range(plan.n_splits):
             group = pseudo_spots(section.lattice, rng=rng)
             half, other = thin(section.counts, rng=rng)
