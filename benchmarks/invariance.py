@@ -99,7 +99,8 @@ def case(name: str) -> Case:
         require_data()
     whole = {"colon": "mouse_colon_visium", "her2st": "her2st/C2"}
     sdata = load(whole[name]) if name in whole else sge.datasets.synthetic(n_rows=14, n_cols=14)
-    section = read_section(sdata, report=False)
+    mpp = 200 / 290.6 if name == "her2st" else None  # its array does not tell the pitch
+    section = read_section(sdata, mpp=mpp, report=False)
     pixels = np.moveaxis(section.image.read(0, 0, section.image.width_px, section.image.height_px), 0, -1)
     xy, counts = section.xy_px, section.counts
     if name == "colon":
@@ -156,11 +157,11 @@ def changes(base: Case) -> dict[str, list[Case]]:
     }
 
 
-def ask(one: Case, head: str, options, rng: int = 0):
+def ask(one: Case, head: str, rng: int = 0):
     import histosge as sge
 
     table = sge.tl.predict(
-        one.sdata(), target_key="targets", encoder="stain-texture", head=head, genes=100, n_folds=4, rng=rng,
+        one.sdata(), target_key="targets", encoder="stain-texture", head=head, mpp=one.mpp, genes=100, n_folds=4, rng=rng,
         dense="aggregate" in head, inplace=False, progress=False,
     )  # fmt: skip
     values = pd.DataFrame(np.asarray(table.X), columns=table.var_names)
@@ -180,13 +181,11 @@ def predictions(options) -> None:
         base = case(name)
         print(f"{name}: {len(base.xy)} spots, {len(base.targets)} targets", flush=True)
         for head in options.heads:
-            first = ask(base, head, options)
-            found = [
-                ("seed", compare(first, ask(base, head, options, rng=seed))) for seed in range(1, options.seeds + 1)
-            ]
+            first = ask(base, head)
+            found = [("seed", compare(first, ask(base, head, rng=seed))) for seed in range(1, options.seeds + 1)]
             for change, made in changes(base).items():
                 if not options.changes or change in options.changes:
-                    found += [(change, compare(first, ask(one, head, options))) for one in made]
+                    found += [(change, compare(first, ask(one, head))) for one in made]
             rows += [{"section": name, "head": head, "change": change, **each} for change, each in found]
             mine = pd.DataFrame(rows)
             mine = mine[(mine["section"] == name) & (mine["head"] == head)]
