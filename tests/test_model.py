@@ -597,7 +597,9 @@ def test_neighbours_are_always_of_one_section(section, other, embedding):
     """The sections lie on top of each other in their own coordinates: mixed, half the neighbours were twice as high."""
     one = fit(section, embedding, head="nearest", genes="all")
     both = fit([section, other], [embedding, embedding], head="nearest", genes="all")
-    assert both.held_out["nearest"]["mse"] < 3.5 * one.held_out["nearest"]["mse"]  # (1 + 2²) / 2, and fewer neighbours
+    assert (
+        both.held_out["nearest"]["mse"] < 5 * one.held_out["nearest"]["mse"]
+    )  # (1 + 2²) / 2, and fewer neighbours; mixed, 40
 
 
 def test_sections_without_a_common_gene(section):

@@ -144,7 +144,7 @@ def test_nothing_changes(plain, head, tries, tally):
     count = tally("order and place")
     wanted = ask(section_of(plain), head)
     cases = changed(plain)
-    some = list(cases)[: tries(3, None)] if head != "in-context+kriging" else list(cases)
+    some = list(cases)[: tries(2, None)] if head != "in-context+kriging" else list(cases)
     for name in some:
         check(count, f"{head}, {name}", ask(section_of(plain, **cases[name]), head), wanted)
 
@@ -185,15 +185,14 @@ np.save(sys.argv[1], table.X)
 """
 
 
-def test_a_new_process_gives_the_same_digits(tmp_path, tally):
-    found = []
-    for i, seed in enumerate(("0", "1")):
-        path = tmp_path / f"{i}.npy"
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", ALONE, str(path)],
-            check=True, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True,
-        )  # fmt: skip
-        found.append(np.load(path))
-    same = np.array_equal(*found)
+def test_a_new_process_gives_the_same_digits(tmp_path, tally, monkeypatch):
+    here, there = tmp_path / "here.npy", tmp_path / "there.npy"
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ALONE, str(there)],
+        check=True, env=os.environ | {"PYTHONHASHSEED": "1"}, capture_output=True,
+    )  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["alone", str(here)])
+    exec(ALONE, {})
+    same = np.array_equal(np.load(here), np.load(there))
     tally("order and place")["right" if same else "wrong"] += 1
     assert same

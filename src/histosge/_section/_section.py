@@ -11,7 +11,7 @@ import pandas as pd
 import shapely
 from scipy import sparse
 
-from histosge._geometry import Footprints
+from histosge._geometry import Footprints, upright
 from histosge._section._alignment import check_image
 from histosge._section._coordinates import align, apply, centroids, drawn_size, scale_of
 from histosge._section._counts import log_left_out, match_rows, named_layers, read_layer
@@ -329,8 +329,10 @@ def check_mpp(mpp: float | None) -> None:
 
 
 def _order(xy_px: NDArray[np.float64], instances: pd.Index) -> NDArray[np.int64]:
-    """Order spots by y, then by x: seeds draw the same spots in whatever order the table has them."""
-    return np.lexsort((instances.astype(str).to_numpy(), xy_px[:, 0], xy_px[:, 1]))
+    """Order spots by position: seeds draw the same spots in whatever order the table has them."""
+    first = np.lexsort((instances.astype(str).to_numpy(), xy_px[:, 0], xy_px[:, 1]))
+    x, y = upright(xy_px[first]).T
+    return first[np.lexsort((x, y))]
 
 
 def _whole_counts(counts: sparse.csr_matrix, expression: sparse.csr_matrix) -> sparse.csr_matrix | None:
