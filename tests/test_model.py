@@ -625,7 +625,8 @@ def test_a_section_looks_the_same_whichever_number_it_has(section, embedding, he
     fitted = get_head(head)(**OPTIONS.get(head, {})).fit(both, rng=np.random.default_rng(0), progress=False)
     predicted = fitted.predict(Queries.of(both), context=both)
     one, other = predicted.split(len(embedding))
-    assert (one - other).abs().max() < 1e-3
+    # float32, and a condition of 1e4: the two copies of a spot have the same image
+    assert (one - other).abs().max() < 3e-3
 
 
 # ------------------------------------------------------------------------------------------------ save and load
