@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadfile
+WHEELS ?= .whl
+GPU_JSON ?= gpu.json
 
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip
@@ -32,6 +34,11 @@ test-all: $(STAMP)-test ## run all of the tests, as CI does
 
 campaign: $(STAMP)-test ## run the faults, kills and invariances of tests/campaign whole: about an hour
 	$(BIN)/python -m pytest tests/campaign --campaign $(PYTEST_ARGS)
+
+gpu: ## tests and benchmarks of a GPU, with PYTHON as it is and wheels in WHEELS (.whl); writes GPU_JSON (gpu.json)
+	@site="$$(mktemp -d)" && trap 'rm -rf "$$site"' EXIT && if [ -d "$(WHEELS)" ]; then $(PYTHON) -m pip install \
+	  --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$$site" "$(WHEELS)"/*.whl; fi && \
+	PYTHONPATH="$(CURDIR)/src:$$site" $(PYTHON) benchmarks/gpu.py --all --json "$(GPU_JSON)"
 
 lint: $(STAMP)-lint ## style, types and the direction of imports
 	$(BIN)/ruff check .

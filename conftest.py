@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections import Counter
 
 import pytest
 
@@ -69,7 +70,8 @@ def pytest_terminal_summary(terminalreporter):
     for reports in terminalreporter.stats.values():
         for report in reports:
             if getattr(report, "when", None) == "teardown":
-                rows |= dict(value for name, value in report.user_properties if name == "campaign")
+                for what, found in (value for name, value in report.user_properties if name == "campaign"):
+                    rows.setdefault(what, Counter()).update(found)
     if rows:
         terminalreporter.section("campaign")
         terminalreporter.write_line("| what | tried | outcomes |\n|---|---|---|")

@@ -3,9 +3,11 @@
     python benchmarks/gpu.py                              # ViT-L/16 (UNI's shape) and ViT-g/14 (H-optimus-0's)
     python benchmarks/gpu.py --compile                    # torch.compile as well
     python benchmarks/gpu.py --device cpu --quick         # a tiny network: does it run?
+    make gpu                                              # all of it, and tests/test_gpu.py, into gpu.json
 
-Needs numpy, scipy, shapely, pillow, zarr, torch, torchvision, timm and our source; not the rest of what histosge
-depends on. Runs from a checkout: nothing has to be installed.
+Runs from a checkout: nothing has to be installed. The encoders need numpy, scipy, shapely, pillow, zarr, torch,
+torchvision, timm and our source; fit, predict and the tests (`--all`) also spatialdata, anndata, scanpy and pytest.
+Wheels of what a machine without network lacks go into a folder: see README.md.
 
 The usual way is what the reference and most pipelines do: the slide in memory, a crop of Pillow for each place, torchvision's
 transforms on the processor, float32, nothing at the same time. It is measured on fewer tiles.
@@ -14,8 +16,11 @@ transforms on the processor, float32, nothing at the same time. It is measured o
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
 import tempfile
+import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -255,6 +260,63 @@ def _ours(
     return lambda: by_us(array, xy_px, encoder, device=device, batch_size=batch_size)
 
 
+def fit_and_predict(device: torch.device, *, quick: bool) -> dict[str, float]:
+    """Seconds of a fit with the default heads, and of predicting at many places, on the device and on the processor."""
+    import histosge as sge
+
+    n, n_genes, bin_um = (10, 20, 50.0) if quick else (64, 500, 8.0)
+    section = sge.datasets.synthetic(n_rows=n, n_cols=n, n_genes=n_genes, mpp=2.0)
+    found: dict[str, float] = {}
+    print(
+        f"\n{n * n} spots x {n_genes} genes, bins of {bin_um:g} µm, stain-texture\n\n| head | device | fit, s | predict, s | bins |"
+    )
+    print("|---|---|---|---|---|")
+    for head, dense in (("in-context+kriging", False), ("aggregate+kriging", True)):
+        how: dict[str, Any] = {"encoder": "stain-texture", "progress": False}
+        sge.tl.fit(section, head=head, dense=dense, genes=n_genes, rng=0, **how)  # embeds, so that only heads are timed
+        for where in dict.fromkeys([device.type, "cpu"]):
+            each = how | {"device": where}
+            fit_s, model = clock(
+                lambda h=head, d=dense, e=each: sge.tl.fit(section, head=h, dense=d, genes=n_genes, rng=0, **e), device
+            )
+            predict_s, table = clock(
+                lambda m=model, e=each: sge.tl.predict(section, model=m, bin_um=bin_um, inplace=False, **e), device
+            )
+            print(f"| {head} | {where} | {fit_s:.1f} | {predict_s:.1f} | {table.n_obs:,} |", flush=True)
+            found |= {f"{head}, {where}: fit, s": fit_s, f"{head}, {where}: predict, s": predict_s}
+    return found
+
+
+def run_tests() -> list[dict[str, Any]]:
+    """Run the tests marked ``gpu`` in a process of their own: outcome, seconds and recorded figures of each."""
+    root = Path(__file__).parents[1]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "tests/test_gpu.py",
+            "-m",
+            "gpu",
+            "-q",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+        ]
+        subprocess.run([*command, f"--junitxml={report}", "-o", "junit_family=xunit1"], cwd=root, check=False)
+        if not report.exists():
+            return [{"test": "tests/test_gpu.py", "outcome": "did not run"}]
+        cases = ET.parse(report).iter("testcase")  # our own file
+        return [_case(case) for case in cases]
+
+
+def _case(case: ET.Element) -> dict[str, Any]:
+    outcome = next((kind for kind in ("failure", "error", "skipped") if case.find(kind) is not None), "passed")
+    figures = {p.get("name", ""): float(p.get("value", "nan")) for p in case.iter("property")}
+    return {"test": case.get("name"), "outcome": outcome, "s": float(case.get("time", 0)), "figures": figures}
+
+
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -265,6 +327,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="measure torch.compile as well")
     parser.add_argument("--quick", action="store_true", help="a tiny network and few tiles: does it run?")
+    parser.add_argument("--all", action="store_true", help="fit, predict and tests/test_gpu.py as well")
+    parser.add_argument("--json", type=Path, help="write everything that was found to this file")
     options = parser.parse_args(arguments)
     edges = [4096, 8192, 16_384]
     if options.quick:
@@ -277,10 +341,27 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     rate = max(rates.values())
     print(f"{device.type}, {where}, torch {torch.__version__}; bfloat16 products of square matrices:", end=" ")
     print(", ".join(f"{edge}: {one / 1e12:.3g} TFLOP/s" for edge, one in rates.items()))
+    about = {"device": where, "torch": torch.__version__, "python": sys.version.split()[0], "TFLOP/s": rate / 1e12}
+    everything: dict[str, Any] = {"machine": about}
+
+    def keep(**found: Any) -> None:  # after each step, so that a run that is cut off leaves what it found
+        everything.update(found)
+        if options.json is not None:
+            options.json.write_text(json.dumps(everything, indent=1))
+
+    if options.all:
+        keep(tests=run_tests())
     with tempfile.TemporaryDirectory() as folder:
-        return {
+        found = {
             key: measure(key, device=device, options=options, rate=rate, folder=Path(folder)) for key in options.models
         }
+    keep(encoders=found)
+    if options.all:
+        keep(fit_and_predict=fit_and_predict(device, quick=options.quick))
+    failed = [t["test"] for t in everything.get("tests", ()) if t["outcome"] not in ("passed", "skipped")]
+    if failed:
+        parser.exit(1, f"failed: {', '.join(failed)}\n")
+    return found
 
 
 if __name__ == "__main__":

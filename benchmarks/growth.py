@@ -69,7 +69,7 @@ def fitted(options) -> Fitted:
     dense = "aggregate" in options.head
     embedder = Embedder.open(section, "stain-texture", dense=dense, device="cpu", batch_size=32, progress=False)
     kept = None if options.keep is None else Path(options.keep) / options.head
-    if kept is not None and (kept / "config.json").exists():
+    if kept is not None and (kept / "histosge.safetensors").exists():
         return Fitted(embedder, np.load(kept / "spots.npy"), Model.load(kept))
     at_spots = embedder.embed_spots()
     parts = [embedder.embed_parts()] if dense else None

@@ -844,7 +844,7 @@ def test_a_killed_run_continues(small, tmp_path, log):
     with subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL) as run:
         try:
             until = time.monotonic() + 600
-            while not list(store.with_name("out.zarr.partial").glob("parts/*.done")):
+            while not list(store.with_name("out.zarr.partial").glob("*/parts/*.done")):
                 assert run.poll() is None, "it ended by itself"
                 assert time.monotonic() < until, "it never wrote a part"
                 time.sleep(0.05)
@@ -866,9 +866,24 @@ def test_a_model_that_was_half_saved_is_fitted_again(small, tmp_path, log):
     ask = {"bin_um": 16, "store": tmp_path / "out.zarr"} | FAST
     with interrupt(0), pytest.raises(KeyboardInterrupt):
         sge.tl.predict(small, **ask)
-    (tmp_path / "out.zarr.partial" / "work" / "model" / "whole").unlink()
+    next((tmp_path / "out.zarr.partial").rglob("histosge.safetensors")).unlink()
     sge.tl.predict(small, **ask)
     assert n_fits(log) == 2
+
+
+@pytest.mark.parametrize("name", ["model/histosge.safetensors", "spots.safetensors"])
+def test_a_damaged_model_of_an_interrupted_run_is_refused(small, tmp_path, name):
+    ask = {"bin_um": 16, "store": tmp_path / "out.zarr"} | FAST
+    with interrupt(0), pytest.raises(KeyboardInterrupt):
+        sge.tl.predict(small, **ask)
+    path = next((tmp_path / "out.zarr.partial").glob("run-*")) / "work" / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        sge.ModelError, match=rf"{name}: its sha256 is .* remove '.*out\.zarr\.partial.run-\w+' and start again"
+    ):
+        sge.tl.predict(small, **ask)
 
 
 # ------------------------------------------------------------------------------------------------------ conservation

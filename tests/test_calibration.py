@@ -362,6 +362,8 @@ def test_predictions_below_zero_count_as_zero():
     below = calibrate(predicted, measured, fold=folds(200)).to_arrays()
     cut = calibrate(np.maximum(predicted, 0), measured, fold=folds(200)).to_arrays()
     assert all((below[name] == cut[name]).all() for name in cut)
+    intervals = PredictionIntervals.from_arrays(cut)
+    np.testing.assert_array_equal(intervals.sd(np.full((2, 8), -3.0)), intervals.sd(np.zeros((2, 8))))
 
 
 # ------------------------------------------------------------------------------------------------------ the rest
@@ -507,14 +509,14 @@ def test_an_average_over_nothing_is_refused(k):
         neighbour_average(np.ones((5, 2)), xy=np.zeros((5, 2)), k=k)
 
 
-@pytest.mark.parametrize("n_genes", [1, 7, 70_000])
+@pytest.mark.parametrize("n_genes", [0, 1, 7, 70_000])
 def test_intervals_in_one_pass_are_those_of_the_formula(n_genes):
     """Whatever the number of rows that are taken at a time: all, some, or one."""
     rng = np.random.default_rng(0)
     values = rng.random((5, n_genes), np.float32) * [[1], [1], [0.25], [1], [2]] - [[0], [0.5], [0], [0], [0]]
     numbers = np.float32(values)
     intercept, slope, floor, largest, reach = numbers
-    predicted = rng.normal(0.5, 1, (9 if n_genes > 7 else 20_000, n_genes)).astype(np.float32)
+    predicted = rng.normal(0.5, 1, (9 if n_genes > 7 else 70_000, n_genes)).astype(np.float32)
     kept = predicted.copy()
     sd, lower, upper = interval_around(predicted, numbers)
     centre = np.maximum(predicted, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
-from shapely.affinity import rotate
+from shapely.affinity import rotate, scale
 from tests import rounding
 
-from histosge._geometry import Footprints, Grid, _areas, area_fractions, block_order, spot_by_bin
+from histosge._geometry import Footprints, Grid, _areas, area_fractions, block_order, divide, padded, spot_by_bin
 
 properties = settings(deadline=None, max_examples=40)
 KINDS = ["disc", "square", "polygon"]
@@ -117,6 +118,12 @@ def test_square_on_a_cell_is_that_cell_alone(kind, cell):
     np.testing.assert_array_equal(found.indices, np.arange(600))
     np.testing.assert_array_equal(found.data, 1.0)
     assert found.dtype == np.float64
+
+
+def test_on_the_corner_of_four_cells_however_small():
+    """What crosses a line by a billionth of a cell crosses it by half of itself here."""
+    found = as_map(Footprints.discs([[0, 0]], diameter_px=1e-9), Grid(-1, -1, 1, 2, 2))
+    np.testing.assert_allclose(found, 0.25)
 
 
 def test_square_over_parts_of_cells():
@@ -371,7 +378,33 @@ def test_one_size_or_one_each():
     np.testing.assert_array_equal(Footprints.squares(xy, edge_px=[3, 4]).size_px, [3, 4])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_digests_differ_wherever_areas_do(kind):
+    def made(*, at=3.0, size=2.0, tilt=0.0, reverse=False):
+        xy = np.array([[0.0, 0.0], [at, 7.0]])[:: -1 if reverse else 1]
+        if kind == "disc":
+            return Footprints.discs(xy, diameter_px=size)
+        if kind == "square":
+            return Footprints.squares(xy, edge_px=size, turn=tilt)
+        edge = size * np.array([1 + tilt, 1 / (1 + tilt)])  # of the same area and centre
+        return Footprints.of_polygons(shapely.box(*np.hstack([xy - edge / 2, xy + edge / 2]).T))
+
+    other = [made(), made(at=3.0000001), made(size=2.0000001), made(reverse=True)]
+    other += [] if kind == "disc" else [made(tilt=0.1)]
+    assert len({footprints.digest() for footprints in other}) == len(other)
+    assert made().digest() == made().digest()
+    strided = replace(made(), xy_px=np.repeat(made().xy_px, 2, axis=0)[::2])
+    assert strided.digest() == made().digest()
+    assert Footprints.discs([[1, 1]], diameter_px=2).digest() != Footprints.squares([[1, 1]], edge_px=2).digest()
+
+
 # ----------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(("n", "rows"), [(1, "0"), (5, "0, 1, 2, 3, 4"), (6, "0, 1, 2, 3, 4, ...")])
+def test_the_first_five_are_named(n, rows):
+    with pytest.raises(ValueError, match=rf"^{n} of {n} footprints \(rows {re.escape(rows)}\) have no area"):
+        Footprints.discs(np.zeros((n, 2)), diameter_px=0)
 
 
 def test_outside_the_grid_is_an_error_that_names_a_grid_to_hold_all():
@@ -424,6 +457,7 @@ BOW = shapely.Polygon([(0, 0), (3, 2), (3, 0), (0, 1)])
     ("polygon", "message"),
     [
         (BOW, r"1 of 2 footprints \(rows 1\) are not valid polygons.*Self-intersection.*make_valid"),
+        (scale(BOW, 0.01, 0.01), r"1 of 2 footprints \(rows 1\) are not valid polygons"),
         (shapely.Polygon(), r"1 of 2 footprints \(rows 1\) have no area"),
         (shapely.Polygon([(0, 0), (1, 1), (2, 2)]), r"1 of 2 footprints \(rows 1\) have no area"),
         (
@@ -433,7 +467,7 @@ BOW = shapely.Polygon([(0, 0), (3, 2), (3, 0), (0, 1)])
             r"1 of 2 footprints \(rows 1\) have a centre or size that is not",
         ),
         (shapely.Point(0, 0), r"1 of 2 footprints \(rows 1\) are no Polygon or MultiPolygon but Point: leave them out"),
-        (None, r"1 of 2 footprints \(rows 1\) are no Polygon or MultiPolygon but None"),
+        (None, r"1 of 2 footprints \(rows 1\) are no Polygon or MultiPolygon but None: leave them out"),
     ],
 )
 def test_unsound_polygons(polygon, message):
@@ -458,6 +492,7 @@ def test_factor_must_be_positive(factor):
         ({"cell_px": 0}, "x0 and y0 must be finite, cell_px finite and above 0"),
         ({"x0": np.nan}, "x0 and y0 must be finite"),
         ({"n_rows": 0}, "at least one row and one column"),
+        ({"n_cols": 0}, "at least one row and one column"),
     ],
 )
 def test_grid_must_be_one(grid, message):
@@ -466,7 +501,7 @@ def test_grid_must_be_one(grid, message):
 
 
 def test_footprint_smaller_than_the_last_digit_of_its_place():
-    far = Footprints.discs([[0.5, 0.5], [1e9, 1e9]], diameter_px=[1, 1e-9])
+    far = Footprints.discs([[0.5, 0.5], [1e9, 1e9], [1e9, 1e9]], diameter_px=[1, 1e-9, 1e-9])
     with pytest.raises(ValueError, match=r"shares of footprint 1 sum to .* instead of 1: it is too small for its dist"):
         area_fractions(far, Grid(0, 0, 1e6, 1001, 1001))
 
@@ -482,7 +517,7 @@ def lay_bins(*, n_rows, n_cols, bin_px, corner, first):
     return {"bins_xy_px": xy[order], "bin_px": bin_px, "row": row[order] + first, "col": col[order] + first}, order
 
 
-@given(kind=kinds, bin_px=st.floats(2, 30), first=st.integers(-50, 5000), seed=seeds)
+@given(kind=kinds, bin_px=st.floats(0.3, 30), first=st.integers(-50, 5000), seed=seeds)
 @properties
 def test_bins_under_spots_are_the_cells_under_spots(kind, bin_px, first, seed):
     bins, order = lay_bins(n_rows=7, n_cols=9, bin_px=bin_px, corner=(411.3, -70.9), first=first)
@@ -526,6 +561,46 @@ def test_bins_that_are_not_on_their_grid():
         spot_by_bin(spots, **{k: v if k == "bin_px" else np.concatenate([v, v[:1]]) for k, v in bins.items()})
     with pytest.raises(ValueError, match=r"bin_px=0: give a finite number of pixels above 0"):
         spot_by_bin(spots, **{**bins, "bin_px": 0})
+
+
+# ----------------------------------------------------------------------------------------------------- divide
+
+
+@given(kind=kinds, edge=st.floats(0.5, 30), seed=seeds, at=st.tuples(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3)))
+@properties
+def test_footprints_are_cut_into_the_squares_of_one_grid(kind, edge, seed, at):
+    footprints = lay(kind, n=7, seed=seed, grid=Grid(*at, edge, 6, 5))
+    xy, index, weight = divide(footprints, edge_px=edge)
+    assert (index.dtype, index.shape) == (np.int64, weight.shape)
+    whole = xy / edge - 0.5
+    np.testing.assert_allclose(whole, np.rint(whole), atol=1e-9)
+    assert len(np.unique(np.rint(whole), axis=0)) == len(xy)  # each square once,
+    assert np.unique(index[weight > 0]).tolist() == list(range(len(xy)))  # and none that no footprint reaches
+    np.testing.assert_allclose(weight.sum(axis=1), 1)
+    assert (weight >= 0).all()
+    squares = shapely.box(*np.hstack([xy - edge / 2, xy + edge / 2]).T)
+    areas = outlines(footprints)
+    wanted = shapely.area(shapely.intersection(areas[:, None], squares[index])) / shapely.area(areas)[:, None]
+    # the oracle's discs are polygons of 1024 corners, 6e-6 smaller
+    np.testing.assert_allclose(weight[weight > 0], wanted[weight > 0], atol=2e-5 if kind == "disc" else OFF)
+    assert (weight > 0).any(axis=0).all()  # no more columns than the widest footprint needs
+
+
+@pytest.mark.parametrize("kind", ["square", "polygon"])
+def test_a_footprint_that_is_a_square_of_the_grid_is_cut_once(kind):
+    edge = 0.1  # three of it are not 0.3
+    squares = Footprints.squares((np.array([[0, 0], [3, 7], [-4, 2]]) + 0.5) * edge, edge_px=edge)
+    xy, index, weight = divide(squares if kind == "square" else squares.as_polygons(), edge_px=edge)
+    assert weight.tolist() == [[1.0]] * 3
+    np.testing.assert_allclose(xy[index[:, 0]], squares.xy_px)
+
+
+def test_rows_of_unequal_length_are_padded():
+    index, weight = padded(sparse.csr_matrix([[0, 0, 0.5, 0.5], [0, 0, 0, 0], [0, 1, 0, 0], [0.2, 0.3, 0, 0.5]]))
+    assert index.tolist() == [[2, 3, 0], [0, 0, 0], [1, 0, 0], [0, 1, 3]]
+    assert weight.tolist() == [[0.5, 0.5, 0], [0, 0, 0], [1, 0, 0], [0.2, 0.3, 0.5]]
+    for nothing in padded(sparse.csr_matrix((0, 4))):
+        assert nothing.shape == (0, 0)
 
 
 # ------------------------------------------------------------------------------------------------ block_order
@@ -583,7 +658,8 @@ def test_order_is_stable_and_goes_with_the_places():
 
 
 def test_order_needs_a_block_and_places():
-    with pytest.raises(ValueError, match=r"block_px=0: give a finite number of pixels above 0"):
-        block_order(np.zeros((1, 2)), block_px=0)
+    for wrong in (0, -1.0, np.inf, np.nan):
+        with pytest.raises(ValueError, match=rf"block_px={wrong}: give a finite number of pixels above 0"):
+            block_order(np.zeros((1, 2)), block_px=wrong)
     with pytest.raises(ValueError, match=r"xy_px: 1 of 2 positions \(rows 1\) are not finite: leave them out"):
         block_order(np.array([[0, 0], [np.nan, 0]]), block_px=1)

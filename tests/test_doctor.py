@@ -255,6 +255,14 @@ def test_weights_that_are_here():
     assert one(checks, "encoder uni").message == "gated, no access, weights are here"
 
 
+def test_encoders_that_run_code_of_others_are_named():
+    check = one(asked_of(None), "remote code")
+    assert check.status == "ok"
+    assert check.message.startswith("encoders that run code of others, only with trust_remote_code=True: chief, conch_")
+    frame = sge.encoders()
+    assert check.details == {"encoders": list(frame.index[frame["remote_code"]])}
+
+
 def test_weights_are_looked_for_in_the_cache_of_the_hub(tmp_path):
     folder = Path(constants.HF_HUB_CACHE) / "models--mine--tiles" / "snapshots" / ("a" * 40)
     folder.mkdir(parents=True)

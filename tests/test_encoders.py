@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, replace
@@ -14,7 +16,17 @@ import torch
 from torch import nn
 
 import histosge as sge
-from histosge._encoders import ALIASES, DEFAULT_ENCODER, OPEN, TABLE, EncoderSpec, commit, listed_spec
+from histosge._encoders import (
+    ALIASES,
+    DEFAULT_ENCODER,
+    OPEN,
+    TABLE,
+    EncoderSpec,
+    code_of,
+    commit,
+    encoder_digest,
+    listed_spec,
+)
 
 LUNIT_MEAN = (0.70322989, 0.53606487, 0.66096631)  # as the authors of lunit-dino state them
 LUNIT_STD = (0.21716536, 0.26081574, 0.20723464)
@@ -88,7 +100,7 @@ def test_list():
     assert frame.index.is_unique
     assert set(frame["source"]) == {"built-in", "lazyslide-models"}
     columns = ["mpp", "mpp_source", "tile_px", "tile_um", "token_um", "embed_dim", "parameters", "licence", "gated"]
-    assert list(frame.columns) == [*columns, "commercial", "source", "url"]
+    assert list(frame.columns) == [*columns, "commercial", "remote_code", "source", "url"]
     assert frame.drop(columns="token_um").notna().all(axis=None)
     np.testing.assert_allclose(frame["tile_um"], frame["mpp"] * frame["tile_px"])
     assert frame["gated"].dtype == bool
@@ -554,7 +566,7 @@ def test_exported_encoder(tmp_path, hub_client):
     (repo / "refs" / "main").write_text("a" * 40)
     sizes = ({0: torch.export.Dim("n")},)
     torch.export.save(torch.export.export(Graph(), (torch.zeros(2, 3, 224, 224),), dynamic_shapes=sizes), file)
-    encoder = sge.load_encoder("ctranspath")
+    encoder = sge.load_encoder("ctranspath", trust_remote_code=True)
     assert (encoder.spec.mpp, encoder.spec.mpp_source) == (1.0, "magnification")
     assert encoder.embed(tiles(5, 224)).std(0).min() > 0
 
@@ -739,7 +751,7 @@ def test_what_transformers_wraps(failing_hub, kind, words):
     error.__cause__ = hub_error(kind)
     failing_hub(error)
     with pytest.raises(RuntimeError, match=rf"'rudolfv2-s'.*{words}"):
-        sge.load_encoder("rudolfv2-s")
+        sge.load_encoder("rudolfv2-s", trust_remote_code=True)
 
 
 def test_what_is_missing_beside_weights_is_said_by_the_library():
@@ -781,7 +793,8 @@ def test_revision_reaches_transformers(failing_hub):
     asked = failing_hub("RevisionNotFoundError")
     with pytest.raises(RuntimeError, match=r"has no revision 'v9' of encoder 'midnight'.*kaiko-ai/midnight"):
         sge.load_encoder("midnight", revision="v9")
-    assert asked == [("kaiko-ai/midnight", {"trust_remote_code": False, "revision": "v9"})]
+    options = {"trust_remote_code": False, "revision": "v9", "output_loading_info": True}
+    assert asked == [("kaiko-ai/midnight", options)]
 
 
 @pytest.mark.parametrize(
@@ -804,35 +817,6 @@ def test_alias(failing_hub, alias, name):
 
 
 # ------------------------------------------------------------------------------------------------------- GPU
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_stain_texture_on_gpu_agrees_with_cpu():
-    """To a thousandth of what a feature varies by, as its docstring says."""
-    encoder = sge.load_encoder("stain-texture")
-    random = np.random.default_rng(0)
-    coarse = random.uniform(60, 250, (3, 40, 40)).repeat(16, 1).repeat(16, 2)
-    block = torch.from_numpy(np.clip(coarse + random.normal(0, 20, coarse.shape), 0, 255).astype(np.uint8))
-    centres = torch.from_numpy(random.uniform(encoder.halo_px, 640 - encoder.halo_px, (300, 2)))
-    cpu = encoder.to("cpu").embed_block(block, centres)
-    gpu = encoder.to("cuda").embed_block(block, centres).cpu()
-    spread = cpu.std(0).clamp_min(1e-6)
-    assert ((cpu - gpu).abs() / spread).max() < 1e-3
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
-def test_timm_model_on_gpu_agrees_with_cpu(name, tmp_path):
-    """To what bfloat16 holds, about two digits of what a number varies by."""
-    save_weights(tmp_path / "w", name=name)
-    encoder = sge.load_encoder(name, weights=tmp_path / "w")
-    some = tiles(64, encoder.spec.tile_px)
-    cpu = encoder.to("cpu").embed(some)
-    gpu = encoder.to("cuda").embed(some.cuda())
-    assert gpu.dtype == torch.float32
-    assert ((gpu.cpu() - cpu).abs().mean(0) / cpu.std(0).clamp_min(1e-6)).median() < 0.05
 
 
 def test_identity_is_that_of_the_weights(tiny, tmp_path):
@@ -871,3 +855,186 @@ def test_bfloat16_on_request(tiny):
     assert rough.dtype == torch.float32
     assert (rough != exact).any()
     assert torch.allclose(rough, exact, atol=0.05 * float(exact.abs().max()))
+
+
+# ------------------------------------------------------------------------------------------------ code of others
+
+RUNS_CODE = re.compile(
+    r"trust_remote_code=True|torch\.hub\.load|weights_only(\"\])? ?= ?False|torch\.(export|jit)\.load|pickle\.load|exec\("
+)
+"""What runs code of others in the library; what it loads with transformers without the first runs none."""
+
+
+@pytest.mark.parametrize("name", sorted(TABLE))
+def test_encoders_that_run_code_of_others_are_known(registry, name):
+    import inspect
+
+    ours = [kind for kind in registry[name].__mro__ if kind.__module__.startswith("lazyslide_models")]
+    found = [kind.__name__ for kind in ours if RUNS_CODE.search(inspect.getsource(kind))]
+    assert bool(found) == sge.encoders().loc[name, "remote_code"], found
+
+
+@pytest.mark.parametrize("name", sorted(name for name in TABLE if code_of(name)))
+def test_code_of_others_needs_trust(name, hub_client):
+    with pytest.raises(ValueError, match=rf"^encoder '{name}' runs code of others when it is loaded: ") as told:
+        sge.load_encoder(name)
+    message = str(told.value)
+    assert f"encoder=histosge.load_encoder({name!r}, trust_remote_code=True); in the shell: --trust-rem" in message
+    assert f"({listed_spec(name).url} at its newest commit)" in message
+    pinned = name not in ("open-midnight", "conch_v1.5", "ctranspath", "chief")
+    assert ("revision= pins it" if pinned else "takes no revision=") in message
+
+
+def test_code_of_others_is_pinned(tmp_path, hub_client):
+    """The commit in the hub's cache, or the one that is asked for, is part of the call that the error names."""
+    refs = tmp_path / "hub" / "models--histai--hibou-b" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("a" * 40)
+    for options, wanted in (({}, "a" * 40), ({"revision": "v1"}, "v1")):
+        with pytest.raises(ValueError, match=rf"at revision {wanted}\).*revision='{wanted}', trust_remote_code=True"):
+            sge.load_encoder("hibou-b", **options)
+    with pytest.raises(ValueError, match=r"its folder 'here', or the repository.*'hibou-b', weights='here', trust_"):
+        sge.load_encoder("hibou-b", weights="here")
+    with pytest.raises(ValueError, match="encoder 'hibou-b' runs code of others"):
+        sge.load_encoder("hibou-b+rgb")
+
+
+def test_trust_does_nothing_where_no_code_runs(tiny):
+    for encoder in ("rgb", "stain-texture+rgb", Means()):
+        spec = own_spec() if isinstance(encoder, nn.Module) else None
+        assert sge.load_encoder(encoder, spec=spec, trust_remote_code=True)
+    assert sge.load_encoder("test_vit", weights=tiny[0], trust_remote_code=True)
+
+
+# ------------------------------------------------------------------------------------------ weights are whole
+
+
+def test_weights_that_leave_parts_out(tiny, phikon, tmp_path):
+    """By timm, by transformers, and by a library of its own; the errors name what is left out."""
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(tiny[0] / "model.safetensors")
+    renamed = {f"x.{name}": values for name, values in state.items()}
+    save_file(renamed, tmp_path / "renamed.safetensors")
+    with pytest.raises(
+        ValueError, match=r"not those of encoder 'test_vit': the file lacks '.*', '.*', '.*' and 7"
+    ) as told:
+        sge.load_encoder("test_vit", weights=tmp_path / "renamed.safetensors")
+    assert "the network has no 'x.blocks.0.attn.proj.bias', " in str(told.value)
+    assert "pass its own weights" in str(told.value)
+
+    folder = tmp_path / "phikon"
+    shutil.copytree(phikon[0], folder)
+    state = load_file(folder / "model.safetensors")
+    del state["layernorm.bias"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"not those of encoder 'phikon': the file lacks 'layernorm\.bias'\. It"):
+        sge.load_encoder("phikon", weights=folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tiny, tmp_path, value):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(tiny[0] / "model.safetensors")
+    state["norm.bias"][3] = value
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"of encoder 'test_vit' are damaged: 'norm\.bias' has values that are not fi"):
+        sge.load_encoder("test_vit", weights=tmp_path / "w.safetensors")
+
+
+def test_a_classifier_and_wrappings_are_no_other_weights(tiny, tmp_path):
+    import timm
+
+    state = timm.create_model("test_vit").state_dict() | tiny[1].state_dict()
+    forms = [state, {"state_dict": {f"module.{name}": values for name, values in state.items()}}, {"model": state}]
+    for i, form in enumerate(forms):
+        torch.save(form, tmp_path / f"{i}.pth")
+        encoder = sge.load_encoder("test_vit", weights=tmp_path / f"{i}.pth")
+        assert encoder_digest(encoder) == encoder_digest(sge.load_encoder("test_vit", weights=tiny[0]))
+
+
+def test_loading_leaves_torch_as_it_was(tiny, monkeypatch):
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    monkeypatch.setenv(names[1], "1")
+    before, load = [os.environ.get(name) for name in names], nn.Module.load_state_dict
+    sge.load_encoder("test_vit", weights=tiny[0])
+    with pytest.raises(ValueError, match="could not be read"):
+        sge.load_encoder("uni", weights=tiny[0])
+    assert [os.environ.get(name) for name in names] == before
+    assert nn.Module.load_state_dict is load
+
+
+# ----------------------------------------------------------------------------------------------------- the digest
+
+
+def test_digest_is_that_of_the_weights(tiny, tmp_path):
+    save_weights(tmp_path / "other", name="test_vit", seed=1)
+    one, other = (sge.load_encoder("test_vit", weights=folder) for folder in (tiny[0], tmp_path / "other"))
+    assert encoder_digest(one) != encoder_digest(other)
+    other.module.load_state_dict(one.module.state_dict())
+    assert encoder_digest(one) == encoder_digest(other)
+
+
+CHANGES = {
+    "in place": lambda weight: weight.detach().mul_(2),
+    "one value": lambda weight: weight.detach()[1].add_(1),
+    "behind torch's back": lambda weight: weight.data.add_(1),
+    "replaced": lambda weight: setattr(weight, "data", torch.full((3,), 2.0)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_digest_follows_changed_weights(change):
+    encoder = sge.load_encoder(Means(), spec=own_spec())
+    before = encoder_digest(encoder)
+    assert encoder_digest(encoder) == before
+    CHANGES[change](encoder.module.weight)
+    assert encoder_digest(encoder) != before
+
+
+def test_digest_stays_where_nothing_changes():
+    module = nn.Sequential(Means(), nn.BatchNorm1d(3))
+    encoder = sge.load_encoder(module, spec=own_spec())
+    before = encoder_digest(encoder)
+    encoder.embed(tiles(4, 32))
+    assert encoder_digest(encoder.to("cpu")) == before
+    again = nn.Sequential(Means(), nn.BatchNorm1d(3))
+    assert encoder_digest(sge.load_encoder(again, spec=own_spec())) == before
+    with torch.inference_mode():
+        inferred = nn.Sequential(Means(), nn.BatchNorm1d(3))
+    assert encoder_digest(sge.load_encoder(inferred, spec=own_spec())) == before
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"mean": (0.1, 0.2, 0.3)}, {"std": (1, 1, 1)}, {"tile_px": 16}, {"revision": "2"}],
+    ids=lambda v: next(iter(v)),
+)
+def test_digest_knows_the_input(other):
+    one, two = (sge.load_encoder(Means(), spec=own_spec(**values)) for values in ({}, other))
+    assert encoder_digest(one) != encoder_digest(two)
+
+
+def test_digest_of_any_object():
+    """Of what has no network, attributes that hold numbers count, and counters do not."""
+
+    class Own:
+        def __init__(self, table, network=None):
+            self.spec, self.table, self.network, self.n_calls = own_spec(), table, network, 0
+
+    one = Own(np.arange(3.0))
+    before = encoder_digest(one)
+    one.n_calls += 1
+    assert encoder_digest(one) == encoder_digest(Own(np.arange(3.0))) == before
+    others = [Own(np.arange(3.0) + 1), Own(torch.arange(3.0)), Own(np.arange(3.0), Means()), Own(None)]
+    assert len({before, *map(encoder_digest, others)}) == 5
+
+
+@pytest.mark.parametrize("name", ["stain-texture", "rgb"])
+def test_digest_of_a_built_in_encoder_is_its_version(name, monkeypatch):
+    encoder = sge.load_encoder(name)
+    before = encoder_digest(encoder)
+    assert encoder_digest(sge.load_encoder(name)) == before
+    monkeypatch.setattr(type(encoder), "version", -1)
+    assert encoder_digest(sge.load_encoder(name)) != before

@@ -14,7 +14,12 @@ from histosge._geometry import (
     Targets,
     estimate_lattice,
     in_mask,
+    lattice_of_array,
+    lay_around,
+    lay_over,
     nearest_spots,
+    occupied_share,
+    optical_density,
     refine,
     similarity_scale,
     square_bins,
@@ -208,6 +213,55 @@ def test_lattice_stretched_along_its_diagonal_is_refused(kind, direction):
         estimate_lattice(stretch(lay(kind, n=14, pitch=80), factor=1.12, direction=direction))
 
 
+def test_pairs_scattered_over_a_lattice_are_chance():
+    """Sixty pairs on ten thousand sites, in all directions: each spot has one neighbour, and hardly any site has one."""
+    rng = np.random.default_rng(0)
+    corner = 10 * np.stack(np.meshgrid(np.arange(10), np.arange(10)), -1).reshape(-1, 2) + rng.integers(0, 9, (100, 2))
+    step = np.array([[1, 0], [0, 1], [-1, 1]])[np.arange(100) % 3]
+    xy = np.vstack([corner, corner + step]) @ (20.0 * UNIT["hexagonal"])
+    with pytest.raises(
+        NotALattice, match=r"best hexagonal lattice \(pitch 20\.0 px\) has spots on only [12]\.\d% of its sites"
+    ):
+        estimate_lattice(xy)
+
+
+@pytest.mark.parametrize("kind", ["hexagonal", "square"])
+@pytest.mark.parametrize("period", [2, 3])
+def test_a_lattice_without_one_class_of_its_sites_is_refused(kind, period):
+    """As of several arrays over one another: every second or third site of every second or third row is empty."""
+    site = np.stack(np.meshgrid(np.arange(18), np.arange(18)), -1).reshape(-1, 2)
+    there = site[(site % period != 1).any(axis=1)]
+    with pytest.raises(NotALattice, match="on every second or third"):
+        estimate_lattice(20.0 * there @ UNIT[kind])
+    some = np.random.default_rng(0).random(len(site)) < len(there) / len(site)  # as many, but any
+    assert estimate_lattice(20.0 * site[some] @ UNIT[kind]).pitch_px == pytest.approx(20)
+
+
+def test_share_of_occupied_sites_is_exact_by_picks_theorem():
+    site = np.stack(np.meshgrid(np.arange(6.0), np.arange(5.0)), -1).reshape(-1, 2)
+    inner = ((site > 1) & (site < [4, 3])).all(axis=1)  # the hull does not need them
+    assert inner.sum() == 2
+    assert occupied_share(site[~inner] * 3, cell_px2=9) == pytest.approx(28 / 30, abs=1e-4)
+
+
+@pytest.mark.parametrize("stretch", [(1.5, 1.0), (1.0, 1.5), (1.08, 1.0), (1.0, 1.08)])
+@pytest.mark.parametrize("half_steps", [False, True])
+def test_a_stretched_array_is_refused(stretch, half_steps):
+    row, col = (a.ravel() for a in np.indices((8, 9)))
+    col = 2 * col + row % 2 if half_steps else col
+    xy = np.column_stack([col / 2, row * np.sqrt(0.75)] if half_steps else [col, row]) * 20 * stretch
+    with pytest.raises(NotALattice, match=r"^rows of the array lie .* neither hexagonal nor square"):
+        lattice_of_array(xy, row, col)
+
+
+def test_the_array_is_numbered_from_its_own_first_row_and_column():
+    row, col = (a.ravel() for a in np.indices((6, 5)))
+    found = lattice_of_array(np.column_stack([col, row]) * 20.0 + 7, row + 40, col + 13)
+    np.testing.assert_array_equal(found.index, np.column_stack([col, row]))
+    np.testing.assert_allclose(found.origin, 7)
+    assert found.residual < 1e-12
+
+
 @properties
 @given(lattices, st.floats(0, 180))
 def test_a_stretch_of_one_percent_is_no_reason_to_refuse(given_, direction):
@@ -319,6 +373,15 @@ def test_refine_leaves_large_holes_open():
     assert np.hypot(*(places.xy_px - centre).T).min() > 20
 
 
+@pytest.mark.parametrize("kind", ["hexagonal", "square"])
+@pytest.mark.parametrize("upsample", UPSAMPLE)
+def test_no_target_lies_beyond_the_cells_of_the_spots(kind, upsample):
+    """The corners of a spot's own cell, of a hexagon or a square, are the farthest from it."""
+    xy = lay(kind, n=9)
+    far = cKDTree(xy).query(refine(estimate_lattice(xy), xy, upsample=upsample).xy_px)[0]
+    assert far.max() <= {"hexagonal": np.sqrt(1 / 3), "square": np.sqrt(1 / 2)}[kind] * (1 + 1e-5)
+
+
 def test_refine_does_not_grow_the_edge():
     """What lies beyond the edge of the array is no hole."""
     xy = lay("hexagonal", n=9, pitch=10)
@@ -384,6 +447,69 @@ def test_square_bins_cover_what_is_near_a_spot(bin_px, margin, seed):
     assert same_places(bins.xy_px, grid[near], tolerance=1e-6) if near.any() else len(bins) == 0
 
 
+def test_square_bins_over_an_image():
+    bins = lay_over(70.0, 45.0, step_px=20, hexagonal=False, diameter_px=7)
+    assert bins.xy_px.tolist() == [[10, 10], [30, 10], [50, 10], [10, 30], [30, 30], [50, 30]]
+    assert bins.array_row.tolist() == [0, 0, 0, 1, 1, 1]
+    assert bins.array_col.tolist() == [0, 1, 2, 0, 1, 2]
+    assert bins.footprints.size_px.tolist() == [20] * 6  # side by side, whatever the diameter of a disc
+    assert (bins.are_bins, bins.step_px, bins.laid) == (True, 20.0, True)
+    assert bins.spot_index.tolist() == [-1] * 6
+    assert bins.instances.tolist() == list(range(6))
+    assert {bins.array_row.dtype, bins.array_col.dtype, bins.spot_index.dtype} == {np.dtype(np.int64)}
+
+
+@pytest.mark.parametrize("diameter_px", [None, 7.0])
+def test_a_hexagonal_lattice_over_an_image(diameter_px):
+    """Rows are 17.3 px apart, and 2.7 of them fit; each second one is half a step to the right."""
+    places = lay_over(70.0, 47.0, step_px=20, hexagonal=True, diameter_px=diameter_px)
+    np.testing.assert_allclose(places.xy_px[:, 0], [10, 30, 50, 20, 40, 60])
+    np.testing.assert_allclose(places.xy_px[:, 1], [10 * np.sqrt(0.75)] * 3 + [30 * np.sqrt(0.75)] * 3)
+    assert places.array_row.tolist() == [0, 0, 0, 1, 1, 1]
+    assert places.array_col.tolist() == [0, 2, 4, 1, 3, 5]
+    assert places.footprints.size_px.tolist() == [diameter_px or 20.0] * 6
+    assert (places.footprints.kind, places.step_px) == ("disc", 20.0)
+
+
+@properties
+@given(st.integers(1, 30), st.floats(1, 300), st.sampled_from(UPSAMPLE), st.integers(0, 999))
+def test_a_lattice_around_irregular_spots(n, pitch, upsample, seed):
+    """All sites of one hexagonal lattice that are nearer than a pitch to a spot, and no other."""
+    xy = np.random.default_rng(seed).uniform(-5, 5, (n, 2)) * pitch
+    places = lay_around(xy, pitch_px=pitch, upsample=upsample)
+    step = pitch / np.sqrt(upsample)
+    assert places.step_px == pytest.approx(step)
+    np.testing.assert_allclose(places.footprints.size_px, step)
+    assert lay_around(xy, pitch_px=pitch, upsample=upsample, diameter_px=3).footprints.size_px.tolist() == [3] * len(
+        places
+    )
+    index = np.column_stack([places.array_col, places.array_row])
+    assert index.min(axis=0).tolist() == [0, 0]
+    assert len(np.unique(index, axis=0)) == len(places)
+    basis = step * UNIT["hexagonal"]
+    origin = (places.xy_px - index @ basis).mean(axis=0)
+    np.testing.assert_allclose(places.xy_px, origin + index @ basis, atol=1e-9 * pitch)
+    assert (places.spot_index == -1).all()
+    reach = np.arange(-9, index.max() + 9)
+    sites = origin + np.stack(np.meshgrid(reach, reach), -1).reshape(-1, 2) @ basis
+    far = cKDTree(xy).query(sites)[0]
+    clear = cKDTree(xy).query(places.xy_px)[0] < pitch * (1 - 1e-9)  # rounding decides on the others
+    assert cKDTree(xy).query(places.xy_px)[0].max() <= pitch * (1 + 1e-9)
+    assert same_places(places.xy_px[clear], sites[far < pitch * (1 - 1e-9)], tolerance=1e-6 * pitch)
+
+
+def test_a_lattice_around_irregular_spots_moves_with_them():
+    xy = np.random.default_rng(0).uniform(0, 90, (20, 2))
+    here, there = (lay_around(places, pitch_px=16, upsample=4) for places in (xy, xy + [63.3, -31.7]))
+    np.testing.assert_allclose(there.xy_px, here.xy_px + [63.3, -31.7])
+
+
+@pytest.mark.parametrize("upsample", [0, 3, None])
+def test_a_lattice_around_spots_refuses_other_numbers(upsample):
+    with pytest.raises(ValueError, match=rf"^upsample={upsample}: choose one of \(2, 4, 8, 16\)"):
+        lay_around(np.zeros((1, 2)), pitch_px=10, upsample=upsample)
+
+
 # ------------------------------------------------------------------------------------------------ nearest spots
 
 
@@ -435,6 +561,28 @@ def test_nearest_spots_of_a_group_against_brute_force(n_spots, k, excluding, see
         assert present.tolist() == [True] * n + [False] * (k - n)
 
 
+def test_many_neighbours_stay_in_order_when_one_is_left_out():
+    rng = np.random.default_rng(0)
+    spots = rng.random((200, 2))
+    index, dist, _ = nearest_spots(spots, spots, k=60, exclude=rng.integers(0, 200, 200))
+    assert (np.diff(dist, axis=1) > 0).all()
+    np.testing.assert_allclose(np.hypot(*(spots[index] - spots[:, None]).transpose(2, 0, 1)), dist)
+
+
+def test_nearest_spots_where_a_group_has_none():
+    """All locations of one section and all spots of another; and one location, or none."""
+    spots = np.array([[0.0, 0.0], [1.0, 0.0]])
+    for n in (0, 1, 3):
+        groups = {"groups": np.full(n, 1), "spot_groups": np.full(2, 2)}
+        for found in nearest_spots(np.zeros((n, 2)), spots, k=2, **groups):
+            assert found.shape == (n, 2)
+            assert not found.any()
+        groups = {"groups": np.full(n, 1), "spot_groups": np.zeros(0, int)}
+        assert not nearest_spots(np.zeros((n, 2)), spots[:0], k=2, **groups)[2].any()
+    index, _, present = nearest_spots(spots[:1], spots, k=2, groups=np.array([2]), spot_groups=np.full(2, 2))
+    assert (index.tolist(), present.tolist()) == ([[0, 1]], [[True, True]])
+
+
 def test_nearest_spots_without_spots():
     index, dist, present = nearest_spots(np.zeros((3, 2)), np.zeros((0, 2)), k=4)
     assert index.shape == (3, 4)
@@ -452,6 +600,9 @@ def test_in_mask():
     outside = [[9.99, 50], [20, 50], [15, 39.99], [15, 60], [-0.01, 50], [50, 20], [15, -5], [1e6, 1e6]]
     found = in_mask(np.array(inside + outside, dtype=float), mask, px_per_cell=(10.0, 20.0))
     assert found.tolist() == [True] * 3 + [False] * 8
+    first = np.zeros((3, 4), dtype=bool)
+    first[[0, 2], [0, 3]] = True
+    assert in_mask(np.array([[0.0, 0.0], [9.99, 19.99], [39.99, 59.99]]), first, px_per_cell=(10.0, 20.0)).all()
     # a negative index would wrap around to the other side
     mask[:] = True
     assert not in_mask(np.array([[-0.5, 5.0], [5.0, -0.5], [40.0, 5.0]]), mask, px_per_cell=(10.0, 20.0)).any()
@@ -490,6 +641,38 @@ def spots_in(mask, n=80, seed=0):
     row, col = np.nonzero(mask)
     take = np.random.default_rng(seed).choice(len(row), n)
     return np.column_stack([col[take], row[take]]) + 0.5
+
+
+def test_optical_density_of_known_colours():
+    """Light is divided by ten for each unit, from 256; what is below 8 in all colours was blacked out, not stained."""
+    image = np.array([[[255, 127, 0], [7, 7, 7], [8, 7, 7], [0, 0, 0], [0, 0, 63]]], np.uint8)
+    found = optical_density(image)[0]
+    assert found.dtype == np.float32
+    half = np.log10(2)
+    np.testing.assert_allclose(found[0], [0, half, 8 * half], atol=1e-6)
+    assert not found[[1, 3]].any()
+    np.testing.assert_allclose(found[2], [np.log10(256 / 9), 5 * half, 5 * half], rtol=1e-6)
+    np.testing.assert_allclose(found[4], [8 * half, 8 * half, 2 * half], rtol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "top", "bottom"])
+def test_spots_beyond_the_thumbnail_are_of_the_pixel_next_to_them(side):
+    """One dark line of pixels along one side, and only there spots: it is tissue, and nothing else is."""
+    image, line = np.full((9, 12, 3), 240, np.uint8), np.zeros((9, 12), bool)
+    line[{"left": np.s_[:, 0], "right": np.s_[:, 11], "top": np.s_[0], "bottom": np.s_[8]}[side]] = True
+    image[line] = (150, 80, 140)
+    at = {"left": [-1.5, 4], "right": [12.7, 4], "top": [5, -1.5], "bottom": [5, 9.7]}[side]
+    for spots in ([at], [at, np.clip(at, 0, [11.9, 8.9])]):  # one spot counts, too
+        mask, share = tissue_mask(image, np.array(spots, float), blur_cells=0)
+        np.testing.assert_array_equal(mask, line)
+        assert share == 1.0
+
+
+def test_without_spots_the_threshold_is_otsus():
+    image, truth = disc(45, tissue=(190, 120, 170), glass=(245, 245, 245))
+    mask, share = tissue_mask(image, np.zeros((0, 2)), blur_cells=1.0)
+    assert (mask == truth).mean() > 0.99
+    assert np.isnan(share)
 
 
 @pytest.mark.parametrize("glass", [(245, 245, 245), (225, 228, 222)], ids=["white", "grey"])

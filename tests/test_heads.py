@@ -1163,6 +1163,19 @@ def test_kriging_by_tiles_that_see_all_spots_is_exact(wide, how):
         assert (found - expected).abs().max() < (kriging_rounding(exact, known) if how["n_drawn"] < 100 else 0.05)
 
 
+def test_kriging_by_tiles_does_not_depend_on_the_last_digit(wide):
+    """Devices divide with different rounding, and many spots of a lattice are equally far: tiles must stay the same."""
+    exact, known, held_out = wide
+    head = in_tiles(exact, n_near=80, n_drawn=40, n_tile=40)
+    expected = head.predict(Queries.of(held_out, hidden=False), context=known)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        last = 1 + 1e-7 * torch.randn(known.xy_um.shape, generator=generator)
+        moved = dataclasses.replace(known, xy_um=known.xy_um * last)
+        found = head.predict(Queries.of(held_out, hidden=False), context=moved)
+        assert (found - expected).abs().max() < 1e-3
+
+
 def test_kriging_by_tiles_is_nearly_exact(wide):
     """The more, the more spots stand for all others."""
     exact, known, held_out = wide

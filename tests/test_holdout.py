@@ -648,11 +648,11 @@ def nothing_embedded(log):
     [
         ({"split": "kfold"}, r"split='kfold' is unknown\. Choose one of \('blocks', 'random', 'lattice', 'sections'"),
         ({"protocol": "cv"}, r"protocol='cv' is unknown\. Choose one of \('held-out', 'published'\)"),
-        ({"n_splits": 1}, r"n_splits=1: pass a whole number of at least 2\."),
-        ({"n_splits": 0, "split": "random"}, r"n_splits=0: pass a whole number of at least 1\."),
-        ({"n_splits": 2.0}, r"n_splits=2\.0: pass a whole number of at least 2\."),
+        ({"n_splits": 1}, r"n_splits=1: pass a whole number of at least 2 and at most 1000"),
+        ({"n_splits": 0, "split": "random"}, r"n_splits=0: pass a whole number of at least 1 and at most 1000"),
+        ({"n_splits": 2.0}, r"n_splits=2\.0: pass a whole number of at least 2 and at most 1000"),
         ({"n_splits": True, "split": "random"}, r"n_splits=True: pass a whole number"),
-        ({"n_repeats": 0}, r"n_repeats=0: pass a whole number of at least 1\."),
+        ({"n_repeats": 0}, r"n_repeats=0: pass a whole number of at least 1 and at most 1000"),
         ({"split": "sections"}, r"split='sections' leaves one section out, and there is only one: pass a list"),
         (
             {"protocol": "published", "split": "pseudo-spots"},

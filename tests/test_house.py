@@ -19,7 +19,7 @@ import histosge as sge
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 NAMESPACES = ("pp", "tl", "pl", "io", "datasets")
-HEAVY = {"anndata", "matplotlib", "pandas", "scanpy", "spatialdata", "squidpy", "timm", "torch"}
+HEAVY = {"anndata", "matplotlib", "pandas", "pydantic", "scanpy", "spatialdata", "squidpy", "timm", "torch"}
 POSITIONAL = {"pp": 1, "tl": 1, "pl": 2, "io": 2, "datasets": 1, "": 1}  # a plot takes the data and the gene
 
 

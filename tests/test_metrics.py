@@ -113,6 +113,15 @@ def test_morans_i_of_sections_that_lie_on_one_another():
     np.testing.assert_allclose(morans_i(values, np.vstack([xy, xy]), groups=group), apart, atol=1e-6)
 
 
+def test_a_spot_without_neighbours_has_an_empty_row():
+    """Alone in its section, and the neighbour of none: the matrix still has its row and column."""
+    xy = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [50.0, 50.0]])
+    alone = neighbour_mean(xy, n_neighbours=2, itself=False, groups=np.array([0, 0, 0, 1])).toarray()
+    assert alone.tolist() == [[0, 0.5, 0.5, 0], [0.5, 0, 0.5, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 0]]
+    assert neighbour_mean(xy, n_neighbours=2, itself=False)[[3]].sum() == pytest.approx(1)
+    assert neighbour_mean(xy, n_neighbours=2, itself=False).shape == (4, 4)
+
+
 def test_morans_i_of_many_genes():
     """More than one part's worth of columns, each in its place."""
     xy, rng = grid(), np.random.default_rng(0)
@@ -174,11 +183,12 @@ def test_gene_agreement_is_kept_by_any_scale_and_lost_by_shuffling():
     assert abs(gene_agreement(shuffled, measured).mean()) < 0.1
 
 
-def test_a_constant_gene_correlates_with_none():
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_constant_gene_correlates_with_none(dtype):
     rng = np.random.default_rng(0)
     measured = rng.standard_normal((50, 3)) @ rng.standard_normal((3, 8))
-    predicted = (measured + rng.standard_normal((50, 8))).astype(np.float32)
-    predicted[:, 2] = 0.1
+    predicted = (measured + rng.standard_normal((50, 8))).astype(dtype)
+    predicted[:, 2] = 1e3 / 3  # the mean of it need not be it
     found = gene_agreement(predicted, measured)
     assert found[2] == 0
     kept = np.arange(8) != 2
@@ -235,6 +245,20 @@ def test_structural_similarity_of_known_predictions():
     assert ((shrunk > 0.5) & (shrunk < 0.95)).all()  # right in all but how much it varies: that costs
     one = structural_similarity(0.5 * measured[:, [599]], measured[:, [599]], xy=xy)  # the second block is in its place
     assert structural_similarity(0.5 * measured, measured, xy=xy)[599] == pytest.approx(one[0])
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1e3])
+def test_structural_similarity_has_no_unit(unit):
+    """The dynamic range is the measurement's own; float32 is computed as float64 is, and six neighbours are usual."""
+    xy, rng = grid(), np.random.default_rng(0)
+    measured = (100 + rng.random((100, 3))).astype(np.float32)
+    predicted = measured + rng.random((100, 3), np.float32)
+    wanted = structural_similarity(predicted.astype(float), measured.astype(float), xy=xy, n_neighbours=6)
+    assert ((wanted > 0) & (wanted < 0.9)).all()
+    assert structural_similarity(predicted, measured, xy=xy) == pytest.approx(wanted, abs=1e-12)
+    assert structural_similarity(unit * predicted.astype(float), unit * measured.astype(float), xy=xy) == pytest.approx(
+        wanted, abs=1e-6
+    )
 
 
 def test_structural_similarity_of_a_constant_measurement_is_zero():

@@ -30,6 +30,7 @@ SPEC = EncoderSpec(name="by-hand", mpp=0.5, tile_px=224, embed_dim=10)
 CONFIG = EmbeddingConfig((EncoderConfig(SPEC, 0.5),))
 OPTIONS = {"published": {"n_steps": 3}, "in-context": {"n_steps": 30}, "aggregate": {"n_steps": 30}}
 """What is tested here is what reaches what, and not how good a network gets."""
+FILE = "histosge.safetensors"
 every_head = pytest.mark.parametrize("head", sorted(HEADS))
 
 
@@ -287,6 +288,9 @@ def test_options_by_name_of_the_head(section, embedding):
         ),
         ("in-context+kriging", {"kriging": {"width": 3}}, "head 'kriging' has no option 'width'"),
         ("nearest", 3, r"head_options=3: pass a dict of arguments"),
+        ("nearest", {"n_neighbours": 0}, "n_neighbours=0 of head 'nearest' must be a whole number from 1 to 10000"),
+        ("kriging", {"n_components": 2.5}, "n_components=2.5 of head 'kriging' must be a whole number from 1, or None"),
+        ("in-context", {"dropout": 2}, "dropout=2 of head 'in-context' must be a number from 0 to 1"),
     ],
 )
 def test_wrong_options_are_said_first(head, options, match):
@@ -636,12 +640,7 @@ def test_a_section_looks_the_same_whichever_number_it_has(section, embedding, he
 def test_round_trip(section, embedding, head, tmp_path):
     model = fit(section, embedding, head=head, n_folds=2)
     model.save(tmp_path / "a" / "model")  # parents are made
-    assert sorted(p.name for p in (tmp_path / "a" / "model").iterdir()) == [
-        "config.json",
-        "model.safetensors",
-        "scores.csv",
-        "training.csv",
-    ]
+    assert [p.name for p in (tmp_path / "a" / "model").iterdir()] == [FILE]
     loaded = Model.load(str(tmp_path / "a" / "model"))
     assert np.abs(at_spots(loaded, section, embedding) - at_spots(model, section, embedding)).max() < 1e-5
     assert (loaded.head, loaded.held_out, loaded.info) == (model.head, model.held_out, model.info)
@@ -650,7 +649,7 @@ def test_round_trip(section, embedding, head, tmp_path):
     assert len(loaded.heads) == len(model.heads)
     assert loaded.config == model.config
     pd.testing.assert_frame_equal(loaded.scores, model.scores, check_dtype=False, check_names=False)
-    assert repr(loaded) == repr(model)
+    assert (repr(loaded), loaded.fingerprint()) == (repr(model), model.fingerprint())
     pd.testing.assert_frame_equal(loaded.training, model.training)
     assert loaded.spots.pitch_um == model.spots.pitch_um
     for name in ("embedding", "expression", "xy_um", "section"):
@@ -711,10 +710,14 @@ def test_odd_names_of_genes_survive(section, embedding, tmp_path):
 
 
 def test_a_saved_model_holds_no_pickles(ridge, tmp_path):
+    """It is safetensors, and all that is no tensor is JSON in its header."""
     ridge.save(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["format"] == 5
-    assert (tmp_path / "model.safetensors").read_bytes()[8:9] == b"{"
-    assert (tmp_path / "scores.csv").read_text().startswith("gene,highly_variable,held_out_pcc")
+    content = (tmp_path / FILE).read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    about = json.loads(content[8 : 8 + size])["__metadata__"]
+    assert about["histosge_format"] == "6"
+    assert json.loads(about["text"])["genes"] == list(ridge.genes)
+    assert about["sha256"].startswith(ridge.fingerprint())
 
 
 def test_a_model_is_not_overwritten_by_accident(section, embedding, ridge, tmp_path):
@@ -727,23 +730,6 @@ def test_a_model_is_not_overwritten_by_accident(section, embedding, ridge, tmp_p
     loaded = Model.load(tmp_path)
     assert loaded.head == "mean"
     assert (at_spots(loaded, section, embedding) == at_spots(other, section, embedding)).all()
-
-
-def test_loading_what_is_no_model(tmp_path):
-    for folder in (tmp_path, tmp_path / "not-there"):
-        with pytest.raises(FileNotFoundError, match=r"holds no model: there is no config\.json"):
-            Model.load(folder)
-
-
-@pytest.mark.parametrize("version", [1, 4, 6, None, "5"])
-def test_loading_another_format(ridge, tmp_path, version):
-    ridge.save(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"format": version}))
-    with pytest.raises(
-        ValueError, match=rf"has model format {version!r}; this version of histosge reads 5\. Fit it again"
-    ):
-        Model.load(tmp_path)
 
 
 def test_config_is_plain():

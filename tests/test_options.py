@@ -125,3 +125,20 @@ def test_types_of_doors_can_be_looked_up(door):
     strings = {n: a for n, a in function.__annotations__.items() if n in names and isinstance(a, str)}
     for annotation in strings.values():
         eval(annotation, inspect.unwrap(function).__globals__)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        *[
+            ("memory_gb", wrong, "choose a number of gigabytes above 0, or None for what is free")
+            for wrong in (0, -1, "8")
+        ],
+        *[("part_rows", wrong, "choose a whole number of rows from 1") for wrong in (0, 2.5, None, True)],
+    ],
+)
+def test_impossible_settings_are_refused_where_they_are_made(name, value, why):
+    before = getattr(sge.settings, name)
+    with pytest.raises(ValueError, match=rf"^settings\.{name}={value!r}: {why}\.$"):
+        setattr(sge.settings, name, value)
+    assert getattr(sge.settings, name) == before

@@ -294,6 +294,23 @@ def test_without_a_buffer_every_spot_is_used():
     assert_partition(block_splits(xy, n_splits=4, buffer_um=0, rng=make_rng()), len(xy))
 
 
+def test_a_spot_as_far_as_the_buffer_is_trained_on():
+    """Only nearer ones are left out: on a line of spots 100 µm apart none is nearer than 100 µm."""
+    xy = np.column_stack([np.arange(60) * 100.0, np.zeros(60)])
+    assert_partition(block_splits(xy, n_splits=3, buffer_um=100, rng=make_rng()), 60)
+    assert sum(len(s.train) for s in block_splits(xy, n_splits=3, buffer_um=100.01, rng=make_rng())) < 120
+
+
+def test_ten_spots_are_enough_to_learn_from():
+    splits = block_splits(lay("square", n=20)[:20], n_splits=2, buffer_um=0, rng=make_rng(), block_um=10)
+    assert [len(split.train) for split in splits] == [MIN_TRAIN, MIN_TRAIN]
+
+
+def test_spots_a_fraction_of_a_micrometre_apart_are_different_locations():
+    xy = np.column_stack([np.arange(12) * 0.05, np.zeros(12)])
+    assert np.bincount(block_folds(xy, n_folds=12, rng=make_rng())).tolist() == [1] * 12
+
+
 def test_a_buffer_that_leaves_nothing_is_refused():
     want = (
         r"^buffer_um=1e\+06 leaves 0 of 196 spots to learn from when fold 0 of 5 is held out \(at least 10 are needed\)"
@@ -440,6 +457,7 @@ def test_incomplete_big_spots_are_left_out(kind, default):
     assert size.min() == 1
     by_default = pseudo_spots(lattice, rng=make_rng())
     assert ((by_default >= 0) == (size[every] >= default)).all()
+    assert by_default.min() == -1
     assert by_default.max() + 1 == (size >= default).sum()
     assert len(np.unique(np.column_stack([by_default, every])[by_default >= 0], axis=0)) == (size >= default).sum()
 

@@ -232,12 +232,3 @@ def test_blocks_with_ragged_borders(image):
     whole = encoder.embed_block(block, at)
     ragged = encoder.embed_block(block[:, : SIDE - CELL_PX + 1, : SIDE - CELL_PX + 3], at)
     assert torch.allclose(whole, ragged, atol=1e-4)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_gpu_agrees_with_cpu(image, xy, reference):
-    at, block = torch.from_numpy(xy), torch.from_numpy(np.ascontiguousarray(image))
-    cpu = StainTexture().embed_block(block, at).numpy()
-    gpu = StainTexture().to("cuda").embed_block(block.cuda(), at).cpu().numpy()
-    assert agree(gpu, cpu, spread=reference.std(0))

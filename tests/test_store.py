@@ -85,6 +85,12 @@ def opened(path, n=100, part_rows=30, **changed):
     return TableStore.open(path, name="predicted", params=PARAMS | changed, n_rows=n, part_rows=part_rows)
 
 
+def room(path):
+    """Where an unfinished run works."""
+    [found] = (p for p in path.with_name(f"{path.name}.partial").glob("run-*") if p.is_dir())
+    return found
+
+
 def begun(store, table, shapes):
     store.begin(head_of(table), shapes={"bins": shapes}, matrices=["X", "sd"])
     return store
@@ -214,27 +220,27 @@ def test_resume(tmp_path, log, made, at_once):
     path = tmp_path / "out.zarr"
     store = fill(begun(opened(path), table, shapes), table, parts=[2, 0])
     (store.folder / "model.json").write_text("fitted")
-    del store
-    before = stamps(tmp_path / "out.zarr.partial")
+    store.close()
+    before = stamps(room(path))
     store = opened(path)
     assert "resuming out.zarr: 2 of 4 parts are there" in log.text
     assert (store.begun, store.done, store.n_rows_left) == (True, {0, 2}, 40)
     assert (store.folder / "model.json").read_text() == "fitted"
     fill(store, table, parts=[1, 3])
-    after = stamps(tmp_path / "out.zarr.partial")
+    after = stamps(room(path))
     assert {key: after[key] for key in before} == before
     assert_same_stores(store.finish(), at_once)
 
 
 def test_params_are_compared_by_their_values(tmp_path):
-    opened(tmp_path / "out.zarr", folds=(1, 2), model=Path("a"), share=np.float32(0.5))
+    opened(tmp_path / "out.zarr", folds=(1, 2), model=Path("a"), share=np.float32(0.5)).close()
     same = opened(tmp_path / "out.zarr", folds=[1, 2], model="a", share=0.5, bin_um=8, scales=[1.5, 2])
     assert same.done == set()
 
 
 def test_what_a_run_keeps_survives_a_kill_before_its_first_part(tmp_path):
-    store = opened(tmp_path / "out.zarr")
-    (store.folder / "model.json").write_text("fitted")
+    with opened(tmp_path / "out.zarr") as store:
+        (store.folder / "model.json").write_text("fitted")
     assert (opened(tmp_path / "out.zarr").folder / "model.json").exists()
 
 
@@ -245,18 +251,23 @@ def test_interrupted_while_it_begins(tmp_path, made, at_once):
     unfit.uns["unfit"] = object()
     with pytest.raises(Exception, match="unfit"):
         store.begin(unfit, shapes={"bins": shapes}, matrices=["X", "sd"])
+    store.close()
     store = opened(tmp_path / "out.zarr")
     assert not store.begun
     assert_same_stores(fill(begun(store, table, shapes), table).finish(), at_once)
 
 
-@pytest.mark.parametrize("left", [(), ("histosge-store.json.tmp",)])
+@pytest.mark.parametrize(
+    "left", [(), ("run-0123456789ab/histosge-run.txt", "run-0123456789ab/histosge-store.json.tmp")]
+)
 def test_killed_at_the_very_beginning(tmp_path, left):
     partial = tmp_path / "out.zarr.partial"
     partial.mkdir()
     for name in left:
+        (partial / name).parent.mkdir(exist_ok=True)
         (partial / name).write_text("{")
-    assert opened(tmp_path / "out.zarr").done == set()
+    with opened(tmp_path / "out.zarr") as store:
+        assert store.done == set()
     assert opened(tmp_path / "out.zarr").folder.is_dir()
 
 
@@ -264,7 +275,8 @@ def test_killed_in_finish_and_the_result_removed(tmp_path):
     """Parts that are marked but whose arrays are gone do not count as done."""
     table, shapes = whole(30)
     store = fill(begun(opened(tmp_path / "out.zarr", n=30), table, shapes), table)
-    shutil.rmtree(tmp_path / "out.zarr.partial" / "store.zarr")
+    shutil.rmtree(room(store.path) / "store.zarr")
+    store.close()
     assert store.done == {0}
     store = opened(tmp_path / "out.zarr", n=30)
     assert (store.begun, store.done) == (False, set())
@@ -298,7 +310,7 @@ def test_sigkill_in_the_middle_of_a_part(tmp_path, made, at_once):
     assert not path.exists()
     store = opened(path)
     assert store.done == {0}
-    x = zarr.open_group(tmp_path / "out.zarr.partial" / "store.zarr", mode="r")["tables/predicted/X"]
+    x = zarr.open_group(room(path) / "store.zarr", mode="r")["tables/predicted/X"]
     assert np.any(x[30:60])  # half a part is there
     assert_same_stores(fill(store, made[0], parts=[1, 2, 3]).finish(), at_once)
 
@@ -355,8 +367,9 @@ def test_anndata_reads_it_lazily(tmp_path, made):
 
 def test_another_run_is_refused(tmp_path, made):
     table, shapes = made
-    fill(begun(opened(tmp_path / "out.zarr"), table, shapes), table, parts=[0])
-    before = stamps(tmp_path)
+    with opened(tmp_path / "out.zarr") as store:
+        fill(begun(store, table, shapes), table, parts=[0])
+    before = stamps(room(store.path))
     with pytest.raises(
         ValueError,
         match=r"\(n_rows is 90, was 100; encoder\.name is \"uni\", was \"stain-texture\"; extra is 1, was absent\)",
@@ -369,7 +382,7 @@ def test_another_run_is_refused(tmp_path, made):
         opened(tmp_path / "out.zarr", scales=np.arange(100))
     with pytest.raises(ValueError, match='table is "other", was "predicted"'):
         TableStore.open(tmp_path / "out.zarr", name="other", params=PARAMS, n_rows=100, part_rows=30)
-    assert stamps(tmp_path) == before
+    assert stamps(room(store.path)) == before
 
 
 def test_params_of_unknown_things(tmp_path):
@@ -405,7 +418,7 @@ def test_foreign_folder_is_refused(tmp_path, what):
     (partial / "thesis.txt" if what == "folder" else partial).write_text("precious")
     before = stamps(tmp_path)
     with pytest.raises(
-        FileExistsError, match=r"which exists and is not histosge's .*Move it away, or choose another store="
+        FileExistsError, match=r"which exists and is not histosge's\. Move it away, or choose another store="
     ):
         opened(tmp_path / "out.zarr")
     assert stamps(tmp_path) == before
@@ -432,15 +445,16 @@ def test_parts_that_do_not_fit(tmp_path, made, part, change, message):
     store = begun(opened(tmp_path / "out.zarr"), table, shapes)
     with pytest.raises(ValueError, match=f"part {part}: the matrices .*{message}"):
         store.write(part, change(matrices(table, store.rows(0))))
+    store.close()
     assert store.done == opened(store.path).done == set()
 
 
 def test_a_part_is_written_once(tmp_path, made):
     table, shapes = made
     store = fill(begun(opened(tmp_path / "out.zarr"), table, shapes), table, parts=[1])
-    for again in (store, opened(tmp_path / "out.zarr")):
-        with pytest.raises(ValueError, match=r"part=1 is on disk already; write only parts that are not in `done`"):
-            fill(again, table, parts=[1])
+    for again in (lambda: store, lambda: opened(tmp_path / "out.zarr")):
+        with again() as same, pytest.raises(ValueError, match=r"part=1 is on disk already; write only parts that are"):
+            fill(same, table, parts=[1])
 
 
 def test_incomplete(tmp_path, made):

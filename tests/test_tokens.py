@@ -605,20 +605,6 @@ def test_exported_encoder_has_none():
         TileEncoder(told, Own(), Own()).embed_tokens(noise(224))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_tokens_on_gpu_agree_with_cpu(encoder):
-    """To what bfloat16 holds; the embedding is again that of ``embed``."""
-    some = noise(160, n=16)
-    cpu, _ = encoder.to("cpu").embed_tokens(some)
-    gpu, summary = encoder.to("cuda").embed_tokens(some.cuda())
-    assert gpu.dtype == torch.float32
-    torch.testing.assert_close(summary, encoder.embed(some.cuda()), rtol=0, atol=0)
-    encoder.to("cpu")
-    spread = cpu.flatten(0, 2).std(0)
-    assert ((gpu.cpu() - cpu).abs().flatten(0, 2).mean(0) / spread).median() < 0.05
-
-
 def test_encoders_without_tokens_are_known_before_they_are_loaded():
     assert known_spec("lunit-bt").token_px is None
     assert known_spec("1aurent/resnet50.lunit_bt").token_px is None

@@ -21,7 +21,18 @@ class Encoders(SphinxDirective):
     optional_arguments = 1
     final_argument_whitespace = True
     option_spec: ClassVar = {"names": directives.flag}
-    columns = ("encoder", "licence", "access", "commercial", "µm/px", "tile µm", "token µm", "numbers", "parameters")
+    columns = (
+        "encoder",
+        "licence",
+        "access",
+        "code",
+        "commercial",
+        "µm/px",
+        "tile µm",
+        "token µm",
+        "numbers",
+        "parameters",
+    )
 
     def run(self) -> list[nodes.Node]:
         """Write Markdown and parse it."""
@@ -48,6 +59,7 @@ class Encoders(SphinxDirective):
             f"[{name}]({one['url']})" if one["url"] else f"`{name}`",
             one["licence"],
             access,
+            "remote" if one["remote_code"] else "–",
             "yes" if one["commercial"] else "no",
             f"{one['mpp']:.3g}{'*' if one['mpp_source'] == 'convention' else ''}",
             f"{one['tile_um']:.3g}",

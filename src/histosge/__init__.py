@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from histosge import datasets, io, pl, pp, tl
     from histosge._encoders import EncoderSpec, encoders, load_encoder
     from histosge._heads import Head, Queries, Spots
-    from histosge._model import Model
+    from histosge._model import Model, ModelError
 
 __version__ = "0.1.0"
 __all__ = [
     "EncoderSpec",
     "Head",
     "Model",
+    "ModelError",
     "Queries",
     "Spots",
     "datasets",
@@ -36,6 +37,7 @@ _ROOMS = {
     "EncoderSpec": "histosge._encoders",
     "Head": "histosge._heads",
     "Model": "histosge._model",
+    "ModelError": "histosge._model",
     "Queries": "histosge._heads",
     "Spots": "histosge._heads",
     "encoders": "histosge._encoders",

@@ -16,12 +16,13 @@ from histosge._embedding._forecast import Forecast
 from histosge._encoders import split_encoder
 from histosge._geometry import Footprints, Targets, divide
 from histosge._section import Section, find_embedding, own_spots
-from histosge._settings import is_whole, logger
+from histosge._settings import is_whole, logger, settings
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+_LARGEST_BATCH = 65_536
 _EDGE_PER_SPOT = 0.44
 """Edge of a sub-spot over a spot's diameter: 24 µm of 55, a dozen sub-spots; 16 µm was no better at twice the time."""
 
@@ -58,8 +59,8 @@ class Embedder:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        if not is_whole(self.batch_size) or self.batch_size < 1:
-            msg = f"batch_size={self.batch_size!r}: pass a whole number of tiles above 0."
+        if not (is_whole(self.batch_size) and 1 <= self.batch_size <= _LARGEST_BATCH):
+            msg = f"batch_size={self.batch_size!r}: pass a whole number of tiles above 0, at most {_LARGEST_BATCH:,}."
             raise ValueError(msg)
 
     @classmethod
@@ -76,8 +77,9 @@ class Embedder:
     ) -> Self:
         """Load the encoder, unless it is loaded, and make the config."""
         loaded = load_for(section, encoder, dense=dense)
-        config = EmbeddingConfig.of(loaded, tile_um=tile_um, dense=dense)
-        return cls(section, loaded, config, resolve_device(device), batch_size, progress)
+        computes_on = resolve_device(device)
+        config = EmbeddingConfig.of(loaded, tile_um=tile_um, dense=dense, device=computes_on)
+        return cls(section, loaded, config, computes_on, batch_size, progress)
 
     @classmethod
     def of_model(
@@ -92,7 +94,8 @@ class Embedder:
     ) -> Self:
         """Embed with the config of a fitted model; ``encoder`` may be the loaded encoder of the model."""
         loaded = load_of_model(section, encoder, config)
-        return cls(section, loaded, config, resolve_device(device), batch_size, progress)
+        computes_on = resolve_device(device)
+        return cls(section, loaded, config.on(computes_on, loaded), computes_on, batch_size, progress)
 
     @property
     def block_edge_px(self) -> float:
@@ -121,9 +124,15 @@ class Embedder:
         log = logger.debug if quiet else logger.info
         if not quiet:
             self.warn_below_token(targets)
-        found = find_embedding(self.section, targets, encoder=name, provenance=self.provenance)
+        wanted = self.provenance
+        if settings.precision is None:  # embeddings of a GPU are used on a processor as well
+            del wanted["precision"]
+        found = find_embedding(self.section, targets, encoder=name, provenance=wanted)
         if found is not None:
-            log("using the embeddings of sdata.tables[%r]", _keys.embedding_table(targets.key, name))
+            table = _keys.embedding_table(targets.key, name)
+            made_in = self.section.written[table].uns[_keys.UNS].get("precision")
+            rounding = "" if made_in == self.config.precision else f", computed in {made_in}"
+            log("using the embeddings of sdata.tables[%r]%s", table, rounding)
             if forecast is not None:
                 forecast.existing(len(targets))
             return found

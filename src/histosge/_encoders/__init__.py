@@ -20,16 +20,23 @@ from histosge._encoders._table import (
     DEFAULT_ENCODER,
     QUICK_ENCODER,
     TABLE,
+    code_of,
     encoders,
     listed_spec,
     with_tokens,
 )
 
 if TYPE_CHECKING:
+    from histosge._encoders._identity import encoder_digest, precision_of
     from histosge._encoders._lazyslide import wrap_model
     from histosge._encoders._tile_encoder import TileEncoder
 
-_WITH_TORCH = {"TileEncoder": "_tile_encoder", "wrap_model": "_lazyslide"}
+_WITH_TORCH = {
+    "TileEncoder": "_tile_encoder",
+    "encoder_digest": "_identity",
+    "precision_of": "_identity",
+    "wrap_model": "_lazyslide",
+}
 
 
 def __getattr__(name: str) -> Any:

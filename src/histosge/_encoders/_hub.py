@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,14 @@ def explained(spec: EncoderSpec, *, repo: str | None, weights: object, takes_wei
     except Exception as err:
         # transformers, lazyslide-models and timm each wrap the hub's own error in one of theirs
         chain = list(_chain(err))
+        if any(re.search(r"[Ww]eights.only", str(each)) for each in chain):  # of torch, which has no class for it
+            of = "on the hub" if weights is None else f"in {str(weights)!r}"
+            msg = (
+                f"the weights {of} are not weights alone: the file is damaged, or a pickle, whose code would run when "
+                f"it is read. None was run. Get the weights of encoder {spec.name!r} as .safetensors, or as a plain "
+                "state_dict."
+            )
+            raise ValueError(msg) from err
         if weights is not None and not isinstance(err, ImportError):
             msg = (
                 f"the weights in {str(weights)!r} could not be read as those of encoder {spec.name!r} "

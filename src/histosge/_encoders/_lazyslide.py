@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from histosge._encoders._hub import commit, explained
-from histosge._encoders._table import TABLE
+from histosge._encoders._table import TABLE, code_of
 from histosge._encoders._tile_encoder import TileEncoder
 from histosge._encoders._timm import local_weights, tokens_and_embedding
+from histosge._encoders._weights import watched
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from histosge._encoders._spec import EncoderSpec
+    from histosge._encoders._weights import Loading
 
     Pass = Callable[[Any, Tensor], tuple[Tensor, Any]]
 
@@ -94,34 +96,54 @@ def wrap_model(model: Any, spec: EncoderSpec) -> TileEncoder:
 # -------------------------------------------------------------------------------------------------------------- loading
 
 
-def load_registered(spec: EncoderSpec, *, weights: str | Path | None, revision: str | None) -> TileEncoder:
+def load_registered(
+    spec: EncoderSpec, *, weights: str | Path | None, revision: str | None, trusted: bool
+) -> TileEncoder:
     """Load an encoder of lazyslide-models' registry, with its pooling and colour statistics.
 
     ``how`` in the table is the source of its weights: ``timm`` and ``transformers`` (``remote-code`` where the
     repository contains the code) from a folder or any revision, ``file:NAME`` from that file, ``folder`` from a folder,
     ``hub`` and ``exported`` from the hub and its cache only.
     """
-    from lazyslide_models import MODEL_REGISTRY
-
     how, repo = TABLE[spec.name].how, TABLE[spec.name].repo
     kind, _, filename = how.partition(":")
     takes_weights = kind not in ("hub", "exported")
+    takes_revision = takes_weights and kind != "folder"
     refused = [] if takes_weights or weights is None else ["weights="]
-    refused += [] if (takes_weights and kind != "folder") or revision is None else ["revision="]
+    refused += [] if takes_revision or revision is None else ["revision="]
     if refused:
         msg = (
             f"encoder {spec.name!r} is loaded by a library that takes no {' or '.join(refused)}. Put the wanted files "
             f"into the hub's cache (`hf download {repo}`, then point HF_HOME to it on the other machine)."
         )
         raise ValueError(msg)
+    runs_code = code_of(spec.name) is not None
+    if runs_code and not trusted:
+        raise ValueError(_untrusted(spec, repo, weights=weights, revision=revision, takes_revision=takes_revision))
+    from lazyslide_models import MODEL_REGISTRY
+
     spec = replace(spec, revision=revision)
     source = (
         None if weights is None else local_weights(weights, filename, one_file=kind == "file" or spec.name in _ONE_FILE)
     )
     logger.info("loading encoder %s (%s parameters) from %s", spec.name, spec.n_parameters or "?", source or "the hub")
-    with explained(spec, repo=repo, weights=weights, takes_weights=takes_weights), warnings.catch_warnings():
+    with (
+        explained(spec, repo=repo, weights=weights, takes_weights=takes_weights),
+        watched(trusted=runs_code) as loading,
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", message="As from v0.8.2")  # about an old change of that library
-        model = _make(MODEL_REGISTRY[spec.name], spec, kind, filename, repo=repo, source=source, revision=revision)
+        model = _make(
+            MODEL_REGISTRY[spec.name],
+            spec,
+            kind,
+            filename,
+            repo=repo,
+            source=source,
+            revision=revision,
+            loading=loading,
+        )
+    loading.check(model.model, name=spec.name, weights=weights, by_torch=kind in ("timm", "file"))
     module = model.model
     width = getattr(module, "num_features", None) or getattr(getattr(module, "config", None), "hidden_size", None)
     if isinstance(width, int) and spec.embed_dim not in (width, 2 * width, 3 * width):  # class token, patch mean, RGB
@@ -135,16 +157,56 @@ def load_registered(spec: EncoderSpec, *, weights: str | Path | None, revision: 
     return wrap_model(model, replace(spec, mean=mean, std=std, revision=found))
 
 
+def _untrusted(
+    spec: EncoderSpec, repo: str, *, weights: str | Path | None, revision: str | None, takes_revision: bool
+) -> str:
+    """Say what runs when an encoder is loaded, and how to allow it."""
+    kept = commit(repo, revision) if weights is None and takes_revision else None
+    if weights is not None:
+        where = f"its folder {str(weights)!r}, or the repository that the config.json there names"
+    elif kept is not None:
+        where = f"{spec.url} at revision {kept}"
+    else:
+        where = f"{spec.url} at its newest commit"
+    options = {"weights": None if weights is None else str(weights), "revision": kept}
+    given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
+    if kept is not None or weights is not None:
+        pin = ""
+    elif takes_revision:
+        pin = f" revision= pins it to a commit that you have read ({spec.url}/commits/main)."
+    else:
+        pin = " Its library takes no revision=, so that the commit cannot be pinned."
+    return (
+        f"encoder {spec.name!r} runs code of others when it is loaded: {code_of(spec.name)} ({where}). Such code can do "
+        f"all that you can do on this machine. If you trust it, load the encoder and pass it: encoder="
+        f"histosge.load_encoder({spec.name!r}{given}, trust_remote_code=True); in the shell: --trust-remote-code.{pin}"
+    )
+
+
 def _make(
-    cls: Any, spec: EncoderSpec, kind: str, filename: str, *, repo: str, source: Path | None, revision: str | None
+    cls: Any,
+    spec: EncoderSpec,
+    kind: str,
+    filename: str,
+    *,
+    repo: str,
+    source: Path | None,
+    revision: str | None,
+    loading: Loading,
 ) -> Any:
-    if source is None and revision is None:
+    if source is None and revision is None and kind != "transformers":
         return cls()
     if kind == "file":
         from huggingface_hub import hf_hub_download
 
         return cls(model_path=str(source or hf_hub_download(repo, filename, revision=revision)))
-    if kind == "folder" or (source is not None and source.is_file()):
+    if kind == "folder":
+        model = cls(model_path=str(source))
+        # a second time, since the library does not say what was left out
+        _, found = type(model.model).from_pretrained(str(source), output_loading_info=True)
+        loading.note(model.model, None, found["missing_keys"], found["unexpected_keys"])
+        return model
+    if source is not None and source.is_file():
         return cls(model_path=str(source))
     if kind == "timm":
         return _made_by_timm(cls, f"local-dir:{source}" if source else f"hf-hub:{repo}@{revision}")()
@@ -154,7 +216,8 @@ def _make(
     options = {"trust_remote_code": kind == "remote-code"} | ({} if source else {"revision": revision})
     fixed = {"add_pooling_layer": False} if spec.name == "phikon" else {}
     model = cls.__new__(cls)
-    model.model = AutoModel.from_pretrained(str(source or repo), **options, **fixed)
+    model.model, found = AutoModel.from_pretrained(str(source or repo), **options, **fixed, output_loading_info=True)
+    loading.note(model.model, None, found["missing_keys"], found["unexpected_keys"])
     model.num_prefix_tokens = 1 + int(getattr(model.model.config, "num_register_tokens", 0) or 0)
     if model.get_transform() is None:
         model.img_processor = AutoImageProcessor.from_pretrained(str(source or repo), **options)

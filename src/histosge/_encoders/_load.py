@@ -30,6 +30,7 @@ def load_encoder(
     revision: str | None = None,
     mpp: float | None = None,
     spec: EncoderSpec | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Load an encoder, from the hub, its cache, a local folder, or a module of your own.
 
@@ -51,6 +52,10 @@ def load_encoder(
         Input of your own module. The module takes normalised tiles (n, 3, tile_px, tile_px) and returns
         (n, embed_dim). It is put into evaluation mode, and moved to the device that computes. It has dense tokens only
         where it is a vision transformer of timm.
+    trust_remote_code
+        Whether code of others may run: some encoders are loaded by Python files of their repository or folder, or from
+        a file that may hold code (column ``remote_code`` of :func:`histosge.encoders`). Such code can do all that you
+        can do on this machine. ``revision`` pins it.
 
     Returns
     -------
@@ -60,7 +65,8 @@ def load_encoder(
     Raises
     ------
     ValueError
-        Where the name is unknown, arguments do not go together, or weights are another encoder's.
+        Where the name is unknown, arguments do not go together, weights are another encoder's, incomplete or not
+        finite, or code of others would run without ``trust_remote_code``.
     RuntimeError
         Where the weights cannot be loaded: no access, no network. There is no fallback to another encoder.
     FileNotFoundError
@@ -79,7 +85,7 @@ def load_encoder(
     ]
     encoders = split_encoder(encoder)
     if encoders != [encoder]:
-        return _join(encoders, given)
+        return _join(encoders, given, trusted=trust_remote_code)
     if not isinstance(encoder, str):
         return _of_object(encoder, spec, [name for name in given if name != "spec="])
     if spec is not None:
@@ -99,7 +105,7 @@ def load_encoder(
 
         known = listed_spec(name)
         known = known if mpp is None else replace(known, mpp=float(mpp), mpp_source="given")
-        return load_registered(known, weights=weights, revision=revision)
+        return load_registered(known, weights=weights, revision=revision, trusted=trust_remote_code)
     from histosge._encoders._timm import is_timm, load_timm
 
     timm_name = encoder.removeprefix("timm:").replace("hf_hub:", "hf-hub:")
@@ -134,7 +140,7 @@ def known_spec(encoder: Any) -> EncoderSpec | None:
     return spec if isinstance(spec, EncoderSpec) else None
 
 
-def _join(encoders: list[Any], given: list[str]) -> Any:
+def _join(encoders: list[Any], given: list[str], *, trusted: bool) -> Any:
     if given:
         msg = (
             f"{', '.join(given)} is for one encoder, not for several. Load each with `histosge.load_encoder` and pass "
@@ -149,7 +155,7 @@ def _join(encoders: list[Any], given: list[str]) -> Any:
     if twice:
         msg = f"encoder names {', '.join(twice)} twice. Name each encoder once."
         raise ValueError(msg)
-    loaded = [load_encoder(one) for one in encoders]
+    loaded = [load_encoder(one, trust_remote_code=trusted) for one in encoders]
     return loaded[0] if len(loaded) == 1 else JoinedEncoder(tuple(loaded))
 
 

@@ -182,6 +182,22 @@ def _plain(name: str) -> str:
 
 
 TABLE = _rows()
+_CODE = {
+    "open-midnight": "Python files of https://github.com/facebookresearch/dinov2",
+    "conch_v1.5": "Python files of its repository",
+    "omiclip": "checkpoint.pt, a pickle, which may hold any code",
+}
+
+
+def code_of(name: str) -> str | None:
+    """Say which code of others runs when an encoder of lazyslide-models is loaded; ``None`` where none does."""
+    by_source = {
+        "remote-code": "Python files of its repository",
+        "exported": "a program saved by torch.export, which may hold pickles and any code",
+    }
+    return _CODE.get(name, by_source.get(TABLE[name].how))
+
+
 ALIASES = {"uni2-h": "uni2", "prov-gigapath": "gigapath", "midnight-12k": "midnight", "titan": "conch_v1.5"}
 _BY_PLAIN = {_plain(name): name for name in (*BUILT_IN, *TABLE)} | {_plain(k): v for k, v in ALIASES.items()}
 # several encoders may have one page, which finds the first: lunit-dino-s8 and conch, not those of MOOZY and MADELEINE
@@ -241,7 +257,8 @@ def encoders() -> pd.DataFrame:
     -------
     DataFrame indexed by name: ``mpp`` (µm per pixel), ``mpp_source`` (its source), ``tile_px``, ``tile_um``,
     ``token_um`` (edge of a patch where it returns a token for each, else NaN), ``embed_dim``, ``parameters``,
-    ``licence``, ``gated`` (access must be requested), ``commercial``, ``source``, ``url``.
+    ``licence``, ``gated`` (access must be requested), ``commercial``, ``remote_code`` (code of others runs when it is
+    loaded, so that it needs ``sge.load_encoder(name, trust_remote_code=True)``), ``source``, ``url``.
 
     Examples
     --------
@@ -269,6 +286,7 @@ def encoders() -> pd.DataFrame:
             "licence": s.licence,
             "gated": s.gated,
             "commercial": s.commercial,
+            "remote_code": s.name in TABLE and code_of(s.name) is not None,
             "source": s.source,
             "url": s.url or "",
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Self
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
+from histosge._encoders._identity import encoder_digest, precision_of
 from histosge._encoders._table import with_tokens
 from histosge._settings import settings
 
@@ -56,10 +56,9 @@ class TileEncoder:
         self._forward = forward
         self._dense = dense
         self.module = module
-        self._owner = module if owner is None else owner
+        self.owner = module if owner is None else owner
         self._half = half
         self._channels_last = False
-        self._weights: str | None = None
         self._mean = torch.tensor(spec.mean).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(spec.std).view(1, 3, 1, 1) * 255
 
@@ -68,7 +67,7 @@ class TileEncoder:
 
     def to(self, device: torch.device | str) -> Self:
         """Move to ``device``."""
-        self._owner.to(device)
+        self.owner.to(device)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
         convolves = any(isinstance(part, nn.BatchNorm2d) for part in self.module.modules())
         self._channels_last = convolves and torch.device(device).type == "cuda"
@@ -84,19 +83,17 @@ class TileEncoder:
     def identity(self, device: torch.device) -> dict[str, Any] | None:
         """Return what its embeddings depend on, except pixels; ``None`` for a module of the user's without a revision.
 
-        Such a module may change without a visible difference. For all others the weights are hashed, once, so that the
-        name or branch on the hub does not matter.
+        The code of such a module may change without a visible difference. For all others the weights are hashed, once,
+        so that the name or branch on the hub does not matter.
         """
         spec = self.spec
         if spec.source == "user" and spec.revision is None:
             return None
-        if self._weights is None:
-            self._weights = weights_digest(self.module)
         libraries = ("timm", "lazyslide-models", "transformers")
         return {
             **spec.to_dict(),
-            "weights": self._weights,
-            "precision": str(self.precision(device)).removeprefix("torch."),
+            "digest": encoder_digest(self),
+            "precision": precision_of(self, device),
             "versions": {name: version(name) for name in libraries if _installed(name)},
         }
 
@@ -182,15 +179,6 @@ class TileEncoder:
             )
             raise ValueError(msg)
         return out.float().clone()
-
-
-def weights_digest(module: nn.Module) -> str:
-    """Hash all weights and buffers by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _installed(name: str) -> bool:

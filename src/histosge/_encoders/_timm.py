@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from histosge._encoders._hub import PAGES, commit, explained
 from histosge._encoders._spec import EncoderSpec
 from histosge._encoders._tile_encoder import TileEncoder
+from histosge._encoders._weights import watched
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -109,8 +110,11 @@ def load_timm(name: str, *, mpp: float | None, weights: str | Path | None, revis
     if mpp is None:
         logger.info("encoder %r does not state the scale it was trained at: taking 0.5 µm per pixel (mpp=)", name)
     bare = None if repo is None else repo.partition("@")[0]  # timm takes a revision in the name
-    with explained(spec, repo=bare, weights=weights, takes_weights=True):
+    with explained(spec, repo=bare, weights=weights, takes_weights=True), watched() as loading:
         model: Any = timm.create_model(source, pretrained=True, num_classes=0, **given).eval()
+    # timm loads archives of JAX (custom_load) value by value, and raises where one is missing
+    by_torch = not model.pretrained_cfg.get("custom_load")
+    loading.check(model, name=name, weights=weights, by_torch=by_torch)
     data = resolve_model_data_config(model)
     _, height, width = data["input_size"]
     if height != width:

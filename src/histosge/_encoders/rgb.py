@@ -26,6 +26,8 @@ CELL_PX = 5
 class MeanColour:
     """Mean red, green and blue, from 0 to 1."""
 
+    version = 1
+    """Increased when the same pixels give other embeddings"""
     align_px = CELL_PX
     halo_px = int(WINDOW_UM / MPP / 2) + 2 * CELL_PX  # half a window, and cells for interpolation
 

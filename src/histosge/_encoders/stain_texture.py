@@ -72,6 +72,8 @@ def _blur_ladder(maps: Tensor) -> list[Tensor]:
 class StainTexture:
     """The built-in encoder: deterministic, the same on CPU and GPU to 1e-3 of a feature's spread."""
 
+    version = 1
+    """Increased when the same pixels give other embeddings"""
     align_px = CELL_PX
     # half the widest disc, cells for interpolation, the reach of the widest blur
     halo_px = int(max(DISC_UM) / MPP / 2) + 2 * CELL_PX + _WIDEST_BLUR_PX

@@ -21,6 +21,8 @@ from histosge._heads._registry import (
     learns_sub_spots,
     new_head,
     parts_of,
+    restore_head,
+    wrong_option,
 )
 from histosge._heads._space import principal, standardise, standardiser
 from histosge._heads._tiles import Tiles

@@ -22,6 +22,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from histosge._heads._tiles import Tiles
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from histosge._heads._protocol import Run
@@ -208,7 +209,7 @@ class Conditioned:
         self._kept: OrderedDict[int, Weights] = OrderedDict()
         self._tiles: Tiles | None = None
         if len(points) > n_exact:
-            xy, section = points.position.cpu().double().numpy(), points.section.cpu().numpy()
+            xy, section = _rounded(points.position), points.section.cpu().numpy()
             self._tiles = Tiles.of(xy, section, n_tile=n_tile, n_near=n_near)
             rows = np.random.default_rng(0).choice(len(points), min(n_inducing, len(points)), replace=False)
             self._drawn_spots = torch.as_tensor(np.sort(rows), device=response.device)
@@ -232,7 +233,7 @@ class Conditioned:
                 torch.as_tensor(rows, device=position.device),
                 torch.as_tensor(share, dtype=position.dtype).to(position.device),
             )
-            for tile, rows, share in self._tiles.shares(position.cpu().double().numpy(), section.cpu().numpy())
+            for tile, rows, share in self._tiles.shares(_rounded(position), section.cpu().numpy())
         ]
 
     def weights(self, tile: int, *, leave_out: bool) -> Weights:
@@ -329,6 +330,14 @@ class Conditioned:
                 left_out[:, columns] = expected + without
         slope = points.image.T @ weight[:n] + drawn.image.T @ weight[n:]
         return Weights(weight, covariance.shares[3] * slope, spots, left_out)
+
+
+def _rounded(position: Tensor) -> NDArray[np.float64]:
+    """Round positions (n, 2) in pitches to a thousandth: spots of a row are then in one row on every device.
+
+    Devices divide with different rounding, which must not decide where tiles are cut.
+    """
+    return position.cpu().double().numpy().round(3)
 
 
 def _in_other_sections(rows: Tensor, columns: Tensor) -> Tensor | None:

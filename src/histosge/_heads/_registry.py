@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 from importlib.metadata import entry_points
 from pickle import PicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import joblib
 
-from histosge._heads._protocol import Head
+from histosge._heads._protocol import Head, Queries
 from histosge._heads.aggregate import Aggregate
 from histosge._heads.coordinates import Coordinates
 from histosge._heads.in_context import InContext
 from histosge._heads.kriging import Kriging
 from histosge._heads.published import Published
 from histosge._heads.simple import Mean, Nearest, Ridge
+from histosge._settings import is_number, is_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from histosge._heads._protocol import Spots
 
 AnyHead = str | type[Head] | Head
 """Names joined by ``+``, or a class or an object of the protocol"""
@@ -31,6 +38,12 @@ POSITION_ONLY = ("nearest", "coordinates")
 ENTRY_POINTS = "histosge.heads"
 """Group of entry points through which packages provide heads."""
 _MEMBERS = ("name", "ensembles_folds", "learns_sub_spots", "losses", "fit", "predict", "state", "from_state", "to")
+_FROM_0 = ("n_exact", "n_steps")
+"""Options that may be 0; all other whole numbers begin at 1."""
+_MOST = {"n_neighbours": 10_000}
+"""Options that memory grows with, whatever the number of spots"""
+_TRIED = 64
+"""Spots that a restored head is tried on"""
 _PASSED: dict[str, type[Head]] = {}
 """Heads of the user, by name, so that a model of this process can be saved and loaded"""
 
@@ -101,6 +114,54 @@ def new_head(head: AnyHead, options: dict[str, Any]) -> Head:
     if isinstance(head, (str, type)):
         return get_head(head)(**options)
     return copy.deepcopy(head)
+
+
+def wrong_option(kind: type[Head], option: str, value: Any) -> str | None:
+    """Say what an option of one of our heads must be, where ``value`` is something else."""
+    if HEADS.get(kind.name) is not kind:
+        return None
+    default = inspect.signature(kind).parameters[option].default
+    if isinstance(default, float):
+        return None if is_number(value) and 0 <= value <= 1 else "a number from 0 to 1"
+    least, most = 0 if option in _FROM_0 else 1, _MOST.get(option)
+    if (value is None and default is None) or (is_whole(value) and least <= value <= (most or value)):
+        return None
+    return f"a whole number from {least}{f' to {most}' if most else ''}{', or None' if default is None else ''}"
+
+
+def restore_head(kind: type[Head], config: dict[str, Any], weights: dict[str, Tensor], *, spots: Spots) -> Head:
+    """Restore a fitted head of unknown origin; raise where its state does not belong to it.
+
+    One of ours also predicts at a few of the ``spots`` that it learnt from.
+    """
+    ours = HEADS.get(kind.name) is kind
+    for option, value in config.items() if ours else ():
+        if option in inspect.signature(kind).parameters and (wrong := wrong_option(kind, option, value)):
+            msg = f"config.{option}={value!r} must be {wrong}."
+            raise ValueError(msg)
+    head = kind.from_state(config, weights)
+    again, tensors = head.state()
+    differs = sorted(n for n in {*weights, *tensors} if _shape(weights, n) != _shape(tensors, n))
+    if ours:
+        differs = [
+            f"config.{n}" for n in sorted({*config, *again}) if config.get(n, ...) != again.get(n, ...)
+        ] + differs
+    if differs:
+        msg = f"{differs[:3]} are not those of a head {kind.name!r}."
+        raise ValueError(msg)
+    if ours:
+        some = slice(0, _TRIED)
+        known = spots.take(spots.section.new_tensor(range(len(spots))[some]))
+        # a prime number of places, which hardly is the length of anything else
+        found = head.predict(Queries.of(known, hidden=False).take(slice(0, 11)), context=known)
+        if found.shape[1:] != spots.expression.shape[1:] or not bool(found.isfinite().all()):
+            msg = f"its predictions are {tuple(found.shape)}, or not finite, for {spots.expression.shape[1]} genes."
+            raise ValueError(msg)
+    return head
+
+
+def _shape(tensors: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None
 
 
 def learns_sub_spots(head: AnyHead) -> bool:

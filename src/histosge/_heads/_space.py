@@ -46,6 +46,16 @@ class Space:
     gene_spread: Tensor
     """(Q,)"""
 
+    def __post_init__(self) -> None:
+        (p, d), (q, g) = ((axes.shape[:1], axes.shape[1:]) for axes in (self.image_axes, self.gene_axes))
+        wanted = (d, d, d, p + d, p, g, q + g, q)
+        for (name, tensor), shape in zip(self.state().items(), wanted, strict=True):
+            if tensor.shape != shape:
+                msg = (
+                    f"space.{name}: its shape is {tuple(tensor.shape)}, but with the others it must be {tuple(shape)}."
+                )
+                raise ValueError(msg)
+
     @classmethod
     def fit(cls, spots: Spots, *, n_image: int, n_genes: int) -> Self:
         """Fit everything on ``spots`` alone, with at most one component of the embedding for every four spots."""

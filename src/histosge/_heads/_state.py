@@ -42,8 +42,8 @@ def split_state(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def restore_network(build: Callable[[], N], weights: Mapping[str, Tensor]) -> N:
-    """Build a network with the given weights, on their device, without drawing random numbers."""
+    """Build a network of the given weights, without drawing random numbers, and without memory of its own."""
     with torch.device("meta"):
         network = build()
-    network.to_empty(device=next(iter(weights.values())).device).load_state_dict(weights)
+    network.load_state_dict(weights, assign=True)  # compares names and shapes
     return network.eval()

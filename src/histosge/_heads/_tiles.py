@@ -110,14 +110,17 @@ class Tiles:
             rows, mine = np.flatnonzero(self.section == number), inside[self.section[inside] == number]
             xy, low, high = self.xy[rows], self.xy[mine].min(0), self.xy[mine].max(0)
             beyond = np.maximum(np.maximum(low - xy, xy - high), 0)
-            distance[rows] = np.hypot(*beyond.T)
+            distance[rows] = np.hypot(*beyond.T).round(3)
         distance[inside] = -1
         n = min(max(self.n_near, len(inside)), len(self.xy))
         others = np.flatnonzero(np.isinf(distance))
         n_more = n - (len(self.xy) - len(others))
         if n_more > 0:  # evenly from all other sections
             distance[others[np.linspace(0, len(others) - 1, n_more).astype(np.intp)]] = np.finfo(float).max
-        return np.sort(np.argpartition(distance, n - 1)[:n])
+        limit = np.partition(distance, n - 1)[n - 1]
+        # of the spots that are equally far away, as many are on a lattice, the first: the same ones on every device
+        closer, tied = np.flatnonzero(distance < limit), np.flatnonzero(distance == limit)
+        return np.sort(np.concatenate([closer, tied[: n - len(closer)]]))
 
 
 def _close(small: list[int], roots: dict[int, int], tiles: list[NDArray[np.intp]], section: NDArray[np.int64]) -> None:

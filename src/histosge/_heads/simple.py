@@ -107,7 +107,8 @@ class Ridge(Head):
         kept = kept[_left_out_error(y - y_mean, left, shrunk, kept).argmin()]
         slope = axes @ ((kept / size.clamp_min(_TINY))[:, None] * shrunk)  # (d, g)
         offset = y_mean - x_mean @ slope
-        self.weights = {"mean": mean, "spread": spread, "slope": slope.float(), "offset": offset.float()}
+        slope, offset = (values.float().to(mean.device) for values in (slope, offset))
+        self.weights = {"mean": mean, "spread": spread, "slope": slope, "offset": offset}
         return self
 
     def predict(self, queries: Queries, *, context: Spots) -> Tensor:

@@ -12,11 +12,12 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from histosge._heads import AnyHead, get_head, head_name, parts_of
+from histosge._heads import AnyHead, get_head, head_name, parts_of, wrong_option
 from histosge._model._context import section_numbers, stack_sections
 from histosge._model._crossfit import compare, cross_fit, score, summary
+from histosge._model._files import training_table
 from histosge._model._genes import select_genes
-from histosge._model._model import Model, training_table
+from histosge._model._model import Model
 from histosge._model._projection import Projection
 from histosge._settings import is_whole, logger
 from histosge._statistics import BASELINES, better_baselines, block_folds, calibrate
@@ -199,6 +200,9 @@ def _check_options(head: AnyHead, options: dict[str, Any] | None) -> None:
             if option not in known:
                 choices = f"Choose from {known}" if known else "It has none"
                 msg = f"head_options: head {name!r} has no option {option!r}. {choices}."
+                raise ValueError(msg)
+            if wrong := wrong_option(get_head(name), option, each[option]):
+                msg = f"head_options: {option}={each[option]!r} of head {name!r} must be {wrong}."
                 raise ValueError(msg)
 
 

@@ -1,40 +1,34 @@
-"""A fitted model: heads of all folds, genes, embedding config, held-out scores; stored as JSON and safetensors."""
+"""A fitted model: heads of all folds, genes, embedding config, held-out scores."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 
-from histosge._embedding import EmbeddingConfig
 from histosge._heads import POSITION_ONLY, LowRank, Queries, Spots, get_head, workers
 from histosge._model._context import UNMEASURED, Context, stack_sections
+from histosge._model._files import contents, digest, load_model, save_model, training_table
 from histosge._model._projection import Projection
-from histosge._statistics import PredictionIntervals
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    import pandas as pd
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from histosge._embedding import EmbeddingConfig
     from histosge._heads import Head
     from histosge._heads._protocol import Expansion, Run
     from histosge._section import Section
+    from histosge._statistics import PredictionIntervals
 
-_FORMAT = 5
 _TARGETS_AT_ONCE = 16384
 """Targets that are predicted together"""
 _VALUES_AT_ONCE = 2**17
 """Values of the expression that a thread computes at a time: half a megabyte, which fits in its cache."""
-_SPOT_TENSORS = ("embedding", "expression", "xy_um", "section")
-_TRAINING = {"head": object, "fold": int, "epoch": int, "loss": float}
 
 
 @dataclass
@@ -206,31 +200,19 @@ class Model:
         list(run(expand, [slice(start, start + n) for start in range(0, len(queries), n)]))
 
     def fingerprint(self) -> str:
-        """Digest of the weights and of their configuration; different models have different ones."""
-        digest = hashlib.sha256()
-        for weight, head in self.heads:
-            config, tensors = head.state()
-            digest.update(json.dumps([head.name, weight, config], sort_keys=True).encode())
-            for name, tensor in sorted(tensors.items()):
-                digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-        projection = [tensor for _, tensor in sorted(self.projection.state().items())]
-        for tensor in (*self._spot_tensors().values(), *projection):
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        digest.update(json.dumps([*self.genes, *self.context_genes, self.config.to_dict()], sort_keys=True).encode())
-        return digest.hexdigest()[:16]
-
-    def _spot_tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self.spots, name) for name in _SPOT_TENSORS}
+        """Digest of all of the model, the same before it is saved and after; different models have different ones."""
+        return digest(*contents(self))[:16]
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the model to a folder: ``config.json``, ``scores.csv``, ``training.csv`` and ``model.safetensors``.
+        """Write the model to a folder, as one file, ``histosge.safetensors``.
 
-        The files include the spots that the model learnt from, with their expression.
+        The file includes the spots that the model learnt from, with their expression. It is written in one step: after
+        an error or a kill the folder holds the model that it held before, or none.
 
         Parameters
         ----------
         path
-            The folder. It is created if it does not exist.
+            The folder. It is created if it does not exist; other files in it stay as they are.
         overwrite
             Whether an existing model may be replaced.
 
@@ -238,42 +220,16 @@ class Model:
         ------
         FileExistsError
             Where the folder holds a model and ``overwrite`` is not set.
+        ModelError
+            Where the model was changed in a way that a file cannot hold.
+        OSError
+            Where the file cannot be written, such as on a full disk.
         """
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        if (path / "config.json").exists() and not overwrite:
-            msg = f"{path} holds a model already. Pass overwrite=True to replace it, or choose another folder."
-            raise FileExistsError(msg)
-        path.mkdir(parents=True, exist_ok=True)
-        states = [head.state() for _, head in self.heads]
-        tensors = {
-            f"{i}.{name}": t.detach().cpu().contiguous() for i, (_, ws) in enumerate(states) for name, t in ws.items()
-        }
-        tensors |= {f"spots.{name}": t.detach().cpu().contiguous() for name, t in self._spot_tensors().items()}
-        tensors |= {f"projection.{name}": t.detach().cpu().contiguous() for name, t in self.projection.state().items()}
-        tensors |= {f"intervals.{name}": torch.as_tensor(a) for name, a in self.intervals.to_arrays().items()}
-        config = {
-            "format": _FORMAT,
-            "head": self.head,
-            "heads": [
-                {"name": head.name, "weight": weight, "config": c}
-                for (weight, head), (c, _) in zip(self.heads, states, strict=True)
-            ],
-            "held_out": self.held_out,
-            "embedding": self.config.to_dict(),
-            "context_genes": list(self.context_genes),
-            "pitch_um": self.spots.pitch_um,
-            "info": self.info,
-        }
-        (path / "config.json").write_text(json.dumps(config, indent=1))
-        self.scores.to_csv(path / "scores.csv", index_label="gene")
-        self.training.to_csv(path / "training.csv", index=False)
-        save_file(tensors, path / "model.safetensors")
+        save_model(self, Path(path), overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | Path, *, head: type[Head] | None = None) -> Model:
-        """Read a model from a folder.
+        """Read a model from a folder, and check all of it.
 
         Parameters
         ----------
@@ -290,68 +246,15 @@ class Model:
         ------
         FileNotFoundError
             Where the folder holds no model.
-        ValueError
-            Where another version of histosge saved it, in a format that this one does not read, or where its head is
-            not known.
+        ModelError
+            Where the file is damaged or was changed, where another version of histosge saved it, in a format that this
+            one does not read, or where its head is not known. It is a ``ValueError``.
         """
-        from safetensors.torch import load_file
-
-        path = Path(path)
-        if not (path / "config.json").exists():
-            msg = f"{path} holds no model: there is no config.json. Pass a folder that Model.save() wrote."
-            raise FileNotFoundError(msg)
         if head is not None:
             get_head(head)
-        config = json.loads((path / "config.json").read_text())
-        if config.get("format") != _FORMAT:
-            found = config.get("format")
-            msg = f"{path} has model format {found!r}; this version of histosge reads {_FORMAT}. Fit it again."
-            raise ValueError(msg)
-        tensors = load_file(path / "model.safetensors")
-        embedding, expression, xy_um, number = (tensors[f"spots.{name}"] for name in _SPOT_TENSORS)
-        heads = []
-        for i, c in enumerate(config["heads"]):
-            mine = {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
-            heads.append((c["weight"], _stored_head(path, c["name"]).from_state(c["config"], mine)))
-        projection = {n.removeprefix("projection."): t for n, t in tensors.items() if n.startswith("projection.")}
-        prefix = "intervals."
-        intervals = {n.removeprefix(prefix): t.numpy() for n, t in tensors.items() if n.startswith(prefix)}
-        scores = pd.read_csv(path / "scores.csv", index_col="gene", dtype={"gene": str}, keep_default_na=False)
-        scores.index.name = None
-        scores = scores.astype({"held_out_pcc": np.float32, "held_out_mse": np.float32})
-        return cls(
-            config["head"],
-            pd.Index(scores.index),
-            pd.Index(config["context_genes"]),
-            heads,
-            scores,
-            config["held_out"],
-            EmbeddingConfig.from_dict(config["embedding"]),
-            Spots(embedding, expression, xy_um, number, config["pitch_um"]),
-            PredictionIntervals.from_arrays(intervals),
-            config["info"],
-            pd.read_csv(path / "training.csv").astype(_TRAINING),
-            Projection.from_state(projection),
-        )
-
-
-def training_table(losses: dict[tuple[str, int], Sequence[float]]) -> pd.DataFrame:
-    """One row for each epoch."""
-    rows = [(head, fold, i + 1, loss) for (head, fold), each in losses.items() for i, loss in enumerate(each)]
-    return pd.DataFrame(rows, columns=list(_TRAINING)).astype(_TRAINING)
+        return cls(**load_model(Path(path)))
 
 
 def _expansion(head: Head, columns: Tensor) -> Expansion:
     """Return the function from the values of a head to expression of the genes ``columns``."""
     return head.expansion(columns) if isinstance(head, LowRank) else lambda values: values[:, columns]
-
-
-def _stored_head(path: Path, name: str) -> type[Head]:
-    try:
-        return get_head(name)
-    except ValueError as error:
-        msg = (
-            f"{path} has the head {name!r}, which is none of histosge's. Pass its class: Model.load(path, head=...), "
-            f"or install the package that brings it (entry point {name!r} in the group 'histosge.heads')."
-        )
-        raise ValueError(msg) from error

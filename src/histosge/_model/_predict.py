@@ -10,9 +10,11 @@ from time import time
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import torch
 
 from histosge._geometry import block_order, spot_by_bin
 from histosge._image import thumbnail
+from histosge._model._files import MODEL_FILE, ModelError, read_file, write_file
 from histosge._model._model import Model
 from histosge._section import TableStore, predicted_table, shapes_element
 from histosge._settings import available_memory, logger, progress_bar, settings
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 _SPARE = 1.5
 """Peak memory of a prediction, as a multiple of the size of the table."""
+_SPOTS_FILE = "spots.safetensors"
+"""Embeddings of the spots, in the folder of a store"""
 
 
 @dataclass(frozen=True)
@@ -211,16 +215,24 @@ def open_store(
     """
     embedder.warn_below_token(targets)  # here once, since parts do not log
     data = _fingerprint(embedder.section, targets)
-    params = {**embedder.config.to_dict(), "data": data, **params}
+    config = embedder.config.to_dict()
+    encoders = config.pop("encoders")
+    config["encoder"] = {one["spec"]["name"]: one for one in encoders}  # an error then names what differs
+    params = {**config, "joined": embedder.config.name, "data": data, **params}
     return TableStore.open(path, name=name, params=params, n_rows=len(targets), part_rows=settings.part_rows)
 
 
 def load_fitted(store: TableStore) -> tuple[NDArray[np.float32], Model] | None:
     """Load the embeddings of the spots and the model of an interrupted run; ``None`` if it has none yet."""
     folder = store.folder / "model"
-    if not (folder / "whole").exists():
+    if not (folder / MODEL_FILE).exists():
         return None
-    return np.load(store.folder / "spots.npy"), Model.load(folder)
+    try:
+        _, tensors = read_file(store.folder / _SPOTS_FILE)
+        return tensors["embedding"].numpy(), Model.load(folder)
+    except ModelError as error:
+        msg = f"{error} To do so, remove {str(store.folder.parent)!r} and start again."
+        raise ModelError(msg) from error
 
 
 def save_fitted(store: TableStore, at_spots: NDArray[np.float32], model: Model) -> tuple[NDArray[np.float32], Model]:
@@ -228,11 +240,9 @@ def save_fitted(store: TableStore, at_spots: NDArray[np.float32], model: Model) 
 
     The run uses what is read back, so that an interrupted run and an uninterrupted one compute with the same digits.
     """
-    folder = store.folder / "model"
-    np.save(store.folder / "spots.npy", at_spots)
-    model.save(folder, overwrite=True)
-    (folder / "whole").touch()
-    return np.load(store.folder / "spots.npy"), Model.load(folder)
+    write_file(store.folder / _SPOTS_FILE, "", {"embedding": torch.as_tensor(at_spots)})
+    model.save(store.folder / "model", overwrite=True)  # last: it says that both are there
+    return np.ascontiguousarray(at_spots), Model.load(store.folder / "model")
 
 
 def write_parts(

@@ -38,8 +38,12 @@ def is_st(path: Path) -> bool:
 def read_h5ad(path: Path, *, dataset_id: str | None = None) -> Found:
     import anndata as ad
 
-    with quiet():
-        table = ad.read_h5ad(path)
+    try:
+        with quiet():
+            table = ad.read_h5ad(path)
+    except OSError as err:  # of h5py, which does not name the file
+        msg = f"{str(path)!r} cannot be read as .h5ad: {err}. Copy or download it again, or write it anew."
+        raise ValueError(msg) from err
     xy_px = np.asarray(table.obsm["spatial"], float) if "spatial" in table.obsm else np.empty((0, 0))
     if xy_px.shape[1] == 3 and len(xy_px) and np.ptp(xy_px[:, 2]) == 0:
         logger.info('obsm["spatial"] has a third column that is %g everywhere: left out', xy_px[0, 2])

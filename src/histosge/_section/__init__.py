@@ -8,6 +8,7 @@ from histosge._section._alignment import (
     check_image,
     compare,
 )
+from histosge._section._claim import Claim, scratch
 from histosge._section._coordinates import affine, centroids
 from histosge._section._counts import feature_kinds, log_left_out, match_rows, named_layers, open_layer, select
 from histosge._section._declared import check_single_section, library_of, read_declared, scale_factors

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from histosge import _keys
+from histosge._atomic import replacing
+from histosge._section._claim import scratch
 from histosge._section._intervals import columns_of, intervals_of, predicted_values, refuse_foreign_layers
 from histosge._settings import progress_bar, settings
 from histosge._statistics import interval_around
@@ -50,14 +52,14 @@ def write_interval_layers(
     -------
     The level that was used, and the number of genes.
     """
-    draft = path.with_name(f".part.{path.name}")
-    _remove(draft)  # of a run that was killed
+    from h5py import is_hdf5
+
     write = _write_zarr if path.is_dir() else _write_h5ad
-    try:
-        with _quiet():
-            job = write(path, draft, key=key, level=level, genes=genes, progress=progress)
-    finally:
-        _remove(draft)
+    if not path.is_dir() and not is_hdf5(path):
+        msg = f"{path} is neither a zarr store nor an HDF5 file: pass what `histosge predict` wrote, .zarr or .h5ad."
+        raise ValueError(msg)
+    with _quiet(), scratch(path, what=f"{path}: intervals") as folder:
+        job = write(path, folder / path.name, key=key, level=level, genes=genes, progress=progress)
     return job.level, job.n_genes
 
 
@@ -111,7 +113,6 @@ class _Job:
 
 
 def _write_zarr(path: Path, draft: Path, *, key: str, progress: bool | None, **options: Any) -> _Job:
-    import anndata as ad
     import zarr
 
     inner = _find_table(path, key)
@@ -122,16 +123,32 @@ def _write_zarr(path: Path, draft: Path, *, key: str, progress: bool | None, **o
     fresh = zarr.open_group(draft, mode="w", zarr_format=group.metadata.zarr_format)
     layers = [fresh.create_array(name, attributes=_ENCODING, **like) for name in _keys.INTERVAL_LAYERS]
     job.fill(layers, progress=progress)
-    _write_level(group, job.level)  # first: layers without it would not be known as ours
+    _commit(path, inner, draft, group=group, level=job.level)
+    return job
+
+
+def _commit(path: Path, inner: Path, draft: Path, *, group: Any, level: float) -> None:
+    """Put the layers in their place. A run that is killed in between leaves fewer layers, and none of another level.
+
+    Every step takes something out of the draft or puts something into it: a process that lost it to another one stops.
+    """
+    import anndata as ad
+    import zarr
+
+    consolidated = [folder for folder in dict.fromkeys((inner, inner.parent, path)) if _is_consolidated(folder)]
+    old = [name for name in _keys.INTERVAL_LAYERS if (inner / "layers" / name).exists()]
+    if old:  # zarr reads zeros where the list of a folder names an array that is gone
+        for folder in consolidated:
+            _forget_below(folder)
+    for name in old:
+        (inner / "layers" / name).rename(draft / f"old-{name}")
+    _write_level(group, level)  # first: layers without it would not be known as ours
     if "layers" not in group:
         ad.io.write_elem(group, "layers", {})
     for name in _keys.INTERVAL_LAYERS:
-        _remove(inner / "layers" / name)
         (draft / name).rename(inner / "layers" / name)
-    for folder in dict.fromkeys((inner, inner.parent, path)):  # each may list all that is below it
-        if _is_consolidated(folder):
-            zarr.consolidate_metadata(zarr.storage.LocalStore(folder))
-    return job
+    for folder in consolidated:  # each may list all that is below it
+        zarr.consolidate_metadata(zarr.storage.LocalStore(folder))
 
 
 def _write_h5ad(path: Path, draft: Path, *, key: str, progress: bool | None, **options: Any) -> _Job:
@@ -171,8 +188,8 @@ def _find_table(path: Path, key: str) -> Path:
     tables = path / "tables"
     if not tables.is_dir():
         return path
-    if not (tables / key).is_dir():
-        there = sorted(folder.name for folder in tables.iterdir() if folder.is_dir())
+    there = sorted(folder.name for folder in tables.iterdir() if folder.is_dir())
+    if key not in there:
         msg = f"key={key!r} is not among the tables of {path}: {there}."
         raise KeyError(msg)
     return tables / key
@@ -185,11 +202,15 @@ def _is_consolidated(folder: Path) -> bool:
     return new or (folder / ".zmetadata").is_file()
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _forget_below(folder: Path) -> None:
+    """Remove a group's copy of the metadata of what is below it."""
+    (folder / ".zmetadata").unlink(missing_ok=True)
+    file = folder / "zarr.json"
+    if file.is_file():
+        own = json.loads(file.read_text(encoding="utf-8"))
+        own.pop("consolidated_metadata", None)
+        with replacing(file) as draft:
+            draft.write_text(json.dumps(own, indent=2), encoding="utf-8")
 
 
 @contextmanager

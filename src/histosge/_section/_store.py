@@ -2,8 +2,9 @@
 
 Only the matrices (``X`` and layers) are large. All else is written first, whole, by spatialdata itself, so that the
 format is that of the installed version. The matrices are written by rows, so that memory does not grow with them: a
-chunk belongs to one part, and a part is marked when all of it is on disk. The work is done in ``<store>.partial``, and
-the store gets its name last. A run that was killed continues after the parts that are marked.
+chunk belongs to one part, and a part is marked when all of it is on disk. The work is done in ``<store>.partial``, by
+one process at a time, and the store gets its name last. A run that was killed continues after the parts that are
+marked.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import json
 import math
 import shutil
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import zarr
 
-from histosge._atomic import replacing
+from histosge import _keys
+from histosge._atomic import naming, replacing
+from histosge._section._claim import Claim
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -30,9 +34,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MARKER = "histosge-store.json"
-"""Shows that a folder is ours, and holds what the run depends on."""
+"""Holds what the run depends on."""
 _STORE, _PARTS, _WORK = "store.zarr", "parts", "work"
-_FORMAT = 2
+_FORMAT = 3
 
 _CHUNK = (8192, 128)
 """Rows and genes of a chunk: 4 MB, so that reading one gene reads an eighth of a table of 1000 genes."""
@@ -40,13 +44,17 @@ _CHUNK = (8192, 128)
 
 @dataclass(frozen=True)
 class TableStore:
-    """A ``SpatialData`` store written part by part; it gets its name when it is complete."""
+    """A ``SpatialData`` store written part by part; it gets its name when it is complete.
+
+    As a context, it lets the next process continue at the end, also after an error.
+    """
 
     path: Path
     name: str
     """Name of the table"""
     n_rows: int
     part_rows: int
+    _claim: Claim = field(repr=False, compare=False)
     done: set[int] = field(default_factory=set)
     """Parts that are on disk"""
     _matrices: dict[str, zarr.Array[Any]] = field(default_factory=dict, repr=False, compare=False)
@@ -72,28 +80,51 @@ class TableStore:
             if value < 1:
                 msg = f"{argument}={value!r}: a store needs at least one row; choose a number from 1."
                 raise ValueError(msg)
-        store = cls(Path(path), name, n_rows, part_rows)
         run = {"format": _FORMAT, "table": name, "n_rows": n_rows, "part_rows": part_rows, "params": params}
         text = json.dumps(run, default=_for_json, indent=1)
-        store._refuse_existing()
-        resumed = (store._partial / _MARKER).is_file()
-        if resumed:
-            store._refuse_other_run(json.loads(text))
-        else:
-            store._refuse_foreign()
-            store._partial.mkdir(parents=True, exist_ok=True)
-            with replacing(store._partial / _MARKER) as draft:
-                draft.write_text(text, encoding="utf-8")
-        if store.begun:
-            store._open_matrices()
-        else:  # marks without arrays: the finished store was renamed, and is gone
-            shutil.rmtree(store._partial / _PARTS, ignore_errors=True)
-        for folder in (store._partial / _PARTS, store.folder):
-            folder.mkdir(exist_ok=True)
-        store.done.update(int(mark.stem) for mark in (store._partial / _PARTS).glob("*.done"))
-        if resumed:
-            logger.info("resuming %s: %d of %d parts are there", store.path.name, len(store.done), store.n_parts)
+        path = _keys.check_output("store", path, endings=("", ".zarr"))
+        _refuse_existing(path)
+        store = cls(path, name, n_rows, part_rows, _claim_of(path))
+        try:
+            _refuse_existing(path)  # another process may just have finished it
+            store._resume(text)
+        except BaseException as err:
+            store.__exit__(type(err), err, None)
+            raise
         return store
+
+    def _resume(self, text: str) -> None:
+        """Read what an unfinished run has left, or start."""
+        marker = self._room / _MARKER
+        resumed = marker.is_file()
+        if resumed:
+            self._refuse_other_run(json.loads(text))
+        else:
+            with replacing(marker) as draft:
+                draft.write_text(text, encoding="utf-8")
+        if self.begun:
+            self._open_matrices()
+        else:  # marks without arrays: the finished store was renamed, and is gone
+            shutil.rmtree(self._room / _PARTS, ignore_errors=True)
+        for folder in (self._room / _PARTS, self.folder):
+            folder.mkdir(exist_ok=True)
+        self.done.update(int(mark.stem) for mark in (self._room / _PARTS).glob("*.done"))
+        if resumed:
+            logger.info("resuming %s: %d of %d parts are there", self.path.name, len(self.done), self.n_parts)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, at: object) -> None:
+        try:
+            if isinstance(err, Exception):
+                self._claim.check()  # the reason of all other errors
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let the next process continue."""
+        self._claim.release()
 
     @property
     def begun(self) -> bool:
@@ -114,15 +145,15 @@ class TableStore:
     @property
     def folder(self) -> Path:
         """A folder for what a resumed run needs; it is removed when the store is finished."""
-        return self._partial / _WORK
+        return self._room / _WORK
 
     @property
-    def _partial(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.partial")
+    def _room(self) -> Path:
+        return self._claim.folder
 
     @property
     def _zarr(self) -> Path:
-        return self._partial / _STORE
+        return self._room / _STORE
 
     def rows(self, part: int) -> slice:
         """Rows of a part in the table."""
@@ -145,9 +176,13 @@ class TableStore:
         if table.n_obs != self.n_rows:
             msg = f"table: it has {table.n_obs} rows, but the store has {self.n_rows}. Pass the table of all parts."
             raise ValueError(msg)
-        draft = self._partial / f"{_STORE}.tmp"
+        self._claim.check()
+        draft = self._room / f"{_STORE}.tmp"
         shutil.rmtree(draft, ignore_errors=True)
-        with warnings.catch_warnings(action="ignore"):  # of spatialdata, anndata and zarr, about their own formats
+        with (
+            naming(self.path),
+            warnings.catch_warnings(action="ignore"),
+        ):  # of spatialdata, anndata and zarr, about their own formats
             SpatialData(shapes=shapes, tables={self.name: table}).write(
                 draft, consolidate_metadata=False, update_sdata_path=False
             )
@@ -169,9 +204,12 @@ class TableStore:
         if found != wanted:
             msg = f"part {part}: the matrices are {found}, but this part of the store needs {wanted}."
             raise ValueError(msg)
-        for key, values in matrices.items():
-            self._matrices[key][rows] = values
-        (self._partial / _PARTS / f"{part:06d}.done").touch()
+        self._claim.check()
+        with naming(self.path):
+            for key, values in matrices.items():
+                self._matrices[key][rows] = values
+        self._claim.check()  # zarr makes missing folders: what it wrote may be nowhere
+        (self._room / _PARTS / f"{part:06d}.done").touch()
         self.done.add(part)
 
     def finish(self) -> Path:
@@ -183,15 +221,14 @@ class TableStore:
                 "write them before finish()."
             )
             raise RuntimeError(msg)
-        self._refuse_existing()
+        _refuse_existing(self.path)
+        self._claim.check()
         for torn in self._zarr.rglob("*.partial"):  # zarr's own drafts of chunks, where a run was killed
             torn.unlink()
         with warnings.catch_warnings(action="ignore"):
             zarr.consolidate_metadata(zarr.storage.LocalStore(self._zarr))
         self._zarr.rename(self.path)
-        # the marker goes last, so that an interrupted clean-up leaves a folder that is known as ours
-        for folder in (self._partial / _PARTS, self.folder, self._partial):
-            shutil.rmtree(folder)
+        self._claim.remove()
         return self.path
 
     def _create(self, parent: zarr.Group, key: str, *, n_genes: int) -> None:
@@ -227,24 +264,9 @@ class TableStore:
             found = _matrices_of(group)
         self._matrices.update({key: array.with_config({"write_empty_chunks": True}) for key, array in found.items()})
 
-    def _refuse_existing(self) -> None:
-        if self.path.exists() or self.path.is_symlink():
-            msg = f"store={str(self.path)!r} exists already; choose another store=, or remove it first."
-            raise FileExistsError(msg)
-
-    def _refuse_foreign(self) -> None:
-        """Raise where the partial folder is not ours; a run that was killed at its start leaves no marker."""
-        partial = self._partial
-        if partial.exists() and not (partial.is_dir() and {p.name for p in partial.iterdir()} <= {f"{_MARKER}.tmp"}):
-            msg = (
-                f"store={str(self.path)!r}: the work would be done in {str(partial)!r}, which exists and is not "
-                f"histosge's (there is no {_MARKER} in it). Move it away, or choose another store=."
-            )
-            raise FileExistsError(msg)
-
     def _refuse_other_run(self, run: dict[str, Any]) -> None:
         """Raise where the run that is not finished has other arguments or data."""
-        old, new = _leaves(json.loads((self._partial / _MARKER).read_text(encoding="utf-8"))), _leaves(run)
+        old, new = _leaves(json.loads((self._room / _MARKER).read_text(encoding="utf-8"))), _leaves(run)
         differs = [
             f"{key.removeprefix('params.')} is {_text(new, key)}, was {_text(old, key)}"
             for key in sorted(old | new)
@@ -252,11 +274,29 @@ class TableStore:
         ]
         if differs:
             msg = (
-                f"store={str(self.path)!r}: {str(self._partial)!r} holds an unfinished run with other arguments or "
+                f"store={str(self.path)!r}: {str(self._room.parent)!r} holds an unfinished run with other arguments or "
                 f"data ({'; '.join(differs)}). Finish that run with its own arguments, or remove the folder to start "
                 "anew."
             )
             raise ValueError(msg)
+
+
+def _claim_of(path: Path) -> Claim:
+    home = path.with_name(f"{path.name}.partial")
+    return Claim(home, what=f"store={str(path)!r}", remedy="choose another store=")
+
+
+def _refuse_existing(path: Path) -> None:
+    """Raise where the store is there; first remove what a run has left that was killed just after it finished."""
+    if not (path.exists() or path.is_symlink()):
+        return
+    if path.with_name(f"{path.name}.partial").is_dir():
+        with suppress(OSError, RuntimeError), _claim_of(path) as claim:  # else somebody works there, or it is not ours
+            unfinished = (claim.folder / _STORE).exists() or not any(claim.folder.glob(f"{_PARTS}/*.done"))
+            if not unfinished or not (claim.folder / _MARKER).exists():
+                claim.remove()
+    msg = f"store={str(path)!r} exists already; choose another store=, or remove it first."
+    raise FileExistsError(msg)
 
 
 def _leaves(nested: Any, at: str = "") -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from histosge._settings import logger
-from histosge.cli._shared import JSON, OUT_PATH, OVERWRITE, Command, as_json, as_table, written
+from histosge.cli._shared import JSON, OUT_STORE, OVERWRITE, Command, as_json, as_table, written
 
 
 @click.group()
@@ -44,7 +44,7 @@ def datasets_list(*, as_json_: bool) -> str:
 
 @datasets.command("fetch", cls=Command)
 @click.argument("name")
-@click.argument("target", type=OUT_PATH, metavar="[OUT.zarr]", required=False)
+@click.argument("target", type=OUT_STORE, metavar="[OUT.zarr]", required=False)
 @OVERWRITE
 @JSON
 def datasets_fetch(*, name: str, target: Path | None, overwrite: bool, as_json_: bool) -> str:
@@ -67,7 +67,7 @@ def datasets_fetch(*, name: str, target: Path | None, overwrite: bool, as_json_:
 
 
 @datasets.command("synthetic", cls=Command)
-@click.argument("target", type=OUT_PATH, metavar="OUT.zarr")
+@click.argument("target", type=OUT_STORE, metavar="OUT.zarr")
 @click.option("--n-rows", type=int, default=20, show_default=True, help="Rows of the array of spots.")
 @click.option("--n-cols", type=int, default=20, show_default=True, help="Spots in a row.")
 @click.option("--n-genes", type=int, default=60, show_default=True, help="Genes.")

@@ -58,6 +58,9 @@ def check_hub(api: Any, *, has_token: bool, kept: Callable[[str], bool], seconds
     if DEFAULT_ENCODER not in here:
         message += f"; those of {DEFAULT_ENCODER}, the default, come at the first call (4.5 GB, no login)"
     yield Check("encoders", "ok", message, details={"weights_here": here})
+    code = [str(name) for name in frame.index[frame["remote_code"]]]
+    message = f"encoders that run code of others, only with trust_remote_code=True: {', '.join(code)}"
+    yield Check("remote code", "ok", message, details={"encoders": code})
     for name in gated:
         page, answer = f"{PAGES}{repos[name]}", answers.get(repos[name])
         access = True if answer is True else False if _status(answer) in (401, 403, 404) else None

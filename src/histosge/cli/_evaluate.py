@@ -15,20 +15,21 @@ from histosge.cli._shared import (
     JSON,
     KEYS,
     LEARN,
-    OUT_PATH,
+    OUT_FIGURE,
     OVERWRITE,
     RAW,
     SOURCE_PATH,
     Command,
     Names,
+    OutPath,
     as_json,
     as_table,
     cache_setting,
     heads_option,
+    loaded_encoder,
     read_sections,
     refuse_input_as_output,
     taking,
-    with_weights,
     written,
 )
 
@@ -45,11 +46,11 @@ _STDOUT = Path("-")
     click.option(
         "-o",
         "--out",
-        type=OUT_PATH,
+        type=OutPath(".csv", ".parquet", "-"),
         metavar="FILE",
         help="Scores, one row for each gene, head and split: .csv or .parquet, or '-' for CSV on standard output.",
     ),
-    click.option("--plot", type=OUT_PATH, metavar="FILE", help="Draw the scores: .png, .pdf or .svg."),
+    click.option("--plot", type=OUT_FIGURE, metavar="FILE", help="Draw the scores: .png, .pdf or .svg."),
     click.option("--heads", type=Names(), help="Heads, with commas. By default the default head and its baselines."),
     click.option(
         "--split",
@@ -84,6 +85,7 @@ def evaluate(
     images: tuple[Path, ...],
     bin_size: int | None,
     weights: str | None,
+    trust_remote_code: bool,
     no_cache: bool,
     overwrite: bool,
     as_json_: bool,
@@ -109,15 +111,13 @@ def evaluate(
     if out == _STDOUT and as_json_:
         msg = "--out - and --json both write to standard output: name a file, or leave one of them out."
         raise click.UsageError(msg)
-    if file is not None and file.suffix not in (".csv", ".parquet"):
-        msg = f"--out {file}: the name must end in .csv or .parquet, or be '-'."
-        raise click.UsageError(msg)
     for path in filter(None, (file, plot)):
         refuse_input_as_output(sources, path, name=str(path))
     with written(file, plot, overwrite=overwrite, marks=()) as (fresh_file, fresh_plot):
         sections = read_sections(sources, images=images, bin_size=bin_size)
+        how = loaded_encoder(encoder, weights=weights, trust_remote_code=trust_remote_code)
         with sge.settings.override(**cache_setting(no_cache=no_cache)):
-            scores = sge.tl.evaluate(sections, encoder=with_weights(encoder, weights), **options)
+            scores = sge.tl.evaluate(sections, encoder=how, **options)
         if file is not None:
             _write(scores, fresh_file)
         if plot is not None:

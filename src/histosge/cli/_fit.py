@@ -23,17 +23,17 @@ from histosge.cli._shared import (
     cache_setting,
     heads_option,
     held_out_lines,
+    loaded_encoder,
     read_sections,
     refuse_input_as_output,
     taking,
-    with_weights,
     written,
 )
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-_MARKS = ("config.json",)
+_MARKS = ("histosge.safetensors",)
 """A file in every folder of a model."""
 
 
@@ -59,6 +59,7 @@ def fit(
     images: tuple[Path, ...],
     bin_size: int | None,
     weights: str | None,
+    trust_remote_code: bool,
     no_cache: bool,
     overwrite: bool,
     as_json_: bool,
@@ -81,8 +82,9 @@ def fit(
     refuse_input_as_output(sources, target, name="MODEL")
     with written(target, overwrite=overwrite, marks=_MARKS) as (fresh,):
         sections = read_sections(sources, images=images, bin_size=bin_size)
+        how = loaded_encoder(encoder, weights=weights, trust_remote_code=trust_remote_code)
         with sge.settings.override(**cache_setting(no_cache=no_cache)):
-            model = sge.tl.fit(sections, encoder=with_weights(encoder, weights), **options)
+            model = sge.tl.fit(sections, encoder=how, **options)
         model.save(fresh)
     logger.info("wrote %s, %.0f s", target, time() - start)
     if as_json_:

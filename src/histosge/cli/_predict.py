@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from time import time
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,14 @@ from histosge.cli._shared import (
     JSON,
     KEYS,
     LEARN,
+    OUT_FIGURE,
     OUT_PATH,
     OVERWRITE,
     RAW,
     SOURCE_PATH,
     Command,
     Names,
+    OutPath,
     as_json,
     cache_setting,
     heads_option,
@@ -39,10 +42,14 @@ if TYPE_CHECKING:
 
 _OF_THE_MODEL = ("head", "genes", "n_folds", "head_options", "tile_um")
 """Options that are not allowed with a fitted model"""
-_FIGURE = (".png", ".pdf", ".svg")
 _MOST_DRAWN = 4
-_POSITIVE = click.FloatRange(min=0, min_open=True)
 _PROVENANCE = ("head", "mpp", "tile_um", "dense", "seed")
+
+
+class _Resolution(click.FloatRange):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        return self.fail(f"{value} is no number.", param, ctx) if math.isnan(found) else found
 
 
 @click.command(cls=Command)
@@ -69,11 +76,17 @@ _PROVENANCE = ("head", "mpp", "tile_um", "dense", "seed")
     click.option("--layers", type=Names(), default="", help="With OUT.h5ad: layers to keep as well as X: conserved."),
     click.option("--domains", is_flag=True, help="Find spatial domains in the prediction (leiden)."),
     click.option(
-        "--resolution", type=_POSITIVE, default=1.0, show_default=True, help="With --domains: larger gives more."
+        "--resolution",
+        type=_Resolution(min=0, max=1000, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="With --domains: larger gives more.",
     ),
     click.option("--n-domains", type=click.IntRange(min=2), help="With --domains: number of domains."),
-    click.option("--plot", type=OUT_PATH, metavar="FILE", help="Draw image, measured, predicted: .png, .pdf or .svg."),
-    click.option("--report", type=OUT_PATH, metavar="FILE", help="Write a page about the run: .html."),
+    click.option(
+        "--plot", type=OUT_FIGURE, metavar="FILE", help="Draw image, measured, predicted: .png, .pdf or .svg."
+    ),
+    click.option("--report", type=OutPath(".html"), metavar="FILE", help="Write a page about the run: .html."),
     click.option("--key-added", default="histosge", show_default=True, help="Name of the table."),
     *KEYS,
     *COMPUTE,
@@ -89,6 +102,7 @@ def predict(
     dataset_id: str | None,
     model: Path | None,
     weights: str | None,
+    trust_remote_code: bool,
     no_cache: bool,
     store: bool,
     layers: tuple[str, ...],
@@ -121,7 +135,10 @@ def predict(
     import histosge as sge
 
     start = time()
-    _check_usage(target, store=store, overwrite=overwrite, model=model, plot=plot, report=report, domains=domains)
+    _check_usage(
+        target, store=store, overwrite=overwrite, model=model, plot=plot, report=report, domains=domains,
+        layers=layers, conserve=options["conserve"],
+    )  # fmt: skip
     refuse_input_as_output([source], target, name=f"OUT{target.suffix}")
     for path in filter(None, (plot, report)):
         refuse_input_as_output([source], path, name=str(path))
@@ -136,8 +153,9 @@ def predict(
                 if not _given("encoder"):
                     options["encoder"] = config.name
             [sdata] = read_sections([source], images=images, bin_size=bin_size, dataset_id=dataset_id)
-            if weights is not None or not found:  # the model cannot load it by name
-                options["encoder"] = sge.load_encoder(options["encoder"], weights=weights)
+            if weights is not None or trust_remote_code or not found:  # the model cannot load it by name
+                encoder = options["encoder"]
+                options["encoder"] = sge.load_encoder(encoder, weights=weights, trust_remote_code=trust_remote_code)
             with sge.settings.override(**cache_setting(no_cache=no_cache)):
                 made = sge.tl.predict(sdata, store=target if store else None, inplace=not store, **options)
             table = sdata.tables[key] if made is None else made
@@ -189,14 +207,12 @@ def _check_usage(
     domains: bool,
     plot: Path | None,
     report: Path | None,
+    layers: tuple[str, ...],
+    conserve: bool,
 ) -> None:
     if target.suffix not in ("", ".zarr", ".h5ad"):
         msg = f"OUT is {target}: choose a name that ends in .zarr (everything) or .h5ad (the predicted table alone)."
         raise click.UsageError(msg)
-    for option, path, suffixes in (("--plot", plot, _FIGURE), ("--report", report, (".html",))):
-        if path is not None and path.suffix not in suffixes:
-            msg = f"{option} {path}: the name must end in {' or '.join(suffixes)}."
-            raise click.UsageError(msg)
     if store:
         if target.suffix == ".h5ad":
             msg = f"OUT is {target}, but --store writes a SpatialData store: choose a name that ends in .zarr."
@@ -209,6 +225,12 @@ def _check_usage(
             raise click.UsageError(msg)
     if target.suffix != ".h5ad" and (given := _given("layers")):
         msg = f"{given[0]}: OUT.zarr holds all layers. Leave it out, or write OUT.h5ad."
+        raise click.UsageError(msg)
+    if set(layers) - ({"conserved"} if conserve else set()):
+        msg = f"--layers {','.join(layers)}: the only layer is conserved, with --conserve. Pass that, or leave it out."
+        raise click.UsageError(msg)
+    if _given("on_invalid") and not _given("target_key"):
+        msg = "--on-invalid: for the shapes of --target-key. Pass that as well, or leave it out."
         raise click.UsageError(msg)
     if not domains and (given := _given("resolution", "n_domains")):
         msg = f"{', '.join(given)}: for --domains. Pass that as well, or leave it out."

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import sys
 import traceback
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from histosge import _keys
+from histosge._atomic import naming
 from histosge._options import Argument, Embedding, Learning, Reading, Running, arguments
 from histosge._settings import settings
 
@@ -62,8 +63,11 @@ class Command(click.Command):
         except _EXPECTED as err:
             if settings.verbosity > 2:
                 traceback.print_exception(err)
-            # str() puts the message of a KeyError in quotes
-            text = err.args[0] if isinstance(err, KeyError) and err.args else err
+            text: Any = err
+            if isinstance(err, KeyError) and err.args:  # str() puts its message in quotes
+                text = err.args[0]
+            elif isinstance(err, OSError) and err.strerror and err.filename:
+                text = f"{err.filename}: {err.strerror}. Correct that, or choose another place."
             click.echo(f"histosge: {' '.join(str(text).split()) or type(err).__name__}", err=True)
             sys.exit(1)
         message, code = message if isinstance(message, tuple) else (message, 0)
@@ -151,49 +155,31 @@ def written(*targets: Path | None, overwrite: bool, marks: Sequence[str] = ZARR_
     marks
         Names that only folders written by histosge contain.
     """
+    from histosge._section import scratch
+
     wanted = [target for target in targets if target is not None]
-    if len({target.resolve() for target in wanted}) < len(wanted):
-        msg = f"two of the outputs have one name: {', '.join(map(str, wanted))}. Choose different ones."
-        raise ValueError(msg)
     for target in wanted:
         _refuse_foreign(target, overwrite=overwrite, marks=marks)
-    fresh = [Path() if target is None else target.with_name(f".part.{target.name}") for target in targets]
-    pairs = [(new, target) for new, target in zip(fresh, targets, strict=True) if target is not None]
-    try:
-        for new, target in pairs:
+    with ExitStack() as folders:
+        fresh = {}
+        for target in wanted:
             try:  # raise before the work, not after it
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _remove(new)  # from an interrupted run
-                new.touch()
-                _remove(new)
+                fresh[target] = folders.enter_context(scratch(target, what=str(target))) / target.name
             except OSError as err:
                 msg = f"{target} cannot be written: {err.strerror or err}. Choose another folder."
                 raise OSError(msg) from err
-        yield fresh
-        for new, target in pairs:
-            # the old output stays until the new one is renamed
-            old = target.with_name(f".old.{target.name}")
-            _remove(old)
-            if target.exists():
+        with naming(wanted[0]) if wanted else nullcontext():
+            yield [Path() if target is None else fresh[target] for target in targets]
+        for target, new in fresh.items():
+            old = new.with_name(f"old.{target.name}")
+            if target.is_dir():  # a file is replaced in one step
                 target.rename(old)
             try:
-                new.rename(target)
+                new.replace(target)
             except BaseException:
                 if old.exists():
                     old.rename(target)
                 raise
-            _remove(old)
-    finally:
-        for new, _ in pairs:
-            with suppress(OSError):  # do not hide an earlier error
-                _remove(new)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _refuse_foreign(path: Path, *, overwrite: bool, marks: Sequence[str]) -> None:
@@ -269,8 +255,29 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+class OutPath(click.Path):
+    """A file or folder to write, whose name is possible and has one of the endings."""
+
+    def __init__(self, *endings: str) -> None:
+        super().__init__(path_type=Path)
+        self.endings = endings
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read it."""
+        if value == "-" and "-" in self.endings:
+            return Path(value)
+        try:
+            name = param.human_readable_name if param is not None else "path"
+            _keys.check_output(name, value, endings=tuple(e for e in self.endings if e != "-"))
+        except ValueError as err:
+            self.fail(str(err), param, ctx)
+        return super().convert(value, param, ctx)
+
+
 SOURCE_PATH = click.Path(exists=True, path_type=Path)
-OUT_PATH = click.Path(path_type=Path)
+OUT_PATH = OutPath()
+OUT_STORE = OutPath("", ".zarr")
+OUT_FIGURE = OutPath(".png", ".pdf", ".svg")
 
 
 def taking(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -336,6 +343,11 @@ ENCODER = (
     click.option(
         "--weights", type=click.Path(exists=True), metavar="FOLDER", help="Local weights, for machines without network."
     ),
+    click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Allow code of others, which some encoders run when they are loaded; see `histosge encoders`.",
+    ),
 )
 LEARN = (*from_python(Learning),)
 COMPUTE = (
@@ -351,10 +363,10 @@ def cache_setting(*, no_cache: bool) -> dict[str, Any]:
     return {"cache_gb": 0} if no_cache else {}
 
 
-def with_weights(encoder: str, weights: str | None) -> Any:
-    """Load an encoder from a folder, or return its name."""
-    if weights is None:
+def loaded_encoder(encoder: str, *, weights: str | None, trust_remote_code: bool) -> Any:
+    """Load an encoder that needs more than its name, or return its name."""
+    if weights is None and not trust_remote_code:
         return encoder
     import histosge as sge
 
-    return sge.load_encoder(encoder, weights=weights)
+    return sge.load_encoder(encoder, weights=weights, trust_remote_code=trust_remote_code)

@@ -7,13 +7,17 @@ first download is recorded and compared from then on. Files that the user puts i
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tarfile
 import zlib
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from histosge._atomic import replacing
 from histosge._settings import logger, progress_bar
 
 if TYPE_CHECKING:
@@ -109,6 +113,9 @@ def _download(folder: Path, file: RemoteFile, left: Sequence[RemoteFile], *, ret
 
     target = folder / file.path
     known = file.sha256 or _recorded(target)
+    for old in target.parent.glob("tmp*"):  # pooch's, of a process that was killed: this one holds the lock
+        if re.fullmatch("tmp[a-z0-9_]{8}", old.name) and old.is_file():
+            old.unlink()
     logger.info("downloading %s to %s", file.url, target)
     try:
         with _quiet_pooch():
@@ -118,7 +125,7 @@ def _download(folder: Path, file: RemoteFile, left: Sequence[RemoteFile], *, ret
                 registry={target.name: f"sha256:{known}" if known else None},
                 urls={target.name: file.url},
                 retry_if_failed=retries,
-            ).fetch(target.name, downloader=_download_once)
+            ).fetch(target.name, downloader=partial(_download_once, verified=bool(known)))
     except requests.RequestException as err:
         addresses = "\n".join(f"  {other.url}\n    → {folder / other.path}" for other in left)
         msg = (
@@ -138,25 +145,39 @@ def _download(folder: Path, file: RemoteFile, left: Sequence[RemoteFile], *, ret
         raise DownloadError(msg) from err
 
 
-def _download_once(url: str, output_file: str, _: Any) -> None:
-    """Download a file with a progress bar; pooch calls it, and calls it again after an error."""
+def _download_once(url: str, output_file: str, _: Any, *, verified: bool) -> None:
+    """Download a file with a progress bar; pooch calls it, and calls it again after an error.
+
+    What is not ``verified`` by a hash afterwards must be known to be complete: its length is stated, or its last chunk
+    is marked.
+    """
     import requests
 
     path = Path(output_file)
     path.unlink()  # pooch's empty file, which only its owner may read; the new one has the usual permissions
     with requests.get(url, headers=_HEADERS, stream=True, timeout=_TIMEOUT_S) as answer:
         answer.raise_for_status()
+        if answer.status_code != HTTPStatus.OK:
+            msg = f"the server answers {answer.status_code} {answer.reason} instead of the whole file"
+            raise requests.RequestException(msg)
         if "text/html" in answer.headers.get("Content-Type", ""):
             msg = "the server answers with a web page instead of the file"
             raise requests.RequestException(msg)
-        length = int(answer.headers.get("Content-Length", 0)) or None
+        stated = answer.headers.get("Content-Length", "")
+        length = int(stated) if stated.isascii() and stated.isdigit() else None
+        if length is None and not verified and answer.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            msg = "the server states no length, so that a file that is cut short would not be noticed"
+            raise requests.RequestException(msg)
         with path.open("wb") as out, progress_bar(desc=url.rpartition("/")[2], total=length, unit="B") as bar:
             bar.unit_scale = True
             bar.refresh()
             for chunk in answer.iter_content(_CHUNK_BYTES):
                 bar.update(out.write(chunk))
             n_bytes = out.tell()
-    if length and n_bytes != length:  # urllib3 1 does not notice it
+    if n_bytes == 0:
+        msg = "the server sends an empty file"
+        raise requests.RequestException(msg)
+    if length is not None and n_bytes != length:  # urllib3 1 does not notice it
         msg = f"the connection broke off after {n_bytes} of {length} bytes"
         raise requests.ConnectionError(msg)
 
@@ -176,7 +197,8 @@ def _compare(target: Path, file: RemoteFile) -> None:
         logger.info("%s: unverified, recorded on first download: sha256 %s", target.name, is_now)
     record = _beside(target, ".sha256")
     if not record.exists():
-        record.write_text(f"{is_now}  {target.name}\n", encoding="utf-8")
+        with replacing(record) as draft:
+            draft.write_text(f"{is_now}  {target.name}\n", encoding="utf-8")
 
 
 def _unpack(folder: Path, file: RemoteFile) -> None:
@@ -186,6 +208,9 @@ def _unpack(folder: Path, file: RemoteFile) -> None:
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(room, filter="data")  # nothing outside the folder, no links out of it, no devices
+        if not room.is_dir() or (room / str(file.unpack)).is_file():
+            msg = f"it holds no folder {file.unpack}"
+            raise tarfile.ReadError(msg)
     except (tarfile.TarError, zlib.error, EOFError, OSError) as err:
         shutil.rmtree(room, ignore_errors=True)
         if isinstance(err, OSError) and not isinstance(err, tarfile.TarError) and err.errno is not None:
@@ -208,9 +233,14 @@ def _unpacked(folder: Path, file: RemoteFile) -> bool:
 
 def _recorded(target: Path) -> str | None:
     """Hash that was recorded after the first download."""
-    with suppress(FileNotFoundError):
-        return _beside(target, ".sha256").read_text(encoding="utf-8").split()[0]
-    return None
+    record = _beside(target, ".sha256")
+    if not record.exists():
+        return None
+    found = re.match(r"[0-9a-fA-F]{64}(?=\s|$)", record.read_text(encoding="utf-8", errors="replace"))
+    if found is None:
+        msg = f"{record} is damaged: it does not begin with a sha256 of 64 digits. Remove it to accept {target.name}."
+        raise DownloadError(msg)
+    return found[0].lower()
 
 
 def _origin(file: RemoteFile) -> str:

@@ -13,7 +13,7 @@ from histosge._embedding import Embedder, Forecast, resolve_device
 from histosge._heads import POSITION_ONLY, default_head, learns_sub_spots
 from histosge._model import PROTOCOLS, SPLITS, Measured, Plan, check_arguments, trials
 from histosge._model import evaluate as hold_out
-from histosge._options import FitOptions, Reading, Running, expand, pick
+from histosge._options import FitOptions, Reading, Running, expand, pick, seeded
 from histosge._section import check_orientation, column, read_section
 from histosge._settings import is_whole, logger
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 _BASELINES = ("kriging", "ridge", "nearest", "mean")
+_MOST_TRIALS = 1000
 
 
 @expand(FitOptions)
@@ -138,6 +139,7 @@ def evaluate(
         n_repeats=n_repeats,
         head_options=head_options,
     )
+    rng = seeded(options["rng"])
     encoder, tile_um = options["encoder"], options["tile_um"]
     genes, n_folds = options["genes"], options["n_folds"]
     run = pick(options, Running)
@@ -163,7 +165,6 @@ def evaluate(
         msg = f"labels={labels!r} has no value at any spot of {empty}. Name a column that annotates them."
         raise ValueError(msg)
     plan = Plan(split, protocol, n_splits, n_repeats, buffer_um, block_um, keep)
-    rng = np.random.default_rng(options["rng"])
     for _ in trials(measured, plan, rng=copy.deepcopy(rng)):
         pass  # raise before the sections are embedded where a split is impossible
     forecast = Forecast(sum(len(section.xy_px) for section in sections))
@@ -220,8 +221,8 @@ def _check(
             msg = f"{name}={value!r} is unknown. Choose one of {choices}."
             raise ValueError(msg)
     for name, number, least in (("n_splits", n_splits, 2 if split == "blocks" else 1), ("n_repeats", n_repeats, 1)):
-        if not (is_whole(number) and number >= least):
-            msg = f"{name}={number!r}: pass a whole number of at least {least}."
+        if not (is_whole(number) and least <= number <= _MOST_TRIALS):
+            msg = f"{name}={number!r}: pass a whole number of at least {least} and at most {_MOST_TRIALS}."
             raise ValueError(msg)
     if split == "sections" and len(sdatas) < 2:
         msg = "split='sections' leaves one section out, and there is only one: pass a list of sections."

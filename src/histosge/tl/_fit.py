@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
-import numpy as np
+import numpy as np  # noqa: F401  the types of shared arguments name it
 
 from histosge._embedding import Embedder, Forecast, resolve_device
 from histosge._heads import default_head, learns_sub_spots
 from histosge._model import check_arguments, fit_model
-from histosge._options import FitOptions, Reading, Running, expand, pick
+from histosge._options import FitOptions, Reading, Running, expand, pick, seeded
 from histosge._section import check_orientation, read_section
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def fit(
     if not sdatas:
         msg = "sdata is an empty list: pass at least one section."
         raise ValueError(msg)
+    rng = seeded(options["rng"])
     encoder, tile_um = options["encoder"], options["tile_um"]
     genes, n_folds = options["genes"], options["n_folds"]
     run = pick(options, Running)
@@ -110,7 +111,7 @@ def fit(
         head=head,
         genes=genes,
         n_folds=n_folds,
-        rng=np.random.default_rng(options["rng"]),
+        rng=rng,
         device=torch_device,
         head_options=head_options,
         progress=run["progress"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import nullcontext
 from importlib.metadata import version
 from time import time
 from typing import TYPE_CHECKING, Any, Unpack, cast
@@ -23,7 +24,7 @@ from histosge._model import (
     save_fitted,
     write_parts,
 )
-from histosge._options import FitOptions, Reading, Running, expand, pick
+from histosge._options import FitOptions, Reading, Running, expand, pick, seeded
 from histosge._section import (
     commit,
     is_measured,
@@ -202,11 +203,16 @@ def predict(
         several = " and ".join(f"{k}={v!r}" for k, v in given.items())
         msg = f"{several} are ways to say where to predict: pass one of them."
         raise ValueError(msg)
+    if target_key is None and on_invalid != "raise":
+        msg = (
+            f"on_invalid={on_invalid!r} is for the shapes of target_key=: pass that as well, or leave on_invalid= out."
+        )
+        raise ValueError(msg)
     reading = pick(options, Reading)
     encoder, tile_um = options["encoder"], options["tile_um"]
     genes, n_folds, rng = options["genes"], options["n_folds"], options["rng"]
     seed = int(rng) if isinstance(rng, (int, np.integer)) else "generator"
-    generator = np.random.default_rng(rng)
+    generator = seeded(rng)
     if model is not None and reading["spots_key"] is None and reading["table_key"] is None and not is_measured(sdata):
         if reading["layer"] is not None:
             layer = reading["layer"]
@@ -264,26 +270,27 @@ def predict(
         if model is None:
             settled["head"] = head_digest(learn["head"])
         parts = open_store(store, embedder, targets, name=key_added, params=settled | {"conserve": conserve})
-    forecast = Forecast(0 if parts is None else parts.n_rows_left, alternative=model is None)
-    fitted = None if parts is None else load_fitted(parts)
-    if fitted is not None:
-        logger.info("using the model that was fitted before the interruption")
-        at_targets, (at_spots, model) = None, fitted
-    else:
-        at_targets, at_spots = embedder.embed_both(None if parts is not None else targets, forecast=forecast)
-        if model is None:
-            model = _fit(embedder, at_spots, rng=generator, **learn)
+    with parts or nullcontext():  # at the end, also after an error, another process may continue the store
+        forecast = Forecast(0 if parts is None else parts.n_rows_left, alternative=model is None)
+        fitted = None if parts is None else load_fitted(parts)
+        if fitted is not None:
+            logger.info("using the model that was fitted before the interruption")
+            at_targets, (at_spots, model) = None, fitted
+        else:
+            at_targets, at_spots = embedder.embed_both(None if parts is not None else targets, forecast=forecast)
+            if model is None:
+                model = _fit(embedder, at_spots, rng=generator, **learn)
+            if parts is not None:
+                at_spots, model = save_fitted(parts, at_spots, model)
+        predictor = Predictor.of(
+            model, embedder, targets, at_spots, conserve=conserve,
+            provenance={**_provenance(embedder, targets, model, seed=seed, layer=reading["layer"]), "params": params},
+        )  # fmt: skip
         if parts is not None:
-            at_spots, model = save_fitted(parts, at_spots, model)
-    predictor = Predictor.of(
-        model, embedder, targets, at_spots, conserve=conserve,
-        provenance={**_provenance(embedder, targets, model, seed=seed, layer=reading["layer"]), "params": params},
-    )  # fmt: skip
-    if parts is not None:
-        own_shapes = None if targets.laid else sdata.shapes[targets.key].loc[targets.instances]
-        path = write_parts(predictor, parts, forecast=forecast, own_shapes=own_shapes)
-        logger.info("wrote %d targets to %s, table %r, %.0f s", len(targets), path, key_added, time() - start)
-        return None if inplace else open_table(path, key_added)
+            own_shapes = None if targets.laid else sdata.shapes[targets.key].loc[targets.instances]
+            path = write_parts(predictor, parts, forecast=forecast, own_shapes=own_shapes)
+            logger.info("wrote %d targets to %s, table %r, %.0f s", len(targets), path, key_added, time() - start)
+            return None if inplace else open_table(path, key_added)
     table = predictor.table(matrices=predictor.matrices(at_targets=at_targets))
     if not inplace:
         return table
