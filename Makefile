@@ -32,7 +32,7 @@ test: $(STAMP)-test ## run the tests but the slow tenth (PYTEST_ARGS='-k geometr
 test-all: $(STAMP)-test ## run all of the tests, as CI does
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-campaign: $(STAMP)-test ## run the faults, kills and invariances of tests/campaign whole: about an hour
+campaign: $(STAMP)-test ## run the faults, kills and damaged files of tests/campaign whole, not in their short form
 	$(BIN)/python -m pytest tests/campaign --campaign $(PYTEST_ARGS)
 
 gpu: ## tests and benchmarks of a GPU, with PYTHON as it is and wheels in WHEELS (.whl); writes GPU_JSON (gpu.json)

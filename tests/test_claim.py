@@ -21,7 +21,7 @@ def claim(home):
 
 
 def left_by(home, **owner):
-    """A room with a file in it, whose owner is not this process; the file that names it."""
+    """A folder with a file in it, whose owner is not this process; the file that names it."""
     with claim(home) as first:
         (first.folder / "part").write_text("1")
         file = first.folder.with_name(f"{first.folder.name}.json")
@@ -166,9 +166,9 @@ def test_what_a_finished_store_has_left_is_removed(tmp_path):
     for finished in (True, False):
         path = tmp_path / f"{finished}.zarr"
         with opened(path) as store:
-            room = store.folder.parent
+            folder = store.folder.parent
         if finished:
-            (room / "parts" / "000000.done").touch()
+            (folder / "parts" / "000000.done").touch()
         path.mkdir()
         with pytest.raises(FileExistsError, match="exists already"):
             opened(path)

@@ -573,7 +573,8 @@ def test_footprints_are_cut_into_the_squares_of_one_grid(kind, edge, seed, at):
     xy, index, weight = divide(footprints, edge_px=edge)
     assert (index.dtype, index.shape) == (np.int64, weight.shape)
     whole = xy / edge - 0.5
-    np.testing.assert_allclose(whole, np.rint(whole), atol=1e-9)
+    # a product, a sum and a quotient of numbers up to the largest index
+    np.testing.assert_allclose(whole, np.rint(whole), atol=rounding.of_sum(3, np.abs(whole).max() + 1, dtype=float))
     assert len(np.unique(np.rint(whole), axis=0)) == len(xy)  # each square once,
     assert np.unique(index[weight > 0]).tolist() == list(range(len(xy)))  # and none that no footprint reaches
     np.testing.assert_allclose(weight.sum(axis=1), 1)

@@ -361,7 +361,7 @@ def test_antibodies_beside_genes_are_left_out(log):
         ("n_neighbours", 400, "n_neighbours=400 must be at least 2 and fewer than the 400 rows"),
         ("n_domains", 1, "n_domains=1 must lie between 2 and the number of locations, 400"),
         ("n_domains", 401, "n_domains=401 must lie between 2 and the number of locations, 400"),
-        ("rng", np.random.default_rng(0), "rng=Generator(PCG64) at .* must be a whole number"),
+        ("rng", np.random.default_rng(0), "rng=Generator(PCG64) at .*: choose a whole number from 0"),
         ("rng", -1, "rng=-1: choose a whole number from 0 to 4294967295"),
         ("key_added", "a b", "key_added='a b' is not a valid name"),
     ],

@@ -1280,7 +1280,8 @@ def test_tiles_are_laid_down_by_the_spots_alone(seed, apart, n_call, lattice, n)
         assert (np.diff(near) > 0).all()
         assert set(spots) <= set(near)
         beyond = np.hypot(*np.maximum(np.maximum(xy[spots].min(0) - xy, xy - xy[spots].max(0)), 0).T)
-        assert beyond[near].max() <= np.sort(beyond)[len(near) - 1 :].min() + 1e-9
+        # distances are compared to a thousandth of a pitch
+        assert beyond[near].max() <= np.sort(beyond)[len(near) - 1 :].min() + 1e-3
 
 
 def test_small_sections_share_a_tile_and_large_ones_have_several():

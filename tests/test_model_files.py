@@ -247,5 +247,5 @@ def test_drafts_of_the_dead_are_removed(ridge, tmp_path):
 
 def test_a_folder_that_cannot_be_written(ridge, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(OSError, match=r"file/histosge\.safetensors'$"):
+    with pytest.raises(OSError, match=r"/file'$"):
         ridge.save(tmp_path / "file")

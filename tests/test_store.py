@@ -85,7 +85,7 @@ def opened(path, n=100, part_rows=30, **changed):
     return TableStore.open(path, name="predicted", params=PARAMS | changed, n_rows=n, part_rows=part_rows)
 
 
-def room(path):
+def run_folder(path):
     """Where an unfinished run works."""
     [found] = (p for p in path.with_name(f"{path.name}.partial").glob("run-*") if p.is_dir())
     return found
@@ -221,13 +221,13 @@ def test_resume(tmp_path, log, made, at_once):
     store = fill(begun(opened(path), table, shapes), table, parts=[2, 0])
     (store.folder / "model.json").write_text("fitted")
     store.close()
-    before = stamps(room(path))
+    before = stamps(run_folder(path))
     store = opened(path)
     assert "resuming out.zarr: 2 of 4 parts are there" in log.text
     assert (store.begun, store.done, store.n_rows_left) == (True, {0, 2}, 40)
     assert (store.folder / "model.json").read_text() == "fitted"
     fill(store, table, parts=[1, 3])
-    after = stamps(room(path))
+    after = stamps(run_folder(path))
     assert {key: after[key] for key in before} == before
     assert_same_stores(store.finish(), at_once)
 
@@ -275,7 +275,7 @@ def test_killed_in_finish_and_the_result_removed(tmp_path):
     """Parts that are marked but whose arrays are gone do not count as done."""
     table, shapes = whole(30)
     store = fill(begun(opened(tmp_path / "out.zarr", n=30), table, shapes), table)
-    shutil.rmtree(room(store.path) / "store.zarr")
+    shutil.rmtree(run_folder(store.path) / "store.zarr")
     store.close()
     assert store.done == {0}
     store = opened(tmp_path / "out.zarr", n=30)
@@ -310,7 +310,7 @@ def test_sigkill_in_the_middle_of_a_part(tmp_path, made, at_once):
     assert not path.exists()
     store = opened(path)
     assert store.done == {0}
-    x = zarr.open_group(room(path) / "store.zarr", mode="r")["tables/predicted/X"]
+    x = zarr.open_group(run_folder(path) / "store.zarr", mode="r")["tables/predicted/X"]
     assert np.any(x[30:60])  # half a part is there
     assert_same_stores(fill(store, made[0], parts=[1, 2, 3]).finish(), at_once)
 
@@ -369,7 +369,7 @@ def test_another_run_is_refused(tmp_path, made):
     table, shapes = made
     with opened(tmp_path / "out.zarr") as store:
         fill(begun(store, table, shapes), table, parts=[0])
-    before = stamps(room(store.path))
+    before = stamps(run_folder(store.path))
     with pytest.raises(
         ValueError,
         match=r"\(n_rows is 90, was 100; encoder\.name is \"uni\", was \"stain-texture\"; extra is 1, was absent\)",
@@ -382,7 +382,7 @@ def test_another_run_is_refused(tmp_path, made):
         opened(tmp_path / "out.zarr", scales=np.arange(100))
     with pytest.raises(ValueError, match='table is "other", was "predicted"'):
         TableStore.open(tmp_path / "out.zarr", name="other", params=PARAMS, n_rows=100, part_rows=30)
-    assert stamps(room(store.path)) == before
+    assert stamps(run_folder(store.path)) == before
 
 
 def test_params_of_unknown_things(tmp_path):

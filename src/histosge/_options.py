@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 DEFAULT_ENCODER = "midnight"
 """Large, and available without a login: the first call works on a fresh installation."""
-_LARGEST_SEED = 2**32 - 1
 _WIDTH = 112
 """Width of a line of a docstring"""
 
@@ -125,17 +124,6 @@ class EmbedOptions(Reading, Embedding, Running, total=False):
 
 class FitOptions(EmbedOptions, Learning, total=False):
     """Arguments of doors that fit heads."""
-
-
-def seeded(rng: Any) -> "np.random.Generator":
-    """Return the generator of the argument ``rng``, else raise. Larger seeds are none to scanpy, nor to HDF5."""
-    import numpy as np
-
-    whole = isinstance(rng, int | np.integer) and not isinstance(rng, bool)
-    if not (rng is None or isinstance(rng, np.random.Generator) or (whole and 0 <= rng <= _LARGEST_SEED)):
-        msg = f"rng={rng!r}: choose a whole number from 0 to {_LARGEST_SEED}, or pass a numpy.random.Generator."
-        raise ValueError(msg)
-    return np.random.default_rng(rng)
 
 
 def arguments(group: type) -> dict[str, tuple[Any, Argument]]:

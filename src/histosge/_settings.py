@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from typing import TypeGuard
 
+    import numpy as np
     from tqdm import tqdm
 
 logger = logging.getLogger("histosge")
+_LARGEST_SEED = 2**32 - 1
 
 
 class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
@@ -56,6 +58,23 @@ def is_number(value: Any) -> TypeGuard[float]:
 def is_whole(value: Any) -> TypeGuard[int]:
     """Whether it is an integer, of Python or numpy; ``True`` and ``False`` are none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_seed(seed: Any, *, argument: str = "rng", also: str = "") -> int:
+    """Return the seed, else raise; ``also`` names what else is taken. Larger seeds are none to scanpy, nor to HDF5."""
+    if not (is_whole(seed) and 0 <= seed <= _LARGEST_SEED):
+        msg = f"{argument}={seed!r}: choose a whole number from 0 to {_LARGEST_SEED}{also}."
+        raise ValueError(msg)
+    return int(seed)
+
+
+def seeded(rng: Any) -> np.random.Generator:
+    """Return the generator of the argument ``rng``, else raise."""
+    import numpy as np
+
+    if not (rng is None or isinstance(rng, np.random.Generator)):
+        check_seed(rng, also=", or pass a numpy.random.Generator")
+    return np.random.default_rng(rng)
 
 
 @dataclass

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-from time import time
 from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 
+from histosge._atomic import naming, replacing
 from histosge._heads import Spots, get_head, restore_head
 from histosge._model._projection import Projection
 from histosge._model._schema import SCORES, check_tensors, config_of
@@ -35,8 +33,6 @@ if TYPE_CHECKING:
 MODEL_FILE = "histosge.safetensors"
 """The file of a model in its folder: a name that no other program uses, so that no file of the user's is replaced"""
 FORMAT = "6"
-_ABANDONED_S = 3600
-"""Age of a draft that no process writes any more: a save takes seconds"""
 _SPOTS = ("embedding", "expression", "xy_um", "section")
 _TRAINING = {"head": object, "fold": int, "epoch": int, "loss": float}
 _REMEDY = "The file is damaged, or was changed. Copy it again from where it is whole, or fit the model again."
@@ -195,18 +191,10 @@ def write_file(path: Path, text: str, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save
 
     content = save(dict(tensors), {"histosge_format": FORMAT, "text": text, "sha256": digest(text, tensors)})
-    # a name of its own for each process and call: two that save do not share it
-    draft = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
+    with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
-        try:
-            draft.write_bytes(content)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as error:  # that of a full disk names no file
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    with replacing(path) as draft:
+        draft.write_bytes(content)
 
 
 def read_file(path: Path) -> tuple[str, dict[str, Tensor]]:
@@ -250,13 +238,3 @@ def refuse_without_model(folder: Path) -> None:
         msg = f"{folder} holds no model: there is no {MODEL_FILE}. Pass a folder that Model.save() wrote."
         raise FileNotFoundError(msg) from None
     raise ModelError(other_format(folder, found))
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove drafts of processes that were killed long ago."""
-    for draft in path.parent.glob(f"{path.name}.*.tmp"):
-        try:
-            if time() - draft.stat().st_mtime > _ABANDONED_S:
-                draft.unlink()
-        except FileNotFoundError:  # another process was faster
-            continue

@@ -1,10 +1,11 @@
 """Working folders in which one process works at a time, on this machine or another that shares the disk.
 
-A working folder has one room, ``run-ID``, and a file ``run-ID.json`` next to it: the process whose room it is, touched
-twice a minute. Without this file the room is free. A dead process's room is taken over by renaming it. A rename
-succeeds for one process only and on every file system, and it locks the former owner out: should it only have slept,
-the paths that it writes to are gone. So no lock of the operating system is needed, which network file systems often
-lack, nor clocks that agree: a file's age is its distance to one that was just written to the same disk.
+A working folder has one run folder, ``run-ID``, and a file ``run-ID.json`` next to it, which names the process that owns
+it and is touched twice a minute. Without this file the run folder is free. The run folder of a dead process is taken
+over by renaming it. A rename succeeds for one process only, on every file system. It also locks the former owner out:
+if that process only slept, the paths that it writes to are gone. So this needs no lock of the operating system, which
+network file systems often lack. Nor does it need clocks that agree: the age of a file is its distance to one that was
+just written to the same disk.
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ _BEAT_S = 30.0
 _DEAD_AFTER_S = 300.0
 """A process of another machine that gave no sign for so long is dead: network file systems may be a minute late."""
 _SAME_START_S = 2.0
-_ROOM = "run-"
-_OURS = re.compile(r"run-[0-9a-f]{12}(\.json(\.tmp)?)?")
+_RUN = "run-"
+_OURS = re.compile(r"run-[0-9a-f]{12}(\.json(\.[0-9]+-[0-9a-f]{8}\.tmp)?)?")
 _LABEL = "histosge-run.txt"
-"""In every room that was claimed; a process that lost its room may leave one without it."""
+"""In every run folder that was claimed; a process that lost its folder may leave one without it."""
 _TEXT = "Unfinished work of histosge: the next run with the same arguments continues it, or remove the folder.\n"
 _OTHER_WAS_FASTER = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
 
 
 @dataclass(frozen=True)
 class _Owner:
-    """The process that works in a room."""
+    """The process that works in a run folder."""
 
     pid: int
     start: float
@@ -82,7 +83,7 @@ class _Owner:
 
 
 class Claim:
-    """A room of a working folder; as a context, it is free again at the end.
+    """The run folder of a working folder; as a context, it is free again at the end.
 
     Parameters
     ----------
@@ -97,10 +98,10 @@ class Claim:
     def __init__(self, home: Path, *, what: str, remedy: str) -> None:
         self._home, self._what, self._remedy = home, what, remedy
         self._id = uuid.uuid4().hex[:12]
-        self._file = home / f"{_ROOM}{self._id}.json"
+        self._file = home / f"{_RUN}{self._id}.json"
         self._stop = threading.Event()
-        self.folder = home / f"{_ROOM}{self._id}"
-        """The room: empty, or with what an unfinished run has left."""
+        self.folder = home / f"{_RUN}{self._id}"
+        """The run folder: empty, or with what an unfinished run has left."""
         with naming(home):
             self._take()
         threading.Thread(target=_beat, args=(self._file, self._stop), daemon=True).start()
@@ -112,7 +113,7 @@ class Claim:
         self.release()
 
     def check(self) -> None:
-        """Raise where another process has taken the room over."""
+        """Raise where another process has taken the run folder over."""
         try:
             os.utime(self._file)
             if self.folder.is_dir():
@@ -121,7 +122,7 @@ class Claim:
             pass
         self._stop.set()
         shutil.rmtree(self.folder, ignore_errors=True)  # made anew by a library that makes missing folders
-        files = list(self._home.glob(f"{_ROOM}*.json"))
+        files = list(self._home.glob(f"{_RUN}*.json"))
         with suppress(OSError):
             self._home.rmdir()  # only if it is empty
         other = _read(files[0]) if files else None
@@ -133,7 +134,7 @@ class Claim:
         raise RuntimeError(msg)
 
     def release(self) -> None:
-        """Leave the room as it is to the next process."""
+        """Leave the run folder as it is to the next process."""
         self._stop.set()
         self._file.unlink(missing_ok=True)
 
@@ -141,7 +142,7 @@ class Claim:
         """Remove the working folder: the work is done."""
         self.check()
         self._sweep(_Owner.here())
-        (self.folder / _LABEL).unlink()  # in one step: what is left is nobody's room
+        (self.folder / _LABEL).unlink()  # in one step: what is left is nobody's
         self.release()
         _remove(self.folder)
         with suppress(OSError):
@@ -152,10 +153,10 @@ class Claim:
         here = _Owner.here()
         for _ in range(20):
             there = self._entries()
-            rooms = [path for path in there if path.suffix != ".json" and path.is_dir()]
+            folders = [path for path in there if path.suffix != ".json" and path.is_dir()]
             try:
-                if rooms:
-                    self._take_over(rooms, here)
+                if folders:
+                    self._take_over(folders, here)
                 else:
                     self._make(there, here)
                 break
@@ -169,14 +170,14 @@ class Claim:
         self._sweep(here)
 
     def _sweep(self, here: _Owner) -> None:
-        """Remove what is left of processes that were killed or that lost their room: nobody but us works here."""
+        """Remove what is left of processes that were killed or that lost their folder: nobody but us works here."""
         for left in self._entries():
             if left not in (self.folder, self._file):
                 _remove(left)
         now, beside = self._file.stat().st_mtime, f".{self._home.name}."
         for left in self._home.parent.iterdir():
-            if left.name.startswith(beside) and _OURS.fullmatch(_ROOM + left.name.removeprefix(beside)):
-                file = left / f"{_ROOM}{left.name.removeprefix(beside)}.json"
+            if left.name.startswith(beside) and _OURS.fullmatch(_RUN + left.name.removeprefix(beside)):
+                file = left / f"{_RUN}{left.name.removeprefix(beside)}.json"
                 with suppress(FileNotFoundError):  # just finished
                     if not _is_alive(file if file.exists() else left, now=now, here=here):
                         _remove(left)
@@ -198,7 +199,7 @@ class Claim:
         return there
 
     def _make(self, there: list[Path], here: _Owner) -> None:
-        """Make the working folder, with our room in it, in one step: it fails where there is one that is not empty."""
+        """Make the working folder, with our run folder in it, in one step: it fails where there is one that is not empty."""
         draft = self._home.with_name(f".{self._home.name}.{self._id}")
         try:
             (draft / self.folder.name).mkdir(parents=True)
@@ -212,17 +213,17 @@ class Claim:
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
-    def _take_over(self, rooms: list[Path], here: _Owner) -> None:
-        """Take the room if its owner is dead, else raise."""
+    def _take_over(self, folders: list[Path], here: _Owner) -> None:
+        """Take the run folder if its owner is dead, else raise."""
         try:
             _write(self._file, here)
             now = self._file.stat().st_mtime
-            for room in rooms:
-                file = room.with_name(f"{room.name}.json")
-                with suppress(FileNotFoundError):  # without the file the room is free
+            for folder in folders:
+                file = folder.with_name(f"{folder.name}.json")
+                with suppress(FileNotFoundError):  # without the file it is free
                     if _is_alive(file, now=now, here=here):
                         raise RuntimeError(self._busy(_read(file), file.stat().st_mtime, here))
-            next((room for room in rooms if (room / _LABEL).exists()), rooms[0]).rename(self.folder)
+            next((folder for folder in folders if (folder / _LABEL).exists()), folders[0]).rename(self.folder)
             if not (self.folder / _LABEL).exists():  # half removed
                 for left in self.folder.iterdir():
                     _remove(left)
@@ -279,7 +280,7 @@ def _write(file: Path, owner: _Owner) -> None:
 
 
 def _read(file: Path) -> _Owner | None:
-    """Owner of a room; ``None`` where the file is damaged."""
+    """Owner of a run folder; ``None`` where the file is damaged."""
     try:
         owner = _Owner(**json.loads(file.read_text(encoding="utf-8")))
         datetime.fromisoformat(owner.since)

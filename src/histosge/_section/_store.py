@@ -95,7 +95,7 @@ class TableStore:
 
     def _resume(self, text: str) -> None:
         """Read what an unfinished run has left, or start."""
-        marker = self._room / _MARKER
+        marker = self._run_folder / _MARKER
         resumed = marker.is_file()
         if resumed:
             self._refuse_other_run(json.loads(text))
@@ -105,10 +105,10 @@ class TableStore:
         if self.begun:
             self._open_matrices()
         else:  # marks without arrays: the finished store was renamed, and is gone
-            shutil.rmtree(self._room / _PARTS, ignore_errors=True)
-        for folder in (self._room / _PARTS, self.folder):
+            shutil.rmtree(self._run_folder / _PARTS, ignore_errors=True)
+        for folder in (self._run_folder / _PARTS, self.folder):
             folder.mkdir(exist_ok=True)
-        self.done.update(int(mark.stem) for mark in (self._room / _PARTS).glob("*.done"))
+        self.done.update(int(mark.stem) for mark in (self._run_folder / _PARTS).glob("*.done"))
         if resumed:
             logger.info("resuming %s: %d of %d parts are there", self.path.name, len(self.done), self.n_parts)
 
@@ -145,15 +145,15 @@ class TableStore:
     @property
     def folder(self) -> Path:
         """A folder for what a resumed run needs; it is removed when the store is finished."""
-        return self._room / _WORK
+        return self._run_folder / _WORK
 
     @property
-    def _room(self) -> Path:
+    def _run_folder(self) -> Path:
         return self._claim.folder
 
     @property
     def _zarr(self) -> Path:
-        return self._room / _STORE
+        return self._run_folder / _STORE
 
     def rows(self, part: int) -> slice:
         """Rows of a part in the table."""
@@ -177,7 +177,7 @@ class TableStore:
             msg = f"table: it has {table.n_obs} rows, but the store has {self.n_rows}. Pass the table of all parts."
             raise ValueError(msg)
         self._claim.check()
-        draft = self._room / f"{_STORE}.tmp"
+        draft = self._run_folder / f"{_STORE}.tmp"
         shutil.rmtree(draft, ignore_errors=True)
         with (
             naming(self.path),
@@ -209,7 +209,7 @@ class TableStore:
             for key, values in matrices.items():
                 self._matrices[key][rows] = values
         self._claim.check()  # zarr makes missing folders: what it wrote may be nowhere
-        (self._room / _PARTS / f"{part:06d}.done").touch()
+        (self._run_folder / _PARTS / f"{part:06d}.done").touch()
         self.done.add(part)
 
     def finish(self) -> Path:
@@ -266,7 +266,7 @@ class TableStore:
 
     def _refuse_other_run(self, run: dict[str, Any]) -> None:
         """Raise where the run that is not finished has other arguments or data."""
-        old, new = _leaves(json.loads((self._room / _MARKER).read_text(encoding="utf-8"))), _leaves(run)
+        old, new = _leaves(json.loads((self._run_folder / _MARKER).read_text(encoding="utf-8"))), _leaves(run)
         differs = [
             f"{key.removeprefix('params.')} is {_text(new, key)}, was {_text(old, key)}"
             for key in sorted(old | new)
@@ -274,7 +274,7 @@ class TableStore:
         ]
         if differs:
             msg = (
-                f"store={str(self.path)!r}: {str(self._room.parent)!r} holds an unfinished run with other arguments or "
+                f"store={str(self.path)!r}: {str(self._run_folder.parent)!r} holds an unfinished run with other arguments or "
                 f"data ({'; '.join(differs)}). Finish that run with its own arguments, or remove the folder to start "
                 "anew."
             )

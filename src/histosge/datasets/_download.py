@@ -203,16 +203,16 @@ def _compare(target: Path, file: RemoteFile) -> None:
 
 def _unpack(folder: Path, file: RemoteFile) -> None:
     """Unpack an archive into the folder, and remove the archive, which may be large."""
-    archive, room = folder / file.path, _beside(folder / file.path, ".unpacking")
-    shutil.rmtree(room, ignore_errors=True)
+    archive, unpacking = folder / file.path, _beside(folder / file.path, ".unpacking")
+    shutil.rmtree(unpacking, ignore_errors=True)
     try:
         with tarfile.open(archive) as tar:
-            tar.extractall(room, filter="data")  # nothing outside the folder, no links out of it, no devices
-        if not room.is_dir() or (room / str(file.unpack)).is_file():
+            tar.extractall(unpacking, filter="data")  # nothing outside the folder, no links out of it, no devices
+        if not unpacking.is_dir() or (unpacking / str(file.unpack)).is_file():
             msg = f"it holds no folder {file.unpack}"
             raise tarfile.ReadError(msg)
     except (tarfile.TarError, zlib.error, EOFError, OSError) as err:
-        shutil.rmtree(room, ignore_errors=True)
+        shutil.rmtree(unpacking, ignore_errors=True)
         if isinstance(err, OSError) and not isinstance(err, tarfile.TarError) and err.errno is not None:
             raise  # an error of the disk, not of the archive
         reason = " ".join(str(err).split()).rstrip(".")
@@ -221,9 +221,11 @@ def _unpack(folder: Path, file: RemoteFile) -> None:
             f"call downloads it again from {file.url}."
         )
         raise DownloadError(msg) from err
-    inside = room / str(file.unpack)
-    (inside if inside.is_dir() else room).replace(folder / str(file.unpack))  # in one step: it is complete, or missing
-    shutil.rmtree(room, ignore_errors=True)
+    inside = unpacking / str(file.unpack)
+    (inside if inside.is_dir() else unpacking).replace(
+        folder / str(file.unpack)
+    )  # in one step: it is complete, or missing
+    shutil.rmtree(unpacking, ignore_errors=True)
     archive.unlink()
 
 

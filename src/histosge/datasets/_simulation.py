@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from histosge._settings import available_memory, is_number, is_whole
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -22,6 +24,10 @@ _GLAND_RASTER_UM = 4.0
 _CROSSINGS = 4.44
 """Mean distance of the zeros of Gaussian noise along a line, in sigmas of its filter (Rice, 1945)"""
 _GLAND_FACTOR, _GLAND_STAIN = 0.8, 0.15
+_MOST = 100_000
+"""Rows, columns and genes"""
+_MPP = (0.05, 50.0)
+_BYTES_PER_PX = 24
 _PART = 2**24
 """Values that are computed at once, 128 MiB of float64"""
 # optical density of a full stain in red, green and blue
@@ -189,3 +195,23 @@ def draw(
         light = 245 * 10 ** (-density) + random.normal(0, 2, density.shape)
         image[rows] = np.clip(np.rint(light), 0, 255)
     return image
+
+
+def check_size(*, n_rows: int, n_cols: int, n_genes: int, mpp: float) -> None:
+    """Raise where a section is too large to simulate, for its memory or at all."""
+    for argument, number in (("n_rows", n_rows), ("n_cols", n_cols), ("n_genes", n_genes)):
+        if not (is_whole(number) and 1 <= number <= _MOST):
+            msg = f"{argument}={number!r}: choose a whole number from 1 to {_MOST:,}."
+            raise ValueError(msg)
+    if not (is_number(mpp) and _MPP[0] <= mpp <= _MPP[1]):
+        msg = f"mpp={mpp!r}: choose a number of µm per pixel from {_MPP[0]:g} to {_MPP[1]:g}."
+        raise ValueError(msg)
+    n_px = n_rows * n_cols * PITCH_UM**2 / mpp**2
+    n_bytes = n_px * _BYTES_PER_PX + 8 * n_rows * n_cols * n_genes
+    if n_bytes > available_memory():
+        msg = (
+            f"n_rows={n_rows}, n_cols={n_cols}, n_genes={n_genes}, mpp={mpp:g} take about {n_bytes / 2**30:.1f} GiB of "
+            f"memory, and {available_memory() / 2**30:.1f} GiB are free. Choose fewer rows, columns or genes, or a "
+            "larger mpp=."
+        )
+        raise MemoryError(msg)

@@ -9,13 +9,14 @@ import numpy as np
 import pandas as pd
 
 from histosge._section import centroids
-from histosge._settings import available_memory, is_number, is_whole
+from histosge._settings import check_seed
 from histosge.datasets._simulation import (
     COARSE_UM,
     DETAIL_UM,
     MARGIN_UM,
     PITCH_UM,
     RASTER_UM,
+    check_size,
     disc_points,
     draw,
     expected_rates,
@@ -41,9 +42,6 @@ _GLANDS_UM = (16.0, 200.0)
 _BIN_POINT_UM = 5.0
 _TURN_DEG = 20.0
 _SPOT_COUNTS = 8000.0
-_MOST = 100_000
-_MPP = (0.05, 50.0)
-_BYTES_PER_PX = 24
 _UNS = "synthetic"
 
 
@@ -162,12 +160,10 @@ def synthetic(
     from spatialdata.models import Image2DModel, ShapesModel, TableModel
     from spatialdata.transformations import Affine, Scale
 
-    _check_size(n_rows=n_rows, n_cols=n_cols, n_genes=n_genes, mpp=mpp)
+    check_size(n_rows=n_rows, n_cols=n_cols, n_genes=n_genes, mpp=mpp)
     _check(detail_um=detail_um, gland_um=gland_um, bin_um=bin_um)
-    for argument, seed in (("rng", rng), ("genes_rng", genes_rng)):
-        if not (is_whole(seed) and 0 <= seed < 2**32) and not (seed is None and argument == "genes_rng"):
-            msg = f"{argument}={seed!r}: choose a whole number from 0 to {2**32 - 1}."
-            raise ValueError(msg)
+    check_seed(rng)
+    check_seed(0 if genes_rng is None else genes_rng, argument="genes_rng")
     params: dict[str, Any] = {"n_rows": n_rows, "n_cols": n_cols, "n_genes": n_genes, "seed": rng}
     params["genes_seed"] = rng if genes_rng is None else genes_rng
     params |= {"detail_um": float(detail_um), "gland_um": float(gland_um or 0)}
@@ -261,25 +257,6 @@ def synthetic_truth(sdata: SpatialData, *, target_key: str = "spots") -> pd.Data
         rate = expected_rates(fields, params, xy_um[part])
         log_rate[part] = np.log1p(1e4 * rate / rate.sum(1, keepdims=True))
     return pd.DataFrame(log_rate, index=element.index, columns=_gene_names(params["n_genes"]), copy=False)
-
-
-def _check_size(*, n_rows: int, n_cols: int, n_genes: int, mpp: float) -> None:
-    for argument, number in (("n_rows", n_rows), ("n_cols", n_cols), ("n_genes", n_genes)):
-        if not (is_whole(number) and 1 <= number <= _MOST):
-            msg = f"{argument}={number!r}: choose a whole number from 1 to {_MOST:,}."
-            raise ValueError(msg)
-    if not (is_number(mpp) and _MPP[0] <= mpp <= _MPP[1]):
-        msg = f"mpp={mpp!r}: choose a number of µm per pixel from {_MPP[0]:g} to {_MPP[1]:g}."
-        raise ValueError(msg)
-    n_px = n_rows * n_cols * PITCH_UM**2 / mpp**2
-    n_bytes = n_px * _BYTES_PER_PX + 8 * n_rows * n_cols * n_genes
-    if n_bytes > available_memory():
-        msg = (
-            f"n_rows={n_rows}, n_cols={n_cols}, n_genes={n_genes}, mpp={mpp:g} take about {n_bytes / 2**30:.1f} GiB of "
-            f"memory, and {available_memory() / 2**30:.1f} GiB are free. Choose fewer rows, columns or genes, or a "
-            "larger mpp=."
-        )
-        raise MemoryError(msg)
 
 
 def _check(*, detail_um: float, gland_um: float | None, bin_um: float | None) -> None:

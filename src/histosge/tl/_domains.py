@@ -11,9 +11,8 @@ import pandas as pd
 from scipy import sparse
 
 from histosge import _keys
-from histosge._options import seeded
 from histosge._section import feature_kinds, find_table, log_left_out
-from histosge._settings import logger
+from histosge._settings import check_seed, logger
 from histosge._statistics import N_ITERATIONS, SPATIAL_NEIGHBOURS, SPATIAL_WEIGHT, cut, domain_graph
 
 if TYPE_CHECKING:
@@ -181,10 +180,7 @@ def _check_arguments(
     if n_domains is not None and not 2 <= n_domains <= n:
         msg = f"n_domains={n_domains!r} must lie between 2 and the number of locations, {n}; None follows resolution=."
         raise ValueError(msg)
-    seeded(rng)
-    if not isinstance(rng, int | np.integer):
-        msg = f"rng={rng!r} must be a whole number, 0 or above: leiden takes a seed and no generator."
-        raise ValueError(msg)
+    check_seed(rng)  # leiden takes a seed and no generator
 
 
 def _check_free(table: AnnData, key_added: str, name: str) -> None:

@@ -13,9 +13,9 @@ from histosge._embedding import Embedder, Forecast, resolve_device
 from histosge._heads import POSITION_ONLY, default_head, learns_sub_spots
 from histosge._model import PROTOCOLS, SPLITS, Measured, Plan, check_arguments, trials
 from histosge._model import evaluate as hold_out
-from histosge._options import FitOptions, Reading, Running, expand, pick, seeded
+from histosge._options import FitOptions, Reading, Running, expand, pick
 from histosge._section import check_orientation, column, read_section
-from histosge._settings import is_whole, logger
+from histosge._settings import is_whole, logger, seeded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

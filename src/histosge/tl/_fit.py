@@ -10,8 +10,9 @@ import numpy as np  # noqa: F401  the types of shared arguments name it
 from histosge._embedding import Embedder, Forecast, resolve_device
 from histosge._heads import default_head, learns_sub_spots
 from histosge._model import check_arguments, fit_model
-from histosge._options import FitOptions, Reading, Running, expand, pick, seeded
+from histosge._options import FitOptions, Reading, Running, expand, pick
 from histosge._section import check_orientation, read_section
+from histosge._settings import seeded
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData

@@ -24,7 +24,7 @@ from histosge._model import (
     save_fitted,
     write_parts,
 )
-from histosge._options import FitOptions, Reading, Running, expand, pick, seeded
+from histosge._options import FitOptions, Reading, Running, expand, pick
 from histosge._section import (
     commit,
     is_measured,
@@ -36,7 +36,7 @@ from histosge._section import (
     shapes_element,
     smaller_than_spot,
 )
-from histosge._settings import logger
+from histosge._settings import logger, seeded
 from histosge.tl._params import recorded
 
 if TYPE_CHECKING:
