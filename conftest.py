@@ -12,10 +12,9 @@ import pytest
 
 # before anything is imported: no test reaches the network, opens a window, or fights for cores with the other workers
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"  # servers of the tests are on this machine
 os.environ["MPLBACKEND"] = "agg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"  # servers of tests
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"  # servers of the tests are on this machine
 # nor the user's caches
 _CACHE = tempfile.mkdtemp(prefix="histosge-tests-")
 os.environ["HISTOSGE_CACHE"] = os.path.join(_CACHE, "session")  # noqa: PTH118

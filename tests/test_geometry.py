@@ -25,6 +25,7 @@ from histosge._geometry import (
     similarity_scale,
     square_bins,
     tissue_mask,
+    upright,
 )
 
 CELL = {"hexagonal": np.sqrt(3) / 2, "square": 1.0}
@@ -720,3 +721,19 @@ def test_spots_at_the_border_of_the_thumbnail():
     image, truth = disc(200, tissue=(190, 120, 170), glass=(245, 245, 245))
     mask, _ = tissue_mask(image, np.array([[0.0, 0.0], [150.0, 120.0], [149.9, 119.9]]), blur_cells=1.0)
     assert mask.shape == truth.shape
+
+
+def test_upright_is_one_way_of_eight():
+    xy = np.random.default_rng(0).gamma(2.0, 1.0, (50, 2)) * [3, 1]
+    wanted = upright(xy)
+    assert np.ptp(wanted[:, 0]) > np.ptp(wanted[:, 1])
+    assert ((wanted**3).sum(0) > 0).all()
+    np.testing.assert_allclose(wanted, xy - xy.mean(0))
+    for axes in ([0, 1], [1, 0]):
+        for sign in ([1, 1], [1, -1], [-1, 1], [-1, -1]):
+            np.testing.assert_allclose(upright(xy[:, axes] * sign + 7.0), wanted, atol=1e-12)
+
+
+def test_upright_leaves_a_symmetric_section_as_it_is():
+    xy = np.stack(np.meshgrid([-1.0, 0, 1], [-1.0, 0, 1]), -1).reshape(-1, 2)
+    np.testing.assert_array_equal(upright(xy), xy)

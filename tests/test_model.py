@@ -601,7 +601,9 @@ def test_neighbours_are_always_of_one_section(section, other, embedding):
     """The sections lie on top of each other in their own coordinates: mixed, half the neighbours were twice as high."""
     one = fit(section, embedding, head="nearest", genes="all")
     both = fit([section, other], [embedding, embedding], head="nearest", genes="all")
-    assert both.held_out["nearest"]["mse"] < 3.5 * one.held_out["nearest"]["mse"]  # (1 + 2²) / 2, and fewer neighbours
+    assert (
+        both.held_out["nearest"]["mse"] < 5 * one.held_out["nearest"]["mse"]
+    )  # (1 + 2²) / 2, and fewer neighbours; mixed, 40
 
 
 def test_sections_without_a_common_gene(section):
@@ -627,7 +629,8 @@ def test_a_section_looks_the_same_whichever_number_it_has(section, embedding, he
     fitted = get_head(head)(**OPTIONS.get(head, {})).fit(both, rng=np.random.default_rng(0), progress=False)
     predicted = fitted.predict(Queries.of(both), context=both)
     one, other = predicted.split(len(embedding))
-    assert (one - other).abs().max() < 1e-3
+    # float32, and a condition of 1e4: the two copies of a spot have the same image
+    assert (one - other).abs().max() < 3e-3
 
 
 # ------------------------------------------------------------------------------------------------ save and load

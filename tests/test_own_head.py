@@ -46,6 +46,14 @@ def model(sdata):
     return sge.tl.fit(sdata, head=Median, **RUN)
 
 
+def test_expression_is_never_below_zero(sdata):
+    """Whatever a head says."""
+    model = sge.tl.fit(sdata, head=Median(scale=-1.0), **RUN)
+    assert (model.heads[0][1].median < 0).any()
+    table = sge.tl.predict(sdata, model=model, inplace=False, progress=False)
+    assert (table.X == 0).all()
+
+
 def test_fit_predict_save_load(sdata, model, tmp_path):
     assert model.head == "median"
     assert model.held_out["median"]["mse"] > 0

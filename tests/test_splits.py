@@ -543,3 +543,20 @@ def test_the_same_rng_draws_the_same_splits(draw):
 def test_the_same_rng_draws_the_same_folds(draw):
     assert draw(make_rng(5)).tolist() == draw(make_rng(5)).tolist()
     assert draw(make_rng(5)).tolist() != draw(make_rng(6)).tolist()
+
+
+@pytest.mark.parametrize(("turns", "mirror"), [(1, False), (2, False), (3, True)])
+def test_blocks_turn_with_the_section(turns, mirror):
+    """A section that lies another way on the slide gets the same folds, and each of several sections does."""
+    random = np.random.default_rng(0)
+    xy = random.gamma(2.0, 100.0, (300, 2)) * [1.0, 2.0]
+    turned = xy
+    for _ in range(turns):
+        turned = np.column_stack([turned[:, 1], -turned[:, 0]])
+    turned = turned * ([-1, 1] if mirror else 1) + [5000.0, 700.0]
+    folds = [
+        block_folds(where, n_folds=4, rng=np.random.default_rng(3), groups=np.repeat([0, 1], [300, 300]))
+        for where in (np.vstack([xy, xy]), np.vstack([xy, turned]))
+    ]
+    np.testing.assert_array_equal(*folds)
+    assert (folds[0][:300] != folds[0][300:]).any()  # grids of their own

@@ -15,7 +15,7 @@ from histosge._geometry._lattice import (
     occupied_share,
     similarity_scale,
 )
-from histosge._geometry._neighbours import nearest_spots
+from histosge._geometry._neighbours import nearest_spots, upright
 from histosge._geometry._targets import (
     UPSAMPLE,
     Targets,

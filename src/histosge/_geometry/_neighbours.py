@@ -85,3 +85,17 @@ def _nearest_in_groups(
         near, distance[rows], present[rows] = nearest_spots(xy[rows], spots_xy[spots], k=k, exclude=within)
         index[rows] = np.where(present[rows], spots[near] if len(spots) else 0, 0)
     return index, distance, present
+
+
+def upright(xy: Floats) -> Floats:
+    """Turn positions (n, 2) by quarters and mirror them, so that sections that differ in this only become the same.
+
+    The wider side lies along x, and the tails of both axes point up. The centre is the origin. A section without such
+    sides or tails stays as it is.
+    """
+    centred = xy - xy.mean(axis=0)
+    wide = centred.var(axis=0)
+    if wide[1] > wide[0] * (1 + 1e-6):
+        centred = centred[:, ::-1]
+    third, size = (centred**3).sum(axis=0), (np.abs(centred) ** 3).sum(axis=0)
+    return centred * np.where(third < -1e-6 * size, -1, 1)

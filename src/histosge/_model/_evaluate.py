@@ -166,6 +166,7 @@ def _domains_of(
         genes = parts[0][1]
         for _, other, _ in parts[1:]:  # each fold chooses its own genes: compare the genes that all folds chose
             genes = genes.intersection(other, sort=False)
+        genes = genes.sort_values()
         measured = by_name[section]
         scores: dict[str, Any] = {"section": section, "repeat": repeat, "head": head}
         found.append(scores)

@@ -52,7 +52,8 @@ def fit_model(
     ``sub_spots`` are the sub-spots of each section, for heads that learn from them. Arguments are checked by the
     caller: :func:`check_arguments`.
     """
-    names = _common_genes(sections)
+    listed = _common_genes(sections)
+    names = listed.sort_values()  # whatever the order of the tables, seeds draw the same weights for a gene
     everything = sparse.vstack([s.expression[:, s.genes.get_indexer(names)] for s in sections]).tocsr()
     xy_um, number = np.vstack([s.xy_um for s in sections]), section_numbers(sections)
     fold = block_folds(xy_um, n_folds=n_folds, rng=rng, groups=number)
@@ -79,7 +80,8 @@ def fit_model(
         _report(name, held_out)
 
     gene_scores = score(fitted.held_out, measured, fold=fold)
-    keep = final[union]
+    chosen_names = listed[listed.isin(names[final])]  # in the order of the tables again
+    keep = names[union].get_indexer(chosen_names)
     scores = pd.DataFrame(
         {
             "highly_variable": highly_variable[union][keep],

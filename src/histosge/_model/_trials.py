@@ -206,10 +206,13 @@ def _pseudo_spots(sections: Sequence[Measured], plan: Plan, repeat: int, rng: np
             what = "raw counts (whole numbers)" if section.counts is None else "spots on a lattice"
             msg = f"split='pseudo-spots' needs {what}, which {section.spots_key!r} does not have. Choose another split."
             raise ValueError(msg)
+        # counts are drawn gene by gene: not in the order of the table
+        columns = section.genes.argsort()
+        by_name = replace(measured, section=section.with_genes(section.genes[columns]))
         for fold in range(plan.n_splits):
             group = pseudo_spots(section.lattice, rng=rng)
-            half, other = thin(section.counts, rng=rng)
-            yield pseudo_trial(measured, group, half, other, repeat=repeat, fold=fold)
+            half, other = thin(section.counts[:, columns], rng=rng)
+            yield pseudo_trial(by_name, group, half, other, repeat=repeat, fold=fold)
 
 
 def pseudo_trial(

@@ -11,7 +11,7 @@ import pandas as pd
 import shapely
 from scipy import sparse
 
-from histosge._geometry import Footprints
+from histosge._geometry import Footprints, upright
 from histosge._section._alignment import check_image
 from histosge._section._coordinates import align, apply, centroids, drawn_size, scale_of
 from histosge._section._counts import log_left_out, match_rows, named_layers, read_layer
@@ -38,6 +38,8 @@ _MOST_OUTSIDE = 0.05
 NEARLY_EMPTY = 0.02
 """Spots with a smaller share of the median total are left out: scaled to 10,000, single counts dominate a gene."""
 _XY = ("x", "y")
+_GRID_PX = 2.0**-20
+"""Positions of spots are multiples of this: another coordinate system gives the same digits, and equal ties."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,15 @@ def read_section(
         left_out += int((~keep).sum())
         counts, rows, instances = counts[keep], rows[keep], instances[keep]
         xy_px, element = xy_px[keep], element[keep]
-    xy_px = np.clip(xy_px, 0, [image.width_px, image.height_px])
+    xy_px = np.clip(np.rint(xy_px / _GRID_PX) * _GRID_PX, 0, [image.width_px, image.height_px])
+    order = _order(xy_px, instances)
+    counts, rows, instances, xy_px, element = (
+        counts[order],
+        rows[order],
+        instances[order],
+        xy_px[order],
+        element.iloc[order],
+    )
     if len(xy_px) < MIN_SPOTS:
         msg = (
             f"{len(xy_px)} measured spots are too few to learn from; at least {MIN_SPOTS} are needed. "
@@ -316,6 +326,13 @@ def check_mpp(mpp: float | None) -> None:
     if mpp is not None and not (np.isfinite(mpp) and 0.01 <= mpp <= 10_000):
         msg = f"mpp={mpp!r} is not a length in µm. Pass a positive number, or None to take it from the spots."
         raise ValueError(msg)
+
+
+def _order(xy_px: NDArray[np.float64], instances: pd.Index) -> NDArray[np.int64]:
+    """Order spots by position: seeds draw the same spots in whatever order the table has them."""
+    first = np.lexsort((instances.astype(str).to_numpy(), xy_px[:, 0], xy_px[:, 1]))
+    x, y = upright(xy_px[first]).T
+    return first[np.lexsort((x, y))]
 
 
 def _whole_counts(counts: sparse.csr_matrix, expression: sparse.csr_matrix) -> sparse.csr_matrix | None:

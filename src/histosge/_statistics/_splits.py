@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from histosge._geometry import Lattice, nearest_spots
+from histosge._geometry import Lattice, nearest_spots, upright
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -172,6 +172,10 @@ def _block_folds(
     section = (
         np.zeros(len(xy_um), np.int64) if groups is None else np.unique(groups, return_inverse=True)[1].reshape(-1)
     )
+    placed = np.empty_like(xy_um)
+    for number in range(section.max() + 1):  # the same blocks however a section lies on its slide
+        placed[section == number] = upright(xy_um[section == number])
+    xy_um = placed
     turn, shift = rng.uniform(0, np.pi / 2), rng.random((section.max() + 1, 2))
     edge = _edge_um(xy_um, section=section, n_blocks=BLOCKS_PER_FOLD * n_folds) if block_um is None else block_um
     block = _blocks(xy_um, section=section, edge_um=edge, turn=turn, shift=shift)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Unpack
 
+import numpy as np
+
 from histosge import _keys
 from histosge._embedding import Embedder
 from histosge._options import EmbedOptions, Reading, Running, expand, pick
@@ -84,7 +86,10 @@ def embed(
     )
     if target_key is None:
         target_key = section.spots_key
-    targets = own_spots(section) if target_key == section.spots_key else read_targets(sdata, section, target_key)
+    if target_key == section.spots_key:
+        targets = own_spots(section).take(np.argsort(section.rows))  # in the order of the user's table
+    else:
+        targets = read_targets(sdata, section, target_key)
     values = embedder.embed(targets)
     used = embedder.config.name
     table = embedding_table(targets, encoder=used, values=values, provenance={**embedder.provenance, "params": params})
