@@ -10,9 +10,10 @@ import pytest
 from scipy import sparse
 from spatialdata import SpatialData
 from spatialdata.models import TableModel
+from tests.listed import read_as_listed
 
 import histosge as sge
-from histosge._section import UNIT, UNIT_AS_GIVEN, read_section
+from histosge._section import UNIT, UNIT_AS_GIVEN
 
 LEARN = {"encoder": "stain-texture", "head": "ridge", "n_folds": 2}
 FAST = LEARN | {"target_key": "spots"}
@@ -95,7 +96,7 @@ def test_what_was_done_to_normalised_counts_is_undone(sdata, counts, shallow, do
             continue  # beyond what half precision holds
         if dtype == np.float16 and (done, total) == ("square root", 1):
             continue  # refused, below: as well rows of unit length
-        section = read_section(holding(sdata, x, dtype=dtype, uns=uns), report=False)
+        section = read_as_listed(holding(sdata, x, dtype=dtype, uns=uns), report=False)
         # x (at most 20) is off by half a unit in the last place, so its exponential by x times as much, and that of a twice
         # taken logarithm once more; both, of the value and of its spot's sum, and a few roundings on the way
         atol = 4 * 20 * np.finfo(dtype).eps
@@ -107,7 +108,7 @@ def test_what_was_done_to_normalised_counts_is_undone(sdata, counts, shallow, do
 @pytest.mark.parametrize("marked", [True, False])
 def test_values_in_our_unit_are_taken_as_they_are(sdata, counts, marked, log):
     x = per_10k(counts).astype(np.float32)
-    section = read_section(holding(sdata, x, uns={"log1p": {}} if marked else None), report=False)
+    section = read_as_listed(holding(sdata, x, uns={"log1p": {}} if marked else None), report=False)
     np.testing.assert_array_equal(section.expression.toarray(), x)
     assert section.values.input == "log-normalised"
     assert "log-normalised already (every spot sums to 10,000 before log1p)" in log.text
@@ -124,7 +125,7 @@ def test_what_is_found_is_said(sdata, counts, log):
         (counts / 100, "table 'table': values that are not whole numbers (largest "),
     ):  # fmt: skip
         log.clear()
-        read_section(holding(sdata, x), report=False)
+        read_as_listed(holding(sdata, x), report=False)
         assert said in log.text
 
 
@@ -135,14 +136,14 @@ def test_the_sums_tell_whatever_uns_says(sdata, counts):
         (counts, {}),
         (counts * 0.93, {}),
     ):
-        section = read_section(holding(sdata, x, uns={"log1p": uns}), report=False)
+        section = read_as_listed(holding(sdata, x, uns={"log1p": uns}), report=False)
         np.testing.assert_allclose(section.expression.toarray(), per_10k(counts), atol=1e-5)
 
 
 def test_logarithms_of_counts_that_were_not_normalised(sdata, counts, shallow):
     for k in (counts, shallow):
         for done in ("log1p", "log2", "square root"):
-            section = read_section(holding(sdata, UNDONE[done](k), dtype=np.float32), report=False)
+            section = read_as_listed(holding(sdata, UNDONE[done](k), dtype=np.float32), report=False)
             np.testing.assert_allclose(section.expression.toarray(), per_10k(k), atol=2e-5)
             assert not section.log_normalised
 
@@ -151,7 +152,7 @@ def test_rounded_to_two_decimals(sdata, counts, shallow):
     """As text files have them: of logarithms a value is off by 0.005, and a sum by no more."""
     for k in (counts, shallow):
         for x, atol in ((np.round(per_10k(k), 2), 0.01), (np.round(k / 100, 2), 1e-5)):
-            section = read_section(holding(sdata, x), report=False)
+            section = read_as_listed(holding(sdata, x), report=False)
             np.testing.assert_allclose(section.expression.toarray(), per_10k(k), atol=atol)
 
 
@@ -166,7 +167,7 @@ def test_corrected_counts_are_no_logarithms_however_small(sdata, counts, shallow
         x = np.maximum(k - 0.1 * k.mean(0), 0) * rng.uniform(0.9, 1, k.shape)
         x *= 1 if largest is None else largest / x.max()
         log.clear()
-        section = read_section(holding(sdata, x), report=False)
+        section = read_as_listed(holding(sdata, x), report=False)
         np.testing.assert_allclose(section.expression.toarray(), per_10k(x), atol=1e-5)
         assert section.values.input == "corrected counts, normalised to 10,000 and log1p"
         assert "are treated as corrected counts" in log.text
@@ -176,14 +177,14 @@ def test_corrected_counts_are_no_logarithms_however_small(sdata, counts, shallow
 
 def test_counts_times_a_factor(sdata, counts, log):
     for factor in (0.0093, 0.93, 1.5, np.random.default_rng(0).uniform(0.1, 2, (len(counts), 1))):
-        section = read_section(holding(sdata, counts * factor), report=False)
+        section = read_as_listed(holding(sdata, counts * factor), report=False)
         assert section.counts is None  # their noise is not that of counts
         np.testing.assert_allclose(section.expression.toarray(), per_10k(counts), atol=1e-5)
     assert "holds counts times a factor" in log.text
 
 
 def test_nothing_but_zeros_and_ones(sdata, counts, log):
-    read_section(holding(sdata, (counts > np.median(counts)).astype(float)), report=False)
+    read_as_listed(holding(sdata, (counts > np.median(counts)).astype(float)), report=False)
     assert "holds nothing but 0 and 1: these are read as counts. Are they counts?" in log.text
 
 
@@ -198,7 +199,7 @@ def test_genes_left_out_after_the_logarithm(sdata, counts, shallow, base, uns, l
     for k in (counts, shallow):
         wanted = per_10k(k)[:, genes]
         written = {"log1p": {"base": np.float64(base)}} if uns and base != np.e else uns
-        section = read_section(
+        section = read_as_listed(
             holding(sdata, (wanted / np.log(base)).astype(np.float32), genes=genes, uns=written), report=False
         )
         np.testing.assert_allclose(section.expression.toarray(), wanted, atol=2e-5)
@@ -212,12 +213,12 @@ def test_of_corrected_counts_only_uns_tells(sdata, counts, shallow):
     genes = np.arange(0, 20, 2)
     for k in (counts, shallow):
         wanted = per_10k(k * rng.uniform(0.7, 1, k.shape))[:, genes]
-        section = read_section(holding(sdata, wanted, genes=genes, uns={"log1p": {"base": None}}), report=False)
+        section = read_as_listed(holding(sdata, wanted, genes=genes, uns={"log1p": {"base": None}}), report=False)
         np.testing.assert_allclose(section.expression.toarray(), wanted, rtol=1e-6)
         with pytest.raises(
             ValueError, match=r"are no counts, since .*Name the layer .*uns\[\"log1p\"\] = {\"base\": None}"
         ):
-            read_section(holding(sdata, wanted, genes=genes), report=False)
+            read_as_listed(holding(sdata, wanted, genes=genes), report=False)
 
 
 def test_genes_are_the_lower_the_more_of_them_a_spot_has(sdata, counts):
@@ -228,8 +229,8 @@ def test_genes_are_the_lower_the_more_of_them_a_spot_has(sdata, counts):
     k[k.sum(1) == 0, 0] = 1
     genes = np.arange(0, 20, 2)
     with pytest.raises(ValueError, match=r"since genes are the lower, the more of them a spot has"):
-        read_section(holding(sdata, per_10k(k)[:, genes], genes=genes), report=False)
-    section = read_section(holding(sdata, k / 10), report=False)
+        read_as_listed(holding(sdata, per_10k(k)[:, genes], genes=genes), report=False)
+    section = read_as_listed(holding(sdata, k / 10), report=False)
     assert section.values.input.startswith("corrected counts")
 
 
@@ -238,7 +239,7 @@ def test_square_roots_and_millions_without_all_their_genes(sdata, counts):
     genes = np.arange(0, 20, 2)
     y = counts / counts.sum(1, keepdims=True) * 1e6
     for x in (y, np.sqrt(y)):
-        section = read_section(holding(sdata, x[:, genes].astype(np.float32), genes=genes), report=False)
+        section = read_as_listed(holding(sdata, x[:, genes].astype(np.float32), genes=genes), report=False)
         np.testing.assert_allclose(section.expression.toarray(), per_10k(counts[:, genes]), atol=2e-5)
         assert section.values.unit == UNIT
 
@@ -247,10 +248,10 @@ def test_rows_of_unit_length_are_no_square_roots(sdata, counts):
     def unit(x):
         return x / np.linalg.norm(x, axis=1, keepdims=True)
 
-    section = read_section(holding(sdata, unit(counts)), report=False)
+    section = read_as_listed(holding(sdata, unit(counts)), report=False)
     np.testing.assert_allclose(section.expression.toarray(), per_10k(counts), atol=1e-5)
     with pytest.raises(ValueError, match="are no counts"):
-        read_section(holding(sdata, unit(per_10k(counts))), report=False)
+        read_as_listed(holding(sdata, unit(per_10k(counts))), report=False)
 
 
 # --------------------------------------------------------------------------------------------------------- refused
@@ -271,7 +272,7 @@ def test_scaled_genes_are_refused(sdata, counts):
     ):
         for uns in ({}, {"log1p": {}}):
             with pytest.raises(ValueError, match=match + r".*this table has no other"):
-                read_section(holding(sdata, scaled, uns=uns), report=False)
+                read_as_listed(holding(sdata, scaled, uns=uns), report=False)
 
 
 @pytest.mark.parametrize("dtype", [object, str, bool, complex])
@@ -281,7 +282,7 @@ def test_types_that_are_no_counts(sdata, counts, dtype):
     with pytest.raises(
         ValueError, match=r"layer 'other' holds values of type .*Name the layer that holds numbers, layer="
     ):
-        read_section(with_table(sdata, table), layer="other", report=False)
+        read_as_listed(with_table(sdata, table), layer="other", report=False)
 
 
 def test_an_error_names_the_layers_that_hold_whole_numbers(sdata, counts):
@@ -291,14 +292,14 @@ def test_an_error_names_the_layers_that_hold_whole_numbers(sdata, counts):
     table.X = counts - counts.mean(0)
     told = r"whole numbers are in layer='counts' and layer='raw' \(table\.raw\.X\)"
     with pytest.raises(ValueError, match=told):
-        read_section(with_table(sdata, table), report=False)
+        read_as_listed(with_table(sdata, table), report=False)
     del table.layers["counts"], table.raw
     with pytest.raises(ValueError, match=r"the others, \['log'\], hold no whole numbers"):
-        read_section(with_table(sdata, table), report=False)
+        read_as_listed(with_table(sdata, table), report=False)
     table.layers["log"] = table.X
     table.X = counts
     with pytest.raises(ValueError, match=r"whole numbers are in X \(layer=None\)"):
-        read_section(with_table(sdata, table), layer="log", report=False)
+        read_as_listed(with_table(sdata, table), layer="log", report=False)
 
 
 # ------------------------------------------------------------------------------------------------------------- raw
@@ -319,11 +320,11 @@ def scaled_with_raw(sdata: SpatialData) -> SpatialData:
 
 
 def test_raw_is_read_as_a_layer(sdata):
-    wanted = read_section(sdata, report=False)
+    wanted = read_as_listed(sdata, report=False)
     other = scaled_with_raw(sdata)
     with pytest.raises(ValueError, match=r"negative values .*whole numbers are in layer='raw' \(table\.raw\.X\)"):
-        read_section(other, report=False)
-    found = read_section(other, layer="raw", report=False)
+        read_as_listed(other, report=False)
+    found = read_as_listed(other, layer="raw", report=False)
     assert list(found.genes) == list(wanted.genes)  # all of them, not those of X
     np.testing.assert_array_equal(found.expression.toarray(), wanted.expression.toarray())
     np.testing.assert_array_equal(found.counts.toarray(), wanted.counts.toarray())
@@ -355,7 +356,7 @@ def test_raw_may_hold_logarithms(sdata, counts):
     table.raw = table.copy()
     table = table[:, ::2].copy()
     table.X = table.X - table.X.mean(0)
-    section = read_section(with_table(sdata, table), layer="raw", report=False)
+    section = read_as_listed(with_table(sdata, table), layer="raw", report=False)
     np.testing.assert_allclose(section.expression.toarray(), per_10k(counts), atol=1e-5)
 
 
@@ -363,7 +364,7 @@ def test_a_layer_called_raw_comes_first(sdata, counts):
     table = sdata["table"].copy()
     table.raw = table.copy()
     table.layers["raw"] = 2 * counts + 1
-    found = read_section(with_table(sdata, table), layer="raw", report=False)
+    found = read_as_listed(with_table(sdata, table), layer="raw", report=False)
     np.testing.assert_allclose(found.expression.toarray(), per_10k(2 * counts + 1), rtol=1e-5)
 
 
@@ -371,7 +372,7 @@ def test_no_raw(sdata):
     with pytest.raises(
         KeyError, match=r"layer='raw' is not among the layers of table 'table': \[\] \(and there is no table\.raw\)"
     ):
-        read_section(sdata, layer="raw", report=False)
+        read_as_listed(sdata, layer="raw", report=False)
 
 
 # -------------------------------------------------------------------------------------------- features that are no genes
@@ -414,13 +415,13 @@ def with_antibodies(
     ],
 )
 def test_gene_expression_only(sdata, column, gene, other, log):
-    wanted = read_section(sdata, report=False)
+    wanted = read_as_listed(sdata, report=False)
     for text in (False, True):
         mixed = with_antibodies(sdata, column=column, gene=gene, other=other)
         if text:
             mixed["table"].var[column] = mixed["table"].var[column].astype("category")
         log.clear()
-        found = read_section(mixed)
+        found = read_as_listed(mixed)
         assert list(found.genes) == list(wanted.genes)
         np.testing.assert_array_equal(found.expression.toarray(), wanted.expression.toarray())
         assert f"leaving out 3 features that are no gene expression: 3 {other or 'of no kind'}" in log.text
@@ -438,10 +439,10 @@ def test_gene_expression_only(sdata, column, gene, other, log):
     ],
 )
 def test_nothing_is_left_out_where_nothing_else_is_said(sdata, values, log):
-    wanted = read_section(sdata, report=False)
+    wanted = read_as_listed(sdata, report=False)
     table = sdata["table"].copy()
     table.var["feature_type"] = values
-    found = read_section(with_table(sdata, table))
+    found = read_as_listed(with_table(sdata, table))
     np.testing.assert_array_equal(found.expression.toarray(), wanted.expression.toarray())
     assert "leaving out" not in log.text
 
@@ -452,7 +453,7 @@ def test_nothing_but_antibodies(sdata):
     with pytest.raises(
         ValueError, match=r"holds no gene expression: .*20 Antibody Capture\. Pass the table .*table_key="
     ):
-        read_section(with_table(sdata, table), report=False)
+        read_as_listed(with_table(sdata, table), report=False)
     with pytest.raises(
         ValueError, match=r"holds no gene expression: its var says so of all features\. Pass a table of genes"
     ):
@@ -463,7 +464,7 @@ def test_an_antibody_and_a_gene_of_one_name(sdata):
     mixed = with_antibodies(sdata)
     table = mixed["table"].copy()
     table.var_names = [*table.var_names[:10], "GENE000", *table.var_names[11:]]
-    found = read_section(with_table(sdata, table), report=False)  # genes alone have names of their own
+    found = read_as_listed(with_table(sdata, table), report=False)  # genes alone have names of their own
     assert list(found.genes) == list(sdata["table"].var_names)
     table.var_names_make_unique()
     assert table.var_names[10] == "GENE000-1"
@@ -482,14 +483,14 @@ def test_antibodies_that_were_normalised_with_the_genes(sdata, counts):
     table = mixed["table"].copy()
     x = table.X.toarray().astype(float)
     table.X = np.log1p(x / x.sum(1, keepdims=True) * 1e4)
-    section = read_section(with_table(sdata, table), report=False)
+    section = read_as_listed(with_table(sdata, table), report=False)
     np.testing.assert_allclose(section.expression.toarray(), per_10k(counts), atol=1e-5)
     antibody = (table.var["feature_types"] != "Gene Expression").to_numpy()
     x[:, ~antibody] = per_10k(counts)
     x[:, antibody] = np.log(x[:, antibody] + 1) - np.log(x[:, antibody] + 1).mean(1, keepdims=True)
     x[0, antibody] = np.nan
     table.X = x
-    section = read_section(with_table(sdata, table), report=False)
+    section = read_as_listed(with_table(sdata, table), report=False)
     np.testing.assert_allclose(section.expression.toarray(), per_10k(counts), rtol=1e-6)
 
 
@@ -510,7 +511,7 @@ def test_antibodies_from_end_to_end(embedded):
 
 def test_matrices_of_any_type(sdata, counts, tmp_path):
     """And the user's own stays as it is."""
-    wanted = read_section(sdata, report=False).expression.toarray()
+    wanted = read_as_listed(sdata, report=False).expression.toarray()
     few = np.minimum(counts, 2000)  # up to where half precision has all whole numbers
     small = per_10k(few)
     makes = {
@@ -525,7 +526,7 @@ def test_matrices_of_any_type(sdata, counts, tmp_path):
     for name, make in makes.items():
         other = holding(sdata, make())
         before = type(other["table"].X), other["table"].X.dtype
-        found = read_section(other, report=False).expression.toarray()
+        found = read_as_listed(other, report=False).expression.toarray()
         np.testing.assert_allclose(found, small if "float16" in name else wanted, atol=1e-6, err_msg=name)
         assert (type(other["table"].X), other["table"].X.dtype) == before
     for name, x in {"dense": counts, "half": few.astype(np.float16), "sparse": sparse.csr_matrix(counts)}.items():
@@ -533,7 +534,7 @@ def test_matrices_of_any_type(sdata, counts, tmp_path):
         table.X = x
         table.write_h5ad(tmp_path / f"{name}.h5ad")
         lazy = ad.read_h5ad(tmp_path / f"{name}.h5ad", backed="r")
-        found = read_section(with_table(sdata, lazy), report=False).expression.toarray()
+        found = read_as_listed(with_table(sdata, lazy), report=False).expression.toarray()
         np.testing.assert_allclose(found, small if name == "half" else wanted, atol=1e-6, err_msg=name)
         lazy.file.close()
 
@@ -549,7 +550,7 @@ def test_duplicate_entries_add_up(sdata, counts):
     twice = sparse.csr_matrix((data, indices, 2 * halves.indptr), shape=halves.shape)
     other = holding(sdata, twice)
     n = other["table"].X.nnz
-    found = read_section(other, report=False)
+    found = read_as_listed(other, report=False)
     np.testing.assert_allclose(found.expression.toarray(), per_10k(counts), rtol=1e-5)
     assert other["table"].X.nnz == n == 2 * halves.nnz
 

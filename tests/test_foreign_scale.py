@@ -12,6 +12,7 @@ from scipy import sparse
 from spatialdata import SpatialData, to_circles
 from spatialdata.models import Image2DModel, Labels2DModel, PointsModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, Scale, Translation
+from tests.listed import read_as_listed
 
 import histosge as sge
 from histosge._geometry import NotALattice, estimate_lattice, lattice_of_array, occupied_share
@@ -500,4 +501,4 @@ def test_spots_as_points_or_labels_are_converted_as_the_message_says(kind):
     sdata.shapes["spots"] = to_circles(sdata["dots"], **more)
     table.obs["region"] = pd.Categorical(["spots"] * len(xy))
     sdata.set_table_annotates_spatialelement("table", region="spots")
-    np.testing.assert_allclose(read_section(sdata).xy_px, xy, atol=0.5)  # labels are whole pixels
+    np.testing.assert_allclose(read_as_listed(sdata).xy_px, xy, atol=0.5)  # labels are whole pixels

@@ -95,7 +95,7 @@ def test_visium_is_read_as_it_was(tmp_path, sdata, layout):
 def test_visium_hd_is_read_as_it_was(tmp_path, hd, capsys, version, prefix):
     written = sr.write_visium_hd(tmp_path / "run", hd, version=version, prefix=prefix)
     read = sge.io.read(written.source)
-    section = check_same(read, hd, within_px=1e-6)
+    section = check_same(read, hd, within_px=2**-20)
     name = prefix or "run"
     assert (list(read.images), list(read.tables)) == (
         [f"{name}_full_image"],
@@ -126,7 +126,7 @@ def test_h5ad_beside_its_image(tmp_path, sdata, suffix):
     written = sr.write_h5ad(tmp_path, sdata, image=f"image.{suffix}")
     read = sge.io.read(written.source)
     if suffix != "jpg":
-        check_same(read, sdata, within_px=1e-9)
+        check_same(read, sdata, within_px=2**-20)
     counts, _, section = measured(read)
     assert section.mpp == pytest.approx(2.0, rel=0.005)
     assert section.technology == "visium"
@@ -134,7 +134,7 @@ def test_h5ad_beside_its_image(tmp_path, sdata, suffix):
 
 
 def test_h5ad_of_bins(tmp_path, hd):
-    section = check_same(sge.io.read(sr.write_h5ad(tmp_path, hd).source), hd, within_px=1e-9)
+    section = check_same(sge.io.read(sr.write_h5ad(tmp_path, hd).source), hd, within_px=2**-20)
     assert (section.technology, section.spots_key) == ("visium-hd", "counts_square_008um")
 
 
@@ -148,7 +148,7 @@ def squared(sdata):
 
 def test_st(tmp_path, squared, log):
     written = sr.write_st(tmp_path, squared, image="HE.png")
-    check_same(sge.io.read(written.source), squared, within_px=1e-9)
+    check_same(sge.io.read(written.source), squared, within_px=2**-20)
     path = tmp_path / "spot_data-selection.tsv"
     spots = pd.read_csv(path, sep="\t")
     spots.assign(x=-1).to_csv(path, sep="\t", index=False)
@@ -166,7 +166,7 @@ def test_st(tmp_path, squared, log):
 
 def test_zarr(tmp_path, sdata):
     sdata.write(tmp_path / "section.zarr")
-    check_same(sge.io.read(tmp_path / "section.zarr"), sdata, within_px=1e-6)
+    check_same(sge.io.read(tmp_path / "section.zarr"), sdata, within_px=2**-20)
     with pytest.raises(
         ValueError,
         match=r"image='a\.tif', but .* is a SpatialData .*, which holds its image and names\. Leave image= out",

@@ -22,10 +22,10 @@ from scipy import sparse
 from spatialdata import SpatialData
 from spatialdata.models import ShapesModel, TableModel
 from spatialdata.transformations import Affine, get_transformation
+from tests.listed import read_as_listed
 
 import histosge as sge
 from histosge._geometry import Footprints
-from histosge._section import read_section
 from histosge.pl import _places
 
 IMAGES = Path(__file__).parent / "images"
@@ -178,7 +178,7 @@ def test_measured_is_what_read_section_reads(predicted, kind):
         table.X = sparse.csr_matrix(x)
     elif kind == "not in tissue":
         table.obs["in_tissue"] = (np.arange(table.n_obs) != 9).astype(int)
-    section = read_section(predicted, table_key="table", report=False)
+    section = read_as_listed(predicted, table_key="table", report=False)
     if kind == "dask":
         table.X = da.from_array(table.X.toarray(), chunks=(40, 7))
     with sge.settings.override(part_rows=50):

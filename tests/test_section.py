@@ -17,6 +17,7 @@ from scipy import sparse
 from spatialdata import SpatialData, get_pyramid_levels
 from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, Scale, Sequence, Translation, get_transformation
+from tests.listed import as_listed
 
 import histosge as sge
 from histosge._section import column, read_section
@@ -164,11 +165,6 @@ def test_dense_takes_genes_by_name(sdata):
 def test_scale_is_exact(mpp):
     small = sge.datasets.synthetic(n_rows=8, n_cols=8, n_genes=5, mpp=mpp)
     assert read_section(small).mpp == pytest.approx(mpp, rel=1e-6)
-
-
-def as_listed(section):
-    """The section in the order of its table."""
-    return section.take(np.argsort(section.rows))
 
 
 def same(a, b, *, atol=1e-6):
