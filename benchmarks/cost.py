@@ -1,7 +1,9 @@
 """What a change costs: seconds to import, fit, predict, save and load, of this checkout and of another, in turn.
 
-git worktree add ../other COMMIT
-python benchmarks/cost.py ../other --repeats 3
+    git worktree add ../other COMMIT
+    python benchmarks/cost.py ../other --repeats 3
+
+Printed are medians over processes; a process gives the least of several calls.
 """
 
 from __future__ import annotations
