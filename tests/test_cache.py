@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -253,8 +254,8 @@ def test_processes_share_a_folder(root):
         )
         for first in range(3)
     ]
-    for worker in workers:
-        out, err = worker.communicate(timeout=600)
+    said = [worker.communicate(timeout=600) for worker in workers]
+    for worker, (out, err) in zip(workers, said, strict=True):
         assert (worker.returncode, err) == (0, "")
         assert int(out) > 30  # most of what was put is there a moment later
     assert not list(root.rglob("*.part"))
@@ -276,6 +277,21 @@ def test_cleared_while_something_is_put(root, before):
     group.put(digest(1), values(1))
     assert there(group, 2) == [1]
     assert json.loads((group.folder / "config.json").read_text()) == RECIPE
+
+
+def test_made_by_another_process_and_cleared(root, before):
+    """A second process makes the group at the same time, and a third one clears it before the first looks again."""
+    cache = open_cache()
+    group = cache.group(RECIPE)
+
+    def make_and_clear(path):
+        before.clear()
+        cache.clear()
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    before["rename"] = make_and_clear
+    group.put(digest(0), values())
+    assert there(group, 1) == [0]
 
 
 # ------------------------------------------------------------------------------------------------------------ the limit

@@ -8,6 +8,7 @@ opened: a run may exceed the limit by what it writes.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -37,6 +38,8 @@ _FORMAT = 1
 """Part of every group's name, so that blocks of another format are not read."""
 _PRUNE_TO = 0.9
 """Old blocks are removed down to this share of the limit, so that this happens seldom."""
+_MADE_BY_OTHER = (errno.ENOTEMPTY, errno.EEXIST)
+"""Errors of a rename to a folder that exists"""
 _TURNS = 8
 """Attempts to write a block while other processes clear its group."""
 
@@ -235,9 +238,11 @@ class CacheGroup:
             text = json.dumps(self.config, sort_keys=True, indent=1, ensure_ascii=False)
             (fresh / _CONFIG).write_text(text + "\n", encoding="utf-8")
             fresh.rename(self.folder)
-        except OSError:
+        except OSError as err:
             shutil.rmtree(fresh, ignore_errors=True)
-            if not self.folder.is_dir():  # otherwise another process made it at the same time
+            # Another process made the folder at the same time. A third one may have cleared it since: then the block
+            # finds no folder, and `_write` comes here again.
+            if err.errno not in _MADE_BY_OTHER and not self.folder.is_dir():
                 raise
 
 
