@@ -45,7 +45,7 @@ class PartWriter:
 
     def write(self, part: int, matrices: dict[str, NDArray[np.float32]]) -> None:
         """Write the rows of a part and mark it: all matrices that the store was begun with, by name."""
-        self._check()
+        self.check()
         rows = self.rows(part)
         n = rows.stop - rows.start
         found = {key: f"{values.dtype} {values.shape}" for key, values in matrices.items()}
@@ -56,10 +56,10 @@ class PartWriter:
         with naming(self.path):
             for key, values in matrices.items():
                 self._matrices[key][rows] = values
-        self._check()
+        self.check()
         (self.run_folder / PARTS / f"{part:06d}.done").touch()
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Raise where the run folder is not there: on another machine, or since another process has taken it over."""
         if (self.run_folder / LABEL).is_file():
             return

@@ -205,7 +205,7 @@ class TableStore:
         self.written(part)
 
     def written(self, part: int) -> None:
-        """Note that a part is on disk: :meth:`write` or another process has written it."""
+        """Note that a part is on disk, by :attr:`writer` in this process or another."""
         self._claim.check()
         self.done.add(part)
 
