@@ -136,6 +136,7 @@ def on_workers(
             "token": token,
             "digest": _pack_to(folder / "plan", plan),
             "version": version("histosge"),
+            "process": [socket.gethostname(), os.getpid()],
             "settings": {key: getattr(settings, key) for key in _SHIPPED} | {"cache_dir": _cache_dir()},
         }
         waiting = iter(enumerate(items))
@@ -240,9 +241,10 @@ def _work(function: Callable[[Any, Any], Any], opens: Callable[[Any], Any], item
             "that this process and all workers see."
         )
         raise RuntimeError(msg)
-    torch.set_num_threads(1)  # dask counts a thread of a worker as one core
-    for key, value in {**shared["settings"], "verbosity": min(settings.verbosity, 1), "progress": False}.items():
-        setattr(settings, key, value)
+    if shared["process"] != [socket.gethostname(), os.getpid()]:  # with LocalCluster(processes=False) it is this one
+        torch.set_num_threads(1)  # dask counts a thread of a worker as one core
+        for key, value in {**shared["settings"], "verbosity": min(settings.verbosity, 1), "progress": False}.items():
+            setattr(settings, key, value)
     with _PLANS.lock:  # another thread of this worker may need the same plan
         opened = _PLANS.opened.get(shared["token"])
         if opened is None:
@@ -268,7 +270,8 @@ def _me() -> str:
 
 
 def _cache_dir() -> str | None:
-    return None if settings.cache_dir is None else str(Path(settings.cache_dir).absolute())
+    chosen = settings.cache_dir or os.environ.get("HISTOSGE_CACHE")
+    return str(Path(chosen).expanduser().absolute()) if chosen else None
 
 
 @contextmanager
