@@ -346,6 +346,25 @@ def open_table(path: str | Path, name: str) -> AnnData:
     return ad.AnnData(X=lazy.pop("X", None), layers=lazy, **rest)
 
 
+@dataclass(frozen=True)
+class StoredProvenance:
+    """What a finished store says about its table."""
+
+    n_targets: int
+    n_genes: int
+    uns: dict[str, Any]
+
+
+def read_provenance(path: str | Path, name: str) -> StoredProvenance:
+    """Read the shape and the provenance of a table of a finished store, and nothing else."""
+    import anndata as ad
+
+    with warnings.catch_warnings(action="ignore"):
+        group = zarr.open_group(Path(path), mode="r", path=f"tables/{name}")
+        n_targets, n_genes = _matrices_of(group)["X"].shape
+        return StoredProvenance(n_targets, n_genes, ad.io.read_elem(group[f"uns/{_keys.UNS}"]))
+
+
 def _matrices_of(table: zarr.Group) -> dict[str, Any]:
     """``X`` and layers by name."""
     found = {"X": table["X"]} if "X" in table else {}

@@ -8,9 +8,16 @@ from time import time
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from histosge._settings import logger
+from histosge.cli._predict_many import (
+    as_sources,
+    check_two,
+    model_options,
+    predict_many,
+    refuse_for_many,
+    refuse_of_the_model,
+)
 from histosge.cli._shared import (
     COMPUTE,
     ENCODER,
@@ -27,6 +34,7 @@ from histosge.cli._shared import (
     OutPath,
     as_json,
     cache_setting,
+    given_options,
     heads_option,
     read_sections,
     refuse_input_as_output,
@@ -38,10 +46,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from anndata import AnnData
     from spatialdata import SpatialData
 
-_OF_THE_MODEL = ("head", "genes", "n_folds", "head_options", "tile_um")
-"""Options that are not allowed with a fitted model"""
 _MOST_DRAWN = 4
 _PROVENANCE = ("head", "mpp", "tile_um", "dense", "seed")
 
@@ -54,8 +61,12 @@ class _Resolution(click.FloatRange):
 
 @click.command(cls=Command)
 @click.argument("source", type=SOURCE_PATH, metavar="IN")
-@click.argument("target", type=OUT_PATH, metavar="OUT")
+@click.argument("target", type=OUT_PATH, required=False, metavar="OUT")
+@click.argument("more", type=SOURCE_PATH, nargs=-1, metavar="| IN... --out FOLDER")
 @taking(
+    click.option(
+        "--out", type=OUT_PATH, metavar="FOLDER", help="Predict each IN to FOLDER/NAME.zarr, with summary.csv."
+    ),
     *RAW,
     click.option("--dataset-id", help="Name of the section, which its elements begin with. By default the folder's."),
     *ENCODER,
@@ -96,7 +107,9 @@ class _Resolution(click.FloatRange):
 def predict(
     *,
     source: Path,
-    target: Path,
+    target: Path | None,
+    more: tuple[Path, ...],
+    out: Path | None,
     images: tuple[Path, ...],
     bin_size: int | None,
     dataset_id: str | None,
@@ -114,8 +127,8 @@ def predict(
     overwrite: bool,
     as_json_: bool,
     **options: Any,
-) -> str | None:
-    """Predict expression for the section IN and write it to OUT.
+) -> str | tuple[str, int] | None:
+    """Predict expression for the section IN and write it to OUT, or each IN to a folder.
 
     IN is a SpatialData store (.zarr), a folder of Space Ranger, or a table (.h5ad); --image adds the microscope's
     image. With --model and --mpp it may be an image alone. OUT.zarr gets everything, as SpatialData; with --store only
@@ -124,6 +137,9 @@ def predict(
     --plot draws the genes of --genes (four at most), else the two that are predicted best, and with --domains the
     domains. --domains, --plot and --report need the table in memory, so they do not go with --store.
 
+    With --out, every path is an IN, and is predicted to FOLDER/NAME.zarr as with --store. A section that fails does not
+    stop the others; the exit code is then 1. The same command again predicts what is missing.
+
     \b
     Examples:
       histosge predict section.zarr predicted.zarr
@@ -131,10 +147,18 @@ def predict(
       histosge predict outs predicted.h5ad --image he.tif --encoder stain-texture --genes EPCAM,VIM
       histosge predict section.zarr fine.zarr --encoder uni2 --bin-um 8 --store
       histosge predict section.zarr predicted.zarr --model model --report report.html
+      histosge predict *.zarr --model model --out results
     """  # noqa: D301
     import histosge as sge
 
     start = time()
+    if out is not None:
+        refuse_for_many(model)
+        sources = as_sources(source, target, more)
+        options |= model_options(model, options["encoder"], weights=weights, trust_remote_code=trust_remote_code)
+        with sge.settings.override(**cache_setting(no_cache=no_cache)):
+            return predict_many(sources, out, json=as_json_, **options)
+    target = check_two(target, more)
     _check_usage(
         target, store=store, overwrite=overwrite, model=model, plot=plot, report=report, domains=domains,
         layers=layers, conserve=options["conserve"],
@@ -145,20 +169,11 @@ def predict(
     key = options["key_added"]
     with written(plot, report, overwrite=overwrite) as (fresh_plot, fresh_report):
         with written(None if store else target, overwrite=overwrite) as (fresh,):
-            found = True
-            if model is not None:
-                options["model"] = sge.Model.load(model)
-                config = options["model"].config
-                found = config.by_name
-                if not _given("encoder"):
-                    options["encoder"] = config.name
+            options |= model_options(model, options["encoder"], weights=weights, trust_remote_code=trust_remote_code)
             [sdata] = read_sections([source], images=images, bin_size=bin_size, dataset_id=dataset_id)
-            if weights is not None or trust_remote_code or not found:  # the model cannot load it by name
-                encoder = options["encoder"]
-                options["encoder"] = sge.load_encoder(encoder, weights=weights, trust_remote_code=trust_remote_code)
             with sge.settings.override(**cache_setting(no_cache=no_cache)):
                 made = sge.tl.predict(sdata, store=target if store else None, inplace=not store, **options)
-            table = sdata.tables[key] if made is None else made
+            table: AnnData = sdata.tables[key] if made is None else made
             if domains:
                 sge.tl.domains(sdata, key=key, resolution=resolution, n_domains=n_domains, rng=options["rng"])
             if target.suffix == ".h5ad":
@@ -223,28 +238,19 @@ def _check_usage(
         if domains or plot is not None or report is not None:
             msg = "--domains, --plot and --report need the whole table in memory: leave --store out, or them."
             raise click.UsageError(msg)
-    if target.suffix != ".h5ad" and (given := _given("layers")):
+    if target.suffix != ".h5ad" and (given := given_options("layers")):
         msg = f"{given[0]}: OUT.zarr holds all layers. Leave it out, or write OUT.h5ad."
         raise click.UsageError(msg)
     if set(layers) - ({"conserved"} if conserve else set()):
         msg = f"--layers {','.join(layers)}: the only layer is conserved, with --conserve. Pass that, or leave it out."
         raise click.UsageError(msg)
-    if _given("on_invalid") and not _given("target_key"):
+    if given_options("on_invalid") and not given_options("target_key"):
         msg = "--on-invalid: for the shapes of --target-key. Pass that as well, or leave it out."
         raise click.UsageError(msg)
-    if not domains and (given := _given("resolution", "n_domains")):
+    if not domains and (given := given_options("resolution", "n_domains")):
         msg = f"{', '.join(given)}: for --domains. Pass that as well, or leave it out."
         raise click.UsageError(msg)
-    if model is not None and (given := _given(*_OF_THE_MODEL)):
-        msg = f"{', '.join(given)}: the model in {model} has its own. Leave it out, or leave --model out."
-        raise click.UsageError(msg)
-
-
-def _given(*names: str) -> list[str]:
-    """Options among ``names`` that the user typed."""
-    context = click.get_current_context()
-    typed = [name for name in names if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
-    return [f"--{name.replace('_', '-')}" for name in typed]
+    refuse_of_the_model(model)
 
 
 @contextmanager

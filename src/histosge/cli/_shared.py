@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from histosge import _keys
 from histosge._atomic import naming
@@ -199,6 +200,14 @@ def refuse_input_as_output(sources: Sequence[Path], target: Path, *, name: str) 
         if source.resolve().is_relative_to(target.resolve()):
             msg = f"{name} is or holds IN ({target}): choose another name, the input is not overwritten."
             raise ValueError(msg)
+
+
+def given_options(*names: str) -> list[str]:
+    """Options among ``names`` that the user typed, as typed."""
+    context = click.get_current_context()
+    flags = {param.name: param.opts[0] for param in context.command.params}
+    typed = [name for name in names if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    return [flags[name] for name in typed]
 
 
 def held_out_lines(held_out: dict[str, Any]) -> list[str]:
