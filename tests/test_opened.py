@@ -32,7 +32,7 @@ def test_a_section_in_memory_is_itself(sdata):
 
 
 def test_what_is_no_section(tmp_path):
-    with pytest.raises(TypeError, match="sdata holds a int: pass SpatialData objects, or paths of sections"):
+    with pytest.raises(TypeError, match="sdata holds a int: pass SpatialData objects, or paths or URLs of sections"):
         opened(3)
     with pytest.raises(FileNotFoundError, match="does not exist: check the path"):
         opened(tmp_path / "nowhere.zarr")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from histosge._embedding import Embedder, Forecast
     from histosge._geometry import Targets
     from histosge._model._context import Context
+    from histosge._remote import Place, Remote
     from histosge._section import Section
 
 _SPARE = 1.5
@@ -195,15 +196,13 @@ def order_of_parts(embedder: Embedder, targets: Targets) -> NDArray[np.int64]:
     return block_order(targets.xy_px, block_px=embedder.block_edge_px, origin_px=(0.0, 0.0))
 
 
-def open_store(
-    path: str | Path, embedder: Embedder, targets: Targets, *, name: str, params: dict[str, Any]
-) -> TableStore:
+def open_store(path: Place, embedder: Embedder, targets: Targets, *, name: str, params: dict[str, Any]) -> TableStore:
     """Begin a store, or continue one that was interrupted.
 
     Parameters
     ----------
     path
-        The store: a ``SpatialData`` that holds the targets and their table.
+        The store, or its URL: a ``SpatialData`` that holds the targets and their table.
     embedder
         How targets are embedded.
     targets
@@ -251,7 +250,7 @@ def write_parts(
     *,
     forecast: Forecast | None = None,
     own_shapes: GeoDataFrame | None = None,
-) -> Path:
+) -> Path | Remote:
     """Predict and write each part that is missing, and finish the store.
 
     Parameters
@@ -267,7 +266,7 @@ def write_parts(
 
     Returns
     -------
-    Path of the finished store.
+    Path or URL of the finished store.
     """
     targets, section = predictor.targets, predictor.embedder.section
     order = order_of_parts(predictor.embedder, targets)
@@ -300,7 +299,7 @@ def write_parts(
             if written is not None:
                 written.result()
     logger.info("    predicted %d of %d parts (%.0f s)", n_predicted, store.n_parts, time() - start)
-    return store.finish()
+    return store.finish(progress=predictor.embedder.progress)
 
 
 def _fingerprint(section: Section, targets: Targets) -> str:

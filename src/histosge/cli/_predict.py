@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from pathlib import Path
 from time import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from histosge._remote import Remote
 from histosge._settings import logger
 from histosge.cli._predict_many import (
     as_sources,
     check_two,
+    given_options,
     model_options,
     predict_many,
     refuse_for_many,
@@ -25,7 +28,7 @@ from histosge.cli._shared import (
     KEYS,
     LEARN,
     OUT_FIGURE,
-    OUT_PATH,
+    OUT_PLACE,
     OVERWRITE,
     RAW,
     SOURCE_PATH,
@@ -34,7 +37,6 @@ from histosge.cli._shared import (
     OutPath,
     as_json,
     cache_setting,
-    given_options,
     heads_option,
     read_sections,
     refuse_input_as_output,
@@ -44,7 +46,6 @@ from histosge.cli._shared import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from anndata import AnnData
     from spatialdata import SpatialData
@@ -61,11 +62,11 @@ class _Resolution(click.FloatRange):
 
 @click.command(cls=Command)
 @click.argument("source", type=SOURCE_PATH, metavar="IN")
-@click.argument("target", type=OUT_PATH, required=False, metavar="OUT")
+@click.argument("target", type=OUT_PLACE, required=False, metavar="OUT")
 @click.argument("more", type=SOURCE_PATH, nargs=-1, metavar="| IN... --out FOLDER")
 @taking(
     click.option(
-        "--out", type=OUT_PATH, metavar="FOLDER", help="Predict each IN to FOLDER/NAME.zarr, with summary.csv."
+        "--out", type=OUT_PLACE, metavar="FOLDER", help="Predict each IN to FOLDER/NAME.zarr, with summary.csv."
     ),
     *RAW,
     click.option("--dataset-id", help="Name of the section, which its elements begin with. By default the folder's."),
@@ -106,10 +107,10 @@ class _Resolution(click.FloatRange):
 )
 def predict(
     *,
-    source: Path,
-    target: Path | None,
-    more: tuple[Path, ...],
-    out: Path | None,
+    source: Path | Remote,
+    target: Path | Remote | None,
+    more: tuple[Path | Remote, ...],
+    out: Path | Remote | None,
     images: tuple[Path, ...],
     bin_size: int | None,
     dataset_id: str | None,
@@ -131,7 +132,7 @@ def predict(
     """Predict expression for the section IN and write it to OUT, or each IN to a folder.
 
     IN is a SpatialData store (.zarr), a folder of Space Ranger, or a table (.h5ad); --image adds the microscope's
-    image. With --model and --mpp it may be an image alone. OUT.zarr gets everything, as SpatialData; with --store only
+    image. With --model and --mpp it may be an image alone. A store may be at a URL. OUT.zarr gets everything, as SpatialData; with --store only
     targets and table. OUT.h5ad gets the table only. Outputs get their names when they are complete.
 
     --plot draws the genes of --genes (four at most), else the two that are predicted best, and with --domains the
@@ -168,11 +169,12 @@ def predict(
         refuse_input_as_output([source], path, name=str(path))
     key = options["key_added"]
     with written(plot, report, overwrite=overwrite) as (fresh_plot, fresh_report):
-        with written(None if store else target, overwrite=overwrite) as (fresh,):
+        with written(target if isinstance(target, Path) and not store else None, overwrite=overwrite) as (fresh,):
             options |= model_options(model, options["encoder"], weights=weights, trust_remote_code=trust_remote_code)
             [sdata] = read_sections([source], images=images, bin_size=bin_size, dataset_id=dataset_id)
             with sge.settings.override(**cache_setting(no_cache=no_cache)):
-                made = sge.tl.predict(sdata, store=target if store else None, inplace=not store, **options)
+                place: Any = target if store else None
+                made = sge.tl.predict(sdata, store=place, inplace=not store, **options)
             table: AnnData = sdata.tables[key] if made is None else made
             if domains:
                 sge.tl.domains(sdata, key=key, resolution=resolution, n_domains=n_domains, rng=options["rng"])
@@ -214,7 +216,7 @@ def predict(
 
 
 def _check_usage(
-    target: Path,
+    target: Path | Remote,
     *,
     store: bool,
     overwrite: bool,
@@ -227,6 +229,9 @@ def _check_usage(
 ) -> None:
     if target.suffix not in ("", ".zarr", ".h5ad"):
         msg = f"OUT is {target}: choose a name that ends in .zarr (everything) or .h5ad (the predicted table alone)."
+        raise click.UsageError(msg)
+    if isinstance(target, Remote) and not store:
+        msg = f"OUT is {target}: to a URL go targets and table only, part by part. Pass --store, or name a path."
         raise click.UsageError(msg)
     if store:
         if target.suffix == ".h5ad":

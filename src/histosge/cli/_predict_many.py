@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from time import time
 from typing import TYPE_CHECKING, Any, cast
 
 import click
+from click.core import ParameterSource
 
-from histosge.cli._shared import SOURCE_PATH, as_json, as_table, given_options
+from histosge.cli._shared import SOURCE_PATH, as_json, as_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     import pandas as pd
+
+    from histosge._remote import Remote
 
 _OF_THE_MODEL = ("head", "genes", "n_folds", "head_options", "tile_um")
 """Options that are not allowed with a fitted model"""
@@ -25,15 +28,27 @@ _OF_ONE_SECTION = (
 _SHOWN = ("section", "n_targets", "scores", "held_out_pcc", "seconds", "error")
 
 
-def as_sources(first: Path, second: Path | None, more: Sequence[Path]) -> list[Path]:
+def given_options(*names: str) -> list[str]:
+    """Options among ``names`` that the user typed, as typed."""
+    context = click.get_current_context()
+    flags = {param.name: param.opts[0] for param in context.command.params}
+    typed = [name for name in names if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    return [flags[name] for name in typed]
+
+
+def as_sources(
+    first: Path | Remote, second: Path | Remote | None, more: Sequence[Path | Remote]
+) -> list[Path | Remote]:
     """All paths as sections: the second was read as OUT, which need not exist."""
     context = click.get_current_context()
     param = next(p for p in context.command.params if p.name == "more")
-    found = [] if second is None else [SOURCE_PATH.convert(str(second), param, context)]
+    if isinstance(second, Path):
+        second = SOURCE_PATH.convert(str(second), param, context)
+    found = [] if second is None else [second]
     return [first, *found, *more]
 
 
-def check_two(target: Path | None, more: Sequence[Path]) -> Path:
+def check_two(target: Path | Remote | None, more: Sequence[Path | Remote]) -> Path | Remote:
     """Return OUT; raise where there are not two paths."""
     if target is None:
         msg = "Missing argument 'OUT'. Name where to write: IN OUT for one section, IN... --out FOLDER for several."
@@ -86,12 +101,14 @@ def model_options(model: Path | None, encoder: str, *, weights: str | None, trus
     return options
 
 
-def predict_many(sources: Sequence[Path], out: Path, *, json: bool, **options: Any) -> tuple[str, int]:
+def predict_many(
+    sources: Sequence[Path | Remote], out: Path | Remote, *, json: bool, **options: Any
+) -> tuple[str, int]:
     """Predict sections to a folder; what is printed, and the exit code."""
     import histosge as sge
 
     start = time()
-    summary = cast("pd.DataFrame", sge.tl.predict(sources, store=out, **options))
+    summary = cast("pd.DataFrame", sge.tl.predict(sources, store=cast("Any", out), **options))
     rows = summary.astype(object).where(summary.notna(), None).to_dict(orient="records")
     failed = [row["section"] for row in rows if row["error"] is not None]
     if json:

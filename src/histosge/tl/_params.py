@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from histosge import _keys
+from histosge._remote import Remote, is_url, located
+from histosge._section import refuse_read_only
 
 if TYPE_CHECKING:
     from histosge._embedding import Embedder
@@ -67,6 +69,8 @@ def check_call(arguments: dict[str, Any]) -> None:
     if model is not None and dense not in (None, model.config.dense):
         msg = f"dense={dense!r}, but the model was trained with dense={model.config.dense!r}. Leave dense= out."
         raise ValueError(msg)
+    if is_url(arguments["store"]) and isinstance(place := located(arguments["store"]), Remote):
+        refuse_read_only(place)
     _keys.check("key_added", arguments["key_added"])
     given = {k: arguments[k] for k in ("upsample", "bin_um", "target_key") if arguments[k] is not None}
     if len(given) > 1:

@@ -48,16 +48,17 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
     from spatialdata import SpatialData
+    from upath import UPath
 
     from histosge._heads import Head
     from histosge._model import Model
-    from histosge._readers import Source
+    from histosge._remote import Place
     from histosge._section import Section
 
 
 @expand(FitOptions)
 def predict(
-    sdata: SpatialData | Iterable[Source] | Mapping[str, Source],
+    sdata: SpatialData | Iterable[SpatialData | str | Path | UPath] | Mapping[str, SpatialData | str | Path | UPath],
     *,
     head: str | type[Head] | Head | None = None,
     head_options: dict[str, Any] | None = None,
@@ -70,7 +71,7 @@ def predict(
     on_invalid: str = "raise",
     conserve: bool = False,
     key_added: str = "histosge",
-    store: str | Path | None = None,
+    store: str | Path | UPath | None = None,
     inplace: bool = True,
     **options: Unpack[FitOptions],
 ) -> AnnData | pd.DataFrame | None:
@@ -83,8 +84,8 @@ def predict(
     ----------
     sdata
         Section with an H&E image and measured spots; with ``model=``, an image is enough. Or a list of sections, each
-        a ``SpatialData`` or a path (as for :func:`histosge.io.read`), which is opened when its turn comes. A section
-        has the name of its path; ``{name: section}`` gives others.
+        a ``SpatialData`` or a path or URL (as for :func:`histosge.io.read`), which is opened when its turn comes. A
+        section has the name of its path; ``{name: section}`` gives others.
     image_key, spots_key, table_key, layer, coordinate_system
     mpp
         µm per pixel of the image. ``None`` takes what the file states, else what follows from the pitch of the spots. A
@@ -128,7 +129,9 @@ def predict(
     store
         Folder to write to, ``"NAME.zarr"``, part by part: memory then does not grow with the number of targets. An
         interrupted run continues where it stopped if it is started again with the same arguments. ``None`` writes into
-        ``sdata``. With a list, the folder of the stores, which it needs.
+        ``sdata``. With a list, the folder of the stores, which it needs. A URL such as ``"s3://BUCKET/NAME.zarr"`` is
+        written too: the store is made in a local folder (the environment variable ``HISTOSGE_STORES``, else in the
+        system's cache folder), where an interrupted run continues, and is copied when it is complete.
     device, batch_size, rng, progress
     inplace
         Whether to write into ``sdata``, or to return the table and write nothing. Not for a list.
@@ -231,7 +234,7 @@ def _predict_section(
     on_invalid: str,
     conserve: bool,
     key_added: str,
-    store: str | Path | None,
+    store: Place | None,
     inplace: bool,
     options: FitOptions,
     params: dict[str, Any],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from time import time
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,13 @@ from histosge._encoders import load_encoder
 from histosge._heads import default_head, head_digest
 from histosge._model import check_arguments
 from histosge._readers import Source, name_of, opened, path_of
+from histosge._remote import Remote, located, shown
 from histosge._section import read_provenance
 from histosge._settings import logger, progress_bar
 from histosge.tl._summary import COLUMNS, Summary
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     import pandas as pd
 
@@ -43,7 +44,7 @@ class _Cohort:
     """The sections, where each is written, and what all have in common."""
 
     sections: dict[str, Source]
-    folder: Path
+    folder: Path | Remote
     key: str
     params: dict[str, Any]
     """Arguments as a store records them"""
@@ -53,7 +54,7 @@ class _Cohort:
     """Of a head that is an object, which ``params`` only names"""
     summary: Summary
 
-    def path(self, name: str) -> Path:
+    def path(self, name: str) -> Path | Remote:
         return self.folder / f"{name}.zarr"
 
     def finished(self, name: str) -> dict[str, Any] | None:
@@ -186,7 +187,7 @@ def _row(cohort: _Cohort, name: str, *, predict: Callable[..., Any], given: dict
     return row
 
 
-def _check(arguments: dict[str, Any]) -> Path:
+def _check(arguments: dict[str, Any]) -> Path | Remote:
     """Raise where arguments are wrong for all sections; return the folder of the stores."""
     store, options = arguments["store"], arguments["options"]
     if store is None:
@@ -201,9 +202,11 @@ def _check(arguments: dict[str, Any]) -> Path:
             "which each section starts from."
         )
         raise ValueError(msg)
-    folder = _keys.check_output("store", store).expanduser().absolute()
-    if folder.suffix == ".zarr" or (folder / "zarr.json").exists() or (folder.exists() and not folder.is_dir()):
-        msg = f"store={str(store)!r} is the folder of the stores of a list, {{store}}/{{name}}.zarr: name a folder."
+    place = located(store)
+    folder = place if isinstance(place, Remote) else _keys.check_output("store", place).absolute()
+    taken = (folder / "zarr.json").exists() or (isinstance(folder, Path) and folder.exists() and not folder.is_dir())
+    if folder.suffix == ".zarr" or taken:
+        msg = f"store={shown(store)!r} is the folder of the stores of a list, {{store}}/{{name}}.zarr: name a folder."
         raise ValueError(msg)
     resolve_device(options["device"])
     if arguments["model"] is None:
@@ -213,7 +216,7 @@ def _check(arguments: dict[str, Any]) -> Path:
     return folder
 
 
-def _named(sections: Iterable[Source] | Mapping[str, Source], folder: Path) -> dict[str, Source]:
+def _named(sections: Iterable[Source] | Mapping[str, Source], folder: Path | Remote) -> dict[str, Source]:
     """Sections by name. Raise where names are missing, used twice, or no names of files."""
     if isinstance(sections, Mapping):
         pairs = list(sections.items())

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from histosge._atomic import replacing
+from histosge._remote import Remote
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 _TYPES = {
     "section": "object",
@@ -32,8 +34,9 @@ class Summary:
     Runs that write into one folder add their rows to one file: it is read again before each row is added.
     """
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path | Remote) -> None:
+        if isinstance(path, Path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._read()  # raise before the work, not after it
 
@@ -44,8 +47,12 @@ class Summary:
     def add(self, row: dict[str, Any]) -> None:
         """Add the row of a section, or replace it."""
         rows = self._read() | {row["section"]: row}
+        text = self.frame(list(rows.values())).to_csv(index=False)
+        if isinstance(self._path, Remote):
+            self._path.write_bytes(text.encode())
+            return
         with replacing(self._path) as draft:
-            self.frame(list(rows.values())).to_csv(draft, index=False)
+            draft.write_text(text, encoding="utf-8")
 
     @staticmethod
     def frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -56,10 +63,13 @@ class Summary:
         return frame
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        if not self._path.exists():
+        there = self._path.read_bytes() if isinstance(self._path, Remote) or self._path.exists() else None
+        if there is None:
             return {}
         try:
-            frame = pd.read_csv(self._path, dtype=_TYPES, keep_default_na=False, na_values=[""])  # a name may be "NA"
+            frame = pd.read_csv(
+                BytesIO(there), dtype=_TYPES, keep_default_na=False, na_values=[""]
+            )  # a name may be "NA"
         except (ValueError, TypeError) as err:
             frame = pd.DataFrame()
             error: Exception | None = err
