@@ -18,6 +18,7 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"  # servers of the 
 # nor the user's caches
 _CACHE = tempfile.mkdtemp(prefix="histosge-tests-")
 os.environ["HISTOSGE_CACHE"] = os.path.join(_CACHE, "session")  # noqa: PTH118
+os.environ["HISTOSGE_STORES"] = os.path.join(_CACHE, "stores")  # noqa: PTH118
 os.environ["HISTOSGE_DATA"] = os.path.join(_CACHE, "data")  # noqa: PTH118
 os.environ["HF_HUB_CACHE"] = os.path.join(_CACHE, "hub")  # noqa: PTH118
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)

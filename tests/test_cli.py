@@ -211,6 +211,7 @@ OWN = {  # the function that an option belongs to, or a reason for it
     "source": "sdata",
     "sources": "sdata",
     "target": "where to write to",
+    "more": "further sections, with --out",
     "images": "image of io.read, once for each section",
     "bin_size": lambda: sge.io.read,
     "dataset_id": lambda: sge.io.read,

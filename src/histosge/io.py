@@ -9,6 +9,7 @@ import numpy as np
 
 from histosge._atomic import replacing
 from histosge._readers import open_section
+from histosge._remote import shown
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
     from spatialdata import SpatialData
+    from upath import UPath
 
 __all__ = ["read", "write_h5ad"]
 
 
 def read(
-    source: str | Path,
+    source: str | Path | UPath,
     *,
     image: str | Path | None = None,
     bin_size: int | None = None,
@@ -37,10 +39,10 @@ def read(
     source
         One of: the ``outs`` folder of Space Ranger 1 to 4, the folder above it or one inside, for Visium (CytAssist
         too) or Visium HD; a folder of files downloaded from 10x Genomics (``NAME_filtered_feature_bc_matrix.h5``,
-        ``spatial``) or GEO (all in one folder, compressed or not); a ``SpatialData`` on disk (``.zarr``); an ``.h5ad``
-        with ``obsm["spatial"]``, x and y in pixels of its image; the counts of an ST array (``.tsv`` or ``.tsv.gz``,
-        rows named ``XxY``) with the table of its spots in the same folder (columns ``x``, ``y``, ``pixel_x``,
-        ``pixel_y``); an image alone, from which a model of other sections can predict (``predict(model=, mpp=)``).
+        ``spatial``) or GEO (all in one folder, compressed or not); a ``SpatialData`` (``.zarr``), on disk or at a URL;
+        an ``.h5ad`` with ``obsm["spatial"]``, x and y in pixels of its image; the counts of an ST array (``.tsv`` or
+        ``.tsv.gz``, rows named ``XxY``) with the table of its spots in the same folder (columns ``x``, ``y``,
+        ``pixel_x``, ``pixel_y``); an image alone, from which a model of other sections can predict (``predict(model=, mpp=)``).
     image
         The full-resolution image that the spots were aligned to: TIFF (also OME-TIFF, ``.svs``, ``.ndpi``,
         ``.qptiff``), JPEG or PNG. It is read as RGB of 8 bits, as the file states: YCbCr, names of channels, bit depth,
@@ -71,6 +73,10 @@ def read(
     ------
     FileNotFoundError
         Where ``source``, ``image`` or one of the files of Space Ranger does not exist.
+    PermissionError
+        Where a URL cannot be read with the credentials of this machine.
+    OSError
+        Where a URL cannot be read, also not at the fifth try.
     ValueError
         Where ``source`` is none of these, an argument does not apply to it, there are several sections or images to
         choose from, the image is not RGB, or it is not the one that the spots were aligned to: of another size,
@@ -82,7 +88,10 @@ def read(
     there is a full-resolution image), other bins and cells are left out: use these functions to read them.
 
     A TIFF stays on disk and is read lazily in pieces of about 3 MB, its coarser scales as well: keep the file where it
-    is, or call ``sdata.write``. A JPEG or PNG is held in memory, 3 bytes a pixel, and takes 10 while it is read, as
+    is, or call ``sdata.write``. Of a store at a URL (``https://``, ``s3://`` and what else ``fsspec`` knows) the tables
+    and shapes are read, and images and labels are left there: chunks are read when they are needed, and again where
+    reading fails. Points are left out, with a warning. A ``upath.UPath`` holds options, such as ``anon=True`` for
+    public buckets. Passwords and tokens in a URL are used, and neither shown nor stored. A JPEG or PNG is held in memory, 3 bytes a pixel, and takes 10 while it is read, as
     does a TIFF that is compressed in one piece.
 
     Examples
@@ -97,7 +106,9 @@ def read(
     """
     sdata = open_section(source, image=image, bin_size=bin_size, dataset_id=dataset_id)
     logger.info(
-        "read %s: images %s, shapes %s, tables %s", source, *map(list, (sdata.images, sdata.shapes, sdata.tables))
+        "read %s: images %s, shapes %s, tables %s",
+        shown(source),
+        *map(list, (sdata.images, sdata.shapes, sdata.tables)),
     )
     return sdata
 

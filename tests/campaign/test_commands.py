@@ -105,7 +105,7 @@ def line(words, param, value, tmp):
     positional = [
         (value if p is param else str(given[p.name]))
         for p in dict(leaves())[words].params
-        if isinstance(p, click.Argument) and (p is param or p.name in given) and p.required | (p is param)
+        if isinstance(p, click.Argument) and (p is param or (p.name in given and (p.required or p.name == "target")))
     ]
     options = [] if isinstance(param, click.Argument) else [f"{max(param.opts, key=len)}={value}"]
     known = {p.name for p in dict(leaves())[words].params}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from histosge._embedding._cache import EmbeddingCache, cache_folder, open_cache
-    from histosge._embedding._config import EmbeddingConfig, EncoderConfig
+    from histosge._embedding._config import EmbeddingConfig, EncoderConfig, load_of_model
     from histosge._embedding._dense import step_tokens, tile_weight
     from histosge._embedding._device import resolve_device
     from histosge._embedding._embed import block_edge_px, embed
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _FILES = {
     "_cache": ("EmbeddingCache", "cache_folder", "open_cache"),
-    "_config": ("EmbeddingConfig", "EncoderConfig"),
+    "_config": ("EmbeddingConfig", "EncoderConfig", "load_of_model"),
     "_dense": ("step_tokens", "tile_weight"),
     "_device": ("resolve_device",),
     "_embed": ("block_edge_px", "embed"),

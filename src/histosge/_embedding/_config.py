@@ -177,8 +177,8 @@ def load_for(section: Section, encoder: Any, *, dense: bool) -> Any:
     return loaded
 
 
-def load_of_model(section: Section, encoder: Any, config: EmbeddingConfig) -> Any:
-    """Load the encoder of a fitted model, unless ``encoder`` is this encoder, already loaded."""
+def load_of_model(section: Section | None, encoder: Any, config: EmbeddingConfig) -> Any:
+    """Load the encoder of a fitted model, unless ``encoder`` is this encoder, already loaded; ``None``: any section."""
     if isinstance(encoder, str) and encoder == DEFAULT_ENCODER:  # the default of the doors: the user chose none
         encoder = config.name
     given = [one if (spec := known_spec(one)) is None else spec.name for one in split_encoder(encoder)]
@@ -194,8 +194,9 @@ def load_of_model(section: Section, encoder: Any, config: EmbeddingConfig) -> An
             "same one, encoder=histosge.load_encoder(...)."
         )
         raise ValueError(msg)
-    for part in config.encoders:
-        _check_spec(section, part.spec, dense=config.dense)
+    if section is not None:
+        for part in config.encoders:
+            _check_spec(section, part.spec, dense=config.dense)
     loaded = load_encoder(encoder)
     for one, wanted in zip(split_encoder(loaded), config.encoders, strict=True):
         _check_same(one, wanted)

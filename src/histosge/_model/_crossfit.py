@@ -81,7 +81,9 @@ def cross_fit(
     fits += [(name, None) for name in names if final and not get_head(name).ensembles_folds]
     seeds = rng.integers(2**63 - 1, size=len(fits)).tolist()
     tasks = [_Fit(name, left_out, seed) for (name, left_out), seed in zip(fits, seeds, strict=True)]
-    plan = _Fits(spots, head, {names[0]: options or {}} if len(names) == 1 else options or {}, fold, final, worker_device)
+    plan = _Fits(
+        spots, head, {names[0]: options or {}} if len(names) == 1 else options or {}, fold, final, worker_device
+    )
     done = _all(plan, tasks, progress=progress)
 
     parts = {name: np.zeros(spots.expression.shape, np.float32) for name in names}
@@ -214,7 +216,9 @@ def compare(
     """Score baselines on the same folds: mean PCC and MSE over the genes chosen on each fold's training spots."""
     found = {}
     for head in heads:
-        fitted = cross_fit(spots, head=head, fold=fold, rng=rng, progress=False, final=False, worker_device=worker_device)
+        fitted = cross_fit(
+            spots, head=head, fold=fold, rng=rng, progress=False, final=False, worker_device=worker_device
+        )
         found[head] = summary(fitted.held_out, spots.expression.cpu().numpy(), fold=fold, chosen=chosen)
         logger.debug("held-out PCC of %s: %.3f", head, found[head]["pcc"])
     return found

@@ -120,7 +120,10 @@ def check_arguments(
     sections: Sequence[Section],
     head_options: dict[str, Any] | None = None,
 ) -> pd.Index:
-    """Check the arguments of :func:`fit_model` before the sections are embedded; return the genes that all have."""
+    """Check the arguments of :func:`fit_model` before the sections are embedded; return the genes that all have.
+
+    Without sections, what does not depend on them is checked.
+    """
     _check_options(head, head_options)
     if not (is_whole(n_folds) and 2 <= n_folds <= 20):
         msg = f"n_folds={n_folds!r}: choose a whole number from 2 to 20."
@@ -132,8 +135,8 @@ def check_arguments(
             "layer=, or give X the same unit in all."
         )
         raise ValueError(msg)
-    names = _common_genes(sections)
-    if len(names) == 0:
+    names = _common_genes(sections) if sections else pd.Index([], dtype=str)
+    if sections and len(names) == 0:
         msg = (
             "the sections have no gene in common, so that nothing can be learnt from them together. Check that all use "
             "the same names of genes, symbols or Ensembl ids."
@@ -146,7 +149,7 @@ def check_arguments(
     if isinstance(genes, str) and genes != "all":
         msg = f"genes={genes!r}: pass a number, a list of gene names, or 'all' (one gene: genes=[{genes!r}])."
         raise ValueError(msg)
-    if listed:
+    if listed and sections:
         wanted = pd.Index([str(g) for g in cast("Sequence[str]", genes)])
         missing = wanted.difference(names)
         no_genes = {g: kind for section in sections for g, kind in section.others.items() if g in missing}

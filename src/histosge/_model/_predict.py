@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from histosge._embedding import Embedder, Forecast
     from histosge._geometry import Targets
     from histosge._model._context import Context
+    from histosge._remote import Place, Remote
     from histosge._section import Section
 
 _SPARE = 1.5
@@ -206,15 +207,13 @@ def order_of_parts(embedder: Embedder, targets: Targets) -> NDArray[np.int64]:
     return block_order(targets.xy_px, block_px=embedder.block_edge_px, origin_px=(0.0, 0.0))
 
 
-def open_store(
-    path: str | Path, embedder: Embedder, targets: Targets, *, name: str, params: dict[str, Any]
-) -> TableStore:
+def open_store(path: Place, embedder: Embedder, targets: Targets, *, name: str, params: dict[str, Any]) -> TableStore:
     """Begin a store, or continue one that was interrupted.
 
     Parameters
     ----------
     path
-        The store: a ``SpatialData`` that holds the targets and their table.
+        The store, or its URL: a ``SpatialData`` that holds the targets and their table.
     embedder
         How targets are embedded.
     targets
@@ -262,7 +261,7 @@ def write_parts(
     *,
     forecast: Forecast | None = None,
     own_shapes: GeoDataFrame | None = None,
-) -> Path:
+) -> Path | Remote:
     """Predict and write each part that is missing, and finish the store.
 
     With a ``Client`` of dask its workers predict and write them.
@@ -280,7 +279,7 @@ def write_parts(
 
     Returns
     -------
-    Path of the finished store.
+    Path or URL of the finished store.
     """
     targets, section = predictor.targets, predictor.embedder.section
     order = order_of_parts(predictor.embedder, targets)
@@ -303,7 +302,7 @@ def write_parts(
             store.written(part)
             bar.update(len(order[store.rows(part)]))
     logger.info("    predicted %d of %d parts (%.0f s)", len(left), store.n_parts, time() - start)
-    return store.finish()
+    return store.finish(progress=predictor.embedder.progress)
 
 
 def _write_here(

@@ -30,19 +30,23 @@ from histosge._readers._images import (
     read_image_alone,
 )
 from histosge._readers._parts import Found, Reader
+from histosge._readers._remote_zarr import read_remote_zarr
 from histosge._readers._spaceranger import is_visium, is_visium_hd, read_visium, read_visium_hd
 from histosge._readers._tables import is_h5ad, is_st, read_h5ad, read_st
+from histosge._remote import ZARR_MARKS, Remote, located
 from histosge._section import centroids, check_image, compare, lazy_image
 from histosge._settings import logger
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
+    from histosge._remote import Place
+
 _SAME_SIZE = 0.01
 
 
 def _is_zarr(source: Path) -> bool:
-    return any((source / name).is_file() for name in ("zarr.json", ".zattrs", ".zgroup"))
+    return any((source / name).is_file() for name in ZARR_MARKS)
 
 
 def _read_zarr(source: Path) -> SpatialData:
@@ -58,6 +62,7 @@ def _read_zarr(source: Path) -> SpatialData:
         raise ValueError(msg) from err
 
 
+_ZARR = Reader("a SpatialData `.zarr`, which holds its image and names", _is_zarr, _read_zarr, takes=())
 _READERS = (
     Reader("an image alone, of which nothing was measured", is_image, read_image_alone, takes=("dataset_id",)),
     Reader(
@@ -69,19 +74,23 @@ _READERS = (
     Reader("Visium, a folder of Space Ranger with `spatial/tissue_positions*.csv`", is_visium, read_visium),
     Reader('an `.h5ad` with obsm["spatial"] in pixels of an image in its folder', is_h5ad, read_h5ad),
     Reader("the `.tsv` of counts of an ST array", is_st, read_st),
-    Reader("a SpatialData `.zarr`, which holds its image and names", _is_zarr, _read_zarr, takes=()),
+    _ZARR,
 )
 
 
 def open_section(
-    source: str | Path,
+    source: Place,
     *,
     image: str | Path | None = None,
     bin_size: int | None = None,
     dataset_id: str | None = None,
 ) -> SpatialData:
     """Read a section; see :func:`histosge.io.read`."""
-    source = Path(source).expanduser()
+    source = located(source)
+    if isinstance(source, Remote):
+        given = {"image": image, "bin_size": bin_size, "dataset_id": dataset_id}
+        _refuse_unfit(given, source, _ZARR)
+        return read_remote_zarr(source)
     if not source.exists():
         msg = f"source={str(source)!r} does not exist: check the path."
         raise FileNotFoundError(msg)
@@ -90,7 +99,14 @@ def open_section(
     reader = next((reader for reader in _READERS if reader.owns(source)), None)
     if reader is None:
         raise _unknown(source)
-    arguments = {"image": image, "bin_size": bin_size, "dataset_id": dataset_id}
+    given = {"image": image, "bin_size": bin_size, "dataset_id": dataset_id}
+    given = _refuse_unfit(given, source, reader)
+    found = reader.read(source, **{name: value for name, value in given.items() if name != "image"})
+    return _with_image(found, source, image) if isinstance(found, Found) else found
+
+
+def _refuse_unfit(arguments: dict[str, Any], source: Path | Remote, reader: Reader) -> dict[str, Any]:
+    """Return the arguments that are given; raise where a reader does not take them."""
     given = {name: value for name, value in arguments.items() if value is not None}
     unfit = [name for name in given if name not in reader.takes]
     if unfit:
@@ -99,8 +115,7 @@ def open_section(
             f"{reader.what}. Leave {' and '.join(f'{name}=' for name in unfit)} out."
         )
         raise ValueError(msg)
-    found = reader.read(source, **{name: value for name, value in given.items() if name != "image"})
-    return _with_image(found, source, image) if isinstance(found, Found) else found
+    return given
 
 
 def _unknown(source: Path) -> ValueError:

@@ -24,9 +24,11 @@ from histosge._section._intervals import (
 from histosge._section._orientation import EVIDENCE_PX, check_orientation, likelier_orientation
 from histosge._section._part_writer import PartWriter
 from histosge._section._section import MIN_SPOTS, NEARLY_EMPTY, Section, column, read_image_only, read_section
-from histosge._section._store import TableStore, open_table
+from histosge._section._store import TableStore
+from histosge._section._stored import StoredProvenance, open_group, open_table, read_provenance
 from histosge._section._tables import is_measured
 from histosge._section._targets import lay_targets, own_spots, read_targets, smaller_than_spot, to_image
+from histosge._section._upload import refuse_read_only
 from histosge._section._values import UNIT, UNIT_AS_GIVEN, per_target_sum, sample
 from histosge._section._write import (
     commit,

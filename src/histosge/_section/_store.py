@@ -24,8 +24,10 @@ import zarr
 
 from histosge import _keys
 from histosge._atomic import naming, replacing
+from histosge._remote import Remote, located
 from histosge._section._claim import Claim
-from histosge._section._part_writer import PARTS, STORE, PartWriter, matrices_of
+from histosge._section._part_writer import PARTS, STORE, PartWriter
+from histosge._section._upload import Upload
 from histosge._settings import logger
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from geopandas import GeoDataFrame
     from numpy.typing import NDArray
+
+    from histosge._remote import Place
 
 _MARKER = "histosge-store.json"
 """Holds what the run depends on."""
@@ -57,17 +61,19 @@ class TableStore:
     n_rows: int
     part_rows: int
     _claim: Claim = field(repr=False, compare=False)
+    upload: Upload | None = None
+    """Where the store goes when it is complete, if not to ``path``"""
     done: set[int] = field(default_factory=set)
     """Parts that are on disk"""
 
     @classmethod
-    def open(cls, path: str | Path, *, name: str, params: dict[str, Any], n_rows: int, part_rows: int) -> TableStore:
+    def open(cls, path: Place, *, name: str, params: dict[str, Any], n_rows: int, part_rows: int) -> TableStore:
         """Start a store, or continue one with the same arguments that is not finished.
 
         Parameters
         ----------
         path
-            The store. There must be nothing yet.
+            The store, or its URL. There must be nothing yet.
         name
             Name of the table.
         params
@@ -83,12 +89,18 @@ class TableStore:
                 raise ValueError(msg)
         run = {"format": _FORMAT, "table": name, "n_rows": n_rows, "part_rows": part_rows, "params": params}
         text = json.dumps(run, default=_for_json, indent=1)
-        path = _keys.check_output("store", path, endings=("", ".zarr"))
-        _refuse_existing(path)
-        store = cls(path, name, n_rows, part_rows, _claim_of(path))
+        place, upload = located(path), None
+        if isinstance(place, Remote):
+            upload = Upload.to(place)
+            place = upload.local
+        path = _keys.check_output("store", place, endings=("", ".zarr"))
+        _refuse_existing(path, upload)
+        store = cls(path, name, n_rows, part_rows, _claim_of(path, upload), upload)
         try:
-            _refuse_existing(path)  # another process may just have finished it
+            _refuse_existing(path, upload)  # another process may just have finished it
             store._resume(text)
+            if upload is not None:
+                upload.reserve(store.folder)
         except BaseException as err:
             store.__exit__(type(err), err, None)
             raise
@@ -209,8 +221,8 @@ class TableStore:
         self._claim.check()
         self.done.add(part)
 
-    def finish(self) -> Path:
-        """Give the complete store its name, and remove what only the run needed."""
+    def finish(self, *, progress: bool | None = None) -> Path | Remote:
+        """Give the complete store its name, or copy it to its URL, and remove what only the run needed."""
         missing = [part for part in range(self.n_parts) if part not in self.done]
         if missing:
             msg = (
@@ -218,15 +230,20 @@ class TableStore:
                 "write them before finish()."
             )
             raise RuntimeError(msg)
-        _refuse_existing(self.path)
+        _refuse_existing(self.path, self.upload)
         self._claim.check()
         for torn in self._zarr.rglob("*.partial"):  # zarr's own drafts of chunks, where a run was killed
             torn.unlink()
         with warnings.catch_warnings(action="ignore"):
             zarr.consolidate_metadata(zarr.storage.LocalStore(self._zarr))
-        self._zarr.rename(self.path)
+        if self.upload is None:
+            self._zarr.rename(self.path)
+            self._claim.remove()
+            return self.path
+        self.upload.copy(self._zarr, self.folder, progress=progress)
         self._claim.remove()
-        return self.path
+        self.upload.release()
+        return self.upload.remote
 
     def _create(self, parent: zarr.Group, key: str, *, n_genes: int) -> None:
         """Create an empty matrix, whose chunks belong to one part each."""
@@ -261,29 +278,37 @@ class TableStore:
         ]
         if differs:
             msg = (
-                f"store={str(self.path)!r}: {str(self._run_folder.parent)!r} holds an unfinished run with other arguments or "
+                f"store={_shown(self.path, self.upload)!r}: {str(self._run_folder.parent)!r} holds an unfinished run with other arguments or "
                 f"data ({'; '.join(differs)}). Finish that run with its own arguments, or remove the folder to start "
                 "anew."
             )
             raise ValueError(msg)
 
 
-def _claim_of(path: Path) -> Claim:
+def _claim_of(path: Path, upload: Upload | None) -> Claim:
     home = path.with_name(f"{path.name}.partial")
-    return Claim(home, what=f"store={str(path)!r}", remedy="choose another store=")
+    return Claim(home, what=f"store={_shown(path, upload)!r}", remedy="choose another store=")
 
 
-def _refuse_existing(path: Path) -> None:
+def _refuse_existing(path: Path, upload: Upload | None) -> None:
     """Raise where the store is there; first remove what a run has left that was killed just after it finished."""
-    if not (path.exists() or path.is_symlink()):
+    if not (path.exists() or path.is_symlink() if upload is None else upload.exists()):
         return
     if path.with_name(f"{path.name}.partial").is_dir():
-        with suppress(OSError, RuntimeError), _claim_of(path) as claim:  # else somebody works there, or it is not ours
+        # else somebody works there, or it is not ours
+        with suppress(OSError, RuntimeError), _claim_of(path, upload) as claim:
             unfinished = (claim.folder / STORE).exists() or not any(claim.folder.glob(f"{PARTS}/*.done"))
-            if not unfinished or not (claim.folder / _MARKER).exists():
+            copied = upload is not None and upload.is_ours(claim.folder / _WORK)
+            if copied or not unfinished or not (claim.folder / _MARKER).exists():
                 claim.remove()
-    msg = f"store={str(path)!r} exists already; choose another store=, or remove it first."
+                if upload is not None and copied:
+                    upload.release()
+    msg = f"store={_shown(path, upload)!r} exists already; choose another store=, or remove it first."
     raise FileExistsError(msg)
+
+
+def _shown(path: Path, upload: Upload | None) -> str:
+    return str(path) if upload is None else str(upload.remote)
 
 
 def _leaves(nested: Any, at: str = "") -> dict[str, Any]:
@@ -307,27 +332,3 @@ def _for_json(value: Any) -> Any:
         return str(value)
     msg = f"params: {value!r} is a {type(value).__name__}; params are numbers, strings, arrays, lists and dictionaries."
     raise TypeError(msg)
-
-
-def open_table(path: str | Path, name: str) -> AnnData:
-    """Open a table of a store with ``X`` and layers left on disk (dask), and all else in memory.
-
-    Parameters
-    ----------
-    path
-        The ``SpatialData`` store.
-    name
-        Name of the table.
-    """
-    import anndata as ad
-    import dask.array as da
-
-    tables = Path(path) / "tables"
-    if not (tables / name / "zarr.json").is_file():
-        there = sorted(p.name for p in tables.iterdir() if p.is_dir()) if tables.is_dir() else []
-        msg = f"name={name!r} is not among the tables of {str(path)!r}: {there}."
-        raise KeyError(msg)
-    group = zarr.open_group(tables / name, mode="r")
-    lazy = {key: da.from_zarr(array) for key, array in matrices_of(group).items()}
-    rest = {key: ad.io.read_elem(group[key]) for key in ("obs", "var", "obsm", "varm", "uns")}
-    return ad.AnnData(X=lazy.pop("X", None), layers=lazy, **rest)

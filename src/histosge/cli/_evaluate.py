@@ -36,6 +36,8 @@ from histosge.cli._shared import (
 if TYPE_CHECKING:
     import pandas as pd
 
+    from histosge._remote import Remote
+
 _MEANS = ("pcc", "spearman", "mse", "skill", "ceiling", "coverage", "ari", "nmi")
 _STDOUT = Path("-")
 
@@ -79,7 +81,7 @@ _STDOUT = Path("-")
 )
 def evaluate(
     *,
-    sources: tuple[Path, ...],
+    sources: tuple[Path | Remote, ...],
     out: Path | None,
     plot: Path | None,
     images: tuple[Path, ...],

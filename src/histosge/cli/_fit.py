@@ -33,6 +33,8 @@ from histosge.cli._shared import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from histosge._remote import Remote
+
 _MARKS = ("histosge.safetensors",)
 """A file in every folder of a model."""
 
@@ -54,7 +56,7 @@ _MARKS = ("histosge.safetensors",)
 )
 def fit(
     *,
-    sources: tuple[Path, ...],
+    sources: tuple[Path | Remote, ...],
     target: Path,
     images: tuple[Path, ...],
     bin_size: int | None,

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from pathlib import Path
 from time import time
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
+from histosge._remote import Remote
 from histosge._settings import logger
+from histosge.cli._predict_many import (
+    as_sources,
+    check_two,
+    given_options,
+    model_options,
+    predict_many,
+    refuse_for_many,
+    refuse_of_the_model,
+)
 from histosge.cli._shared import (
     COMPUTE,
     ENCODER,
@@ -18,7 +28,7 @@ from histosge.cli._shared import (
     KEYS,
     LEARN,
     OUT_FIGURE,
-    OUT_PATH,
+    OUT_PLACE,
     OVERWRITE,
     RAW,
     SOURCE_PATH,
@@ -36,12 +46,10 @@ from histosge.cli._shared import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
+    from anndata import AnnData
     from spatialdata import SpatialData
 
-_OF_THE_MODEL = ("head", "genes", "n_folds", "head_options", "tile_um")
-"""Options that are not allowed with a fitted model"""
 _MOST_DRAWN = 4
 _PROVENANCE = ("head", "mpp", "tile_um", "dense", "seed")
 
@@ -54,8 +62,12 @@ class _Resolution(click.FloatRange):
 
 @click.command(cls=Command)
 @click.argument("source", type=SOURCE_PATH, metavar="IN")
-@click.argument("target", type=OUT_PATH, metavar="OUT")
+@click.argument("target", type=OUT_PLACE, required=False, metavar="OUT")
+@click.argument("more", type=SOURCE_PATH, nargs=-1, metavar="| IN... --out FOLDER")
 @taking(
+    click.option(
+        "--out", type=OUT_PLACE, metavar="FOLDER", help="Predict each IN to FOLDER/NAME.zarr, with summary.csv."
+    ),
     *RAW,
     click.option("--dataset-id", help="Name of the section, which its elements begin with. By default the folder's."),
     *ENCODER,
@@ -95,8 +107,10 @@ class _Resolution(click.FloatRange):
 )
 def predict(
     *,
-    source: Path,
-    target: Path,
+    source: Path | Remote,
+    target: Path | Remote | None,
+    more: tuple[Path | Remote, ...],
+    out: Path | Remote | None,
     images: tuple[Path, ...],
     bin_size: int | None,
     dataset_id: str | None,
@@ -114,15 +128,18 @@ def predict(
     overwrite: bool,
     as_json_: bool,
     **options: Any,
-) -> str | None:
-    """Predict expression for the section IN and write it to OUT.
+) -> str | tuple[str, int] | None:
+    """Predict expression for the section IN and write it to OUT, or each IN to a folder.
 
     IN is a SpatialData store (.zarr), a folder of Space Ranger, or a table (.h5ad); --image adds the microscope's
-    image. With --model and --mpp it may be an image alone. OUT.zarr gets everything, as SpatialData; with --store only
+    image. With --model and --mpp it may be an image alone. A store may be at a URL. OUT.zarr gets everything, as SpatialData; with --store only
     targets and table. OUT.h5ad gets the table only. Outputs get their names when they are complete.
 
     --plot draws the genes of --genes (four at most), else the two that are predicted best, and with --domains the
     domains. --domains, --plot and --report need the table in memory, so they do not go with --store.
+
+    With --out, every path is an IN, and is predicted to FOLDER/NAME.zarr as with --store. A section that fails does not
+    stop the others; the exit code is then 1. The same command again predicts what is missing.
 
     \b
     Examples:
@@ -131,10 +148,18 @@ def predict(
       histosge predict outs predicted.h5ad --image he.tif --encoder stain-texture --genes EPCAM,VIM
       histosge predict section.zarr fine.zarr --encoder uni2 --bin-um 8 --store
       histosge predict section.zarr predicted.zarr --model model --report report.html
+      histosge predict *.zarr --model model --out results
     """  # noqa: D301
     import histosge as sge
 
     start = time()
+    if out is not None:
+        refuse_for_many(model)
+        sources = as_sources(source, target, more)
+        options |= model_options(model, options["encoder"], weights=weights, trust_remote_code=trust_remote_code)
+        with sge.settings.override(**cache_setting(no_cache=no_cache)):
+            return predict_many(sources, out, json=as_json_, **options)
+    target = check_two(target, more)
     _check_usage(
         target, store=store, overwrite=overwrite, model=model, plot=plot, report=report, domains=domains,
         layers=layers, conserve=options["conserve"],
@@ -144,21 +169,13 @@ def predict(
         refuse_input_as_output([source], path, name=str(path))
     key = options["key_added"]
     with written(plot, report, overwrite=overwrite) as (fresh_plot, fresh_report):
-        with written(None if store else target, overwrite=overwrite) as (fresh,):
-            found = True
-            if model is not None:
-                options["model"] = sge.Model.load(model)
-                config = options["model"].config
-                found = config.by_name
-                if not _given("encoder"):
-                    options["encoder"] = config.name
+        with written(target if isinstance(target, Path) and not store else None, overwrite=overwrite) as (fresh,):
+            options |= model_options(model, options["encoder"], weights=weights, trust_remote_code=trust_remote_code)
             [sdata] = read_sections([source], images=images, bin_size=bin_size, dataset_id=dataset_id)
-            if weights is not None or trust_remote_code or not found:  # the model cannot load it by name
-                encoder = options["encoder"]
-                options["encoder"] = sge.load_encoder(encoder, weights=weights, trust_remote_code=trust_remote_code)
             with sge.settings.override(**cache_setting(no_cache=no_cache)):
-                made = sge.tl.predict(sdata, store=target if store else None, inplace=not store, **options)
-            table = sdata.tables[key] if made is None else made
+                place: Any = target if store else None
+                made = sge.tl.predict(sdata, store=place, inplace=not store, **options)
+            table: AnnData = sdata.tables[key] if made is None else made
             if domains:
                 sge.tl.domains(sdata, key=key, resolution=resolution, n_domains=n_domains, rng=options["rng"])
             if target.suffix == ".h5ad":
@@ -199,7 +216,7 @@ def predict(
 
 
 def _check_usage(
-    target: Path,
+    target: Path | Remote,
     *,
     store: bool,
     overwrite: bool,
@@ -213,6 +230,9 @@ def _check_usage(
     if target.suffix not in ("", ".zarr", ".h5ad"):
         msg = f"OUT is {target}: choose a name that ends in .zarr (everything) or .h5ad (the predicted table alone)."
         raise click.UsageError(msg)
+    if isinstance(target, Remote) and not store:
+        msg = f"OUT is {target}: to a URL go targets and table only, part by part. Pass --store, or name a path."
+        raise click.UsageError(msg)
     if store:
         if target.suffix == ".h5ad":
             msg = f"OUT is {target}, but --store writes a SpatialData store: choose a name that ends in .zarr."
@@ -223,28 +243,19 @@ def _check_usage(
         if domains or plot is not None or report is not None:
             msg = "--domains, --plot and --report need the whole table in memory: leave --store out, or them."
             raise click.UsageError(msg)
-    if target.suffix != ".h5ad" and (given := _given("layers")):
+    if target.suffix != ".h5ad" and (given := given_options("layers")):
         msg = f"{given[0]}: OUT.zarr holds all layers. Leave it out, or write OUT.h5ad."
         raise click.UsageError(msg)
     if set(layers) - ({"conserved"} if conserve else set()):
         msg = f"--layers {','.join(layers)}: the only layer is conserved, with --conserve. Pass that, or leave it out."
         raise click.UsageError(msg)
-    if _given("on_invalid") and not _given("target_key"):
+    if given_options("on_invalid") and not given_options("target_key"):
         msg = "--on-invalid: for the shapes of --target-key. Pass that as well, or leave it out."
         raise click.UsageError(msg)
-    if not domains and (given := _given("resolution", "n_domains")):
+    if not domains and (given := given_options("resolution", "n_domains")):
         msg = f"{', '.join(given)}: for --domains. Pass that as well, or leave it out."
         raise click.UsageError(msg)
-    if model is not None and (given := _given(*_OF_THE_MODEL)):
-        msg = f"{', '.join(given)}: the model in {model} has its own. Leave it out, or leave --model out."
-        raise click.UsageError(msg)
-
-
-def _given(*names: str) -> list[str]:
-    """Options among ``names`` that the user typed."""
-    context = click.get_current_context()
-    typed = [name for name in names if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
-    return [f"--{name.replace('_', '-')}" for name in typed]
+    refuse_of_the_model(model)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import click
 from histosge import _keys
 from histosge._atomic import naming
 from histosge._options import Argument, Embedding, Learning, Reading, Running, arguments
+from histosge._remote import Remote, is_url, located, shown
 from histosge._settings import settings
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _plain(value: Any) -> Any:
         return _plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, Path | Remote) else value
 
 
 def as_table(names: Iterable[Any], rows: Sequence[Sequence[Any]], *, decimals: int | None = None) -> str:
@@ -127,7 +128,7 @@ def _cell(value: Any, decimals: int | None) -> str:
 
 
 def read_sections(
-    sources: Sequence[Path], *, images: Sequence[Path], bin_size: int | None, dataset_id: str | None = None
+    sources: Sequence[Path | Remote], *, images: Sequence[Path], bin_size: int | None, dataset_id: str | None = None
 ) -> list[SpatialData]:
     """Read each section, with its image where images are given."""
     import histosge as sge
@@ -136,9 +137,10 @@ def read_sections(
         msg = f"--image is given {len(images)} times for {len(sources)} sections: give one for each, in the same order."
         raise click.UsageError(msg)
     given: Sequence[Path | None] = images or [None] * len(sources)
+    places: Sequence[Any] = sources
     return [
         sge.io.read(source, image=image, bin_size=bin_size, dataset_id=dataset_id)
-        for source, image in zip(sources, given, strict=True)
+        for source, image in zip(places, given, strict=True)
     ]
 
 
@@ -193,10 +195,14 @@ def _refuse_foreign(path: Path, *, overwrite: bool, marks: Sequence[str]) -> Non
         raise FileExistsError(msg)
 
 
-def refuse_input_as_output(sources: Sequence[Path], target: Path, *, name: str) -> None:
+def refuse_input_as_output(sources: Sequence[Path | Remote], target: Path | Remote, *, name: str) -> None:
     """Raise where an output is the input, or contains it."""
     for source in sources:
-        if source.resolve().is_relative_to(target.resolve()):
+        if isinstance(source, Remote) or isinstance(target, Remote):
+            same = isinstance(source, Remote) and isinstance(target, Remote) and f"{source}/".startswith(f"{target}/")
+        else:
+            same = source.resolve().is_relative_to(target.resolve())
+        if same:
             msg = f"{name} is or holds IN ({target}): choose another name, the input is not overwritten."
             raise ValueError(msg)
 
@@ -258,14 +264,20 @@ def _names(text: str) -> list[str]:
 class OutPath(click.Path):
     """A file or folder to write, whose name is possible and has one of the endings."""
 
-    def __init__(self, *endings: str) -> None:
+    def __init__(self, *endings: str, remote: bool = False) -> None:
         super().__init__(path_type=Path)
         self.endings = endings
+        self.remote = remote
+        """Whether it may be a URL"""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Read it."""
         if value == "-" and "-" in self.endings:
             return Path(value)
+        if is_url(value):
+            if self.remote:
+                return located(value)
+            self.fail(f"{shown(value)!r} is a URL: name a path on this machine.", param, ctx)
         try:
             name = param.human_readable_name if param is not None else "path"
             _keys.check_output(name, value, endings=tuple(e for e in self.endings if e != "-"))
@@ -274,8 +286,20 @@ class OutPath(click.Path):
         return super().convert(value, param, ctx)
 
 
-SOURCE_PATH = click.Path(exists=True, path_type=Path)
+class SourcePath(click.Path):
+    """A file or folder that exists, or a URL."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read it."""
+        return located(value) if is_url(value) else super().convert(value, param, ctx)
+
+
+SOURCE_PATH = SourcePath()
 OUT_PATH = OutPath()
+OUT_PLACE = OutPath(remote=True)
 OUT_STORE = OutPath("", ".zarr")
 OUT_FIGURE = OutPath(".png", ".pdf", ".svg")
 

@@ -1,14 +1,25 @@
-"""Arguments of a call, as they are stored in ``uns``."""
+"""Arguments and provenance of a call, as they are stored in ``uns``."""
 
 from __future__ import annotations
 
 import numbers
 import re
 from collections.abc import Collection, Mapping
+from importlib.metadata import version
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+
+from histosge import _keys
+from histosge._remote import Remote, is_url, located
+from histosge._section import refuse_read_only
+
+if TYPE_CHECKING:
+    from histosge._embedding import Embedder
+    from histosge._geometry import Targets
+    from histosge._model import Model
 
 _ELSEWHERE = ("sdata", "options", "store", "inplace", "progress")
 """Arguments that are not recorded: the input, the destination of the result, and what is shown."""
@@ -41,6 +52,61 @@ def recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(found.get("encoder", ""), str):  # joined encoders have one name
         found["encoder"] = "+".join(found["encoder"])
     return found
+
+
+def check_call(arguments: dict[str, Any]) -> None:
+    """Raise where arguments of :func:`histosge.tl.predict` are wrong or contradict each other, whatever the section."""
+    sdata, model, dense = arguments["sdata"], arguments["model"], arguments["dense"]
+    if isinstance(sdata, str | PathLike):
+        msg = (
+            f"sdata={str(sdata)!r} is a path: open it with `sge.io.read`, or pass a list of paths with store=, the "
+            "folder of the results."
+        )
+        raise TypeError(msg)
+    if model is not None and not hasattr(model, "fingerprint"):
+        msg = f"model={model!r} is no fitted model: pass that of `sge.tl.fit`, or `sge.Model.load(path)`."
+        raise TypeError(msg)
+    if model is not None and dense not in (None, model.config.dense):
+        msg = f"dense={dense!r}, but the model was trained with dense={model.config.dense!r}. Leave dense= out."
+        raise ValueError(msg)
+    if is_url(arguments["store"]) and isinstance(place := located(arguments["store"]), Remote):
+        refuse_read_only(place)
+    _keys.check("key_added", arguments["key_added"])
+    given = {k: arguments[k] for k in ("upsample", "bin_um", "target_key") if arguments[k] is not None}
+    if len(given) > 1:
+        several = " and ".join(f"{k}={v!r}" for k, v in given.items())
+        msg = f"{several} are ways to say where to predict: pass one of them."
+        raise ValueError(msg)
+    if arguments["target_key"] is None and arguments["on_invalid"] != "raise":
+        msg = (
+            f"on_invalid={arguments['on_invalid']!r} is for the shapes of target_key=: pass that as well, or leave "
+            "on_invalid= out."
+        )
+        raise ValueError(msg)
+
+
+def provenance(
+    embedder: Embedder, targets: Targets, model: Model, *, seed: int | str, layer: str | None
+) -> dict[str, Any]:
+    """Provenance of a predicted table, for ``uns``."""
+    section = embedder.section
+    return {
+        **embedder.provenance,
+        "head": model.head,
+        "held_out": cast("dict[str, Any]", model.held_out),
+        **model.info,
+        "seed": seed,
+        **({"spots": section.spots_key, "table": section.table_key} if section.measured else {}),
+        **({"training": {c: v.to_numpy() for c, v in model.training.items()}} if len(model.training) else {}),
+        **({} if layer is None else {"layer": layer}),
+        "coordinate_system": section.coordinate_system,
+        "technology": section.technology,
+        "mpp_source": section.mpp_source,
+        "input": section.values.input,
+        "tissue": targets.tissue,
+        "unit": model.info.get("unit", section.values.unit),
+        "versions": {name: version(name) for name in ("histosge", "torch", "spatialdata", "anndata")},
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import nullcontext
-from importlib.metadata import version
 from time import time
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from histosge import _keys
 from histosge._embedding import Embedder, Forecast
-from histosge._heads import AnyHead, default_head, head_digest, learns_sub_spots
+from histosge._heads import AnyHead, default_head, head_digest, head_name, learns_sub_spots
 from histosge._model import (
     Predictor,
     check_arguments,
@@ -25,6 +24,7 @@ from histosge._model import (
     write_parts,
 )
 from histosge._options import FitOptions, Reading, Running, expand, pick
+from histosge._readers import are_many
 from histosge._section import (
     commit,
     is_measured,
@@ -37,24 +37,28 @@ from histosge._section import (
     smaller_than_spot,
 )
 from histosge._settings import logger, seeded
-from histosge.tl._params import recorded
+from histosge.tl._params import check_call, provenance, recorded
+from histosge.tl._predict_many import predict_many
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
+    import pandas as pd
     from anndata import AnnData
     from numpy.typing import NDArray
     from spatialdata import SpatialData
+    from upath import UPath
 
-    from histosge._geometry import Targets
     from histosge._heads import Head
     from histosge._model import Model
+    from histosge._remote import Place
     from histosge._section import Section
 
 
 @expand(FitOptions)
 def predict(
-    sdata: SpatialData,
+    sdata: SpatialData | Iterable[SpatialData | str | Path | UPath] | Mapping[str, SpatialData | str | Path | UPath],
     *,
     head: str | type[Head] | Head | None = None,
     head_options: dict[str, Any] | None = None,
@@ -67,10 +71,10 @@ def predict(
     on_invalid: str = "raise",
     conserve: bool = False,
     key_added: str = "histosge",
-    store: str | Path | None = None,
+    store: str | Path | UPath | None = None,
     inplace: bool = True,
     **options: Unpack[FitOptions],
-) -> AnnData | None:
+) -> AnnData | pd.DataFrame | None:
     """Predict expression between the spots, or at any targets, from the H&E image and the measured spots.
 
     Lays the targets, embeds them, trains the head and writes the table. Existing embeddings with the same settings
@@ -79,7 +83,9 @@ def predict(
     Parameters
     ----------
     sdata
-        Section with an H&E image and measured spots; with ``model=``, an image is enough.
+        Section with an H&E image and measured spots; with ``model=``, an image is enough. Or a list of sections, each
+        a ``SpatialData`` or a path or URL (as for :func:`histosge.io.read`), which is opened when its turn comes. A
+        section has the name of its path; ``{name: section}`` gives others.
     image_key, spots_key, table_key, layer, coordinate_system
     mpp
         µm per pixel of the image. ``None`` takes what the file states, else what follows from the pitch of the spots. A
@@ -123,16 +129,18 @@ def predict(
     store
         Folder to write to, ``"NAME.zarr"``, part by part: memory then does not grow with the number of targets. An
         interrupted run continues where it stopped if it is started again with the same arguments. ``None`` writes into
-        ``sdata``.
+        ``sdata``. With a list, the folder of the stores, which it needs. A URL such as ``"s3://BUCKET/NAME.zarr"`` is
+        written too: the store is made in a local folder (the environment variable ``HISTOSGE_STORES``, else in the
+        system's cache folder), where an interrupted run continues, and is copied when it is complete.
     device, batch_size, rng, progress
     inplace
-        Whether to write into ``sdata``, or to return the table and write nothing.
+        Whether to write into ``sdata``, or to return the table and write nothing. Not for a list.
 
     Returns
     -------
-    ``None``, or with ``inplace=False`` the table. Written into ``sdata``, or with ``store`` into a ``SpatialData`` of
-    its own (:func:`spatialdata.read_zarr`); ``inplace=False`` then returns a lazy table, whose ``X`` and layers are
-    read on demand:
+    ``None``, with ``inplace=False`` the table, or for a list its summary (see *Notes*). Written into ``sdata``, or with
+    ``store`` into a ``SpatialData`` of its own (:func:`spatialdata.read_zarr`); ``inplace=False`` then returns a lazy
+    table, whose ``X`` and layers are read on demand:
 
     ``sdata.shapes["{key_added}_targets"]``
         Circles or squares, as from :func:`histosge.pp.targets`; not with ``target_key``.
@@ -164,7 +172,8 @@ def predict(
         Where the section cannot be read, an argument is out of range, histosge did not write an existing ``key_added``,
         or the encoder has no tokens for ``dense``. ``sdata`` is then unchanged.
     TypeError
-        Where ``head`` is no head; with ``store``, also where it is an object that cannot be pickled.
+        Where ``head`` is no head or ``model`` no model; with ``store``, also where ``head`` is an object that cannot be
+        pickled.
     MemoryError
         Where the table would not fit in memory; before the work starts.
     FileExistsError
@@ -177,6 +186,16 @@ def predict(
     Prediction intervals, at any level, are computed afterwards: :func:`histosge.tl.intervals`. With ``model=`` they are
     calibrated on the sections that it learnt from. Where nothing was measured there are none, since they would be too
     narrow.
+
+    A list is predicted one section after the other, with the encoder loaded once, each to ``{store}/{name}.zarr``.
+    Without ``model=``, each section is fitted on its own. The summary is a ``DataFrame`` with a row for each section:
+    ``section``, ``store``, ``n_targets`` and ``n_genes`` (Int64), ``scores`` (``"held-out"``, or ``"image only"`` where
+    nothing was measured), ``held_out_pcc`` (float64, mean over genes; of the sections of the model with ``model=``),
+    ``seconds`` (float64), ``error`` and ``source`` (the path). The file ``{store}/summary.csv`` has the same columns,
+    for all sections that were predicted into the folder. A section that fails does not stop the others: its message is
+    in ``error``, and logged. The same call again predicts what is missing. A finished store is left as it is. If it was
+    made by another model, with other arguments or from another path, this is an error of its section; a section that
+    was changed in its place is not noticed: remove its store.
 
     The kind of values in a table is detected and logged: counts, corrected counts, or their logarithms (of any base) or
     square roots, which are converted. Where ``var`` has feature types, only "Gene Expression" is used. ``sge.tl.fit``
@@ -193,21 +212,35 @@ def predict(
     >>> sdata.tables["histosge"].n_vars
     20
     """
-    params = recorded(locals())
+    arguments = dict(locals())
+    params = recorded(arguments)
+    check_call(arguments)
+    if are_many(sdata):
+        return predict_many(cast("Any", sdata), predict=_predict_section, params=params, arguments=arguments)
+    return _predict_section(**arguments, params=params)
+
+
+def _predict_section(
+    sdata: SpatialData,
+    *,
+    head: AnyHead | None,
+    head_options: dict[str, Any] | None,
+    model: Model | None,
+    upsample: int | None,
+    bin_um: float | None,
+    target_key: str | None,
+    dense: bool | None,
+    tissue: str,
+    on_invalid: str,
+    conserve: bool,
+    key_added: str,
+    store: Place | None,
+    inplace: bool,
+    options: FitOptions,
+    params: dict[str, Any],
+) -> AnnData | None:
+    """Predict one section; ``params`` are the arguments as they are recorded."""
     start = time()
-    _keys.check("key_added", key_added)
-    given = {
-        k: v for k, v in {"upsample": upsample, "bin_um": bin_um, "target_key": target_key}.items() if v is not None
-    }
-    if len(given) > 1:
-        several = " and ".join(f"{k}={v!r}" for k, v in given.items())
-        msg = f"{several} are ways to say where to predict: pass one of them."
-        raise ValueError(msg)
-    if target_key is None and on_invalid != "raise":
-        msg = (
-            f"on_invalid={on_invalid!r} is for the shapes of target_key=: pass that as well, or leave on_invalid= out."
-        )
-        raise ValueError(msg)
     reading = pick(options, Reading)
     encoder, tile_um = options["encoder"], options["tile_um"]
     genes, n_folds, rng = options["genes"], options["n_folds"], options["rng"]
@@ -243,9 +276,6 @@ def predict(
     run = pick(options, Running)
     learn: dict[str, Any] = {}
     if model is not None:
-        if dense not in (None, model.config.dense):
-            msg = f"dense={dense!r}, but the model was trained with dense={model.config.dense!r}. Leave dense= out."
-            raise ValueError(msg)
         embedder = Embedder.of_model(section, model.config, encoder, **run)
         n_genes = len(model.genes)
     else:
@@ -264,11 +294,14 @@ def predict(
         if inplace:
             commit(sdata, shapes=shapes, tables={key_added: None}, dry_run=True)  # raise before the work, not after it
 
+    about: dict[str, Any] = {"params": params}
     settled = {"model": model.fingerprint()} if model is not None else {"seed": seed, **learn}
     parts = None
     if store is not None:
         if model is None:
             settled["head"] = head_digest(learn["head"])
+            if settled["head"] != head_name(learn["head"]):  # an object, of which params has the name only
+                about["head_digest"] = settled["head"]
         parts = open_store(store, embedder, targets, name=key_added, params=settled | {"conserve": conserve})
     with parts or nullcontext():  # at the end, also after an error, another process may continue the store
         forecast = Forecast(0 if parts is None else parts.n_rows_left, alternative=model is None)
@@ -284,7 +317,7 @@ def predict(
                 at_spots, model = save_fitted(parts, at_spots, model)
         predictor = Predictor.of(
             model, embedder, targets, at_spots, conserve=conserve,
-            provenance={**_provenance(embedder, targets, model, seed=seed, layer=reading["layer"]), "params": params},
+            provenance={**provenance(embedder, targets, model, seed=seed, layer=reading["layer"]), **about},
         )  # fmt: skip
         if parts is not None:
             own_shapes = None if targets.laid else sdata.shapes[targets.key].loc[targets.instances]
@@ -339,26 +372,3 @@ def _check_unit(model: Model, section: Section) -> None:
             "read together. Name the layer that holds the counts, layer=."
         )
         raise ValueError(msg)
-
-
-def _provenance(
-    embedder: Embedder, targets: Targets, model: Model, *, seed: int | str, layer: str | None
-) -> dict[str, Any]:
-    section = embedder.section
-    return {
-        **embedder.provenance,
-        "head": model.head,
-        "held_out": cast("dict[str, Any]", model.held_out),
-        **model.info,
-        "seed": seed,
-        **({"spots": section.spots_key, "table": section.table_key} if section.measured else {}),
-        **({"training": {c: v.to_numpy() for c, v in model.training.items()}} if len(model.training) else {}),
-        **({} if layer is None else {"layer": layer}),
-        "coordinate_system": section.coordinate_system,
-        "technology": section.technology,
-        "mpp_source": section.mpp_source,
-        "input": section.values.input,
-        "tissue": targets.tissue,
-        "unit": model.info.get("unit", section.values.unit),
-        "versions": {name: version(name) for name in ("histosge", "torch", "spatialdata", "anndata")},
-    }
