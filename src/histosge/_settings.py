@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("histosge")
 _LARGEST_SEED = 2**32 - 1
+_FOLDERS = {
+    "cache_dir": "HISTOSGE_CACHE or the system's cache folder",
+    "exchange_dir": "histosge/exchange in the system's cache folder",
+}
+"""Settings that are folders, and what ``None`` means"""
 
 
 class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
@@ -105,6 +110,11 @@ class Settings:
         or of the container or job.
     part_rows
         Rows of a table that are read or written at a time. Half a gigabyte where a store is predicted, for 1000 genes.
+    dask
+        Whether work goes to the workers of an active dask ``Client``. Without a ``Client`` it has no effect.
+    exchange_dir
+        Folder in which data travel to the workers of dask; this process and all workers must see it. ``None`` takes
+        ``histosge/exchange`` in the system's cache folder, which is often in the home folder of a cluster.
 
     Examples
     --------
@@ -121,6 +131,8 @@ class Settings:
     cache_gb: float = 20.0
     memory_gb: float | None = None
     part_rows: int = 32_768
+    dask: bool = True
+    exchange_dir: str | Path | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         names = [f.name for f in fields(self)]
@@ -136,11 +148,11 @@ class Settings:
         if name == "precision" and value not in (None, "float32", "bfloat16"):
             msg = f"settings.precision={value!r}: choose 'float32', 'bfloat16', or None for the device's own."
             raise ValueError(msg)
-        if name == "cache_dir" and value is not None and (not isinstance(value, str | Path) or not str(value).strip()):
-            msg = (
-                f"settings.cache_dir={value!r} is not a folder. Pass a str or a Path, or None for HISTOSGE_CACHE or "
-                "the system's cache folder."
-            )
+        if name in _FOLDERS and value is not None and (not isinstance(value, str | Path) or not str(value).strip()):
+            msg = f"settings.{name}={value!r} is not a folder. Pass a str or a Path, or None for {_FOLDERS[name]}."
+            raise ValueError(msg)
+        if name == "dask" and not isinstance(value, bool):
+            msg = f"settings.dask={value!r}: choose True (use the active Client of dask) or False."
             raise ValueError(msg)
         if name == "cache_gb" and not (is_number(value) and value >= 0):
             msg = f"settings.cache_gb={value!r}: choose a number of gigabytes, such as 20, or 0 to turn the cache off."

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from histosge._embedding._embed import block_edge_px, embed
     from histosge._embedding._embedder import Embedder, SpotParts
     from histosge._embedding._forecast import Forecast, in_words, name_device
+    from histosge._embedding._on_workers import EmbedderPlan
 
 _FILES = {
     "_cache": ("EmbeddingCache", "cache_folder", "open_cache"),
@@ -26,6 +27,7 @@ _FILES = {
     "_embed": ("block_edge_px", "embed"),
     "_embedder": ("Embedder", "SpotParts"),
     "_forecast": ("Forecast", "in_words", "name_device"),
+    "_on_workers": ("EmbedderPlan",),
 }
 _FILE = {name: file for file, names in _FILES.items() for name in names}
 

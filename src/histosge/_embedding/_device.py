@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from histosge._cluster import active_client, device_of_workers
 from histosge._settings import logger, settings
 
 if TYPE_CHECKING:
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """Choose where to compute: the argument, else ``settings.device``, else a GPU if there is one, else the CPU."""
+    """Choose where to compute: the argument, else ``settings.device``, else a GPU if there is one, else the CPU.
+
+    With a ``Client`` of dask it is the CPU: its workers choose their own device, and this process only shares out work.
+    """
+    if active_client() is not None:
+        return torch.device("cpu")
     wanted = device if device is not None else settings.device
     if wanted is None:
         if torch.cuda.is_available():
@@ -39,6 +45,19 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         )
         raise ValueError(msg)
     return found
+
+
+def embedding_device(device: str | torch.device | None) -> torch.device:
+    """Return the device that embeds: of this process, or with a ``Client`` of dask the kind that its workers have."""
+    client = active_client()
+    if client is None:
+        return resolve_device(device)
+    wanted = device if device is not None else settings.device
+    return torch.device(device_of_workers(client, _kind, None if wanted is None else str(wanted)))
+
+
+def _kind(device: str | None) -> str:
+    return resolve_device(device).type
 
 
 def _on_device(block: Any, device: torch.device) -> Tensor:

@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from histosge import _keys
+from histosge._cluster import active_client, on_workers
 from histosge._embedding._config import EmbeddingConfig, load_for, load_of_model
-from histosge._embedding._device import resolve_device
+from histosge._embedding._device import embedding_device, resolve_device
 from histosge._embedding._embed import block_edge_px, embed
 from histosge._embedding._forecast import Forecast
+from histosge._embedding._on_workers import EmbedderPlan, check_on_disk, embed_part, parts_of
 from histosge._encoders import split_encoder
-from histosge._geometry import Footprints, Targets, divide
+from histosge._geometry import Footprints, Targets, block_order, divide
 from histosge._section import Section, find_embedding, own_spots
-from histosge._settings import is_whole, logger, settings
+from histosge._settings import is_whole, logger, progress_bar, settings
 
 if TYPE_CHECKING:
     import torch
+    from distributed import Client
     from numpy.typing import NDArray
 
 _LARGEST_BATCH = 65_536
@@ -57,6 +60,8 @@ class Embedder:
     batch_size: int = 64
     """Tiles per forward pass"""
     progress: bool | None = None
+    wanted: str | None = None
+    """Device that the user asked for: each worker of dask chooses by it"""
 
     def __post_init__(self) -> None:
         if not (is_whole(self.batch_size) and 1 <= self.batch_size <= _LARGEST_BATCH):
@@ -77,9 +82,8 @@ class Embedder:
     ) -> Self:
         """Load the encoder, unless it is loaded, and make the config."""
         loaded = load_for(section, encoder, dense=dense)
-        computes_on = resolve_device(device)
-        config = EmbeddingConfig.of(loaded, tile_um=tile_um, dense=dense, device=computes_on)
-        return cls(section, loaded, config, computes_on, batch_size, progress)
+        config = EmbeddingConfig.of(loaded, tile_um=tile_um, dense=dense, device=embedding_device(device))
+        return cls._on(section, loaded, config, device=device, batch_size=batch_size, progress=progress)
 
     @classmethod
     def of_model(
@@ -94,8 +98,17 @@ class Embedder:
     ) -> Self:
         """Embed with the config of a fitted model; ``encoder`` may be the loaded encoder of the model."""
         loaded = load_of_model(section, encoder, config)
-        computes_on = resolve_device(device)
-        return cls(section, loaded, config.on(computes_on, loaded), computes_on, batch_size, progress)
+        config = config.on(embedding_device(device), loaded)
+        return cls._on(section, loaded, config, device=device, batch_size=batch_size, progress=progress)
+
+    @classmethod
+    def _on(cls, section: Section, encoder: Any, config: EmbeddingConfig, *, device: Any, **run: Any) -> Self:
+        if active_client() is not None:
+            check_on_disk(section)
+        wanted = device if device is not None else settings.device
+        return cls(
+            section, encoder, config, resolve_device(device), wanted=None if wanted is None else str(wanted), **run
+        )
 
     @property
     def block_edge_px(self) -> float:
@@ -137,14 +150,16 @@ class Embedder:
                 forecast.existing(len(targets))
             return found
         start = time()
-        log("embedding %d locations with %s on %s", len(targets), name, self.device)
-        values = self._embed(
-            targets.xy_px,
-            targets.footprints if self.config.dense else None,
-            progress=False if quiet else self.progress,
-            report=not quiet,
-            forecast=forecast,
-        )
+        client = active_client()
+        log("embedding %d locations with %s on %s", len(targets), name, self.device if client is None else "dask")
+        footprints = targets.footprints if self.config.dense else None
+        progress = False if quiet else self.progress
+        if client is None:
+            values = self.embed_locations(
+                targets.xy_px, footprints, progress=progress, report=not quiet, forecast=forecast
+            )
+        else:
+            values = self._on_workers(client, targets.xy_px, footprints, progress=progress)
         log("    finished (%.0f s)", time() - start)
         return values
 
@@ -180,7 +195,12 @@ class Embedder:
         section = self.section
         edge_px = max(_EDGE_PER_SPOT * section.spot_um, self.config.token_um or 0.0) / section.mpp
         xy_px, index, weight = divide(section.footprints, edge_px=edge_px)
-        values = self._embed(xy_px, Footprints.squares(xy_px, edge_px=edge_px), progress=False)
+        squares = Footprints.squares(xy_px, edge_px=edge_px)
+        client = active_client()
+        if client is None:
+            values = self.embed_locations(xy_px, squares, progress=False)
+        else:
+            values = self._on_workers(client, xy_px, squares, progress=False)
         return SpotParts(values, xy_px, index, weight.astype(np.float32))
 
     def warn_below_token(self, targets: Targets) -> None:
@@ -195,7 +215,26 @@ class Embedder:
                 "bins" if targets.are_bins else "targets", size_um, self.config.name, token_um,
             )  # fmt: skip
 
-    def _embed(
+    def _on_workers(
+        self, client: Client, xy_px: NDArray[np.float64], footprints: Footprints | None, *, progress: bool | None
+    ) -> NDArray[np.float32]:
+        """Embed locations on the workers of dask, a few blocks of the image in a task."""
+        order = block_order(xy_px, block_px=self.block_edge_px, origin_px=(0.0, 0.0))
+        parts = parts_of(xy_px, order=order, block_px=self.block_edge_px)
+        items = [(xy_px[rows], None if footprints is None else footprints.take(rows)) for rows in parts]
+        out: NDArray[np.float32] | None = None
+        plan = EmbedderPlan.of(self)
+        name = f"embedding with {self.config.name}"
+        with progress_bar(desc=name, total=len(xy_px), unit="location", show=progress) as bar:
+            for i, values in on_workers(
+                embed_part, items, client=client, plan=plan, opens=EmbedderPlan.open, name="histosge_embed"
+            ):
+                out = np.empty((len(xy_px), values.shape[1]), np.float32) if out is None else out
+                out[parts[i]] = values
+                bar.update(len(parts[i]))
+        return self.embed_locations(xy_px, footprints, progress=False) if out is None else out
+
+    def embed_locations(
         self,
         xy_px: NDArray[np.float64],
         footprints: Footprints | None,
@@ -203,7 +242,7 @@ class Embedder:
         forecast: Forecast | None = None,
         **how: Any,
     ) -> NDArray[np.float32]:
-        """Embed locations with each encoder. The forecast of the run is that of the first encoder."""
+        """Embed locations (n, 2) here, with each encoder. The forecast of the run is that of the first encoder."""
         own = None if forecast is None else Forecast(len(xy_px), alternative=forecast.alternative)
         values = [
             embed(

@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from histosge._encoders._hub import OPEN, PAGES, EncoderAccessError, commit, weights_kept
-from histosge._encoders._load import JoinedEncoder, known_spec, load_encoder, split_encoder
+from histosge._encoders._load import JoinedEncoder, known_spec, load_encoder, loaded_by, split_encoder
 from histosge._encoders._spec import IMAGENET_MEAN, IMAGENET_STD, EncoderSpec
 from histosge._encoders._table import (
     ALIASES,

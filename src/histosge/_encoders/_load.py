@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from histosge._encoders._spec import EncoderSpec
 from histosge._encoders._table import BUILT_IN, built_in, close_names, find_name, listed_spec
@@ -11,6 +12,9 @@ from histosge._options import DEFAULT_ENCODER
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+_LOADED_BY: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+"""Arguments that each encoder was loaded with, where it was loaded by name"""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,29 @@ def load_encoder(
             "out."
         )
         raise ValueError(msg)
-    name = find_name(encoder)
+    found = _by_name(
+        encoder, find_name(encoder), given, weights=weights, revision=revision, mpp=mpp, trusted=trust_remote_code
+    )
+    arguments = {"weights": weights, "revision": revision, "mpp": mpp, "trust_remote_code": trust_remote_code or None}
+    _LOADED_BY[found] = {"encoder": encoder} | {k: v for k, v in arguments.items() if v is not None}
+    return found
+
+
+def loaded_by(encoder: Any) -> dict[str, Any] | None:
+    """Arguments of :func:`load_encoder` that load a single encoder again, in any process; ``None`` for an object."""
+    return _LOADED_BY.get(encoder)
+
+
+def _by_name(
+    encoder: str,
+    name: str | None,
+    given: list[str],
+    *,
+    weights: str | Path | None,
+    revision: str | None,
+    mpp: float | None,
+    trusted: bool,
+) -> Any:
     if name in BUILT_IN:
         if given:
             msg = f"encoder={name!r} is built in: it takes no weights=, revision= or mpp=; not {', '.join(given)}."
@@ -105,7 +131,7 @@ def load_encoder(
 
         known = listed_spec(name)
         known = known if mpp is None else replace(known, mpp=float(mpp), mpp_source="given")
-        return load_registered(known, weights=weights, revision=revision, trusted=trust_remote_code)
+        return load_registered(known, weights=weights, revision=revision, trusted=trusted)
     from histosge._encoders._timm import is_timm, load_timm
 
     timm_name = encoder.removeprefix("timm:").replace("hf_hub:", "hf-hub:")

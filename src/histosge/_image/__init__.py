@@ -20,5 +20,5 @@ from histosge._image._colour import (
     white_value,
     ycbcr_to_rgb,
 )
-from histosge._image._lazy import LazyImage, UInt8, snap_scale
+from histosge._image._lazy import LazyImage, UInt8, computed, snap_scale
 from histosge._image._tiles import Block, batches, blocks, cut, prefetch, tile_blocks

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from histosge._image._lazy import computed
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -131,12 +133,12 @@ def sample(data: Any, white: float = 255.0) -> NDArray[Any]:
         for column in columns:
             high, wide = chunks[1][row], chunks[2][column]
             if high * wide * len(data) * data.dtype.itemsize <= _LARGEST_CHUNK:
-                part = np.asarray(data.blocks[:, row, column])  # one chunk, read once
+                part = computed(data.blocks[:, row, column])  # one chunk, read once
                 step = max(1, max(high, wide) // 128)
                 part = part[:, ::step, ::step]
             else:
                 y, x = starts[0][row] + high // 2, starts[1][column] + wide // 2
-                part = np.asarray(data[:, max(y - 128, 0) : y + 128 : 2, max(x - 128, 0) : x + 128 : 2])
+                part = computed(data[:, max(y - 128, 0) : y + 128 : 2, max(x - 128, 0) : x + 128 : 2])
             parts.append(part.reshape(len(part), -1))
     seen = np.concatenate(parts, axis=1)
     lit = (seen[:3].max(0) > _BLACK * white / 255).mean()
@@ -180,5 +182,5 @@ def is_opacity(values: NDArray[Any], opaque: float) -> bool:
 def spread(data: Any, channels: Sequence[int]) -> NDArray[Any]:
     """Pixels (c, n) of some channels at regular steps over the whole image, which is read once."""
     step = max(1, max(data.shape[1:]) // 1000)
-    part = np.asarray(data[:, ::step, ::step])[list(channels)]
+    part = computed(data[:, ::step, ::step])[list(channels)]
     return part.reshape(len(part), -1)

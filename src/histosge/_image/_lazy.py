@@ -25,6 +25,11 @@ def snap_scale(scale: float) -> float:
     return 1.0 if abs(scale - 1) < _SAME_SCALE else scale
 
 
+def computed(part: Any) -> NDArray[Any]:
+    """Read a part of an image in this process: a ``Client`` of dask would send it to its workers, and may wait for itself."""
+    return np.asarray(part.compute(scheduler="threads") if hasattr(part, "compute") else part)
+
+
 @dataclass(frozen=True)
 class LazyImage:
     """An RGB image on disk or in memory, read by regions as uint8."""
@@ -58,7 +63,7 @@ class LazyImage:
         right, bottom = min(x1, self.width_px), min(y1, self.height_px)
         if right <= left or bottom <= top:
             return np.full((3, y1 - y0, x1 - x0), WHITE, np.uint8)
-        inside = self._to_rgb8(np.asarray(self.data[:, top:bottom, left:right]))
+        inside = self._to_rgb8(computed(self.data[:, top:bottom, left:right]))
         if inside.shape[1:] == (y1 - y0, x1 - x0):
             return inside
         out = np.full((3, y1 - y0, x1 - x0), WHITE, np.uint8)

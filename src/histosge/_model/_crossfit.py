@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from scipy import stats
 
+from histosge._cluster import active_client, on_workers
+from histosge._embedding import resolve_device
 from histosge._heads import AnyHead, Head, Queries, Spots, get_head, head_name, new_head, parts_of, side_by_side
-from histosge._settings import logger
+from histosge._settings import logger, progress_bar
 from histosge._statistics import correlation
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ def cross_fit(
     options: dict[str, Any] | None = None,
     progress: bool | None = None,
     final: bool = True,
+    worker_device: str | None = None,
 ) -> CrossFit:
     """Fit one head per fold on the spots outside it, and predict the spots inside it from the others.
 
@@ -69,41 +72,103 @@ def cross_fit(
         Whether to show progress bars.
     final
         Whether to fit the heads for new targets as well.
+    worker_device
+        Where workers of dask fit; by default each chooses.
     """
     names = parts_of(head)
-    arguments = {names[0]: options or {}} if len(names) == 1 else options or {}
-    device = spots.embedding.device
     folds = np.unique(fold)
-    parts = {name: np.zeros(spots.expression.shape, np.float32) for name in names}
-    losses: dict[tuple[str, int], Sequence[float]] = {}
-
-    def fit(name: str, left_out: int | None, seed: int) -> Head | None:
-        """Fit without the fold ``left_out`` and predict it, or fit on all spots."""
-        made = new_head(name if isinstance(head, str) else head, arguments.get(name, {}))
-        task_rng = np.random.default_rng(seed)  # tasks run side by side: each has a source of its own
-        if left_out is None:
-            return made.fit(spots, rng=task_rng, progress=progress)
-        known = spots.take(torch.as_tensor(np.flatnonzero(fold != left_out), device=device))
-        rows = np.flatnonzero(fold == left_out)
-        made = made.fit(known, rng=task_rng, progress=progress)
-        hidden = Queries.of(spots.take(torch.as_tensor(rows, device=device)), hidden=False)
-        parts[name][rows] = made.predict(hidden, context=known).clamp_min(0).cpu().numpy()
-        if len(made.losses):
-            losses[name, left_out] = made.losses
-        return made if made.ensembles_folds and final else None
-
     fits: list[tuple[str, int | None]] = [(name, int(number)) for number in folds for name in names]
     fits += [(name, None) for name in names if final and not get_head(name).ensembles_folds]
     seeds = rng.integers(2**63 - 1, size=len(fits)).tolist()
-    tasks = [partial(fit, name, left_out, seed) for (name, left_out), seed in zip(fits, seeds, strict=True)]
-    made = side_by_side(tasks, device=device, desc=f"fitting {head_name(head)}", progress=progress)
+    tasks = [_Fit(name, left_out, seed) for (name, left_out), seed in zip(fits, seeds, strict=True)]
+    plan = _Fits(
+        spots, head, {names[0]: options or {}} if len(names) == 1 else options or {}, fold, final, worker_device
+    )
+    done = _all(plan, tasks, progress=progress)
+
+    parts = {name: np.zeros(spots.expression.shape, np.float32) for name in names}
+    for task, each in zip(tasks, done, strict=True):
+        if each.held_out is not None:
+            parts[task.name][fold == task.left_out] = each.held_out
+    losses = {(t.name, t.left_out): each.losses for t, each in zip(tasks, done, strict=True) if t.left_out is not None}
     heads = [
-        (1 / len(names) / (1 if left_out is None else len(folds)), fitted)
+        (1 / len(names) / (1 if task.left_out is None else len(folds)), each.head)
         for name in names
-        for (fit_name, left_out), fitted in zip(fits, made, strict=True)
-        if fit_name == name and fitted is not None
+        for task, each in zip(tasks, done, strict=True)
+        if task.name == name and each.head is not None
     ]
-    return CrossFit(np.mean(list(parts.values()), axis=0), parts, fold, heads, dict(sorted(losses.items())))
+    losses = {key: values for key, values in sorted(losses.items()) if len(values)}
+    return CrossFit(np.mean(list(parts.values()), axis=0), parts, fold, heads, losses)
+
+
+@dataclass(frozen=True)
+class _Fits:
+    """What all fits share."""
+
+    spots: Spots
+    head: AnyHead
+    options: dict[str, Any]
+    """Arguments of each head, by name"""
+    fold: NDArray[np.int64]
+    final: bool
+    device: str | None = None
+    """Where a worker of dask fits; by default it chooses. Without dask, fits run where the spots are."""
+
+    def open(self) -> _Fits:
+        """Move the spots to the device, on a worker."""
+        return replace(self, spots=self.spots.to(resolve_device(self.device)))
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """One fit: without the spots of a fold, which it then predicts, or on all spots."""
+
+    name: str
+    left_out: int | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    head: Head | None
+    """Where the model keeps it"""
+    held_out: NDArray[np.float32] | None
+    """(m, n_genes) predicted expression of the fold"""
+    losses: Sequence[float] = ()
+
+
+def _all(plan: _Fits, tasks: Sequence[_Fit], *, progress: bool | None) -> list[_Fitted]:
+    """Run all fits: on the workers of dask if there is a ``Client``, else here."""
+    desc, client = f"fitting {head_name(plan.head)}", active_client()
+    if client is None:
+        here = [partial(_fit, plan, task, progress=progress) for task in tasks]
+        return side_by_side(here, device=plan.spots.embedding.device, desc=desc, progress=progress)
+    done: dict[int, _Fitted] = {}
+    with progress_bar(desc=desc, total=len(tasks), unit="fit", show=progress) as bar:
+        for i, fitted in on_workers(_fit_there, tasks, client=client, plan=plan, opens=_Fits.open, name="histosge_fit"):
+            done[i] = fitted
+            bar.update()
+    return [done[i] for i in range(len(tasks))]
+
+
+def _fit(plan: _Fits, task: _Fit, *, progress: bool | None = False) -> _Fitted:
+    made = new_head(task.name if isinstance(plan.head, str) else plan.head, plan.options.get(task.name, {}))
+    rng = np.random.default_rng(task.seed)  # fits run side by side: each has a source of its own
+    spots, device = plan.spots, plan.spots.embedding.device
+    if task.left_out is None:
+        return _Fitted(made.fit(spots, rng=rng, progress=progress), None)
+    inside = plan.fold == task.left_out
+    known = spots.take(torch.as_tensor(np.flatnonzero(~inside), device=device))
+    made = made.fit(known, rng=rng, progress=progress)
+    hidden = Queries.of(spots.take(torch.as_tensor(np.flatnonzero(inside), device=device)), hidden=False)
+    predicted = made.predict(hidden, context=known).clamp_min(0).cpu().numpy()
+    return _Fitted(made if made.ensembles_folds and plan.final else None, predicted, made.losses)
+
+
+def _fit_there(plan: _Fits, task: _Fit) -> _Fitted:
+    """Fit on a worker; what it returns lies on the processor."""
+    fitted = _fit(plan, task)
+    return fitted if fitted.head is None else replace(fitted, head=fitted.head.to("cpu"))
 
 
 @dataclass(frozen=True)
@@ -146,11 +211,14 @@ def compare(
     fold: NDArray[np.int64],
     chosen: Callable[[int], Bools],
     rng: np.random.Generator,
+    worker_device: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Score baselines on the same folds: mean PCC and MSE over the genes chosen on each fold's training spots."""
     found = {}
     for head in heads:
-        fitted = cross_fit(spots, head=head, fold=fold, rng=rng, progress=False, final=False)
+        fitted = cross_fit(
+            spots, head=head, fold=fold, rng=rng, progress=False, final=False, worker_device=worker_device
+        )
         found[head] = summary(fitted.held_out, spots.expression.cpu().numpy(), fold=fold, chosen=chosen)
         logger.debug("held-out PCC of %s: %.3f", head, found[head]["pcc"])
     return found

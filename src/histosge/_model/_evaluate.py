@@ -56,6 +56,7 @@ def evaluate(
     n_folds: int,
     rng: np.random.Generator,
     device: torch.device,
+    worker_device: str | None = None,
     head_options: dict[str, dict[str, Any]] | None = None,
     progress: bool | None = None,
 ) -> pd.DataFrame:
@@ -80,6 +81,7 @@ def evaluate(
                         # every head of a trial gets the same folds
                         rng=np.random.default_rng(seed),
                         device=device,
+                        worker_device=worker_device,
                         baselines=(),
                         head_options=(head_options or {}).get(head),
                         progress=False,

@@ -42,6 +42,7 @@ def fit_model(
     n_folds: int,
     rng: np.random.Generator,
     device: torch.device,
+    worker_device: str | None = None,
     sub_spots: Sequence[SpotParts] | None = None,
     baselines: Sequence[str] = BASELINES,
     head_options: dict[str, Any] | None = None,
@@ -49,7 +50,8 @@ def fit_model(
 ) -> Model:
     """Fit a head on every fold of the spots of one or more sections, and score it on the held-out spots.
 
-    ``sub_spots`` are the sub-spots of each section, for heads that learn from them. Arguments are checked by the
+    ``sub_spots`` are the sub-spots of each section, for heads that learn from them; workers of dask fit on
+    ``worker_device``. Arguments are checked by the
     caller: :func:`check_arguments`.
     """
     listed = _common_genes(sections)
@@ -66,7 +68,9 @@ def fit_model(
 
     name = head_name(head)
     logger.info("fitting %s on %d spots x %d genes, %d folds", name, len(spots), int(final.sum()), n_folds)
-    fitted = cross_fit(spots, head=head, fold=fold, rng=rng, options=head_options, progress=progress)
+    fitted = cross_fit(
+        spots, head=head, fold=fold, rng=rng, options=head_options, progress=progress, worker_device=worker_device
+    )
     measured = spots.expression.cpu().numpy()
 
     def chosen(left_out: int) -> NDArray[np.bool_]:
@@ -75,7 +79,7 @@ def fit_model(
     predicted = {name: fitted.held_out} | fitted.parts
     held_out = {each: summary(values, measured, fold=fold, chosen=chosen) for each, values in predicted.items()}
     others = [name for name in baselines if name not in held_out]
-    held_out |= compare(spots, heads=others, fold=fold, chosen=chosen, rng=rng)
+    held_out |= compare(spots, heads=others, fold=fold, chosen=chosen, rng=rng, worker_device=worker_device)
     if baselines:
         _report(name, held_out)
 

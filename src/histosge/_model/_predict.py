@@ -5,22 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from time import time
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 
+from histosge._cluster import active_client, on_workers
+from histosge._embedding import EmbedderPlan
 from histosge._geometry import block_order, spot_by_bin
 from histosge._image import thumbnail
 from histosge._model._files import MODEL_FILE, ModelError, read_file, write_file
 from histosge._model._model import Model
-from histosge._section import TableStore, predicted_table, shapes_element
+from histosge._section import PartWriter, TableStore, predicted_table, shapes_element
 from histosge._settings import available_memory, logger, progress_bar, settings
 from histosge._statistics import Conservation, noise_variance, shrinkage
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from anndata import AnnData
@@ -46,8 +50,8 @@ class Predictor:
     model: Model
     embedder: Embedder
     targets: Targets
-    context: Context
-    """Measured spots that the model predicts from"""
+    at_spots: NDArray[np.float32]
+    """(n, d) embeddings of the section's spots"""
     provenance: dict[str, Any]
     """What goes into ``uns``"""
     conservation: Conservation | None = None
@@ -64,9 +68,16 @@ class Predictor:
         conserve: bool = False,
     ) -> Self:
         """Compute what all parts share; ``at_spots`` are the embeddings (n, d) of the section's spots."""
-        context = model.context(embedder.section, at_spots, device=embedder.device)
-        conservation = _conservation(model, embedder, targets, context, at_spots) if conserve else None
-        return cls(model, embedder, targets, context, provenance, conservation)
+        predictor = cls(model, embedder, targets, at_spots, provenance)
+        if not conserve:
+            return predictor
+        conservation = _conservation(model, embedder, targets, predictor.context, at_spots)
+        return replace(predictor, conservation=conservation)
+
+    @cached_property
+    def context(self) -> Context:
+        """Measured spots that the model predicts from."""
+        return self.model.context(self.embedder.section, self.at_spots, device=self.embedder.device)
 
     @property
     def names(self) -> list[str]:
@@ -253,6 +264,8 @@ def write_parts(
 ) -> Path | Remote:
     """Predict and write each part that is missing, and finish the store.
 
+    With a ``Client`` of dask its workers predict and write them.
+
     Parameters
     ----------
     predictor
@@ -270,36 +283,90 @@ def write_parts(
     """
     targets, section = predictor.targets, predictor.embedder.section
     order = order_of_parts(predictor.embedder, targets)
-    finished = set(store.done)
     start = time()
     if not store.begun:
         shapes = shapes_element(section, targets.take(order)) if own_shapes is None else own_shapes
         store.begin(predictor.table(order), shapes={targets.key: shapes}, matrices=predictor.names)
         del shapes
+    left = [part for part in range(store.n_parts) if part not in store.done]
+    client = active_client()
+    if client is None:
+        written = _write_here(predictor, store, left, order=order, forecast=forecast)
+    else:
+        plan = _PartsPlan.of(predictor, store.writer, order)
+        tasks = on_workers(_write_part, left, client=client, plan=plan, opens=_PartsPlan.open, name="histosge_predict")
+        written = (left[i] for i, _ in tasks)
     with progress_bar(desc="predicting", total=len(targets), unit="target", show=predictor.embedder.progress) as bar:
-
-        def put(part: int, matrices: dict[str, NDArray[np.float32]]) -> None:
-            store.write(part, matrices)
-            bar.update(len(order[store.rows(part)]))
-
         bar.update(store.n_rows - store.n_rows_left)
-        # a part is written while the next one is predicted; no more than one waits, since it may take half a gigabyte
-        with ThreadPoolExecutor(1) as writer:
-            written: Future[None] | None = None
-            n_predicted = 0
-            for part in range(store.n_parts):
-                if part in finished:
-                    continue
-                n_predicted += 1
-                matrices = predictor.matrices(order[store.rows(part)], forecast=forecast)
-                if written is not None:
-                    written.result()
-                written = writer.submit(put, part, matrices)
-                del matrices  # only the writer holds it now: freed when it is written
-            if written is not None:
-                written.result()
-    logger.info("    predicted %d of %d parts (%.0f s)", n_predicted, store.n_parts, time() - start)
+        for part in written:
+            store.written(part)
+            bar.update(len(order[store.rows(part)]))
+    logger.info("    predicted %d of %d parts (%.0f s)", len(left), store.n_parts, time() - start)
     return store.finish(progress=predictor.embedder.progress)
+
+
+def _write_here(
+    predictor: Predictor,
+    store: TableStore,
+    left: Sequence[int],
+    *,
+    order: NDArray[np.int64],
+    forecast: Forecast | None,
+) -> Iterator[int]:
+    """Predict and write parts in this process; yield the number of each when it is on disk."""
+    # a part is written while the next one is predicted; no more than one waits, since it may take half a gigabyte
+    with ThreadPoolExecutor(1) as writer:
+        waiting: list[tuple[int, Future[None]]] = []
+        for part in left:
+            matrices = predictor.matrices(order[store.rows(part)], forecast=forecast)
+            for before, written in waiting:
+                written.result()
+                yield before
+            waiting = [(part, writer.submit(store.writer.write, part, matrices))]
+            del matrices  # only the writer holds it now: freed when it is written
+        for before, written in waiting:
+            written.result()
+            yield before
+
+
+@dataclass(frozen=True)
+class _PartsPlan:
+    """What a worker needs to predict and write parts of a store."""
+
+    model: Model
+    embedder: EmbedderPlan
+    targets: Targets
+    at_spots: NDArray[np.float32]
+    conservation: Conservation | None
+    writer: PartWriter
+    order: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, predictor: Predictor, writer: PartWriter, order: NDArray[np.int64]) -> Self:
+        model, section = predictor.model, predictor.embedder.section
+        if section.measured:  # the context is the section: the training spots stay here
+            model = replace(model, spots=model.spots.take(torch.empty(0, dtype=torch.long)))
+        embedder = EmbedderPlan.of(predictor.embedder, genes=model.context_genes if section.measured else None)
+        return cls(model, embedder, predictor.targets, predictor.at_spots, predictor.conservation, writer, order)
+
+    def open(self) -> _OpenParts:
+        self.writer.check()
+        embedder = self.embedder.open()
+        predictor = Predictor(self.model, embedder, self.targets, self.at_spots, {}, self.conservation)
+        return _OpenParts(predictor, self.writer, self.order)
+
+
+@dataclass(frozen=True)
+class _OpenParts:
+    """Predicts and writes parts of a store, on a worker."""
+
+    predictor: Predictor
+    writer: PartWriter
+    order: NDArray[np.int64]
+
+
+def _write_part(opened: _OpenParts, part: int) -> None:
+    opened.writer.write(part, opened.predictor.matrices(opened.order[opened.writer.rows(part)]))
 
 
 def _fingerprint(section: Section, targets: Targets) -> str:

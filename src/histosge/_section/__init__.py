@@ -22,6 +22,7 @@ from histosge._section._intervals import (
     refuse_foreign_layers,
 )
 from histosge._section._orientation import EVIDENCE_PX, check_orientation, likelier_orientation
+from histosge._section._part_writer import PartWriter
 from histosge._section._section import MIN_SPOTS, NEARLY_EMPTY, Section, column, read_image_only, read_section
 from histosge._section._store import TableStore
 from histosge._section._stored import StoredProvenance, open_group, open_table, read_provenance

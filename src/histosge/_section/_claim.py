@@ -39,7 +39,7 @@ _DEAD_AFTER_S = 300.0
 _SAME_START_S = 2.0
 _RUN = "run-"
 _OURS = re.compile(r"run-[0-9a-f]{12}(\.json(\.[0-9]+-[0-9a-f]{8}\.tmp)?)?")
-_LABEL = "histosge-run.txt"
+LABEL = "histosge-run.txt"
 """In every run folder that was claimed; a process that lost its folder may leave one without it."""
 _TEXT = "Unfinished work of histosge: the next run with the same arguments continues it, or remove the folder.\n"
 _OTHER_WAS_FASTER = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
@@ -142,7 +142,7 @@ class Claim:
         """Remove the working folder: the work is done."""
         self.check()
         self._sweep(_Owner.here())
-        (self.folder / _LABEL).unlink()  # in one step: what is left is nobody's
+        (self.folder / LABEL).unlink()  # in one step: what is left is nobody's
         self.release()
         _remove(self.folder)
         with suppress(OSError):
@@ -203,7 +203,7 @@ class Claim:
         draft = self._home.with_name(f".{self._home.name}.{self._id}")
         try:
             (draft / self.folder.name).mkdir(parents=True)
-            (draft / self.folder.name / _LABEL).write_text(_TEXT, encoding="utf-8")
+            (draft / self.folder.name / LABEL).write_text(_TEXT, encoding="utf-8")
             _write(draft / self._file.name, here)
             now = (draft / self._file.name).stat().st_mtime
             for file in there:
@@ -223,11 +223,11 @@ class Claim:
                 with suppress(FileNotFoundError):  # without the file it is free
                     if _is_alive(file, now=now, here=here):
                         raise RuntimeError(self._busy(_read(file), file.stat().st_mtime, here))
-            next((folder for folder in folders if (folder / _LABEL).exists()), folders[0]).rename(self.folder)
-            if not (self.folder / _LABEL).exists():  # half removed
+            next((folder for folder in folders if (folder / LABEL).exists()), folders[0]).rename(self.folder)
+            if not (self.folder / LABEL).exists():  # half removed
                 for left in self.folder.iterdir():
                     _remove(left)
-                (self.folder / _LABEL).write_text(_TEXT, encoding="utf-8")
+                (self.folder / LABEL).write_text(_TEXT, encoding="utf-8")
             os.utime(self._file)
         except BaseException:
             self._file.unlink(missing_ok=True)
@@ -257,7 +257,7 @@ def scratch(target: Path, *, what: str) -> Iterator[Path]:
     """
     with Claim(target.with_name(f".part.{target.name}"), what=what, remedy="choose another name") as claim:
         for left in claim.folder.iterdir():  # of a run that was killed
-            if left.name != _LABEL:
+            if left.name != LABEL:
                 _remove(left)
         try:
             yield claim.folder

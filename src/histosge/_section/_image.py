@@ -10,6 +10,7 @@ from histosge._image import (
     LazyImage,
     background,
     bits,
+    computed,
     is_grey,
     is_opacity,
     largest,
@@ -76,7 +77,7 @@ def thumbnail_of(sdata: SpatialData, key: str, system: str) -> Any:
         upright = np.allclose(matrix[:2, :2], np.diag(wanted), rtol=0.02, atol=0.02 * max(wanted))
         at_corner = np.abs(matrix[:2, 2]).max() <= 0.02 * max(image.sizes["x"], image.sizes["y"])
         if upright and at_corner and small.sizes["c"] in (3, 4):
-            return np.asarray(small.transpose("y", "x", "c").data)
+            return computed(small.transpose("y", "x", "c").data)
     return None
 
 

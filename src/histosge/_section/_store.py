@@ -15,6 +15,7 @@ import shutil
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,7 +26,7 @@ from histosge import _keys
 from histosge._atomic import naming, replacing
 from histosge._remote import Remote, located
 from histosge._section._claim import Claim
-from histosge._section._stored import matrices_of
+from histosge._section._part_writer import PARTS, STORE, PartWriter
 from histosge._section._upload import Upload
 from histosge._settings import logger
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 _MARKER = "histosge-store.json"
 """Holds what the run depends on."""
-_STORE, _PARTS, _WORK = "store.zarr", "parts", "work"
+_WORK = "work"
 _FORMAT = 3
 
 _CHUNK = (8192, 128)
@@ -64,7 +65,6 @@ class TableStore:
     """Where the store goes when it is complete, if not to ``path``"""
     done: set[int] = field(default_factory=set)
     """Parts that are on disk"""
-    _matrices: dict[str, zarr.Array[Any]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Place, *, name: str, params: dict[str, Any], n_rows: int, part_rows: int) -> TableStore:
@@ -92,8 +92,10 @@ class TableStore:
         place, upload = located(path), None
         if isinstance(place, Remote):
             upload = Upload.to(place)
-            place = upload.local
-        path = _keys.check_output("store", place, endings=("", ".zarr"))
+            path = upload.local
+        else:
+            _keys.check_output("store", str(path), endings=("", ".zarr"))
+            path = place
         _refuse_existing(path, upload)
         store = cls(path, name, n_rows, part_rows, _claim_of(path, upload), upload)
         try:
@@ -115,13 +117,11 @@ class TableStore:
         else:
             with replacing(marker) as draft:
                 draft.write_text(text, encoding="utf-8")
-        if self.begun:
-            self._open_matrices()
-        else:  # marks without arrays: the finished store was renamed, and is gone
-            shutil.rmtree(self._run_folder / _PARTS, ignore_errors=True)
-        for folder in (self._run_folder / _PARTS, self.folder):
+        if not self.begun:  # marks without arrays: the finished store was renamed, and is gone
+            shutil.rmtree(self._run_folder / PARTS, ignore_errors=True)
+        for folder in (self._run_folder / PARTS, self.folder):
             folder.mkdir(exist_ok=True)
-        self.done.update(int(mark.stem) for mark in (self._run_folder / _PARTS).glob("*.done"))
+        self.done.update(int(mark.stem) for mark in (self._run_folder / PARTS).glob("*.done"))
         if resumed:
             logger.info("resuming %s: %d of %d parts are there", self.path.name, len(self.done), self.n_parts)
 
@@ -166,11 +166,16 @@ class TableStore:
 
     @property
     def _zarr(self) -> Path:
-        return self._run_folder / _STORE
+        return self._run_folder / STORE
+
+    @cached_property
+    def writer(self) -> PartWriter:
+        """Writes parts, in this process or in another that sees the folder."""
+        return PartWriter(self.path, self._run_folder, self.name, self.n_rows, self.part_rows)
 
     def rows(self, part: int) -> slice:
         """Rows of a part in the table."""
-        return slice(part * self.part_rows, min((part + 1) * self.part_rows, self.n_rows))
+        return self.writer.rows(part)
 
     def begin(self, table: AnnData, *, shapes: dict[str, GeoDataFrame], matrices: Sequence[str]) -> None:
         """Write all but the matrices.
@@ -190,7 +195,7 @@ class TableStore:
             msg = f"table: it has {table.n_obs} rows, but the store has {self.n_rows}. Pass the table of all parts."
             raise ValueError(msg)
         self._claim.check()
-        draft = self._run_folder / f"{_STORE}.tmp"
+        draft = self._run_folder / f"{STORE}.tmp"
         shutil.rmtree(draft, ignore_errors=True)
         with (
             naming(self.path),
@@ -203,26 +208,19 @@ class TableStore:
             for key in matrices:
                 self._create(group if key == "X" else group.require_group("layers"), key, n_genes=table.n_vars)
         draft.rename(self._zarr)
-        self._open_matrices()
 
     def write(self, part: int, matrices: dict[str, NDArray[np.float32]]) -> None:
         """Write the rows of a part: all matrices that the store was begun with, by name."""
         if part in self.done:
             msg = f"part={part} is on disk already; write only parts that are not in `done`."
             raise ValueError(msg)
-        rows = self.rows(part)
-        n = rows.stop - rows.start
-        found = {key: f"{values.dtype} {values.shape}" for key, values in matrices.items()}
-        wanted = {key: f"{array.dtype} {(n, *array.shape[1:])}" for key, array in self._matrices.items()}
-        if found != wanted:
-            msg = f"part {part}: the matrices are {found}, but this part of the store needs {wanted}."
-            raise ValueError(msg)
         self._claim.check()
-        with naming(self.path):
-            for key, values in matrices.items():
-                self._matrices[key][rows] = values
-        self._claim.check()  # zarr makes missing folders: what it wrote may be nowhere
-        (self._run_folder / _PARTS / f"{part:06d}.done").touch()
+        self.writer.write(part, matrices)
+        self.written(part)
+
+    def written(self, part: int) -> None:
+        """Note that a part is on disk, by :attr:`writer` in this process or another."""
+        self._claim.check()
         self.done.add(part)
 
     def finish(self, *, progress: bool | None = None) -> Path | Remote:
@@ -272,16 +270,6 @@ class TableStore:
             attributes=attributes,
         )
 
-    def _open_matrices(self) -> None:
-        """Open the matrices for writing; not in :meth:`write`, since how zarr opens is a setting of all threads.
-
-        They are encoded by ``zarrs`` and without a search for empty chunks: half of the time (docs/benchmarks.md).
-        """
-        with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
-            group = zarr.open_group(self._zarr / "tables" / self.name, mode="r+", use_consolidated=False)
-            found = matrices_of(group)
-        self._matrices.update({key: array.with_config({"write_empty_chunks": True}) for key, array in found.items()})
-
     def _refuse_other_run(self, run: dict[str, Any]) -> None:
         """Raise where the run that is not finished has other arguments or data."""
         old, new = _leaves(json.loads((self._run_folder / _MARKER).read_text(encoding="utf-8"))), _leaves(run)
@@ -311,7 +299,7 @@ def _refuse_existing(path: Path, upload: Upload | None) -> None:
     if path.with_name(f"{path.name}.partial").is_dir():
         # else somebody works there, or it is not ours
         with suppress(OSError, RuntimeError), _claim_of(path, upload) as claim:
-            unfinished = (claim.folder / _STORE).exists() or not any(claim.folder.glob(f"{_PARTS}/*.done"))
+            unfinished = (claim.folder / STORE).exists() or not any(claim.folder.glob(f"{PARTS}/*.done"))
             copied = upload is not None and upload.is_ours(claim.folder / _WORK)
             if copied or not unfinished or not (claim.folder / _MARKER).exists():
                 claim.remove()

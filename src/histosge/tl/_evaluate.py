@@ -190,6 +190,7 @@ def evaluate(
         n_folds=n_folds,
         rng=rng,
         device=torch_device,
+        worker_device=embedder.wanted,
         head_options=head_options,
         progress=run["progress"],
     )

@@ -114,6 +114,7 @@ def fit(
         n_folds=n_folds,
         rng=rng,
         device=torch_device,
+        worker_device=embedder.wanted,
         head_options=head_options,
         progress=run["progress"],
     )

@@ -357,6 +357,7 @@ def _fit(embedder: Embedder, at_spots: NDArray[np.float32], *, head: AnyHead, **
         head=head,
         sub_spots=parts,
         device=embedder.device,
+        worker_device=embedder.wanted,
         progress=embedder.progress,
         **learn,
     )

@@ -1,0 +1,402 @@
+"""Independent tasks on the workers of an active dask ``Client``.
+
+A room describes its work as a function of a plan, which all tasks share, and an item. Without a ``Client`` it calls the
+function itself. With one, :func:`on_workers` sends the items, and each worker process opens the plan once.
+
+Large arrays of plans and results travel as zarr in a folder that this process and all workers see, since messages pass
+through the scheduler. The rest of a plan lies there too: data that only workers hold is lost with the first of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+from collections import OrderedDict
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
+
+import cloudpickle
+import numpy as np
+
+from histosge._settings import logger, settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from distributed import Client
+
+Plan = TypeVar("Plan")
+Opened = TypeVar("Opened")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_LARGE = 2**20
+"""Arrays with more bytes travel as zarr."""
+_CHUNK_BYTES = 2**26
+_AHEAD = 2
+"""Tasks that are sent for each thread of the workers: one waits while one runs."""
+_KEPT = 2
+"""Open plans in a worker process: the current one, and one that another thread may still use"""
+_SHIPPED = ("precision", "cache_gb", "part_rows", "memory_gb")
+"""Settings that workers take over. The device is that of each worker."""
+
+
+def active_client() -> Client | None:
+    """Return the dask ``Client`` that work is sent to; ``None`` without one, and inside tasks of dask.
+
+    Raises
+    ------
+    RuntimeError
+        Where several are active and none is the current one, or it has lost its scheduler.
+    """
+    distributed = sys.modules.get("distributed")
+    if distributed is None or not settings.dask or _inside_task():
+        return None
+    try:
+        client = distributed.Client.current()
+    except ValueError:  # there is none
+        return None
+    # this is how distributed itself finds the default Client; there is no public name
+    running = {id(c) for c in list(distributed.client._global_clients.values()) if c.status == "running"}
+    if len(running) > 1 and distributed.client._current_client.get() is None:
+        msg = (
+            f"{len(running)} Clients of dask are active. Close all but one, or choose one: "
+            "`with client.as_current(): ...`."
+        )
+        raise RuntimeError(msg)
+    if client.status != "running":
+        msg = (
+            f"the Client of dask is {client.status!r}, not running ({client}). Close it and make a new one, or compute "
+            "in this process: settings.dask=False."
+        )
+        raise RuntimeError(msg)
+    return client  # type: ignore[no-any-return]
+
+
+def _inside_task() -> bool:
+    try:
+        sys.modules["distributed"].get_worker()
+    except ValueError:
+        return False
+    return True
+
+
+def device_of_workers(client: Client, resolve: Callable[[str | None], str], device: str | None) -> str:
+    """Return the type of the device that ``resolve`` chooses on a worker; wait for a worker if there is none yet."""
+    _wait_for_worker(client)
+    return _guarded(client, lambda: client.submit(resolve, device, pure=False).result())  # type: ignore[no-any-return]
+
+
+def on_workers(
+    function: Callable[[Opened, Item], Result],
+    items: Sequence[Item],
+    *,
+    client: Client,
+    plan: Plan,
+    opens: Callable[[Plan], Opened],
+    name: str,
+) -> Iterator[tuple[int, Result]]:
+    """Yield the number of an item and its result, as they are finished.
+
+    Parameters
+    ----------
+    function
+        The task, a function of a module.
+    items
+        One for each task.
+    client
+        Where to send them.
+    plan
+        What all tasks share.
+    opens
+        What each worker process does once with the plan; tasks get what it returns.
+    name
+        What the tasks do, a word: the dashboard of dask shows it.
+    """
+    from distributed import as_completed
+
+    if not items:
+        return
+    _wait_for_worker(client)
+    token = uuid4().hex[:12]
+    with _exchange() as folder:
+        shared = {
+            "folder": str(folder),
+            "token": token,
+            "digest": _pack_to(folder / "plan", plan),
+            "version": version("histosge"),
+            "process": [socket.gethostname(), os.getpid()],
+            "settings": {key: getattr(settings, key) for key in _SHIPPED} | {"cache_dir": _cache_dir()},
+        }
+        waiting = iter(enumerate(items))
+        number: dict[str, int] = {}
+
+        def send() -> Any:
+            for i, item in waiting:
+                key = f"{name}-{token}-{i}"
+                number[key] = i
+                return client.submit(_work, function, opens, item, shared, key=key, pure=False)
+            return None
+
+        def first() -> list[Any]:
+            n = max(1, _AHEAD * sum(client.nthreads().values()))
+            return [future for _ in range(n) if (future := send()) is not None]
+
+        futures = as_completed(_guarded(client, first))
+        try:
+            while number:
+                future = _guarded(client, lambda: next(futures))
+                result = _unpack(*_guarded(client, future.result))
+                i = number.pop(future.key)
+                future.release()
+                if (more := _guarded(client, send)) is not None:
+                    futures.add(more)
+                yield i, result
+        finally:
+            # after an error: tasks that wait are dropped, those that run end by themselves
+            with suppress(Exception):
+                client.cancel([future for future in futures.futures if future.key in number])
+            with suppress(Exception):
+                client.run(_close, token, on_error="ignore")
+
+
+def _wait_for_worker(client: Client) -> None:
+    if not _guarded(client, client.nthreads):
+        logger.info("waiting for the first worker of dask (%s)", client.dashboard_link)
+        _guarded(client, lambda: client.wait_for_workers(1))
+
+
+def _guarded(client: Client, call: Callable[[], Any]) -> Any:
+    """Call, and say what a user can do where dask itself fails."""
+    from concurrent.futures import CancelledError as OfThreads
+
+    from distributed import CancelledError, KilledWorker
+    from distributed.client import ClosedClientError
+    from distributed.comm import CommClosedError
+
+    try:
+        return call()
+    except KilledWorker as err:
+        msg = (
+            f"{err.allowed_failures + 1} workers of dask died one after the other while they computed {err.task!r}, the "
+            f"last of them {err.last_worker.address}: probably memory ran out. See their logs; give them more memory, or "
+            "choose smaller parts, settings.part_rows."
+        )
+        raise RuntimeError(msg) from err
+    except (CancelledError, OfThreads, CommClosedError, ClosedClientError) as err:
+        raise _lost(client) from err
+    except OSError as err:  # of dask, or of the task
+        if client.status == "running":
+            raise
+        raise _lost(client) from err
+
+
+def _lost(client: Client) -> RuntimeError:
+    address = getattr(client.scheduler, "address", None) or client
+    return RuntimeError(
+        f"the connection to the scheduler of dask is lost ({address}). Parts of a store that are marked as done are "
+        "kept. Start the cluster and the Client again, and make the same call."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ on workers
+
+
+@dataclass
+class _Plans:
+    """Open plans of a worker process, by token."""
+
+    lock: threading.Lock
+    opened: OrderedDict[str, Any]
+
+
+_PLANS = _Plans(threading.Lock(), OrderedDict())
+
+
+def _work(function: Callable[[Any, Any], Any], opens: Callable[[Any], Any], item: Any, shared: dict[str, Any]) -> Any:
+    """Run one task, on a worker."""
+    import torch
+
+    folder = Path(shared["folder"])
+    if (here := version("histosge")) != shared["version"]:
+        msg = (
+            f"{_me()} has histosge {here}, and the process that sends the work {shared['version']}. Install the same "
+            "version on both."
+        )
+        raise RuntimeError(msg)
+    if not folder.is_dir():
+        msg = (
+            f"{_me()} cannot see the folder {str(folder)!r}, in which data travel. Set settings.exchange_dir to a folder "
+            "that this process and all workers see."
+        )
+        raise RuntimeError(msg)
+    if shared["process"] != [socket.gethostname(), os.getpid()]:  # with LocalCluster(processes=False) it is this one
+        torch.set_num_threads(1)  # dask counts a thread of a worker as one core
+        for key, value in {**shared["settings"], "verbosity": min(settings.verbosity, 1), "progress": False}.items():
+            setattr(settings, key, value)
+    with _PLANS.lock:  # another thread of this worker may need the same plan
+        opened = _PLANS.opened.get(shared["token"])
+        if opened is None:
+            opened = _PLANS.opened[shared["token"]] = opens(_unpack_from(folder / "plan", shared["digest"]))
+            while len(_PLANS.opened) > _KEPT:
+                _PLANS.opened.popitem(last=False)
+    result = function(opened, item)
+    return _pack(result, folder / f"result-{uuid4().hex[:12]}")
+
+
+def _close(token: str) -> None:
+    with _PLANS.lock:
+        _PLANS.opened.pop(token, None)
+
+
+def _me() -> str:
+    from distributed import get_worker
+
+    return f"the worker {get_worker().address} on host {socket.gethostname()!r}"
+
+
+# ------------------------------------------------------------------------------------------------------ what is exchanged
+
+
+def _cache_dir() -> str | None:
+    chosen = settings.cache_dir or os.environ.get("HISTOSGE_CACHE")
+    return str(Path(chosen).expanduser().absolute()) if chosen else None
+
+
+@contextmanager
+def _exchange() -> Iterator[Path]:
+    """Make a folder for one job that only this user can read, and remove it at the end."""
+    from platformdirs import user_cache_path
+
+    root = Path(settings.exchange_dir or user_cache_path("histosge", appauthor=False) / "exchange").absolute()
+    root.mkdir(parents=True, exist_ok=True)
+    mine = f"{socket.gethostname()}-"
+    for left in root.glob(f"{mine}*-job-*"):  # of processes of this host that were killed
+        pid = left.name.removeprefix(mine).partition("-")[0]
+        if pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-job-", dir=root))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    import psutil
+
+    return psutil.pid_exists(pid)
+
+
+def n_bytes(value: Any) -> int:
+    """Bytes of the arrays in a value that would travel with it; what lies on disk and is read on demand has none."""
+    counted = 0
+
+    def count(array: np.ndarray[Any, Any]) -> int:
+        nonlocal counted
+        counted += array.nbytes
+        return 0
+
+    _Pickler(io.BytesIO(), count, larger_than=1000).dump(value)
+    return counted
+
+
+def _pack(value: Any, folder: Path) -> tuple[bytes, str]:
+    """Return a value as bytes, and the folder with its large arrays as zarr."""
+    import zarr
+
+    n = 0
+
+    def put(array: np.ndarray[Any, Any]) -> int:
+        nonlocal n
+        rows = max(1, min(len(array), _CHUNK_BYTES * len(array) // array.nbytes))
+        data = np.ascontiguousarray(array)
+        zarr.create_array(folder / str(n), data=data, chunks=(rows, *array.shape[1:]), compressors=None, zarr_format=3)
+        n += 1
+        return n - 1
+
+    stream = io.BytesIO()
+    _Pickler(stream, put).dump(value)
+    return stream.getvalue(), str(folder)
+
+
+def _unpack(stream: bytes, folder: str) -> Any:
+    return _Unpickler(io.BytesIO(stream), Path(folder)).load()
+
+
+def _pack_to(folder: Path, value: Any) -> str:
+    """Put a value into a folder, and return its digest."""
+    folder.mkdir()
+    stream, _ = _pack(value, folder)
+    (folder / "plan.pickle").write_bytes(stream)
+    return hashlib.sha256(stream).hexdigest()
+
+
+def _unpack_from(folder: Path, digest: str) -> Any:
+    stream = (folder / "plan.pickle").read_bytes()
+    if hashlib.sha256(stream).hexdigest() != digest:
+        msg = f"{_me()}: {str(folder)!r} is not what was put there. Set settings.exchange_dir to a folder of your own."
+        raise RuntimeError(msg)
+    return _unpack(stream, str(folder))
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Pickles all but large arrays and tensors, which ``put`` gets; it returns their name."""
+
+    def __init__(
+        self, file: io.BytesIO, put: Callable[[np.ndarray[Any, Any]], int], *, larger_than: int = _LARGE
+    ) -> None:
+        super().__init__(file, protocol=5)
+        self._put, self._larger_than = put, larger_than
+        self._seen: dict[int, tuple[Any, Any]] = {}
+
+    def persistent_id(self, value: Any) -> Any:
+        torch = sys.modules.get("torch")
+        kind = "array" if type(value) is np.ndarray else "tensor" if torch and type(value) is torch.Tensor else None
+        if kind is None or value.nbytes <= self._larger_than or (kind == "tensor" and not _plain(value)):
+            return None
+        if id(value) not in self._seen:  # some arrays are in several places
+            array = value if kind == "array" else value.cpu().numpy()
+            if array.dtype.kind not in "biuf":
+                return None
+            self._seen[id(value)] = value, (kind, self._put(array))
+        return self._seen[id(value)][1]
+
+
+def _plain(tensor: Any) -> bool:
+    """Whether numpy can hold the tensor."""
+    import torch
+
+    return not tensor.requires_grad and tensor.dtype is not torch.bfloat16 and tensor.layout is torch.strided
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, folder: Path) -> None:
+        super().__init__(file)
+        self._folder = folder
+        self._seen: dict[int, Any] = {}
+
+    def persistent_load(self, pid: Any) -> Any:
+        import zarr
+
+        kind, n = pid
+        if n not in self._seen:
+            array = np.asarray(zarr.open_array(self._folder / str(n), mode="r")[...])
+            if kind == "tensor":
+                import torch
+
+                self._seen[n] = torch.from_numpy(array)
+            else:
+                self._seen[n] = array
+        return self._seen[n]

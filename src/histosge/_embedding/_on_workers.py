@@ -1,0 +1,125 @@
+"""Embed on the workers of dask: each opens the image and loads the encoder itself, once."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from histosge._cluster import n_bytes
+from histosge._encoders import JoinedEncoder, load_encoder, loaded_by, split_encoder
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from histosge._embedding._config import EmbeddingConfig
+    from histosge._embedding._embedder import Embedder
+    from histosge._geometry import Footprints
+    from histosge._image import LazyImage
+    from histosge._section import Section
+
+PART_LOCATIONS = 256
+"""Fewest locations that are embedded in a task: a few seconds of a processor, and whole blocks of the image"""
+_PROBES, _PROBE_PX = 5, 64
+_MOST_IN_MEMORY = 10_000
+"""Bytes of an image that may travel with it: those of its metadata"""
+
+Part = tuple["NDArray[np.float64]", "Footprints | None"]
+"""Locations (m, 2) in pixels of the image, and their areas where they are embedded densely"""
+
+
+@dataclass(frozen=True)
+class EmbedderPlan:
+    """What a worker needs to embed locations of a section."""
+
+    section: Section
+    pixels: str
+    """Digest of a few pixels: a worker that cannot see the file would read it as black"""
+    encoders: tuple[Any, ...]
+    """Arguments of ``load_encoder`` by name (dict), or the encoder itself where it is an object of the user's"""
+    config: EmbeddingConfig
+    device: str | None
+    """As the user gave it; by default each worker chooses"""
+    batch_size: int
+
+    @classmethod
+    def of(cls, embedder: Embedder, *, genes: pd.Index | None = None) -> Self:
+        """Pack an embedder; of the expression of its section only that of ``genes`` travels."""
+        section = embedder.section
+        check_on_disk(section)
+        genes = section.genes[:0] if genes is None else genes
+        slim = replace(section.with_genes(genes), counts=None, transformations={})
+        encoders = tuple(loaded_by(one) or one for one in split_encoder(embedder.encoder))
+        return cls(slim, _pixels(section.image), encoders, embedder.config, embedder.wanted, embedder.batch_size)
+
+    def open(self) -> Embedder:
+        """Open it, on a worker."""
+        from histosge._embedding._embedder import Embedder
+
+        found = _pixels(self.section.image)
+        if found != self.pixels:
+            msg = (
+                f"the worker on host {socket.gethostname()!r} does not read the pixels of image "
+                f"{self.section.image_key!r} that this process reads. The file must lie where all workers see it, under "
+                "the same path: copy it to a disk that they share, or start the workers where it is."
+            )
+            raise RuntimeError(msg)
+        loaded = tuple(load_encoder(**one) if isinstance(one, dict) else one for one in self.encoders)
+        encoder = loaded[0] if len(loaded) == 1 else JoinedEncoder(loaded)
+        return Embedder.of_model(
+            self.section, self.config, encoder, device=self.device, batch_size=self.batch_size, progress=False
+        )
+
+
+def check_on_disk(section: Section) -> None:
+    """Raise where the image of a section lies in memory: workers open it from its file."""
+    try:
+        size = n_bytes(section.image)
+    except Exception as err:
+        msg = (
+            f"image {section.image_key!r} cannot be opened on the workers of dask ({type(err).__name__}: {err}). "
+            f"{_REMEDY}"
+        )
+        raise ValueError(msg) from err
+    if size > _MOST_IN_MEMORY:
+        msg = (
+            f"image {section.image_key!r} lies in the memory of this process ({size / 1e6:.3g} MB), and is not sent to "
+            f"the workers of dask: they open it from its file. {_REMEDY}"
+        )
+        raise ValueError(msg)
+
+
+_REMEDY = (
+    "Write the section to a disk that they see and read it again: sdata.write('section.zarr'); "
+    "sdata = spatialdata.read_zarr('section.zarr'). Or compute in this process: settings.dask=False."
+)
+
+
+def embed_part(embedder: Embedder, part: Part) -> NDArray[np.float32]:
+    """Embed one part, on a worker: (m, d)."""
+    xy_px, footprints = part
+    return embedder.embed_locations(xy_px, footprints, progress=False, report=False)
+
+
+def parts_of(xy_px: NDArray[np.float64], *, order: NDArray[np.int64], block_px: float) -> list[NDArray[np.int64]]:
+    """Cut the order of locations into parts of whole blocks: the same ones whatever the number of workers."""
+    block = np.floor(xy_px[order] / block_px)
+    first = np.flatnonzero(np.any(np.diff(block, axis=0) != 0, axis=1)) + 1
+    cuts: list[int] = []
+    for at in first.tolist():
+        if at - (cuts[-1] if cuts else 0) >= PART_LOCATIONS:
+            cuts.append(at)
+    return [rows for rows in np.split(order, cuts) if len(rows)]
+
+
+def _pixels(image: LazyImage) -> str:
+    """Digest of small squares along the diagonal of an image."""
+    digest = hashlib.sha256()
+    for i in range(1, _PROBES + 1):
+        x, y = (side * i // (_PROBES + 1) for side in (image.width_px, image.height_px))
+        digest.update(image.read(x, y, x + _PROBE_PX, y + _PROBE_PX).tobytes())
+    return digest.hexdigest()
