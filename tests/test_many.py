@@ -221,16 +221,16 @@ def test_one_encoder_and_one_progress_bar(ab, model, tmp_path, monkeypatch, capf
 
 def test_an_unfinished_store_is_continued(written, model, tmp_path, monkeypatch, log):
     with sge.settings.override(part_rows=20):
-        from histosge._section import TableStore
+        from histosge._section import PartWriter
 
-        write = TableStore.write
+        write = PartWriter.write
 
         def interrupted(self, part, matrices):
             if part == 2:
                 raise KeyboardInterrupt
             write(self, part, matrices)
 
-        monkeypatch.setattr(TableStore, "write", interrupted)
+        monkeypatch.setattr(PartWriter, "write", interrupted)
         with pytest.raises(KeyboardInterrupt):
             sge.tl.predict([written / "a.zarr"], model=model, store=tmp_path / "r", **HOW)
         monkeypatch.undo()

@@ -92,8 +92,10 @@ class TableStore:
         place, upload = located(path), None
         if isinstance(place, Remote):
             upload = Upload.to(place)
-            place = upload.local
-        path = _keys.check_output("store", place, endings=("", ".zarr"))
+            path = upload.local
+        else:
+            _keys.check_output("store", str(path), endings=("", ".zarr"))
+            path = place
         _refuse_existing(path, upload)
         store = cls(path, name, n_rows, part_rows, _claim_of(path, upload), upload)
         try:

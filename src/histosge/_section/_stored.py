@@ -12,6 +12,7 @@ from zarr.storage import FsspecStore
 
 from histosge import _keys
 from histosge._remote import ABOUT, Remote, again_async, located, shown
+from histosge._section._part_writer import matrices_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -109,9 +110,3 @@ def read_provenance(place: Place, name: str) -> StoredProvenance:
         group = open_group(place, f"tables/{name}")
         n_targets, n_genes = matrices_of(group)["X"].shape
         return StoredProvenance(n_targets, n_genes, ad.io.read_elem(group[f"uns/{_keys.UNS}"]))
-
-
-def matrices_of(table: zarr.Group) -> dict[str, Any]:
-    """``X`` and layers by name."""
-    found = {"X": table["X"]} if "X" in table else {}
-    return found | dict(table["layers"].arrays() if "layers" in table else ())  # type: ignore[union-attr]

@@ -203,7 +203,9 @@ def _check(arguments: dict[str, Any]) -> Path | Remote:
         )
         raise ValueError(msg)
     place = located(store)
-    folder = place if isinstance(place, Remote) else _keys.check_output("store", place).absolute()
+    if isinstance(place, Path):
+        _keys.check_output("store", str(store))
+    folder = place if isinstance(place, Remote) else place.absolute()
     taken = (folder / "zarr.json").exists() or (isinstance(folder, Path) and folder.exists() and not folder.is_dir())
     if folder.suffix == ".zarr" or taken:
         msg = f"store={shown(store)!r} is the folder of the stores of a list, {{store}}/{{name}}.zarr: name a folder."
