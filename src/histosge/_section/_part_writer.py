@@ -11,7 +11,6 @@ import zarr
 
 from histosge._atomic import naming
 from histosge._section._claim import LABEL
-from histosge._section._stored import matrices_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,3 +81,9 @@ class PartWriter:
             group = zarr.open_group(self.run_folder / STORE / "tables" / self.name, mode="r+", use_consolidated=False)
             found = matrices_of(group)
         return {key: array.with_config({"write_empty_chunks": True}) for key, array in found.items()}
+
+
+def matrices_of(table: zarr.Group) -> dict[str, Any]:
+    """``X`` and layers by name."""
+    found = {"X": table["X"]} if "X" in table else {}
+    return found | dict(table["layers"].arrays() if "layers" in table else ())  # type: ignore[union-attr]
