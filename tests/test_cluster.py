@@ -337,6 +337,16 @@ def test_errors_of_tasks_are_raised_as_they_are(client):
         list(_cluster.on_workers(fail, [0, 1, 2], client=client, plan=0, opens=int, name="fails"))
 
 
+@pytest.mark.parametrize(("name", "error"), [("histosge", RuntimeError), ("timm", ModuleNotFoundError)])
+def test_worker_without_histosge(client, name, error):
+    def fail(_plan, _item):
+        msg = f"No module named {name!r}"
+        raise ModuleNotFoundError(msg, name=name)
+
+    with pytest.raises(error, match="does not have this histosge .* Install version" if name == "histosge" else "timm"):
+        list(_cluster.on_workers(fail, [0], client=client, plan=0, opens=int, name="fails"))
+
+
 def test_store_that_workers_do_not_see(on_disk, client, tmp_path):
     """Its working folder is gone when a worker writes."""
     from histosge._section import TableStore
@@ -397,6 +407,23 @@ def test_a_worker_is_killed(on_disk, tmp_path):
     with sge.settings.override(part_rows=60):
         wanted = sge.tl.predict(on_disk, store=tmp_path / "b.zarr", head="ridge", upsample=16, inplace=False, **FIT)
     same_tables(found, wanted)
+
+
+@pytest.mark.slow
+def test_a_task_that_kills_its_workers():
+    """As one that needs more memory than any has."""
+    import dask
+
+    def kill(_plan, _item):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+        pytest.raises(RuntimeError, match=r"1 workers of dask died .* memory ran out.*settings.part_rows"),
+    ):
+        list(_cluster.on_workers(kill, [0], client=client, plan=0, opens=int, name="kills"))
 
 
 @pytest.mark.slow

@@ -196,6 +196,11 @@ def _guarded(client: Client, call: Callable[[], Any]) -> Any:
         raise RuntimeError(msg) from err
     except (CancelledError, OfThreads, CommClosedError, ClosedClientError) as err:
         raise _lost(client) from err
+    except ModuleNotFoundError as err:
+        if (err.name or "").partition(".")[0] != "histosge":
+            raise
+        msg = f"a worker of dask does not have this histosge ({err}). Install version {version('histosge')} on all workers."
+        raise RuntimeError(msg) from err
     except OSError as err:  # of dask, or of the task
         if client.status == "running":
             raise

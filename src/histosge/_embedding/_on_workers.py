@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from histosge import _keys
 from histosge._cluster import n_bytes
 from histosge._encoders import JoinedEncoder, load_encoder, loaded_by, split_encoder
 
@@ -47,12 +48,14 @@ class EmbedderPlan:
     batch_size: int
 
     @classmethod
-    def of(cls, embedder: Embedder, *, genes: pd.Index | None = None) -> Self:
-        """Pack an embedder; of the expression of its section only that of ``genes`` travels."""
+    def of(cls, embedder: Embedder, *, genes: pd.Index | None = None, target_key: str | None = None) -> Self:
+        """Pack an embedder, with the expression of ``genes`` and the existing embeddings of ``target_key`` only."""
         section = embedder.section
         check_on_disk(section)
         genes = section.genes[:0] if genes is None else genes
-        slim = replace(section.with_genes(genes), counts=None, transformations={})
+        name = None if target_key is None else _keys.embedding_table(target_key, embedder.config.name)
+        written = {key: table for key, table in section.written.items() if key == name}
+        slim = replace(section.with_genes(genes), counts=None, transformations={}, written=written)
         encoders = tuple(loaded_by(one) or one for one in split_encoder(embedder.encoder))
         return cls(slim, _pixels(section.image), encoders, embedder.config, embedder.wanted, embedder.batch_size)
 

@@ -353,7 +353,8 @@ class _PartsPlan:
         model, section = predictor.model, predictor.embedder.section
         if section.measured:  # the context is the section: the training spots stay here
             model = replace(model, spots=model.spots.take(torch.empty(0, dtype=torch.long)))
-        embedder = EmbedderPlan.of(predictor.embedder, genes=model.context_genes if section.measured else None)
+        genes = model.context_genes if section.measured else None
+        embedder = EmbedderPlan.of(predictor.embedder, genes=genes, target_key=predictor.targets.key)
         return cls(model, embedder, predictor.targets, predictor.at_spots, predictor.conservation, writer, order)
 
     def open(self) -> _OpenParts:
