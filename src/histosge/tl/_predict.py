@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from time import time
 from typing import TYPE_CHECKING, Any, Unpack, cast
@@ -18,10 +19,12 @@ from histosge._model import (
     check_arguments,
     check_conservation,
     check_memory,
+    drawn_rows,
     fit_model,
     load_fitted,
     open_store,
     save_fitted,
+    spots_to_draw,
     write_parts,
 )
 from histosge._options import FitOptions, Reading, Running, expand, pick
@@ -93,13 +96,13 @@ def predict(
         or ``"mean"``, or several joined by ``+`` for their mean; see :func:`histosge.tl.fit`. ``None`` takes
         ``"in-context+kriging"``, or ``"aggregate+kriging"`` where ``dense``.
     genes
-    n_folds
+    n_folds, max_spots
     head_options
         Arguments of the head; see :func:`histosge.tl.fit`.
     model
-        A fitted model, of this or other sections; ``head``, ``genes`` and ``n_folds`` are then those of the model.
-        Where no table of ``sdata`` annotates any shapes, it predicts from the image alone, without prediction
-        intervals.
+        A fitted model, of this or other sections; ``head``, ``genes``, ``n_folds`` and ``max_spots`` are then those
+        of the model. Where no table of ``sdata`` annotates any shapes, it predicts from the image alone, without
+        prediction intervals.
     upsample
         Targets per measured spot: 2, 4, 8 or 16. Without this, ``bin_um`` and ``target_key``, 4 as in the paper.
     bin_um
@@ -253,6 +256,7 @@ def predict(
             dense = bin_um is not None or smaller_than_spot(section, targets)
         head = default_head(dense=dense) if head is None else head
         learn = {"head": head, "genes": genes, "n_folds": n_folds, "head_options": head_options}
+        learn["max_spots"] = options["max_spots"]
         names = check_arguments(sections=[section], **learn)
         embedder = Embedder.open(section, encoder, tile_um=tile_um, dense=dense, **run)
         n_genes = len(names) if isinstance(genes, str) else len(genes) if isinstance(genes, Collection) else int(genes)
@@ -314,8 +318,20 @@ def _warn_of_image_only() -> None:
     )
 
 
-def _fit(embedder: Embedder, at_spots: NDArray[np.float32], *, head: AnyHead, **learn: Any) -> Model:
-    """Fit the head on the spots of the section, with their sub-spots where it learns from these."""
+def _fit(
+    embedder: Embedder,
+    at_spots: NDArray[np.float32],
+    *,
+    head: AnyHead,
+    max_spots: int,
+    rng: np.random.Generator,
+    **learn: Any,
+) -> Model:
+    """Fit the head on spots of the section, at most ``max_spots``, with their sub-spots where it learns from these."""
+    n_measured = len(at_spots)
+    rows = drawn_rows(embedder.section, *spots_to_draw([n_measured], max_spots=max_spots), rng=rng)
+    if rows is not None:
+        embedder, at_spots = replace(embedder, section=embedder.section.take(rows)), at_spots[rows]
     parts = [embedder.embed_parts()] if embedder.config.dense and learns_sub_spots(head) else None
     return fit_model(
         [embedder.section],
@@ -323,6 +339,8 @@ def _fit(embedder: Embedder, at_spots: NDArray[np.float32], *, head: AnyHead, **
         config=embedder.config,
         head=head,
         sub_spots=parts,
+        n_measured=n_measured,
+        rng=rng,
         device=embedder.device,
         progress=embedder.progress,
         **learn,
