@@ -107,6 +107,15 @@ class Learning(TypedDict, total=False):
             "spots of a section stay context for its prediction.",
         ),
     ]
+    merge_um: Annotated[
+        float | None,
+        Argument(
+            None,
+            "Edge in µm to which measured bins that touch (Visium HD) are merged before heads learn from and read "
+            "them. ``None`` takes 1, 2 or 4 bins, the fewest at which half of the merged bins hold 800 counts. The "
+            "edge of a bin merges none.",
+        ),
+    ]
     rng: Annotated[
         "int | np.random.Generator | None",
         Argument(0, "Seed or generator. The same seed gives the same result on the same machine."),

@@ -105,6 +105,8 @@ def fit_model(
         "spot_um": float(np.mean([s.spot_um for s in sections])),
         "unit": sections[0].values.unit,
     }
+    if any(section.merged > 1 for section in sections):
+        info["merged_um"] = max(section.spot_um for section in sections if section.merged > 1)
     if n_measured is not None and n_measured > len(spots):
         info["n_measured"] = n_measured
     scores.index.name = None

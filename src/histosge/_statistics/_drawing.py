@@ -38,8 +38,8 @@ def shares_of(sizes: Sequence[int], *, most: int) -> Ints:
 def draw_evenly(xy_um: Floats, n: int, *, pitch_um: float, rng: np.random.Generator) -> Ints:
     """Draw ``n`` spots as blocks of neighbours: the middles of the squares of a grid over the section.
 
-    Heads learn how expression depends on the distance to measured neighbours, so that these must be there: scattered
-    spots have none at their own pitch.
+    Neighbours stay together, so that distances, folds and scores are those of the whole section. Scattered spots are
+    about as good to learn from (docs/benchmarks.md).
 
     Parameters
     ----------

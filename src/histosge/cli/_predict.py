@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from spatialdata import SpatialData
 
-_OF_THE_MODEL = ("head", "genes", "n_folds", "max_spots", "head_options", "tile_um")
+_OF_THE_MODEL = ("head", "genes", "n_folds", "max_spots", "merge_um", "head_options", "tile_um")
 """Options that are not allowed with a fitted model"""
 _MOST_DRAWN = 4
 _PROVENANCE = ("head", "mpp", "tile_um", "dense", "seed")

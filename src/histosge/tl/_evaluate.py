@@ -23,7 +23,7 @@ from histosge._model import (
 )
 from histosge._model import evaluate as hold_out
 from histosge._options import FitOptions, Reading, Running, expand, pick
-from histosge._section import check_orientation, column, read_section
+from histosge._section import check_orientation, column, merge_bins, read_section
 from histosge._settings import is_whole, logger, seeded
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def evaluate(
     dense
         Whether to embed the area of a spot, from the encoder's tokens, instead of the tile around its centre, as for
         bins and cells.
-    genes, n_folds
+    genes, n_folds, merge_um
     max_spots
         Most spots (bins) that are learnt from and scored, of all sections together. Of more, blocks are drawn evenly
         over sections and tissue, and the others are left out.
@@ -156,7 +156,7 @@ def evaluate(
     genes, n_folds = options["genes"], options["n_folds"]
     run = pick(options, Running)
     torch_device = resolve_device(run["device"])
-    sections = [read_section(each, **pick(options, Reading)) for each in sdatas]
+    sections = [merge_bins(read_section(each, **pick(options, Reading)), options["merge_um"]) for each in sdatas]
     for head in heads:
         of_head = (head_options or {}).get(head)
         check_arguments(

@@ -11,7 +11,7 @@ from histosge._embedding import Embedder, Forecast, resolve_device
 from histosge._heads import default_head, learns_sub_spots
 from histosge._model import check_arguments, drawn_rows, fit_model, spots_to_draw
 from histosge._options import FitOptions, Reading, Running, expand, pick
-from histosge._section import check_orientation, read_section
+from histosge._section import check_orientation, merge_bins, merged_edge, read_section
 from histosge._settings import seeded
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def fit(
     dense
         Whether to embed the area of a spot, from the encoder's tokens, instead of the tile around its centre: for
         models that predict bins and cells.
-    n_folds, max_spots
+    n_folds, max_spots, merge_um
     head_options
         Arguments of the head, for example ``{"n_neighbours": 30}``; for joined heads by name, for example
         ``{"in-context": {"n_neighbours": 30}}``.
@@ -92,6 +92,10 @@ def fit(
     run = pick(options, Running)
     torch_device = resolve_device(run["device"])
     sections = [read_section(each, **pick(options, Reading)) for each in sdatas]
+    merge_um = options["merge_um"]
+    if merge_um is None:  # bins of all sections get one size
+        merge_um = max((merged_edge(s) for s in sections if s.contiguous), default=None)
+    sections = [merge_bins(section, merge_um) for section in sections]
     head = default_head(dense=dense) if head is None else head
     learn: dict[str, Any] = {"head": head, "genes": genes, "n_folds": n_folds, "head_options": head_options}
     check_arguments(sections=sections, max_spots=options["max_spots"], **learn)

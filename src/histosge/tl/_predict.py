@@ -32,6 +32,7 @@ from histosge._section import (
     commit,
     is_measured,
     lay_targets,
+    merge_bins,
     open_table,
     read_image_only,
     read_section,
@@ -96,12 +97,12 @@ def predict(
         or ``"mean"``, or several joined by ``+`` for their mean; see :func:`histosge.tl.fit`. ``None`` takes
         ``"in-context+kriging"``, or ``"aggregate+kriging"`` where ``dense``.
     genes
-    n_folds, max_spots
+    n_folds, max_spots, merge_um
     head_options
         Arguments of the head; see :func:`histosge.tl.fit`.
     model
-        A fitted model, of this or other sections; ``head``, ``genes``, ``n_folds`` and ``max_spots`` are then those
-        of the model. Where no table of ``sdata`` annotates any shapes, it predicts from the image alone, without
+        A fitted model, of this or other sections; ``head``, ``genes``, ``n_folds``, ``max_spots`` and ``merge_um`` are
+        then those of the model. Where no table of ``sdata`` annotates any shapes, it predicts from the image alone, without
         prediction intervals.
     upsample
         Targets per measured spot: 2, 4, 8 or 16. Without this, ``bin_um`` and ``target_key``, 4 as in the paper.
@@ -146,9 +147,10 @@ def predict(
         ``var["shrinkage"]``: the mean share of the difference between measurement and prediction of a spot that is not
         counting noise. ``obs``: ``array_row``, ``array_col`` (int64, where the targets form a grid), ``in_tissue``,
         ``is_spot`` (the target is a measured spot; its measurement is hidden from the context, but heads have learnt
-        from it: this is no held-out prediction), ``in_spot`` (its centre lies inside a physical spot; bool),
-        ``distance_to_spot_um`` (float32, to the centre of the nearest spot). ``obsm["spatial"]`` (n, 2) float64, (x, y)
-        in pixels of the image. Without spots, ``distance_to_spot_um`` is NaN, and targets cover the tissue of the whole
+        from it: this is no held-out prediction; false where bins are merged), ``in_spot`` (its centre lies inside a
+        physical spot; bool), ``distance_to_spot_um`` (float32, to the centre of the nearest spot or merged bin).
+        ``obsm["spatial"]`` (n, 2) float64, (x, y) in pixels of the image. Without spots, ``distance_to_spot_um`` is
+        NaN, and targets cover the tissue of the whole
         image. ``var``: ``highly_variable`` (bool), ``held_out_pcc``, ``held_out_mse`` (float32, on held-out spots),
         ``predictable`` (bool, at a false discovery rate of 5 %). ``varm["histosge_intervals"]`` (genes, 105) float32:
         numbers from which :func:`histosge.tl.intervals` computes prediction intervals; ``uns["histosge"]["intervals"]``
@@ -243,6 +245,11 @@ def predict(
         targets = lay_targets(section, key=name, upsample=upsample, bin_um=bin_um, tissue=tissue)
     else:
         targets = read_targets(sdata, section, target_key, on_invalid=on_invalid)
+    # a model reads bins of the size that it learnt from
+    merge_um = options["merge_um"] if model is None else model.info.get("merged_um", section.spot_um)
+    section = merge_bins(section, merge_um)
+    if section.merged > 1:  # no target is a merged bin
+        targets = replace(targets, spot_index=np.full(len(targets), -1))
     run = pick(options, Running)
     learn: dict[str, Any] = {}
     if model is not None:
