@@ -67,7 +67,7 @@ def test_function_gets_every_option():
     assert door("a") == ("a", 1, nothing)
     assert door("a", own=2, layer="raw", mpp=0.5) == ("a", 2, nothing | {"layer": "raw", "mpp": 0.5})
     everything = {name: argument.default for name, (_, argument) in arguments(FitOptions).items()}
-    assert pick(everything, Learning) == {"genes": 1000, "n_folds": 5, "rng": 0}
+    assert pick(everything, Learning) == {"genes": 1000, "n_folds": 5, "max_spots": 100_000, "merge_um": None, "rng": 0}
 
 
 def test_unknown_arguments():

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 DEFAULT_ENCODER = "midnight"
 """Large, and available without a login: the first call works on a fresh installation."""
+MAX_SPOTS = 100_000
+"""Spots that heads learn from: docs/benchmarks.md."""
 _WIDTH = 112
 """Width of a line of a docstring"""
 
@@ -97,6 +99,23 @@ class Learning(TypedDict, total=False):
         ),
     ]
     n_folds: Annotated[int, Argument(5, "Folds of the training spots, 2 to 20.")]
+    max_spots: Annotated[
+        int,
+        Argument(
+            MAX_SPOTS,
+            "Most spots (bins) that heads learn from. Of more, blocks are drawn evenly over sections and tissue; all "
+            "spots of a section stay context for its prediction.",
+        ),
+    ]
+    merge_um: Annotated[
+        float | None,
+        Argument(
+            None,
+            "Edge in µm to which measured bins that touch (Visium HD) are merged before heads learn from and read "
+            "them. ``None`` takes 1, 2 or 4 bins, the fewest at which half of the merged bins hold 800 counts. The "
+            "edge of a bin merges none.",
+        ),
+    ]
     rng: Annotated[
         "int | np.random.Generator | None",
         Argument(0, "Seed or generator. The same seed gives the same result on the same machine."),

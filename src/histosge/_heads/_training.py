@@ -31,6 +31,8 @@ _worker = threading.local()
 """``stop``: event that cancels the work of this thread, where the thread belongs to a pool"""
 _MANY_SPOTS = 2400
 """Up to this number of spots a fixed number of steps is enough."""
+_MOST_SPOTS = 20_000
+"""From this number of spots on, training takes no longer: docs/benchmarks.md."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,11 @@ class Schedule:
     """Training ends after so many epochs without a better loss on the stopping spots."""
 
     def over(self, n_spots: int) -> Schedule:
-        """Read each of many spots as often as with ``_MANY_SPOTS``, in more and larger batches: docs/benchmarks.md."""
-        growth = max(1.0, n_spots / _MANY_SPOTS) ** 0.5
+        """Read each of many spots as often as with ``_MANY_SPOTS``, in more and larger batches: docs/benchmarks.md.
+
+        Beyond ``_MOST_SPOTS`` each is read less often.
+        """
+        growth = max(1.0, min(n_spots, _MOST_SPOTS) / _MANY_SPOTS) ** 0.5
         return replace(self, n_steps=round(growth * self.n_steps), batch_size=round(growth * self.batch_size))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from histosge._model._context import UNMEASURED, Context, stack_sections
 from histosge._model._crossfit import Scores, compare, cross_fit, score, summary
+from histosge._model._draw import check_max_spots, drawn_rows, spots_to_draw
 from histosge._model._evaluate import evaluate, predict_trial, score_genes
 from histosge._model._files import MODEL_FILE, ModelError, contents, write_file
 from histosge._model._fit import check_arguments, fit_model

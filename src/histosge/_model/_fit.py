@@ -15,10 +15,12 @@ from scipy import sparse
 from histosge._heads import AnyHead, get_head, head_name, parts_of, wrong_option
 from histosge._model._context import section_numbers, stack_sections
 from histosge._model._crossfit import compare, cross_fit, score, summary
+from histosge._model._draw import check_max_spots
 from histosge._model._files import training_table
 from histosge._model._genes import select_genes
 from histosge._model._model import Model
 from histosge._model._projection import Projection
+from histosge._options import MAX_SPOTS
 from histosge._settings import is_whole, logger
 from histosge._statistics import BASELINES, better_baselines, block_folds, calibrate
 
@@ -46,13 +48,14 @@ def fit_model(
     sub_spots: Sequence[SpotParts] | None = None,
     baselines: Sequence[str] = BASELINES,
     head_options: dict[str, Any] | None = None,
+    n_measured: int | None = None,
     progress: bool | None = None,
 ) -> Model:
     """Fit a head on every fold of the spots of one or more sections, and score it on the held-out spots.
 
-    ``sub_spots`` are the sub-spots of each section, for heads that learn from them; workers of dask fit on
-    ``worker_device``. Arguments are checked by the
-    caller: :func:`check_arguments`.
+    ``sub_spots`` are the sub-spots of each section, for heads that learn from them. ``n_measured`` is the number of
+    spots that the sections have, where these here are drawn from them. Workers of dask fit on ``worker_device``.
+    Arguments are checked by the caller: :func:`check_arguments`.
     """
     listed = _common_genes(sections)
     names = listed.sort_values()  # whatever the order of the tables, seeds draw the same weights for a gene
@@ -105,6 +108,10 @@ def fit_model(
         "spot_um": float(np.mean([s.spot_um for s in sections])),
         "unit": sections[0].values.unit,
     }
+    if any(section.merged > 1 for section in sections):
+        info["merged_um"] = max(section.spot_um for section in sections if section.merged > 1)
+    if n_measured is not None and n_measured > len(spots):
+        info["n_measured"] = n_measured
     scores.index.name = None
     found = pd.Index(scores.index), pd.Index(names[union]), fitted.heads
     kept = replace(spots, sub_spots=None).to("cpu")
@@ -119,6 +126,7 @@ def check_arguments(
     n_folds: int,
     sections: Sequence[Section],
     head_options: dict[str, Any] | None = None,
+    max_spots: int = MAX_SPOTS,
 ) -> pd.Index:
     """Check the arguments of :func:`fit_model` before the sections are embedded; return the genes that all have.
 
@@ -128,6 +136,7 @@ def check_arguments(
     if not (is_whole(n_folds) and 2 <= n_folds <= 20):
         msg = f"n_folds={n_folds!r}: choose a whole number from 2 to 20."
         raise ValueError(msg)
+    check_max_spots(max_spots)
     if len({section.values.unit for section in sections}) > 1:
         units = "; ".join(f"{section.spots_key!r} in {section.values.unit}" for section in sections)
         msg = (

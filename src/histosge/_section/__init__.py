@@ -21,6 +21,7 @@ from histosge._section._intervals import (
     intervals_of,
     refuse_foreign_layers,
 )
+from histosge._section._merge import merge_bins, merged_edge
 from histosge._section._orientation import EVIDENCE_PX, check_orientation, likelier_orientation
 from histosge._section._part_writer import PartWriter
 from histosge._section._section import MIN_SPOTS, NEARLY_EMPTY, Section, column, read_image_only, read_section

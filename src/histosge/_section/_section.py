@@ -80,6 +80,8 @@ class Section:
     """(n, genes) raw counts, with the indices of :attr:`expression`; ``None`` where the table holds no whole numbers"""
     transformations: dict[str, Any] = field(default_factory=dict)
     """From the spots' own coordinates (those of the image, where there are none) to each coordinate system"""
+    merged: int = 1
+    """How many measured bins the edge of each bin has"""
     written: dict[str, AnnData] = field(default_factory=dict)
     """Tables that histosge wrote into ``sdata`` earlier, by name: embeddings in them are reused"""
 

@@ -16,6 +16,7 @@ from histosge._statistics._domains import (
     leiden,
     spatial_graph,
 )
+from histosge._statistics._drawing import draw_evenly, shares_of
 from histosge._statistics._intervals import (
     FLOOR,
     LEVEL,

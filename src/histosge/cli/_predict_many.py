@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from histosge._remote import Remote
 
-_OF_THE_MODEL = ("head", "genes", "n_folds", "head_options", "tile_um")
+_OF_THE_MODEL = ("head", "genes", "n_folds", "max_spots", "merge_um", "head_options", "tile_um")
 """Options that are not allowed with a fitted model"""
 _OF_ONE_SECTION = (
     "images", "bin_size", "dataset_id", "store", "layers", "domains", "resolution", "n_domains", "plot", "report",

@@ -11,10 +11,19 @@ import pandas as pd
 
 from histosge._embedding import Embedder, Forecast, resolve_device
 from histosge._heads import POSITION_ONLY, default_head, learns_sub_spots
-from histosge._model import PROTOCOLS, SPLITS, Measured, Plan, check_arguments, trials
+from histosge._model import (
+    PROTOCOLS,
+    SPLITS,
+    Measured,
+    Plan,
+    check_arguments,
+    drawn_rows,
+    spots_to_draw,
+    trials,
+)
 from histosge._model import evaluate as hold_out
 from histosge._options import FitOptions, Reading, Running, expand, pick
-from histosge._section import check_orientation, column, read_section
+from histosge._section import check_orientation, column, merge_bins, read_section
 from histosge._settings import is_whole, logger, seeded
 
 if TYPE_CHECKING:
@@ -84,7 +93,10 @@ def evaluate(
     dense
         Whether to embed the area of a spot, from the encoder's tokens, instead of the tile around its centre, as for
         bins and cells.
-    genes, n_folds
+    genes, n_folds, merge_um
+    max_spots
+        Most spots (bins) that are learnt from and scored, of all sections together. Of more, blocks are drawn evenly
+        over sections and tissue, and the others are left out.
     head_options
         Arguments of heads by name, for example ``{"nearest": {"n_neighbours": 6}}``.
     image_key, spots_key, table_key, layer, coordinate_system, mpp
@@ -144,10 +156,19 @@ def evaluate(
     genes, n_folds = options["genes"], options["n_folds"]
     run = pick(options, Running)
     torch_device = resolve_device(run["device"])
-    sections = [read_section(each, **pick(options, Reading)) for each in sdatas]
+    sections = [merge_bins(read_section(each, **pick(options, Reading)), options["merge_um"]) for each in sdatas]
     for head in heads:
         of_head = (head_options or {}).get(head)
-        check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, head_options=of_head)
+        check_arguments(
+            head=head, genes=genes, n_folds=n_folds, sections=sections, head_options=of_head,
+            max_spots=options["max_spots"],
+        )  # fmt: skip
+    for section in sections:
+        check_orientation(section)
+    wanted = spots_to_draw([len(section.xy_px) for section in sections], max_spots=options["max_spots"])
+    for i, (section, n) in enumerate(zip(sections, wanted, strict=True)):
+        rows = drawn_rows(section, n, rng=rng)
+        sections[i] = section if rows is None else section.take(rows)
     names = [section.spots_key for section in sections]
     if len(set(names)) < len(names):
         names = [f"{i}: {name}" for i, name in enumerate(names)]
@@ -170,7 +191,6 @@ def evaluate(
     forecast = Forecast(sum(len(section.xy_px) for section in sections))
     how: dict[str, Any] = {"tile_um": tile_um, "dense": dense}
     for i, section in enumerate(sections):
-        check_orientation(section)
         embedder = Embedder.open(section, encoder, **how, **run)
         encoder = embedder.encoder  # loaded once for all sections
         values = embedder.embed_spots(forecast=forecast)

@@ -9,9 +9,9 @@ import numpy as np  # noqa: F401  the types of shared arguments name it
 
 from histosge._embedding import Embedder, Forecast, resolve_device
 from histosge._heads import default_head, learns_sub_spots
-from histosge._model import check_arguments, fit_model
+from histosge._model import check_arguments, drawn_rows, fit_model, spots_to_draw
 from histosge._options import FitOptions, Reading, Running, expand, pick
-from histosge._section import check_orientation, read_section
+from histosge._section import check_orientation, merge_bins, merged_edge, read_section
 from histosge._settings import seeded
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def fit(
     dense
         Whether to embed the area of a spot, from the encoder's tokens, instead of the tile around its centre: for
         models that predict bins and cells.
-    n_folds
+    n_folds, max_spots, merge_um
     head_options
         Arguments of the head, for example ``{"n_neighbours": 30}``; for joined heads by name, for example
         ``{"in-context": {"n_neighbours": 30}}``.
@@ -92,13 +92,23 @@ def fit(
     run = pick(options, Running)
     torch_device = resolve_device(run["device"])
     sections = [read_section(each, **pick(options, Reading)) for each in sdatas]
+    merge_um = options["merge_um"]
+    if merge_um is None:  # bins of all sections get one size
+        merge_um = max((merged_edge(s) for s in sections if s.contiguous), default=None)
+    sections = [merge_bins(section, merge_um) for section in sections]
     head = default_head(dense=dense) if head is None else head
-    check_arguments(head=head, genes=genes, n_folds=n_folds, sections=sections, head_options=head_options)
+    learn: dict[str, Any] = {"head": head, "genes": genes, "n_folds": n_folds, "head_options": head_options}
+    check_arguments(sections=sections, max_spots=options["max_spots"], **learn)
+    n_measured = [len(section.xy_px) for section in sections]
+    wanted = spots_to_draw(n_measured, max_spots=options["max_spots"])
     values, parts = [], []
-    forecast = Forecast(sum(len(section.xy_px) for section in sections))
+    forecast = Forecast(sum(wanted))
     how: dict[str, Any] = {"tile_um": tile_um, "dense": dense}
-    for section in sections:
+    for i, (section, n) in enumerate(zip(sections, wanted, strict=True)):
         check_orientation(section)
+        rows = drawn_rows(section, n, rng=rng)
+        if rows is not None:
+            sections[i] = section = section.take(rows)
         embedder = Embedder.open(section, encoder, **how, **run)
         encoder = embedder.encoder  # loaded once for all sections
         values.append(embedder.embed_spots(forecast=forecast))
@@ -109,12 +119,10 @@ def fit(
         values,
         config=embedder.config,
         sub_spots=parts or None,
-        head=head,
-        genes=genes,
-        n_folds=n_folds,
+        n_measured=sum(n_measured),
         rng=rng,
         device=torch_device,
         worker_device=embedder.wanted,
-        head_options=head_options,
+        **learn,
         progress=run["progress"],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import nullcontext
+from dataclasses import replace
 from time import time
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
@@ -17,10 +18,12 @@ from histosge._model import (
     check_arguments,
     check_conservation,
     check_memory,
+    drawn_rows,
     fit_model,
     load_fitted,
     open_store,
     save_fitted,
+    spots_to_draw,
     write_parts,
 )
 from histosge._options import FitOptions, Reading, Running, expand, pick
@@ -29,6 +32,7 @@ from histosge._section import (
     commit,
     is_measured,
     lay_targets,
+    merge_bins,
     open_table,
     read_image_only,
     read_section,
@@ -99,13 +103,13 @@ def predict(
         or ``"mean"``, or several joined by ``+`` for their mean; see :func:`histosge.tl.fit`. ``None`` takes
         ``"in-context+kriging"``, or ``"aggregate+kriging"`` where ``dense``.
     genes
-    n_folds
+    n_folds, max_spots, merge_um
     head_options
         Arguments of the head; see :func:`histosge.tl.fit`.
     model
-        A fitted model, of this or other sections; ``head``, ``genes`` and ``n_folds`` are then those of the model.
-        Where no table of ``sdata`` annotates any shapes, it predicts from the image alone, without prediction
-        intervals.
+        A fitted model, of this or other sections; ``head``, ``genes``, ``n_folds``, ``max_spots`` and ``merge_um`` are
+        then those of the model. Where no table of ``sdata`` annotates any shapes, it predicts from the image alone, without
+        prediction intervals.
     upsample
         Targets per measured spot: 2, 4, 8 or 16. Without this, ``bin_um`` and ``target_key``, 4 as in the paper.
     bin_um
@@ -151,9 +155,10 @@ def predict(
         ``var["shrinkage"]``: the mean share of the difference between measurement and prediction of a spot that is not
         counting noise. ``obs``: ``array_row``, ``array_col`` (int64, where the targets form a grid), ``in_tissue``,
         ``is_spot`` (the target is a measured spot; its measurement is hidden from the context, but heads have learnt
-        from it: this is no held-out prediction), ``in_spot`` (its centre lies inside a physical spot; bool),
-        ``distance_to_spot_um`` (float32, to the centre of the nearest spot). ``obsm["spatial"]`` (n, 2) float64, (x, y)
-        in pixels of the image. Without spots, ``distance_to_spot_um`` is NaN, and targets cover the tissue of the whole
+        from it: this is no held-out prediction; false where bins are merged), ``in_spot`` (its centre lies inside a
+        physical spot; bool), ``distance_to_spot_um`` (float32, to the centre of the nearest spot or merged bin).
+        ``obsm["spatial"]`` (n, 2) float64, (x, y) in pixels of the image. Without spots, ``distance_to_spot_um`` is
+        NaN, and targets cover the tissue of the whole
         image. ``var``: ``highly_variable`` (bool), ``held_out_pcc``, ``held_out_mse`` (float32, on held-out spots),
         ``predictable`` (bool, at a false discovery rate of 5 %). ``varm["histosge_intervals"]`` (genes, 105) float32:
         numbers from which :func:`histosge.tl.intervals` computes prediction intervals; ``uns["histosge"]["intervals"]``
@@ -273,6 +278,11 @@ def _predict_section(
         targets = lay_targets(section, key=name, upsample=upsample, bin_um=bin_um, tissue=tissue)
     else:
         targets = read_targets(sdata, section, target_key, on_invalid=on_invalid)
+    # a model reads bins of the size that it learnt from
+    merge_um = options["merge_um"] if model is None else model.info.get("merged_um", section.spot_um)
+    section = merge_bins(section, merge_um)
+    if section.merged > 1:  # no target is a merged bin
+        targets = replace(targets, spot_index=np.full(len(targets), -1))
     run = pick(options, Running)
     learn: dict[str, Any] = {}
     if model is not None:
@@ -283,6 +293,7 @@ def _predict_section(
             dense = bin_um is not None or smaller_than_spot(section, targets)
         head = default_head(dense=dense) if head is None else head
         learn = {"head": head, "genes": genes, "n_folds": n_folds, "head_options": head_options}
+        learn["max_spots"] = options["max_spots"]
         names = check_arguments(sections=[section], **learn)
         embedder = Embedder.open(section, encoder, tile_um=tile_um, dense=dense, **run)
         n_genes = len(names) if isinstance(genes, str) else len(genes) if isinstance(genes, Collection) else int(genes)
@@ -347,8 +358,20 @@ def _warn_of_image_only() -> None:
     )
 
 
-def _fit(embedder: Embedder, at_spots: NDArray[np.float32], *, head: AnyHead, **learn: Any) -> Model:
-    """Fit the head on the spots of the section, with their sub-spots where it learns from these."""
+def _fit(
+    embedder: Embedder,
+    at_spots: NDArray[np.float32],
+    *,
+    head: AnyHead,
+    max_spots: int,
+    rng: np.random.Generator,
+    **learn: Any,
+) -> Model:
+    """Fit the head on spots of the section, at most ``max_spots``, with their sub-spots where it learns from these."""
+    n_measured = len(at_spots)
+    rows = drawn_rows(embedder.section, *spots_to_draw([n_measured], max_spots=max_spots), rng=rng)
+    if rows is not None:
+        embedder, at_spots = replace(embedder, section=embedder.section.take(rows)), at_spots[rows]
     parts = [embedder.embed_parts()] if embedder.config.dense and learns_sub_spots(head) else None
     return fit_model(
         [embedder.section],
@@ -356,6 +379,8 @@ def _fit(embedder: Embedder, at_spots: NDArray[np.float32], *, head: AnyHead, **
         config=embedder.config,
         head=head,
         sub_spots=parts,
+        n_measured=n_measured,
+        rng=rng,
         device=embedder.device,
         worker_device=embedder.wanted,
         progress=embedder.progress,

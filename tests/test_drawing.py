@@ -1,0 +1,110 @@
+"""More spots than ``max_spots``: which are learnt from, and what stays as it was."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.spatial import cKDTree
+
+import histosge as sge
+from histosge._statistics import draw_evenly, shares_of
+
+QUICK = {"encoder": "stain-texture", "head": "ridge", "genes": 5, "n_folds": 2, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def bins():
+    return sge.datasets.synthetic(n_rows=4, n_cols=4, n_genes=12, mpp=2.0, bin_um=16)
+
+
+def grid(n):
+    return np.stack(np.meshgrid(np.arange(n), np.arange(n)), -1).reshape(-1, 2) * 8.0
+
+
+@pytest.mark.parametrize("n", [300, 2500, 9000])
+def test_drawn_spots_are_spread_over_the_section_and_keep_their_neighbours(n):
+    xy = grid(100)
+    rows = draw_evenly(xy, n, pitch_um=8.0, rng=np.random.default_rng(0))
+    assert len(np.unique(rows)) == len(rows) == n
+    assert (np.diff(rows) > 0).all()
+    # each sixteenth of the section has its share: the blocks of a grid over it are cut by its borders at worst
+    part = np.bincount((xy[rows] // 200).astype(int) @ [4, 1], minlength=16)
+    assert part.min() > 0.4 * n / 16
+    # a scattered draw has a neighbour at the pitch with a chance of n / 10,000 on each side
+    near, _ = cKDTree(xy[rows]).query(xy[rows], k=5)
+    assert np.mean(near[:, 1:] <= 8.0) > max(0.6, n / len(xy))
+
+
+def test_all_spots_are_drawn_where_there_are_no_more():
+    rng = np.random.default_rng(0)
+    before = rng.bit_generator.state
+    assert draw_evenly(grid(5), 25, pitch_um=8.0, rng=rng).tolist() == list(range(25))
+    assert rng.bit_generator.state == before
+
+
+@pytest.mark.parametrize(
+    "turn", [lambda xy: xy[:, ::-1], lambda xy: -xy, lambda xy: xy + 10_000.0], ids=["mirrored", "turned", "moved"]
+)
+def test_the_same_tissue_is_drawn_however_a_section_lies(turn):
+    xy = grid(40)
+    xy = xy[xy[:, 1] < 40 * np.sqrt(xy[:, 0])]  # no symmetry
+    drawn = [draw_evenly(each, 400, pitch_um=8.0, rng=np.random.default_rng(0)) for each in (xy, turn(xy))]
+    assert np.array_equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "expected"),
+    [([5, 7], 12, [5, 7]), ([100, 100], 60, [30, 30]), ([10, 100, 40], 90, [10, 40, 40]), ([9, 9, 9], 10, [3, 3, 4])],
+)
+def test_sections_share_the_drawn_spots_evenly(sizes, most, expected):
+    assert sorted(shares_of(sizes, most=most).tolist()) == sorted(expected)
+    assert (shares_of(sizes, most=most) <= sizes).all()
+
+
+def test_fit_learns_from_drawn_spots_and_says_so(bins, log):
+    n = len(bins.shapes["synthetic_square_016um"])
+    with sge.settings.override(verbosity=2):
+        model = sge.tl.fit(bins, **QUICK, max_spots=120)
+    assert len(model.spots) == model.info["n_spots"] == 120
+    assert model.info["n_measured"] == n
+    assert f"learning from 120 of {n} spots (max_spots)" in log.text
+    everything = sge.tl.fit(bins, **QUICK, max_spots=n)
+    assert len(everything.spots) == n
+    assert "n_measured" not in everything.info
+
+
+def test_nothing_changes_without_a_draw(bins):
+    n = len(bins.shapes["synthetic_square_016um"])
+    assert sge.tl.fit(bins, **QUICK).fingerprint() == sge.tl.fit(bins, **QUICK, max_spots=n).fingerprint()
+
+
+def test_a_model_of_drawn_spots_is_saved(bins, tmp_path):
+    model = sge.tl.fit(bins, **QUICK, max_spots=100)
+    model.save(tmp_path)
+    assert sge.Model.load(tmp_path).fingerprint() == model.fingerprint()
+
+
+def test_all_spots_stay_context_of_a_prediction(bins):
+    """`nearest` learns nothing: with all spots as context, it does not matter which were drawn."""
+    how = QUICK | {"head": "nearest", "genes": ["GENE001", "GENE002"], "bin_um": 8, "inplace": False}
+    few, every = (sge.tl.predict(bins, **how, max_spots=n) for n in (60, 10_000))
+    assert np.array_equal(few.X, every.X)
+    assert few.uns["histosge"]["n_spots"] == 60
+    assert few.uns["histosge"]["params"]["max_spots"] == 60
+
+
+def test_evaluate_learns_and_scores_drawn_spots(bins):
+    how = {name: QUICK[name] for name in ("encoder", "genes", "n_folds", "progress")}
+    scores = sge.tl.evaluate(bins, **how, heads=["mean"], n_splits=2, buffer_um=0, max_spots=90)
+    assert (scores["n_train"] + scores["n_test"] == 90).all()
+
+
+@pytest.mark.parametrize("wrong", [49, 0, 1000.5, "all", None])
+def test_too_few_spots_to_learn_from(bins, wrong):
+    with pytest.raises(ValueError, match=r"max_spots=.*: pass a whole number of spots to learn from, at least 50"):
+        sge.tl.fit(bins, **QUICK, max_spots=wrong)
+
+
+def test_too_few_spots_of_each_section(sdata):
+    with pytest.raises(ValueError, match="max_spots=50 is 8 spots in each of 6 sections.*pass max_spots=60 or more"):
+        sge.tl.fit([sdata] * 6, **QUICK, max_spots=50)
