@@ -15,6 +15,7 @@ from histosge._embedding._embed import block_edge_px, embed
 from histosge._embedding._forecast import Forecast
 from histosge._encoders import split_encoder
 from histosge._geometry import Footprints, Targets, divide
+from histosge._image import RESAMPLING
 from histosge._section import Section, find_embedding, own_spots
 from histosge._settings import is_whole, logger, settings
 
@@ -106,7 +107,8 @@ class Embedder:
     @property
     def provenance(self) -> dict[str, Any]:
         """Provenance for ``uns``."""
-        return {**self.config.to_uns(), "image": self.section.image_key, "mpp": float(self.section.mpp)}
+        image, mpp = self.section.image_key, float(self.section.mpp)
+        return {**self.config.to_uns(), "image": image, "mpp": mpp, "resampling": RESAMPLING}
 
     def embed(self, targets: Targets, *, forecast: Forecast | None = None, quiet: bool = False) -> NDArray[np.float32]:
         """Return the embeddings (n, d) of locations of the section: existing ones, or new ones.
