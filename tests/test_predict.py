@@ -1098,6 +1098,11 @@ def change_spots(sdata):
     return {}
 
 
+def change_resampling(sdata):
+    del sdata.tables["spots_stain-texture"].uns["histosge"]["resampling"]  # as a version before wrote it
+    return {}
+
+
 def drop_spots(sdata):
     table = sdata.tables["spots_stain-texture"]
     del sdata.tables["spots_stain-texture"]
@@ -1110,6 +1115,7 @@ def drop_spots(sdata):
     [
         (change_scale, "other mpp"),
         (change_image, "other image"),
+        (change_resampling, "other resampling"),
         (change_spots, "other targets"),
         (drop_spots, "other targets"),
     ],

@@ -67,14 +67,11 @@ def test_a_place_sees_the_same_pixels_in_any_block(block_px, align_px, seed):
 
 @pytest.mark.parametrize("scale", [0.37, 0.8, 1.7, 3.3])
 def test_a_place_sees_the_same_pixels_in_any_block_when_resampled(scale):
-    """Resampling rounds after rows and after columns: at most two grey levels of 255, seldom more than none."""
     image, xy = LazyImage(noise(120, 150)), places(60, 120, 150)
-    one = windows(image, xy, scale=scale, block_px=10_000).astype(int)
+    one = windows(image, xy, scale=scale, block_px=10_000)
     assert one.std() > 10
     for block_px in (7, 40, 64):
-        error = np.abs(windows(image, xy, scale=scale, block_px=block_px, align_px=4) - one)
-        assert error.max() <= 2
-        assert error.mean() < 0.5
+        assert (windows(image, xy, scale=scale, block_px=block_px, align_px=4) == one).all()
 
 
 @pytest.mark.parametrize(("tile_px", "half"), [(6, 0.5), (5, 0.0)])

@@ -30,10 +30,10 @@ FAULTS = {
         "test_tiles.py::test_a_tile_is_centred_on_its_place",
     ),
     "an image is resampled half a pixel off": (
-        "_image/_tiles.py",
-        "box=(x0 * scale - at[0], 0,",
-        "box=(x0 * scale - at[0] + 0.5, 0,",
-        "test_tiles.py::test_a_place_sees_the_same_pixels_in_any_block_when_resampled",
+        "_image/_resample.py",
+        "centre, reach = (pixel + 0.5) * scale",
+        "centre, reach = (pixel + 1.0) * scale",
+        "test_resample.py::test_known_truth",
     ),
     "an image is read upside down": (
         "_image/_lazy.py",

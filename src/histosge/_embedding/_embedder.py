@@ -17,6 +17,7 @@ from histosge._embedding._forecast import Forecast
 from histosge._embedding._on_workers import EmbedderPlan, check_on_disk, embed_part, parts_of
 from histosge._encoders import split_encoder
 from histosge._geometry import Footprints, Targets, block_order, divide
+from histosge._image import RESAMPLING
 from histosge._section import Section, find_embedding, own_spots
 from histosge._settings import is_whole, logger, progress_bar, settings
 
@@ -119,7 +120,8 @@ class Embedder:
     @property
     def provenance(self) -> dict[str, Any]:
         """Provenance for ``uns``."""
-        return {**self.config.to_uns(), "image": self.section.image_key, "mpp": float(self.section.mpp)}
+        image, mpp = self.section.image_key, float(self.section.mpp)
+        return {**self.config.to_uns(), "image": image, "mpp": mpp, "resampling": RESAMPLING}
 
     def embed(self, targets: Targets, *, forecast: Forecast | None = None, quiet: bool = False) -> NDArray[np.float32]:
         """Return the embeddings (n, d) of locations of the section: existing ones, or new ones.

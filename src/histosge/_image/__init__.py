@@ -21,4 +21,4 @@ from histosge._image._colour import (
     ycbcr_to_rgb,
 )
 from histosge._image._lazy import LazyImage, UInt8, computed, snap_scale
-from histosge._image._tiles import Block, batches, blocks, cut, prefetch, tile_blocks
+from histosge._image._tiles import RESAMPLING, Block, batches, blocks, cut, prefetch, tile_blocks

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from PIL import Image as PILImage
 
 from histosge._image._chunks import ChunkReader
 from histosge._image._lazy import LazyImage, UInt8, snap_scale
@@ -19,9 +18,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from histosge._image._lazy import Box
-
 T = TypeVar("T")
+RESAMPLING = 2
+"""Version of the resampling: increased when it gives other pixels. 1 was Pillow, block by block."""
 _AHEAD = 2
 """Batches, or blocks, that are made while one is in use."""
 
@@ -83,43 +82,20 @@ def blocks(
         x0, y0 = (np.floor(xy[rows].min(axis=0)).astype(int) - halo_px).tolist()
         x1, y1 = (np.floor(xy[rows].max(axis=0)).astype(int) + halo_px + 1).tolist()
         boxes.append((x0 - x0 % align_px, y0 - y0 % align_px, x1, y1))
-    sources = [_source(box, scale=scale) for box in boxes]
+    sources = boxes
+    if scale != 1:
+        from histosge._image._resample import resampled, source_box  # not above: it imports numba
+
+        sources = [source_box(box, scale=scale) for box in boxes]
     reader = ChunkReader(image, sources)
-    for i, (rows, box) in enumerate(zip(groups, boxes, strict=True)):
-        pixels = _resampled(reader.read(i), sources[i], box, scale=scale)
-        yield Block(pixels, rows, xy[rows] - box[:2], box[:2])
-
-
-def _source(box: Box, *, scale: float) -> Box:
-    """The box of the source that a box of the resampled image is made of."""
-    if scale == 1:
-        return box
-    # the triangle filter of an antialiased shrink reaches `scale` pixels to either side
-    margin = int(np.ceil(max(scale, 1))) + 1
-    x0, y0 = (int(np.floor(low * scale)) - margin for low in box[:2])
-    x1, y1 = (int(np.ceil(high * scale)) + margin for high in box[2:])
-    return x0, y0, x1, y1
-
-
-def _resampled(source: UInt8, at: Box, box: Box, *, scale: float) -> UInt8:
-    """Make a box of the resampled image from pixels of the source, which lie ``at``."""
-    if scale == 1:
-        return source
-    x0, y0, x1, y1 = box
-    (_, height, _), bilinear = source.shape, PILImage.Resampling.BILINEAR
-    out = np.empty((3, y1 - y0, x1 - x0), np.uint8)
-
-    def resample(channel: int) -> None:
-        # one direction at a time: Pillow rounds between the two and takes the cheaper one first, so that a pixel would
-        # depend on the shape of its block
-        wide = PILImage.fromarray(np.ascontiguousarray(source[channel]))
-        narrow = wide.resize((x1 - x0, height), bilinear, box=(x0 * scale - at[0], 0, x1 * scale - at[0], height))
-        across = (0, y0 * scale - at[1], x1 - x0, y1 * scale - at[1])
-        out[channel] = np.asarray(narrow.resize((x1 - x0, y1 - y0), bilinear, box=across))
-
-    with ThreadPoolExecutor(3) as threads:  # Pillow works without the interpreter's lock
-        list(threads.map(resample, range(3)))
-    return out
+    read: Iterator[UInt8] = (reader.read(i) for i in range(len(boxes)))
+    if scale != 1:
+        read = prefetch(read, depth=1)  # one block is resampled while the next is read
+    with closing(read):  # type: ignore[type-var]
+        for rows, box, source in zip(groups, boxes, read, strict=True):
+            pixels = source if scale == 1 else resampled(source, box, scale=scale)
+            del source
+            yield Block(pixels, rows, xy[rows] - box[:2], box[:2])
 
 
 def cut(block: Block, *, tile_px: int, out: UInt8 | None = None) -> UInt8:
