@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from histosge._image import LazyImage
     from histosge._section import Section
 
-PART_LOCATIONS = 256
-"""Fewest locations that are embedded in a task: a few seconds of a processor, and whole blocks of the image"""
+_N_PARTS, _FEWEST, _MOST = 64, 64, 4096
+"""Wanted number of tasks, and limits of the locations in one: enough tasks for many workers, large ones for a GPU"""
 _PROBES, _PROBE_PX = 5, 64
 _MOST_IN_MEMORY = 10_000
 """Bytes of an image that may travel with it: those of its metadata"""
@@ -107,11 +107,12 @@ def embed_part(embedder: Embedder, part: Part) -> NDArray[np.float32]:
 
 def parts_of(xy_px: NDArray[np.float64], *, order: NDArray[np.int64], block_px: float) -> list[NDArray[np.int64]]:
     """Cut the order of locations into parts of whole blocks: the same ones whatever the number of workers."""
+    wanted = min(max(len(xy_px) // _N_PARTS, _FEWEST), _MOST)
     block = np.floor(xy_px[order] / block_px)
     first = np.flatnonzero(np.any(np.diff(block, axis=0) != 0, axis=1)) + 1
     cuts: list[int] = []
     for at in first.tolist():
-        if at - (cuts[-1] if cuts else 0) >= PART_LOCATIONS:
+        if at - (cuts[-1] if cuts else 0) >= wanted:
             cuts.append(at)
     return [rows for rows in np.split(order, cuts) if len(rows)]
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from anndata import AnnData
+    from distributed import Client
     from geopandas import GeoDataFrame
     from numpy.typing import NDArray
 
@@ -294,12 +295,10 @@ def write_parts(
         written = _write_here(predictor, store, left, order=order, forecast=forecast)
     else:
         plan = _PartsPlan.of(predictor, store.writer, order)
-        tasks = on_workers(_write_part, left, client=client, plan=plan, opens=_PartsPlan.open, name="histosge_predict")
-        written = (left[i] for i, _ in tasks)
+        written = _write_there(plan, store, left, client=client)
     with progress_bar(desc="predicting", total=len(targets), unit="target", show=predictor.embedder.progress) as bar:
         bar.update(store.n_rows - store.n_rows_left)
         for part in written:
-            store.written(part)
             bar.update(len(order[store.rows(part)]))
     logger.info("    predicted %d of %d parts (%.0f s)", len(left), store.n_parts, time() - start)
     return store.finish(progress=predictor.embedder.progress)
@@ -322,11 +321,19 @@ def _write_here(
             for before, written in waiting:
                 written.result()
                 yield before
-            waiting = [(part, writer.submit(store.writer.write, part, matrices))]
+            waiting = [(part, writer.submit(store.write, part, matrices))]
             del matrices  # only the writer holds it now: freed when it is written
         for before, written in waiting:
             written.result()
             yield before
+
+
+def _write_there(plan: _PartsPlan, store: TableStore, left: Sequence[int], *, client: Client) -> Iterator[int]:
+    """Let the workers of dask predict and write parts; yield the number of each when it is on disk."""
+    opens, name = _PartsPlan.open, "histosge_predict"
+    for i, _ in on_workers(_write_part, left, client=client, plan=plan, opens=opens, name=name):
+        store.written(left[i])
+        yield left[i]
 
 
 @dataclass(frozen=True)

@@ -271,4 +271,4 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _text(value: Any) -> str:
     text = "absent" if value is None else repr(_plain(value))
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= 80 else f"{text[:30]}...{text[-47:]}"  # of paths, the end tells more
