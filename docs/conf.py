@@ -78,7 +78,7 @@ intersphinx_mapping = {k: (v, None) for k, v in other_projects.items()} if "READ
 nitpick_ignore_regex = [
     # other projects: a link where there is an inventory, plain text where there is none
     (r"py:.*", r"(anndata|collections|dask|geopandas|matplotlib|networkx|numpy|pandas|pathlib|scipy)(\..*)?"),
-    (r"py:.*", r"(shapely|spatialdata|spatialdata_io|torch|types|typing|xarray|np|os)(\..*)?"),
+    (r"py:.*", r"(shapely|spatialdata|spatialdata_io|torch|types|typing|upath|xarray|np|os)(\..*)?"),
     (
         r"py:.*",
         r"(None|Any|Path|bool|bytes|complex|dict|float|frozenset|int|list|object|set|str|tuple|type|ellipsis|Ellipsis)",

@@ -37,6 +37,12 @@ class RetryingStore(FsspecStore):
         store.remote = remote
         return store
 
+    def with_read_only(self, read_only: bool = False) -> RetryingStore:  # noqa: FBT001, FBT002  by zarr
+        """Return the same store, for reading or not."""
+        store = cast("RetryingStore", super().with_read_only(read_only))
+        store.remote = self.remote
+        return store
+
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Read a file, or a part of it."""
         try:

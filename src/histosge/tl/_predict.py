@@ -197,10 +197,10 @@ def predict(
     ``section``, ``store``, ``n_targets`` and ``n_genes`` (Int64), ``scores`` (``"held-out"``, or ``"image only"`` where
     nothing was measured), ``held_out_pcc`` (float64, mean over genes; of the sections of the model with ``model=``),
     ``seconds`` (float64), ``error`` and ``source`` (the path). The file ``{store}/summary.csv`` has the same columns,
-    for all sections that were predicted into the folder. A section that fails does not stop the others: its message is
-    in ``error``, and logged. The same call again predicts what is missing. A finished store is left as it is. If it was
-    made by another model, with other arguments or from another path, this is an error of its section; a section that
-    was changed in its place is not noticed: remove its store.
+    for all sections that were predicted into the folder. A section that fails does not stop the others, and raises
+    nothing: its message is in ``error``, and logged. The same call again predicts what is missing. A finished store is
+    left as it is. If it was made by another model, with other arguments or from another path, this is an error of its
+    section; a section that was changed in its place is not noticed: remove its store.
 
     The kind of values in a table is detected and logged: counts, corrected counts, or their logarithms (of any base) or
     square roots, which are converted. Where ``var`` has feature types, only "Gene Expression" is used. ``sge.tl.fit``
