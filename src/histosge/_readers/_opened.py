@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -20,14 +21,15 @@ def opened(source: Source) -> SpatialData:
 
     Nothing is kept: drop the result to free it.
     """
+    path_of(source)  # raise where it is no section
+    return open_section(Path(source)) if isinstance(source, str | PathLike) else source
+
+
+def are_many(sdata: object) -> bool:
+    """Whether it is a list of sections (or a dict, or anything to iterate over), not one section or path."""
     from spatialdata import SpatialData
 
-    if isinstance(source, SpatialData):
-        return source
-    if isinstance(source, str | PathLike):
-        return open_section(Path(source))
-    msg = f"sdata holds a {type(source).__name__}: pass SpatialData objects, or paths of sections."
-    raise TypeError(msg)
+    return isinstance(sdata, Iterable) and not isinstance(sdata, SpatialData | str | PathLike)
 
 
 def name_of(source: Source) -> str | None:
@@ -37,7 +39,12 @@ def name_of(source: Source) -> str | None:
 
 
 def path_of(source: Source) -> str | None:
-    """Where a section lies, as text; ``None`` where it is only in memory."""
+    """Where a section lies, as text; ``None`` where it is only in memory. Raise where it is no section."""
+    from spatialdata import SpatialData
+
     if isinstance(source, str | PathLike):
         return str(Path(source).expanduser().absolute())
+    if not isinstance(source, SpatialData):
+        msg = f"sdata holds a {type(source).__name__}: pass SpatialData objects, or paths of sections."
+        raise TypeError(msg)
     return None if source.path is None else str(Path(source.path).absolute())
