@@ -14,7 +14,7 @@ from histosge._embedding._device import resolve_device
 from histosge._embedding._embed import block_edge_px, embed
 from histosge._embedding._forecast import Forecast
 from histosge._encoders import split_encoder
-from histosge._geometry import Footprints, Targets, divide
+from histosge._geometry import Footprints, Targets, cut_bins, divide
 from histosge._section import Section, find_embedding, own_spots
 from histosge._settings import is_whole, logger, settings
 
@@ -179,8 +179,17 @@ class Embedder:
         """Cut spots into a dozen sub-spots each, and embed these."""
         section = self.section
         edge_px = max(_EDGE_PER_SPOT * section.spot_um, self.config.token_um or 0.0) / section.mpp
-        xy_px, index, weight = divide(section.footprints, edge_px=edge_px)
-        values = self._embed(xy_px, Footprints.squares(xy_px, edge_px=edge_px), progress=False)
+        if section.contiguous and section.lattice is not None:
+            # a bin is cut along its own edges: fewer pieces than squares of one grid, which lie across its borders
+            basis = section.lattice.basis
+            n_side = max(1, round(section.spot_um / section.mpp / edge_px - 0.01))
+            xy_px, index, weight = cut_bins(section.xy_px, basis=basis, n_side=n_side)
+            turn, edge_px = float(np.arctan2(basis[0, 1], basis[0, 0])), section.spot_um / section.mpp / n_side
+            areas = Footprints.squares(xy_px, edge_px=edge_px, turn=turn)
+        else:
+            xy_px, index, weight = divide(section.footprints, edge_px=edge_px)
+            areas = Footprints.squares(xy_px, edge_px=edge_px)
+        values = self._embed(xy_px, areas, progress=False)
         return SpotParts(values, xy_px, index, weight.astype(np.float32))
 
     def warn_below_token(self, targets: Targets) -> None:
