@@ -11,6 +11,8 @@ from scipy import sparse
 from spatialdata import SpatialData
 
 import histosge as sge
+from histosge._embedding import Embedder
+from histosge._geometry import cut_bins
 from histosge._section import merge_bins, merged_edge, read_section
 
 QUICK = {"encoder": "stain-texture", "head": "ridge", "genes": 5, "n_folds": 2, "progress": False}
@@ -148,3 +150,30 @@ def test_evaluate_scores_merged_bins(hd):
     n = len(merge_bins(read_section(hd, report=False), None).xy_px)
     assert (scores["n_train"] + scores["n_test"] == n).all()
     assert isinstance(scores, pd.DataFrame)
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.3, np.pi / 2])
+@pytest.mark.parametrize("mirrored", [1, -1])
+def test_bins_are_cut_along_their_edges(angle, mirrored):
+    basis = 6.0 * np.array([[np.cos(angle), np.sin(angle)], [-mirrored * np.sin(angle), mirrored * np.cos(angle)]])
+    centres = np.array([[0.0, 0.0], [50.0, 20.0]])
+    xy, index, weight = cut_bins(centres, basis=basis, n_side=3)
+    assert np.allclose(weight.sum(axis=1), 1)
+    assert np.allclose(np.einsum("nk,nkd->nd", weight, xy[index]), centres)
+    # in the axes of the bin, the pieces are at -1/3, 0 and 1/3 of its edge
+    own = np.round((xy[index] - centres[:, None]) @ np.linalg.inv(basis) * 3)
+    for each in own:
+        assert sorted(map(tuple, each.astype(int))) == [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+
+
+def test_the_pieces_of_a_bin_have_the_mean_of_its_tokens(section):
+    merged = merge_bins(section, 16)
+    embedder = Embedder.open(merged, "stain-texture", dense=True, device="cpu", progress=False)
+    rows = np.arange(0, len(merged.xy_px), 9)
+    some = replace(embedder, section=merged.take(rows))
+    parts, whole = some.embed_parts(), some.embed_spots()
+    n = whole.shape[1] // 2
+    assert parts.index.shape == (len(rows), 4)
+    mean = np.einsum("nk,nkd->nd", parts.weight, parts.embedding[parts.index])
+    # tokens are means over areas, to half precision at most; the rest is the surroundings of each centre
+    assert np.abs(mean - whole)[:, :n].max() < 4e-3 * np.abs(whole[:, :n]).max()

@@ -16,7 +16,7 @@ from histosge._embedding._embed import block_edge_px, embed
 from histosge._embedding._forecast import Forecast
 from histosge._embedding._on_workers import EmbedderPlan, check_on_disk, embed_part, parts_of
 from histosge._encoders import split_encoder
-from histosge._geometry import Footprints, Targets, block_order, divide
+from histosge._geometry import Footprints, Targets, block_order, cut_bins, divide
 from histosge._image import RESAMPLING
 from histosge._section import Section, find_embedding, own_spots
 from histosge._settings import is_whole, logger, progress_bar, settings
@@ -152,16 +152,11 @@ class Embedder:
                 forecast.existing(len(targets))
             return found
         start = time()
-        client = active_client()
-        log("embedding %d locations with %s on %s", len(targets), name, self.device if client is None else "dask")
+        where = self.device if active_client() is None else "dask"
+        log("embedding %d locations with %s on %s", len(targets), name, where)
         footprints = targets.footprints if self.config.dense else None
         progress = False if quiet else self.progress
-        if client is None:
-            values = self.embed_locations(
-                targets.xy_px, footprints, progress=progress, report=not quiet, forecast=forecast
-            )
-        else:
-            values = self._on_workers(client, targets.xy_px, footprints, progress=progress)
+        values = self._embed(targets.xy_px, footprints, progress=progress, report=not quiet, forecast=forecast)
         log("    finished (%.0f s)", time() - start)
         return values
 
@@ -196,13 +191,17 @@ class Embedder:
         """Cut spots into a dozen sub-spots each, and embed these."""
         section = self.section
         edge_px = max(_EDGE_PER_SPOT * section.spot_um, self.config.token_um or 0.0) / section.mpp
-        xy_px, index, weight = divide(section.footprints, edge_px=edge_px)
-        squares = Footprints.squares(xy_px, edge_px=edge_px)
-        client = active_client()
-        if client is None:
-            values = self.embed_locations(xy_px, squares, progress=False)
+        if section.contiguous and section.lattice is not None:
+            # a bin is cut along its own edges: fewer pieces than squares of one grid, which lie across its borders
+            basis = section.lattice.basis
+            n_side = max(1, round(section.spot_um / section.mpp / edge_px - 0.01))
+            xy_px, index, weight = cut_bins(section.xy_px, basis=basis, n_side=n_side)
+            turn, edge_px = float(np.arctan2(basis[0, 1], basis[0, 0])), section.spot_um / section.mpp / n_side
+            areas = Footprints.squares(xy_px, edge_px=edge_px, turn=turn)
         else:
-            values = self._on_workers(client, xy_px, squares, progress=False)
+            xy_px, index, weight = divide(section.footprints, edge_px=edge_px)
+            areas = Footprints.squares(xy_px, edge_px=edge_px)
+        values = self._embed(xy_px, areas, progress=False)
         return SpotParts(values, xy_px, index, weight.astype(np.float32))
 
     def warn_below_token(self, targets: Targets) -> None:
@@ -216,6 +215,15 @@ class Embedder:
                 "%s of %.3g µm are smaller than the tokens of %r (%.3g µm): the tokens limit the resolution",
                 "bins" if targets.are_bins else "targets", size_um, self.config.name, token_um,
             )  # fmt: skip
+
+    def _embed(
+        self, xy_px: NDArray[np.float64], footprints: Footprints | None, *, progress: bool | None, **how: Any
+    ) -> NDArray[np.float32]:
+        """Embed locations (n, 2) here, or on the workers of dask."""
+        client = active_client()
+        if client is None:
+            return self.embed_locations(xy_px, footprints, progress=progress, **how)
+        return self._on_workers(client, xy_px, footprints, progress=progress)
 
     def _on_workers(
         self, client: Client, xy_px: NDArray[np.float64], footprints: Footprints | None, *, progress: bool | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from histosge._geometry._areas import Grid, area_fractions, divide, padded, spot_by_bin
+from histosge._geometry._areas import Grid, area_fractions, cut_bins, divide, padded, spot_by_bin
 from histosge._geometry._footprints import Footprints
 from histosge._geometry._lattice import (
     LEGACY_ST,

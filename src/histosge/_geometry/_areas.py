@@ -164,6 +164,14 @@ def divide(footprints: Footprints, *, edge_px: float) -> tuple[Floats, Ints, Flo
     return xy_px, *padded(sparse.csr_matrix((share.data, column, share.indptr), shape=(len(footprints), len(cells))))
 
 
+def cut_bins(xy_px: Floats, *, basis: Floats, n_side: int) -> tuple[Floats, Ints, Floats]:
+    """Cut each bin of a lattice into ``n_side`` x ``n_side`` equal squares: centres, rows and shares as :func:`divide`."""
+    at = (np.arange(n_side) + 0.5) / n_side - 0.5
+    steps = np.stack(np.meshgrid(at, at), -1).reshape(-1, 2) @ basis  # (k, 2)
+    n, k = len(xy_px), n_side**2
+    return (xy_px[:, None] + steps).reshape(-1, 2), np.arange(n * k).reshape(n, k), np.full((n, k), 1 / k)
+
+
 def padded(share: sparse.csr_matrix) -> tuple[Ints, Floats]:
     """Columns and values of each row of a sparse matrix, (n, k) each, padded with 0."""
     each = np.diff(share.indptr)

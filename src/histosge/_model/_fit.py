@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -108,6 +109,10 @@ def fit_model(
         "spot_um": float(np.mean([s.spot_um for s in sections])),
         "unit": sections[0].values.unit,
     }
+    kinds = _kinds(sections)
+    if len(kinds) > 1:
+        info["kinds_of_sections"] = "; ".join(f"{n} {kind}" for kind, n in kinds.items())
+        logger.info("sections differ: %s", info["kinds_of_sections"])
     if any(section.merged > 1 for section in sections):
         info["merged_um"] = max(section.spot_um for section in sections if section.merged > 1)
     if n_measured is not None and n_measured > len(spots):
@@ -177,6 +182,11 @@ def check_arguments(
             )
             raise ValueError(msg)
     return names
+
+
+def _kinds(sections: Sequence[Section]) -> Counter[str]:
+    """Count the sections of each technology, pitch and scale; scales of 0.49 and 0.5 µm per pixel are the same."""
+    return Counter(f"{s.technology}, pitch {s.pitch_um:.3g} µm, {s.mpp:.1g} µm per pixel" for s in sections)
 
 
 def _common_genes(sections: Sequence[Section]) -> pd.Index:

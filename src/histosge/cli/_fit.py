@@ -83,7 +83,9 @@ def fit(
     start = time()
     refuse_input_as_output(sources, target, name="MODEL")
     with written(target, overwrite=overwrite, marks=_MARKS) as (fresh,):
-        sections = read_sections(sources, images=images, bin_size=bin_size)
+        # paths, so that one section at a time is in memory
+        plain = not images and bin_size is None
+        sections = list(sources) if plain else read_sections(sources, images=images, bin_size=bin_size)
         how = loaded_encoder(encoder, weights=weights, trust_remote_code=trust_remote_code)
         with sge.settings.override(**cache_setting(no_cache=no_cache)):
             model = sge.tl.fit(sections, encoder=how, **options)

@@ -11,25 +11,16 @@ import pandas as pd
 
 from histosge._embedding import Embedder, Forecast, resolve_device
 from histosge._heads import POSITION_ONLY, default_head, learns_sub_spots
-from histosge._model import (
-    PROTOCOLS,
-    SPLITS,
-    Measured,
-    Plan,
-    check_arguments,
-    drawn_rows,
-    spots_to_draw,
-    trials,
-)
+from histosge._model import PROTOCOLS, SPLITS, Measured, Plan, check_arguments, trials
 from histosge._model import evaluate as hold_out
-from histosge._options import FitOptions, Reading, Running, expand, pick
-from histosge._section import check_orientation, column, merge_bins, read_section
+from histosge._options import FitOptions, Running, expand, pick
 from histosge._settings import is_whole, logger, seeded
+from histosge.tl._sections import Sections
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-    from spatialdata import SpatialData
+    from histosge._readers import Source
 
 _BASELINES = ("kriging", "ridge", "nearest", "mean")
 _MOST_TRIALS = 1000
@@ -37,7 +28,7 @@ _MOST_TRIALS = 1000
 
 @expand(FitOptions)
 def evaluate(
-    sdata: SpatialData | Sequence[SpatialData],
+    sdata: Source | Iterable[Source],
     *,
     heads: Sequence[str] | None = None,
     split: str = "blocks",
@@ -61,7 +52,8 @@ def evaluate(
     Parameters
     ----------
     sdata
-        Section with an H&E image and measured spots, or a list of sections.
+        Section with an H&E image and measured spots, or a list of sections; each a ``SpatialData`` or a path, as for
+        :func:`histosge.io.read`.
     heads
         Names as in :func:`histosge.tl.fit`. ``None`` takes the default head (for pseudo-spots and ``dense`` the default
         for bins) and the baselines kriging, ridge, nearest and mean.
@@ -139,9 +131,9 @@ def evaluate(
     >>> scores.groupby("head")["pcc"].mean().idxmax()
     'ridge'
     """
-    sdatas = [sdata] if not isinstance(sdata, (list, tuple)) else list(sdata)
+    known = Sections(sdata, options, labels=labels)
     heads = _check(
-        sdatas,
+        len(known.sources),
         heads,
         split,
         protocol=protocol,
@@ -156,30 +148,17 @@ def evaluate(
     genes, n_folds = options["genes"], options["n_folds"]
     run = pick(options, Running)
     torch_device = resolve_device(run["device"])
-    sections = [merge_bins(read_section(each, **pick(options, Reading)), options["merge_um"]) for each in sdatas]
+    known.survey()
     for head in heads:
-        of_head = (head_options or {}).get(head)
-        check_arguments(
-            head=head, genes=genes, n_folds=n_folds, sections=sections, head_options=of_head,
-            max_spots=options["max_spots"],
+        common = check_arguments(
+            head=head, genes=genes, n_folds=n_folds, sections=known.known, max_spots=options["max_spots"],
+            head_options=(head_options or {}).get(head),
         )  # fmt: skip
-    for section in sections:
-        check_orientation(section)
-    wanted = spots_to_draw([len(section.xy_px) for section in sections], max_spots=options["max_spots"])
-    for i, (section, n) in enumerate(zip(sections, wanted, strict=True)):
-        rows = drawn_rows(section, n, rng=rng)
-        sections[i] = section if rows is None else section.take(rows)
-    names = [section.spots_key for section in sections]
-    if len(set(names)) < len(names):
-        names = [f"{i}: {name}" for i, name in enumerate(names)]
+    drawn = list(known.drawn(common, rng=rng))
+    sections = [section for section, _ in drawn]
     measured = [
-        Measured(
-            name,
-            section,
-            np.empty((len(section.xy_px), 0), np.float32),
-            None if labels is None else column(each, section, labels),
-        )
-        for each, section, name in zip(sdatas, sections, names, strict=True)
+        Measured(name, section, np.empty((len(section.xy_px), 0), np.float32), of_spots)
+        for (section, of_spots), name in zip(drawn, known.names([s.spots_key for s in sections]), strict=True)
     ]
     empty = [m.name for m in measured if m.labels is not None and pd.isna(m.labels).all()]
     if empty:
@@ -222,7 +201,7 @@ def evaluate(
 
 
 def _check(
-    sdatas: list[SpatialData],
+    n_sections: int,
     heads: Sequence[str] | None,
     split: str,
     *,
@@ -234,9 +213,6 @@ def _check(
     head_options: dict[str, dict[str, Any]] | None,
 ) -> list[str]:
     """Check the arguments before anything is read; return the heads."""
-    if not sdatas:
-        msg = "sdata is an empty list: pass at least one section."
-        raise ValueError(msg)
     for name, value, choices in (("split", split, SPLITS), ("protocol", protocol, PROTOCOLS)):
         if value not in choices:
             msg = f"{name}={value!r} is unknown. Choose one of {choices}."
@@ -245,7 +221,7 @@ def _check(
         if not (is_whole(number) and least <= number <= _MOST_TRIALS):
             msg = f"{name}={number!r}: pass a whole number of at least {least} and at most {_MOST_TRIALS}."
             raise ValueError(msg)
-    if split == "sections" and len(sdatas) < 2:
+    if split == "sections" and n_sections < 2:
         msg = "split='sections' leaves one section out, and there is only one: pass a list of sections."
         raise ValueError(msg)
     if protocol == "published" and split not in ("random", "blocks", "lattice"):

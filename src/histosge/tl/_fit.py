@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np  # noqa: F401  the types of shared arguments name it
 
 from histosge._embedding import Embedder, Forecast, resolve_device
 from histosge._heads import default_head, learns_sub_spots
-from histosge._model import check_arguments, drawn_rows, fit_model, spots_to_draw
-from histosge._options import FitOptions, Reading, Running, expand, pick
-from histosge._section import check_orientation, merge_bins, merged_edge, read_section
+from histosge._model import check_arguments, fit_model
+from histosge._options import FitOptions, Running, expand, pick
 from histosge._settings import seeded
+from histosge.tl._sections import Sections, without_image
 
 if TYPE_CHECKING:
-    from spatialdata import SpatialData
+    from collections.abc import Iterable
 
     from histosge._heads import Head
     from histosge._model import Model
+    from histosge._readers import Source
 
 
 @expand(FitOptions)
 def fit(
-    sdata: SpatialData | Sequence[SpatialData],
+    sdata: Source | Iterable[Source],
     *,
     head: str | type[Head] | Head | None = None,
     dense: bool = False,
@@ -41,7 +41,9 @@ def fit(
     Parameters
     ----------
     sdata
-        Section with an H&E image and measured spots, or a list of sections.
+        Section with an H&E image and measured spots, or a list of sections; each a ``SpatialData`` or a path, as for
+        :func:`histosge.io.read`. Sections are opened one at a time, and only the spots that are learnt from stay in
+        memory. Genes are those that all sections have.
     encoder
     head
         ``"in-context"`` (attention over measured neighbours), ``"aggregate"`` (the same, learnt through the mean of
@@ -82,44 +84,32 @@ def fit(
     >>> sorted(model.held_out)
     ['nearest', 'ridge']
     """
-    sdatas = list(sdata) if isinstance(sdata, Sequence) else [sdata]
-    if not sdatas:
-        msg = "sdata is an empty list: pass at least one section."
-        raise ValueError(msg)
+    known = Sections(sdata, options)
     rng = seeded(options["rng"])
     encoder, tile_um = options["encoder"], options["tile_um"]
     genes, n_folds = options["genes"], options["n_folds"]
     run = pick(options, Running)
     torch_device = resolve_device(run["device"])
-    sections = [read_section(each, **pick(options, Reading)) for each in sdatas]
-    merge_um = options["merge_um"]
-    if merge_um is None:  # bins of all sections get one size
-        merge_um = max((merged_edge(s) for s in sections if s.contiguous), default=None)
-    sections = [merge_bins(section, merge_um) for section in sections]
+    known.survey()
     head = default_head(dense=dense) if head is None else head
     learn: dict[str, Any] = {"head": head, "genes": genes, "n_folds": n_folds, "head_options": head_options}
-    check_arguments(sections=sections, max_spots=options["max_spots"], **learn)
-    n_measured = [len(section.xy_px) for section in sections]
-    wanted = spots_to_draw(n_measured, max_spots=options["max_spots"])
-    values, parts = [], []
-    forecast = Forecast(sum(wanted))
+    common = check_arguments(sections=known.known, max_spots=options["max_spots"], **learn)
+    sections, values, parts = [], [], []
+    forecast = Forecast(min(known.n_measured, options["max_spots"]))
     how: dict[str, Any] = {"tile_um": tile_um, "dense": dense}
-    for i, (section, n) in enumerate(zip(sections, wanted, strict=True)):
-        check_orientation(section)
-        rows = drawn_rows(section, n, rng=rng)
-        if rows is not None:
-            sections[i] = section = section.take(rows)
+    for section, _ in known.drawn(common, rng=rng):
         embedder = Embedder.open(section, encoder, **how, **run)
         encoder = embedder.encoder  # loaded once for all sections
         values.append(embedder.embed_spots(forecast=forecast))
         if dense and learns_sub_spots(head):
             parts.append(embedder.embed_parts())
+        sections.append(without_image(section))
     return fit_model(
         sections,
         values,
         config=embedder.config,
         sub_spots=parts or None,
-        n_measured=sum(n_measured),
+        n_measured=known.n_measured,
         rng=rng,
         device=torch_device,
         worker_device=embedder.wanted,
