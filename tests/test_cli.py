@@ -362,6 +362,7 @@ ALL_OPTIONS = {  # each with another value than the default
     "--head nearest --n-folds 3": {"head": "nearest", "n_folds": 3},
     '--head-options {"n_neighbours":6}': {"head_options": {"n_neighbours": 6}},
     "--key-added fine --rng 3 --mpp 2.0": {"key_added": "fine", "rng": 3, "mpp": 2.0},
+    "--max-spots 500 --merge-um 16": {"max_spots": 500, "merge_um": 16.0},
     "--layer raw": {"layer": "raw"},
     "--image-key he --spots-key spots": {"image_key": "he", "spots_key": "spots"},
     "--table-key table --coordinate-system x": {"table_key": "table", "coordinate_system": "x"},

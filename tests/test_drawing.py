@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from scipy.spatial import cKDTree
 
 import histosge as sge
+from histosge._heads import Spots, _space
+from histosge._heads._training import Schedule
 from histosge._statistics import draw_evenly, shares_of
 
 QUICK = {"encoder": "stain-texture", "head": "ridge", "genes": 5, "n_folds": 2, "progress": False}
@@ -108,3 +111,23 @@ def test_too_few_spots_to_learn_from(bins, wrong):
 def test_too_few_spots_of_each_section(sdata):
     with pytest.raises(ValueError, match="max_spots=50 is 8 spots in each of 6 sections.*pass max_spots=60 or more"):
         sge.tl.fit([sdata] * 6, **QUICK, max_spots=50)
+
+
+def test_training_takes_no_longer_beyond_a_number_of_spots():
+    schedule = Schedule(n_steps=300, batch_size=64, learning_rate=1e-3, weight_decay=0.0, patience=10)
+    assert schedule.over(2400) == schedule.over(30) == schedule
+    assert schedule.over(9600).n_steps == 600
+    assert schedule.over(9600).batch_size == 128
+    assert schedule.over(1_000_000) == schedule.over(20_000)
+    assert schedule.over(20_000).n_steps > schedule.over(19_000).n_steps
+
+
+def test_components_of_many_spots_are_those_of_each(monkeypatch):
+    values = torch.as_tensor(np.random.default_rng(0).standard_normal((50, 8)), dtype=torch.float32)
+    zeros = torch.zeros(50, dtype=torch.int64)
+    space = _space.Space.fit(Spots(values, values, values[:, :2], zeros, 1.0), n_image=3, n_genes=4)
+    whole = space.components(values)
+    monkeypatch.setattr(_space, "_SPOTS_AT_ONCE", 16)
+    # each value is a sum of 8 products: rounding differs by a few digits at most
+    assert torch.allclose(space.components(values), whole, atol=1e-5)
+    assert len(space.components(values[:0])) == 0

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from histosge._heads._protocol import Expansion, Spots
 
+_SPOTS_AT_ONCE = 2**15
+
 
 def standardiser(embedding: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and spread of every column; a constant column gets spread 1."""
@@ -71,6 +73,8 @@ class Space:
 
     def components(self, expression: Tensor) -> Tensor:
         """Components (n, Q), of unit spread, of expression (n, G)."""
+        if len(expression) > _SPOTS_AT_ONCE:  # a copy of all may not fit in memory
+            return torch.cat([self.components(part) for part in expression.split(_SPOTS_AT_ONCE)])
         return (expression - self.gene_mean) @ self.gene_axes.T / self.gene_spread
 
     def genes(self, components: Tensor) -> Tensor:
