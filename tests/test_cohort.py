@@ -115,7 +115,7 @@ def test_an_error_names_the_path(paths, tmp_path):
         sge.tl.fit([paths[0], tmp_path / "nowhere.zarr"], **QUICK)
     with pytest.raises(KeyError, match=r"section '.*section0.zarr': layer='no' is not among the layers"):
         sge.tl.fit(paths, **QUICK, layer="no")
-    with pytest.raises(TypeError, match="sdata holds a int: pass SpatialData objects, or paths of sections"):
+    with pytest.raises(TypeError, match="sdata holds a int: pass SpatialData objects, or paths or URLs of sections"):
         sge.tl.fit([paths[0], 3], **QUICK)
     with pytest.raises(ValueError, match="sdata is an empty list: pass at least one section"):
         sge.tl.evaluate([])

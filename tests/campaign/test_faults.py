@@ -121,14 +121,14 @@ FAULTS = {
     ),
     "heads are trained on the spots that they are scored on": (
         "_model/_crossfit.py",
-        "known = spots.take(torch.as_tensor(np.flatnonzero(fold != left_out), device=device))",
+        "known = spots.take(torch.as_tensor(np.flatnonzero(~inside), device=device))",
         "known = spots",
         "test_model.py::test_a_model_finds_what_can_be_known",
     ),
     "held-out predictions get into other rows": (
         "_model/_crossfit.py",
-        "parts[name][rows] = made.predict",
-        "parts[name][rows[::-1]] = made.predict",
+        "parts[task.name][fold == task.left_out] = each.held_out",
+        "parts[task.name][fold == task.left_out] = each.held_out[::-1]",
         "test_model.py::test_a_model_finds_what_can_be_known",
     ),
     "a fold scales its own errors": (
@@ -157,9 +157,33 @@ FAULTS = {
     ),
     "a part of a store is written twice": (
         "_model/_predict.py",
-        "if part in finished:",
-        "if part in finished and part > 0:",
+        "if part not in store.done]\n    client",
+        "if part not in store.done or part == 0]\n    client",
         "test_bins.py::test_an_interrupted_run_continues",
+    ),
+    "embeddings of workers get into other rows": (
+        "_embedding/_embedder.py",
+        "out[parts[i]] = values",
+        "out[parts[i][::-1]] = values",
+        "test_cluster.py::test_embeddings_are_the_same",
+    ),
+    "a worker reads another file, or none": (
+        "_embedding/_on_workers.py",
+        "if found != self.pixels:",
+        "if False:",
+        "test_cluster.py::test_file_that_workers_do_not_see",
+    ),
+    "an image travels to the workers": (
+        "_embedding/_on_workers.py",
+        "if size > _MOST_IN_MEMORY:",
+        "if False:",
+        "test_cluster.py::test_image_in_memory",
+    ),
+    "heads learn from more spots than max_spots": (
+        "_model/_draw.py",
+        "if n >= len(section.xy_px):",
+        "if True:",
+        "test_drawing.py",
     ),
     "a store lacks parts": (
         "_section/_store.py",
