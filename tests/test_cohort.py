@@ -119,3 +119,10 @@ def test_an_error_names_the_path(paths, tmp_path):
         sge.tl.fit([paths[0], 3], **QUICK)
     with pytest.raises(ValueError, match="sdata is an empty list: pass at least one section"):
         sge.tl.evaluate([])
+
+
+def test_folds_may_hold_whole_sections(sections):
+    """With more sections than blocks there are no neighbours, so that `nearest` has no score; it ended the fit before."""
+    model = sge.tl.fit([*sections] * 6, **QUICK)
+    assert sorted(model.held_out) == ["ridge"]
+    assert sorted(sge.tl.fit(sections[0], **QUICK).held_out) == ["nearest", "ridge"]

@@ -1685,7 +1685,8 @@ def test_dropout_draws_from_its_generator():
 def test_many_spots_are_seen_as_often_as_few():
     one = Schedule(n_steps=300, batch_size=64, learning_rate=3e-3, weight_decay=0.5, patience=10)
     assert one.over(50) == one.over(2400) == one
-    for n in (3_000, 40_000, 10**6):
+    assert one.over(10**6) == one.over(20_000)  # beyond that each is seen less often
+    for n in (3_000, 8_000, 20_000):
         many = one.over(n)
         assert many.n_steps * many.batch_size / n == pytest.approx(300 * 64 / 2400, rel=0.02)
         assert many.n_steps / many.batch_size == pytest.approx(300 / 64, rel=0.02)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from histosge._heads import AnyHead, get_head, head_name, parts_of, wrong_option
+from histosge._heads import POSITION_ONLY, AnyHead, get_head, head_name, parts_of, wrong_option
 from histosge._model._context import section_numbers, stack_sections
 from histosge._model._crossfit import compare, cross_fit, score, summary
 from histosge._model._draw import check_max_spots
@@ -83,6 +83,10 @@ def fit_model(
     predicted = {name: fitted.held_out} | fitted.parts
     held_out = {each: summary(values, measured, fold=fold, chosen=chosen) for each, values in predicted.items()}
     others = [name for name in baselines if name not in held_out]
+    # with many sections, a block may be a whole one, and its spots have no neighbours that are measured
+    if any(len(np.unique(fold[number == one])) == 1 for one in np.unique(number)):
+        logger.debug("no held-out scores of %s: folds hold whole sections", " and ".join(POSITION_ONLY))
+        others = [name for name in others if name not in POSITION_ONLY]
     held_out |= compare(spots, heads=others, fold=fold, chosen=chosen, rng=rng, worker_device=worker_device)
     if baselines:
         _report(name, held_out)
