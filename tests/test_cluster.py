@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 import warnings
@@ -16,6 +17,7 @@ import torch
 
 import histosge as sge
 from histosge import _cluster
+from histosge._cluster import _tasks
 from histosge._embedding import Embedder, EmbedderPlan
 from histosge._section import read_section
 
@@ -200,10 +202,10 @@ def test_arrays_travel_as_zarr_and_come_back(tmp_path):
     names = np.array(["a", "b"] * 100_000, dtype=object)
     value = {"big": big, "twice": [big, big], "turned": np.asfortranarray(big), "small": small, "names": names}
     value |= {"tensor": torch.arange(300_000), "half": torch.arange(600_000, dtype=torch.bfloat16)}
-    stream, folder = _cluster._pack(value, tmp_path / "here")
+    stream, folder = _cluster.pack(value, tmp_path / "here")
     assert len(list((tmp_path / "here").iterdir())) == 3  # big, turned, tensor
     assert len(stream) < 4e6
-    back = _cluster._unpack(stream, folder)
+    back = _cluster.unpack(stream, folder)
     for key in ("big", "turned", "small", "names"):
         np.testing.assert_array_equal(back[key], value[key])
     assert back["big"] is back["twice"][0] is back["twice"][1]
@@ -217,7 +219,7 @@ def test_images_on_disk_have_no_bytes(on_disk, sdata):
 
 
 def test_left_by_a_killed_process(exchange, on_disk, client):
-    gone = exchange / f"{_cluster.socket.gethostname()}-4194303-job-abc"  # above any number of a process
+    gone = exchange / f"{socket.gethostname()}-4194303-job-abc"  # above any number of a process
     other = exchange / "another-host-1-job-abc"
     for folder in (gone, other):
         folder.mkdir(parents=True)
@@ -295,7 +297,7 @@ def test_worker_without_the_weights(on_disk, client, tmp_path):
 
 
 def _work(client, tmp_path, **changes):
-    digest = _cluster._pack_to(tmp_path / "plan", 1)
+    digest = _cluster.pack_to(tmp_path / "plan", 1)
     shared = {
         "folder": str(tmp_path),
         "token": "t",
@@ -305,11 +307,11 @@ def _work(client, tmp_path, **changes):
         "settings": {},
     }
     with sge.settings.override(verbosity=sge.settings.verbosity, progress=sge.settings.progress):
-        return client.submit(_cluster._work, max, int, 2, shared | changes, pure=False).result()
+        return client.submit(_tasks._work, max, int, 2, shared | changes, pure=False).result()
 
 
 def test_folder_that_workers_do_not_see(client, tmp_path):
-    _cluster._PLANS.opened.clear()
+    _tasks._PLANS.opened.clear()
     with pytest.raises(RuntimeError, match=r"the worker .* cannot see the folder .*settings.exchange_dir"):
         _work(client, tmp_path, folder=str(tmp_path / "nowhere"))
 

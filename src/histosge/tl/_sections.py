@@ -13,7 +13,7 @@ import numpy as np
 from histosge._image import LazyImage
 from histosge._model import check_max_spots, drawn_rows, spots_to_draw
 from histosge._options import FitOptions, Reading, pick
-from histosge._readers import are_many, name_of, opened
+from histosge._readers import are_many, name_of, opened, path_of
 from histosge._section import check_orientation, column, merge_bins, merged_edge, read_section
 from histosge._settings import settings
 
@@ -149,5 +149,5 @@ def _naming(source: Source) -> Iterator[None]:
     except (ValueError, KeyError) as error:
         if not isinstance(source, str | PathLike) or type(error) not in (ValueError, KeyError):
             raise
-        msg = f"section {str(source)!r}: {error.args[0]}"
+        msg = f"section {path_of(source)!r}: {error.args[0]}"
         raise type(error)(msg) from error
