@@ -350,6 +350,12 @@ def test_passwords_and_tokens_are_used_and_not_shown(server, tmp_path, log, capf
     summary = sge.tl.predict([url, url.replace("a.zarr", "b.zarr")], store=tmp_path / "r", **HOW)
     assert summary["error"][0] is None
     assert summary["source"].tolist() == [f"{server.url}/a.zarr", f"{server.url}/b.zarr"]
+    learn = {key: value for key, value in HOW.items() if key != "upsample"}
+    model = sge.tl.fit([url, url], **learn)
+    texts.append(str(model.info))
+    with pytest.raises(KeyError, match=f"section '{server.url}/a.zarr'") as no_layer:
+        sge.tl.fit([url], layer="none", **learn)
+    texts.append(str(no_layer.value))
     server.failing, server.how = 10_000, 503
     for wrong in (url, url.replace("hush!pw", "hush!wrong"), url.replace("hush%2B", "hush-wrong")):
         with pytest.raises(OSError, match="cannot be read") as error:
