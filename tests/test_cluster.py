@@ -274,6 +274,17 @@ def test_file_that_workers_do_not_see(on_disk, client, tmp_path):
         client.submit(EmbedderPlan.open, plan).result()
 
 
+def test_workers_of_two_kinds(on_disk, client):
+    """One with a GPU and one without would mix roundings."""
+    plan = EmbedderPlan.of(Embedder.open(read_section(on_disk), ENCODER))
+    [encoder] = plan.config.encoders
+    of_gpu = replace(plan.config, encoders=(replace(encoder, precision="bfloat16"),))
+    with pytest.raises(
+        RuntimeError, match=r"embeddings in float32 on cpu, and the first worker in bfloat16\. Start all"
+    ):
+        client.submit(EmbedderPlan.open, replace(plan, config=of_gpu)).result()
+
+
 def test_worker_without_the_weights(on_disk, client, tmp_path):
     import json
 

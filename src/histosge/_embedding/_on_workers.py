@@ -73,9 +73,17 @@ class EmbedderPlan:
             raise RuntimeError(msg)
         loaded = tuple(load_encoder(**one) if isinstance(one, dict) else one for one in self.encoders)
         encoder = loaded[0] if len(loaded) == 1 else JoinedEncoder(loaded)
-        return Embedder.of_model(
+        embedder = Embedder.of_model(
             self.section, self.config, encoder, device=self.device, batch_size=self.batch_size, progress=False
         )
+        if embedder.config.precision != self.config.precision:
+            msg = (
+                f"the worker on host {socket.gethostname()!r} computes embeddings in {embedder.config.precision} on "
+                f"{embedder.device.type}, and the first worker in {self.config.precision}. Start all workers on one kind "
+                "of device, or choose one: device='cpu', or settings.precision='float32'."
+            )
+            raise RuntimeError(msg)
+        return embedder
 
 
 def check_on_disk(section: Section) -> None:
