@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -38,15 +39,21 @@ def exchange(tmp_path):
 @pytest.fixture
 def client():
     """Two workers of one thread in this process: messages are packed as between machines."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tornado, when it closes
-        with (
-            distributed.LocalCluster(
-                n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None, protocol="tcp"
-            ) as cluster,
-            distributed.Client(cluster) as found,
-        ):
-            yield found
+    options = {
+        "n_workers": 2,
+        "threads_per_worker": 1,
+        "processes": False,
+        "dashboard_address": None,
+        "protocol": "tcp",
+    }
+    with warnings.catch_warnings(action="ignore"):
+        cluster = distributed.LocalCluster(**options)
+        found = distributed.Client(cluster)
+    yield found
+    with warnings.catch_warnings(action="ignore"):  # of tornado, about its sockets
+        found.close()
+        cluster.close()
+        gc.collect()
 
 
 @pytest.fixture
@@ -246,14 +253,12 @@ def test_image_in_memory(sdata, client, tmp_path):
 
 def test_two_clients(on_disk, client):
     other = distributed.Client(client.scheduler.address)
-    token = distributed.client._current_client.set(None)
     try:
         with pytest.raises(RuntimeError, match=r"2 Clients of dask are active. Close all but one, or choose one"):
             sge.tl.embed(on_disk, encoder="rgb")
         with other.as_current():
             sge.tl.embed(on_disk, encoder="rgb")
     finally:
-        distributed.client._current_client.reset(token)
         other.close()
 
 
