@@ -143,7 +143,8 @@ def test_killed_and_failed_saves(saved, tmp_path, tries, tally):
         assert holds in allowed[ended], line
         assert drafts <= (ended == "killed"), line
         assert again == "the new model", line
-    assert min(ends["killed"], ends["failed"], ends["saved"]) > 4
+    # each of the four walks over the file operations ends with a save; how many kills come too late is a matter of speed
+    assert min(ends["killed"], ends["failed"], ends["saved"]) >= 4
 
 
 def test_full_disk(saved, tmp_path):
