@@ -197,6 +197,7 @@ def test_a_store_in_memory(stored, folder):
     assert local.path == folder / "a.zarr"
 
 
+@pytest.mark.filterwarnings("ignore:The 'future.infer_string' option")  # of anndata with pandas 3, about old strings
 def test_a_store_of_an_older_format(folder, tmp_path, memory):
     from spatialdata._io.format import SpatialDataContainerFormatV01
 
