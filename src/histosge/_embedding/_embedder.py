@@ -230,7 +230,9 @@ class Embedder:
     ) -> NDArray[np.float32]:
         """Embed locations on the workers of dask, a few blocks of the image in a task."""
         order = block_order(xy_px, block_px=self.block_edge_px, origin_px=(0.0, 0.0))
-        parts = parts_of(xy_px, order=order, block_px=self.block_edge_px)
+        # tiles do not depend on each other; pieces of a block would share tokens, or sums over the block
+        whole = self.config.dense or any(one.spec.whole_blocks for one in self.config.encoders)
+        parts = parts_of(xy_px, order=order, block_px=self.block_edge_px, whole_blocks=whole)
         items = [(xy_px[rows], None if footprints is None else footprints.take(rows)) for rows in parts]
         out: NDArray[np.float32] | None = None
         plan = EmbedderPlan.of(self)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from histosge._image import LazyImage
     from histosge._section import Section
 
-_N_PARTS, _FEWEST, _MOST = 64, 64, 4096
+_N_PARTS, _FEWEST, _MOST = 64, 32, 4096
 """Wanted number of tasks, and limits of the locations in one: enough tasks for many workers, large ones for a GPU"""
 _PROBES, _PROBE_PX = 5, 64
 _MOST_IN_MEMORY = 10_000
@@ -116,8 +116,10 @@ def embed_part(embedder: Embedder, part: Part) -> NDArray[np.float32]:
     return embedder.embed_locations(xy_px, footprints, progress=False, report=False)
 
 
-def parts_of(xy_px: NDArray[np.float64], *, order: NDArray[np.int64], block_px: float) -> list[NDArray[np.int64]]:
-    """Cut the order of locations into parts of whole blocks: the same ones whatever the number of workers."""
+def parts_of(
+    xy_px: NDArray[np.float64], *, order: NDArray[np.int64], block_px: float, whole_blocks: bool
+) -> list[NDArray[np.int64]]:
+    """Cut the order of locations into parts of whole blocks or also of pieces, whatever the number of workers."""
     wanted = min(max(len(xy_px) // _N_PARTS, _FEWEST), _MOST)
     block = np.floor(xy_px[order] / block_px)
     first = np.flatnonzero(np.any(np.diff(block, axis=0) != 0, axis=1)) + 1
@@ -125,7 +127,10 @@ def parts_of(xy_px: NDArray[np.float64], *, order: NDArray[np.int64], block_px: 
     for at in first.tolist():
         if at - (cuts[-1] if cuts else 0) >= wanted:
             cuts.append(at)
-    return [rows for rows in np.split(order, cuts) if len(rows)]
+    whole = [rows for rows in np.split(order, cuts) if len(rows)]
+    if whole_blocks:
+        return whole
+    return [piece for rows in whole for piece in np.array_split(rows, max(1, len(rows) // wanted))]
 
 
 def _pixels(image: LazyImage) -> str:
