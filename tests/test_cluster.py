@@ -228,12 +228,15 @@ def test_images_on_disk_have_no_bytes(on_disk, sdata):
 def test_left_by_a_killed_process(exchange, on_disk, client):
     gone = exchange / f"{socket.gethostname()}-4194303-job-abc"  # above any number of a process
     other = exchange / "another-host-1-job-abc"
-    for folder in (gone, other):
+    young = exchange / f"{socket.gethostname()}-4194302-job-abc"
+    for folder in (gone, other, young):
         folder.mkdir(parents=True)
+    for folder in (gone, other):
+        os.utime(folder, (1e9, 1e9))
     sge.tl.embed(on_disk, encoder="rgb", inplace=False)
     assert not gone.exists()
-    assert other.exists()
-    other.rmdir()
+    for folder in (other, young):  # of another host, or of a container with this name
+        folder.rmdir()
 
 
 # ------------------------------------------------------------------------------------------------------------- bad input

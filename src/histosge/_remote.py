@@ -42,6 +42,7 @@ _PASSING = (408, 425, 429)
 """Refusals of a web server that may pass; those from 500 on do as well"""
 _PROBING = threading.Lock()
 _OURS = (TypeError, AttributeError, NotImplementedError, AssertionError)
+"""Errors of code, not of a network: another try does not help"""
 
 Found = TypeVar("Found")
 

@@ -10,6 +10,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 _LARGE = 2**20
 """Arrays with more bytes travel as zarr."""
 _CHUNK_BYTES = 2**26
+_OLD_S = 86_400.0
+"""Age at which the folder of a process that is gone is removed"""
 
 
 @contextmanager
@@ -37,7 +40,9 @@ def exchange_folder() -> Iterator[Path]:
     mine = f"{socket.gethostname()}-"
     for left in root.glob(f"{mine}*-job-*"):  # of processes of this host that were killed
         pid = left.name.removeprefix(mine).partition("-")[0]
-        if pid.isdigit() and not _is_running(int(pid)):
+        # containers may share a host name and have numbers of processes of their own: young folders stay
+        old = time.time() - left.stat().st_mtime > _OLD_S
+        if old and pid.isdigit() and not _is_running(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-job-", dir=root))
     try:
@@ -99,7 +104,10 @@ def pack_to(folder: Path, value: Any) -> str:
 def unpack_from(folder: Path, digest: str) -> Any:
     stream = (folder / "plan.pickle").read_bytes()
     if hashlib.sha256(stream).hexdigest() != digest:
-        msg = f"the worker on host {socket.gethostname()!r}: {str(folder)!r} is not what was put there. Set settings.exchange_dir to a folder of your own."
+        msg = (
+            f"the worker on host {socket.gethostname()!r} found {str(folder)!r} changed: it "
+            "is not what was put there. Set settings.exchange_dir to a folder of your own."
+        )
         raise RuntimeError(msg)
     return unpack(stream, str(folder))
 
