@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +40,11 @@ def exchange_folder() -> Iterator[Path]:
     mine = f"{socket.gethostname()}-"
     for left in root.glob(f"{mine}*-job-*"):  # of processes of this host that were killed
         pid = left.name.removeprefix(mine).partition("-")[0]
-        # containers may share a host name and have numbers of processes of their own: young folders stay
-        old = time.time() - left.stat().st_mtime > _OLD_S
-        if old and pid.isdigit() and not _is_running(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process removes it
+            # containers may share a host name and have numbers of processes of their own: young folders stay
+            old = time.time() - left.stat().st_mtime > _OLD_S
+            if old and pid.isdigit() and not _is_running(int(pid)):
+                shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-job-", dir=root))
     try:
         yield folder
