@@ -9,7 +9,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from histosge._image import ChunkReader, LazyImage, thumbnail, underlying_zarr
+from histosge._image import ChunkReader, LazyImage, thumbnail, underlying_zarr, with_zarrs
 
 properties = settings(deadline=None, max_examples=25)
 
@@ -220,12 +220,29 @@ def test_the_zarr_array_behind_dask_is_found(tmp_path, zarr_format, shards):
 
 
 def test_zarrs_decodes(tmp_path):
-    """The fast decoder is in use, and zarr's own settings are as before."""
+    """The fast decoder is in use; the array that was given and zarr's own settings are as before."""
     stored = zarr.create_array(tmp_path / "image.zarr", data=noise(40, 40), chunks=(3, 16, 16))
     before = zarr.config.get("codec_pipeline.path")
     assert type(underlying_zarr(stored)._async_array.codec_pipeline).__name__ == "ZarrsCodecPipeline"
     assert zarr.config.get("codec_pipeline.path") == before
     assert type(stored._async_array.codec_pipeline).__name__ != "ZarrsCodecPipeline"
+
+
+def test_zarrs_encodes(tmp_path):
+    data = noise(40, 40)
+    stored = zarr.create_array(tmp_path / "image.zarr", data=np.ones_like(data), chunks=(3, 16, 16))
+    fast = with_zarrs(stored, write_empty_chunks=True)
+    assert type(fast._async_array.codec_pipeline).__name__ == "ZarrsCodecPipeline"
+    assert fast._async_array.config.write_empty_chunks
+    fast[:] = data
+    assert (stored[:] == data).all()
+
+
+def test_the_setting_of_zarr_is_never_touched(tmp_path, monkeypatch):
+    """It is one for all threads: two that set it at once would leave it set for good."""
+    stored = zarr.create_array(tmp_path / "image.zarr", data=noise(40, 40), chunks=(3, 16, 16))
+    monkeypatch.setattr(zarr.config, "set", lambda *_, **__: pytest.fail("zarr.config.set was called"))
+    assert (underlying_zarr(stored)[:] == noise(40, 40)).all()
 
 
 def test_without_zarrs_zarr_reads_itself(tmp_path, monkeypatch):

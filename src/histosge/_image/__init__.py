@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from histosge._image._chunks import ChunkReader, thumbnail, underlying_zarr
+from histosge._image._chunks import ChunkReader, thumbnail, underlying_zarr, with_zarrs
 from histosge._image._colour import (
     JPEG_LUMA,
     ImageError,

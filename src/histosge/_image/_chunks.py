@@ -164,21 +164,35 @@ def underlying_zarr(data: Any) -> Any:
         (found,) = dict(layers[f"original-{data.name}"]).values()
         if isinstance(found, zarr.Array) and found.shape == data.shape and found.dtype == data.dtype:
             data = found
-    return _fast(data) if isinstance(data, zarr.Array) else data
+    return with_zarrs(data) if isinstance(data, zarr.Array) else data
 
 
-def _fast(array: Any) -> Any:
-    """Open a zarr array of a local folder again, to decode it with ``zarrs``; others stay as they are."""
+def with_zarrs(array: Any, **config: Any) -> Any:
+    """Return a zarr array of a local folder that ``zarrs`` decodes and encodes; others stay as they are.
+
+    Parameters
+    ----------
+    array
+        The array; it is not changed.
+    config
+        Settings of zarr for the array that is returned, such as ``write_empty_chunks``.
+    """
     import zarr
 
+    array = array.with_config(config) if config else array
     if not isinstance(array.store, zarr.storage.LocalStore):
         return array
     try:
-        with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
-            return zarr.open_array(array.store, path=array.path, mode="r", zarr_format=array.metadata.zarr_format)
-    except Exception as err:  # noqa: BLE001  zarr itself gives the same pixels, only slower
-        logger.debug("zarr arrays are read without zarrs: %s", err)
+        from zarrs import ZarrsCodecPipeline
+
+        fast = array.with_config(config)  # a copy
+        pipeline = ZarrsCodecPipeline.from_array_metadata_and_store(array_metadata=fast.metadata, store=fast.store)
+        # zarr offers a setting of the whole process only: threads that set it at once would leave it set.
+        object.__setattr__(fast._async_array, "codec_pipeline", pipeline)
+    except Exception as err:  # noqa: BLE001  zarr itself gives the same values, only slower
+        logger.debug("zarr arrays are used without zarrs: %s", err)
         return array
+    return fast
 
 
 def thumbnail(image: LazyImage, *, max_px: int) -> tuple[UInt8, int]:

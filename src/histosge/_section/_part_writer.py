@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import zarr
 
 from histosge._atomic import naming
+from histosge._image import with_zarrs
 from histosge._section._claim import LABEL
 
 if TYPE_CHECKING:
@@ -73,14 +74,12 @@ class PartWriter:
 
     @cached_property
     def _matrices(self) -> dict[str, zarr.Array[Any]]:
-        """Arrays to write to: how zarr opens is a setting of all threads, so this is done once.
+        """Arrays to write to, encoded by ``zarrs`` and without a search for empty chunks: half of the time.
 
-        They are encoded by ``zarrs`` and without a search for empty chunks: half of the time (docs/benchmarks.md).
+        (docs/benchmarks.md)
         """
-        with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
-            group = zarr.open_group(self.run_folder / STORE / "tables" / self.name, mode="r+", use_consolidated=False)
-            found = matrices_of(group)
-        return {key: array.with_config({"write_empty_chunks": True}) for key, array in found.items()}
+        group = zarr.open_group(self.run_folder / STORE / "tables" / self.name, mode="r+", use_consolidated=False)
+        return {key: with_zarrs(array, write_empty_chunks=True) for key, array in matrices_of(group).items()}
 
 
 def matrices_of(table: zarr.Group) -> dict[str, Any]:
