@@ -3,11 +3,13 @@
     python benchmarks/cohort.py many [--sections 1 10 50] [--folder FOLDER] [--head ridge] [--encoder rgb]
     python benchmarks/cohort.py spots [--sections 50] [--max-spots 10000 30000 100000 1000000] [--folder FOLDER]
     python benchmarks/cohort.py her2st [--seeds 3]                                   # reads ../shared/data
+    python benchmarks/cohort.py union [--seeds 3]                                    # reads ../shared/data
 
 Made sections have 3,282 spots, and sections of one kind of tissue (`sge.datasets.synthetic(genes_rng=0)`). `many` fits,
 predicts one section and evaluates by sections, each number of sections in a process of its own. `spots` predicts a section
 that no model has seen from its image alone, and compares with the truth. `her2st` fits on C2 to C4 and predicts half of the
-spots of C5: from the image alone, and with a tenth and half of its spots as context.
+spots of C5: from the image alone, and with a tenth and half of its spots as context. `union` hides half of 400 genes on C4
+and C5, and predicts them there.
 """
 
 from __future__ import annotations
@@ -170,6 +172,70 @@ def her2st(options) -> None:
         print(f"{share} of C5 as context, {name}: PCC {np.mean(found):.3f} ± {np.std(found):.3f}")
 
 
+# ---------------------------------------------------------------------------------------------------------------- union
+
+
+def union(options) -> None:
+    """Hide half of the genes on C4 and C5: what `genes="union"` says of them there, and what it costs the others."""
+    import torch
+    from scipy import sparse
+    from sections import load, require_data
+
+    import histosge as sge
+    from histosge._embedding import Embedder
+    from histosge._model import UNMEASURED, choose_genes, fit_model
+    from histosge._section import read_section
+    from histosge._statistics import correlation
+
+    require_data()
+    sge.settings.progress, sge.settings.verbosity = False, 0
+    cpu = torch.device("cpu")
+    sections = [read_section(load(f"her2st/C{i}"), report=False) for i in (2, 3, 4, 5)]
+    embedders = [Embedder.open(section, "stain-texture", device="cpu", progress=False) for section in sections]
+    values = [embedder.embed_spots() for embedder in embedders]
+    genes = sections[0].genes
+    for other in sections[1:]:
+        genes = genes.intersection(other.genes, sort=False)
+    everything = sparse.vstack([section.with_genes(genes).expression for section in sections]).tocsr()
+    number = np.repeat(range(4), [len(section.xy_um) for section in sections])
+    genes = genes[choose_genes(everything, np.vstack([s.xy_um for s in sections]), n_genes=400, groups=number)]
+    scores: dict[tuple[str, str], list[float]] = {}
+    for seed in range(options.seeds):
+        drawn = np.random.default_rng(seed).permutation(len(genes))
+        shared, hidden = genes[np.sort(drawn[:200])], genes[np.sort(drawn[200:])]
+        known = [s.with_genes(genes if i < 2 else shared) for i, s in enumerate(sections)]
+        how = {"config": embedders[0].config, "device": cpu, "baselines": (), "progress": False, "n_folds": 5}
+        how |= {"head": options.head}
+
+        def fit(n, genes, known=known, how=how, seed=seed):
+            return fit_model(known[:n], values[:n], genes=genes, rng=np.random.default_rng(seed), **how)
+
+        joined, apart = fit(4, "union"), fit(2, list(genes))
+        of_shared = {"union": joined, "the shared genes alone": fit(4, list(shared))}
+        for name, model in of_shared.items():
+            add(scores, "shared genes, held out on C2-C5", name, model.scores["held_out_pcc"][shared].mean())
+        for name, model in {"union": joined, "C2 and C3 alone": apart}.items():
+            add(scores, "other genes, held out on C2 and C3", name, model.scores["held_out_pcc"][hidden].mean())
+        for i in (2, 3):
+            section, at_spots = known[i], values[i]
+            measured, n = sections[i].dense(hidden), len(at_spots)
+            contexts = {
+                "union": (joined, joined.context(section, at_spots, device=cpu)),
+                "image alone, of C2 and C3": (apart, apart.condition(apart.spots, section=UNMEASURED, device=cpu)),
+            }
+            for name, (model, context) in contexts.items():
+                found = model.predict_from(context, embedding=at_spots, xy_um=section.xy_um, spot_index=np.full(n, -1))[
+                    :, model.genes.get_indexer(hidden)
+                ]
+                add(scores, "other genes, on C4 and C5", name, correlation(found, measured).mean())
+    for (what, name), found in scores.items():
+        print(f"{what}: {name}: PCC {np.mean(found):.4f} ± {np.std(found):.4f}")
+
+
+def add(scores: dict[tuple[str, str], list[float]], what: str, name: str, value: float) -> None:
+    scores.setdefault((what, name), []).append(float(value))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = parser.add_subparsers(required=True)
@@ -185,9 +251,11 @@ def main() -> None:
         command.add_argument("--heads", nargs="+", default=["ridge", "in-context+kriging"])
         command.add_argument("--max-spots", type=int, nargs="+", default=[100_000])
         command.add_argument("--most-evaluated", type=int, default=10)
-    command = jobs.add_parser("her2st")
-    command.set_defaults(job=her2st)
-    command.add_argument("--seeds", type=int, default=3)
+    for job in (her2st, union):
+        command = jobs.add_parser(job.__name__)
+        command.set_defaults(job=job)
+        command.add_argument("--seeds", type=int, default=3)
+        command.add_argument("--head", default="in-context+kriging")
     options = parser.parse_args()
     options.job(options)
 

@@ -151,6 +151,21 @@ def test_a_model_and_an_image_alone(on_disk, client, tmp_path):
     same_tables(found, wanted)
 
 
+def test_genes_of_some_sections(on_disk, client, tmp_path):
+    """What a section does not measure is filled in on the workers too, from the spots that the model learnt from."""
+    fewer = spatialdata.SpatialData(images=dict(on_disk.images), shapes=dict(on_disk.shapes))
+    fewer.tables["table"] = on_disk.tables["table"][:, 3:].copy()
+    fewer.write(tmp_path / "fewer.zarr")
+    fewer = spatialdata.read_zarr(tmp_path / "fewer.zarr")
+    model = here(sge.tl.fit, [on_disk, fewer], encoder=ENCODER, genes="union", n_folds=2)
+    assert model.of_some_sections
+    how = {"model": model, "bin_um": 50}
+    with sge.settings.override(part_rows=200):
+        one = here(sge.tl.predict, fewer, store=tmp_path / "here.zarr", inplace=False, **how)
+        other = there(sge.tl.predict, fewer, store=tmp_path / "there.zarr", inplace=False, **how)
+    same_tables(one, other)
+
+
 def test_existing_embeddings_are_read_on_the_workers(on_disk, client, tmp_path, log):
     sge.pp.targets(on_disk, upsample=4)
     sge.tl.embed(on_disk, encoder=ENCODER, target_key="histosge_targets")

@@ -419,7 +419,7 @@ def test_genes_as_a_list(section, embedding):
 @pytest.mark.parametrize(
     ("genes", "message"),
     [
-        (0, r"genes=0: pass a number above 0, a list of gene names, or 'all'"),
+        (0, r"genes=0: pass a number above 0, a list of gene names, 'all' or 'union'"),
         (-5, r"genes=-5: pass a number above 0"),
         ("BRCA1", r"genes='BRCA1': pass a number, a list .*\(one gene: genes=\['BRCA1'\]\)"),
         (

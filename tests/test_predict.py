@@ -1273,7 +1273,7 @@ def test_genes(sdata, genes, wanted):
 @pytest.mark.parametrize(
     ("genes", "match"),
     [
-        (0, "genes=0: pass a number above 0, a list of gene names, or 'all'"),
+        (0, "genes=0: pass a number above 0, a list of gene names, 'all' or 'union'"),
         (-3, "genes=-3: pass a number above 0"),
         ("GENE001", r"genes='GENE001': pass a number, .* \(one gene: genes=\['GENE001'\]\)"),
         (["GENE001", "GEN2"], r"genes: 1 of 2 names are not in the table \(\['GEN2'\]\)\. Similar names: \['GENE"),

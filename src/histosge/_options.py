@@ -94,8 +94,9 @@ class Learning(TypedDict, total=False):
         int | Sequence[str] | str,
         Argument(
             1000,
-            "Number of genes, chosen by spatial autocorrelation among the training spots; a list of names; or "
-            '``"all"`` that were seen.',
+            "Number of genes, chosen by spatial autocorrelation among the training spots; a list of names; "
+            '``"all"`` that were seen; or ``"union"``. A number and ``"all"`` take genes that all sections measure, a '
+            'list and ``"union"`` those that at least one measures: each is learnt from the sections that measure it.',
         ),
     ]
     n_folds: Annotated[int, Argument(5, "Folds of the training spots, 2 to 20.")]

@@ -9,6 +9,8 @@ and data that only workers hold is lost with the first of them.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import socket
 import sys
@@ -40,6 +42,10 @@ _KEPT = 2
 """Open plans in a worker process: the current one, and one that another thread may still use"""
 _SHIPPED = ("precision", "cache_gb", "part_rows", "memory_gb")
 """Settings that workers take over. The device is that of each worker."""
+_TRIM_OF_DASK = "65536"
+"""``MALLOC_TRIM_THRESHOLD_`` that dask gives to workers by default"""
+_MALLOC = {-1: 2**27, -3: 2**25}
+"""``M_TRIM_THRESHOLD`` and ``M_MMAP_THRESHOLD`` of glibc, in bytes: free memory that is kept, and arrays of their own."""
 
 
 def active_client() -> Client | None:
@@ -161,6 +167,22 @@ def on_workers(
                 client.run(_close, token, on_error="ignore")
 
 
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next array, as it does by itself in other processes.
+
+    dask starts workers with the smallest threshold for trimming. Memory of every array above 128 kB then comes anew
+    from the kernel, which clears it: predictions took twice as long (docs/benchmarks.md). A threshold that the user
+    has chosen stays.
+    """
+    if sys.platform != "linux" or os.environ.get("MALLOC_TRIM_THRESHOLD_") != _TRIM_OF_DASK:
+        return
+    with suppress(OSError, AttributeError):  # only glibc has it
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, n_bytes in _MALLOC.items():
+            mallopt(parameter, n_bytes)
+
+
 def _cache_dir() -> str | None:
     chosen = settings.cache_dir or os.environ.get("HISTOSGE_CACHE")
     return str(Path(chosen).expanduser().absolute()) if chosen else None
@@ -243,6 +265,7 @@ def _work(function: Callable[[Any, Any], Any], opens: Callable[[Any], Any], item
         raise RuntimeError(msg)
     if shared["process"] != [socket.gethostname(), os.getpid()]:  # with LocalCluster(processes=False) it is this one
         torch.set_num_threads(1)  # dask counts a thread of a worker as one core
+        _keep_freed_memory()
         for key, value in {**shared["settings"], "verbosity": min(settings.verbosity, 1), "progress": False}.items():
             setattr(settings, key, value)
     with _PLANS.lock:  # another thread of this worker may need the same plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from histosge._model._conservation import check_conservation
 from histosge._model._context import UNMEASURED, Context, stack_sections
 from histosge._model._crossfit import Scores, compare, cross_fit, score, summary
 from histosge._model._draw import check_max_spots, drawn_rows, spots_to_draw
@@ -12,7 +13,6 @@ from histosge._model._genes import MIN_SHARE, choose_genes
 from histosge._model._model import Model
 from histosge._model._predict import (
     Predictor,
-    check_conservation,
     check_memory,
     load_fitted,
     open_store,

@@ -13,6 +13,7 @@ from scipy import stats
 from histosge._cluster import active_client, on_workers
 from histosge._embedding import resolve_device
 from histosge._heads import AnyHead, Head, Queries, Spots, get_head, head_name, new_head, parts_of, side_by_side
+from histosge._model._completion import complete, measured_together
 from histosge._settings import logger, progress_bar
 from histosge._statistics import correlation
 
@@ -156,9 +157,10 @@ def _fit(plan: _Fits, task: _Fit, *, progress: bool | None = False) -> _Fitted:
     rng = np.random.default_rng(task.seed)  # fits run side by side: each has a source of its own
     spots, device = plan.spots, plan.spots.embedding.device
     if task.left_out is None:
-        return _Fitted(made.fit(spots, rng=rng, progress=progress), None)
+        return _Fitted(made.fit(complete(spots), rng=rng, progress=progress), None)
     inside = plan.fold == task.left_out
-    known = spots.take(torch.as_tensor(np.flatnonzero(~inside), device=device))
+    # after the fold is left out: what fills a gene in is learnt from the others as well
+    known = complete(spots.take(torch.as_tensor(np.flatnonzero(~inside), device=device)))
     made = made.fit(known, rng=rng, progress=progress)
     hidden = Queries.of(spots.take(torch.as_tensor(np.flatnonzero(inside), device=device)), hidden=False)
     predicted = made.predict(hidden, context=known).clamp_min(0).cpu().numpy()
@@ -189,7 +191,18 @@ class Scores:
 
 
 def score(predicted: Floats, measured: Floats, *, fold: NDArray[np.int64]) -> Scores:
-    """Score held-out predictions fold by fold, since heads of different folds may differ in their mean."""
+    """Score held-out predictions fold by fold, since heads of different folds may differ in their mean.
+
+    Spots where a gene is not measured (NaN) do not count.
+    """
+    found = Scores(*np.zeros((3, measured.shape[1])))
+    for rows, genes in measured_together(measured):
+        each = _score(predicted[rows][:, genes], measured[rows][:, genes], fold=fold[rows])
+        found.pcc[genes], found.mse[genes], found.p_value[genes] = each.pcc, each.mse, each.p_value
+    return found
+
+
+def _score(predicted: Floats, measured: Floats, *, fold: NDArray[np.int64]) -> Scores:
     folds = [np.flatnonzero(fold == number) for number in np.unique(fold)]
     share = np.array([len(rows) for rows in folds]) / len(fold)
     pcc = np.stack([correlation(predicted[rows], measured[rows]) for rows in folds])
@@ -232,7 +245,10 @@ def summary(
     for number in np.unique(fold):
         rows, genes = np.flatnonzero(fold == number), chosen(int(number))
         p, m = predicted[np.ix_(rows, genes)], measured[np.ix_(rows, genes)]
-        pcc.append(correlation(p, m).mean())
-        mse.append(((p - m) ** 2).mean())
-        share.append(len(rows))
+        groups = [(p[some][:, of], m[some][:, of]) for some, of in measured_together(m)]
+        groups = [(a, b) for a, b in groups if len(b) > 1]  # some genes may be measured in other folds only
+        if groups:
+            pcc.append(np.concatenate([correlation(a, b) for a, b in groups]).mean())
+            mse.append(np.concatenate([((a - b) ** 2).mean(0) for a, b in groups]).mean())
+            share.append(len(rows))
     return {"pcc": float(np.average(pcc, weights=share)), "mse": float(np.average(mse, weights=share))}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from histosge._model._completion import complete
 from histosge._model._context import UNMEASURED, stack_sections
 from histosge._model._fit import fit_model
 from histosge._model._trials import trials
@@ -104,20 +105,27 @@ def evaluate(
 def predict_trial(
     model: Model, trial: Trial, *, device: torch.device
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return predicted and measured expression (m, genes) at the targets of a trial."""
+    """Return predicted and measured expression (m, genes) at the targets of a trial.
+
+    Measured expression is NaN for genes that were not measured there.
+    """
     spots = model.projection.of_spots(stack_sections(trial.sections, trial.embeddings, model.context_genes))
-    context = model.condition(spots, section=0 if trial.measured else UNMEASURED, device=device)
+    context = model.condition(complete(spots), section=0 if trial.measured else UNMEASURED, device=device)
     predicted = model.predict_from(context, embedding=trial.place, xy_um=trial.xy_um, spot_index=trial.spot_index)
-    columns = trial.sections[0].genes.get_indexer(model.genes)
-    return predicted, np.asarray(trial.truth[:, columns].todense(), np.float32)
+    columns = trial.genes.get_indexer(model.genes)
+    measured = np.asarray(trial.truth[:, columns].todense(), np.float32)
+    measured[:, columns < 0] = np.nan
+    return predicted, measured
 
 
 def score_genes(predicted: Floats, measured: Floats, model: Model, trial: Trial, plan: Plan) -> pd.DataFrame:
-    """Score one head in one trial, gene by gene."""
+    """Score one head in one trial, gene by gene; genes that were not measured at the targets have no score."""
     xy = trial.xy_um
-    known = np.vstack([s.dense(model.genes) for s in trial.sections])
+    scored = np.flatnonzero(~np.isnan(measured).any(axis=0))
+    genes, predicted, measured = model.genes[scored], predicted[:, scored], measured[:, scored]
+    known = np.vstack([s.dense(genes) for s in trial.sections])
     error = predicted - measured
-    mse, mse_mean = (error**2).mean(0), ((measured - known.mean(0)) ** 2).mean(0)
+    mse, mse_mean = (error**2).mean(0), ((measured - np.nanmean(known, axis=0)) ** 2).mean(0)
     table = pd.DataFrame(
         {
             "section": trial.name,
@@ -126,7 +134,7 @@ def score_genes(predicted: Floats, measured: Floats, model: Model, trial: Trial,
             "repeat": trial.repeat,
             "fold": trial.fold,
             "head": model.head,
-            "gene": np.asarray(model.genes),
+            "gene": np.asarray(genes),
             "n_train": len(known),
             "n_test": len(measured),
             "pcc": correlation(predicted, measured),
@@ -141,7 +149,7 @@ def score_genes(predicted: Floats, measured: Floats, model: Model, trial: Trial,
             "ssim": structural_similarity(predicted, measured, xy=xy),
         }
     )
-    lower, upper = model.intervals.interval(predicted)
+    lower, upper = model.intervals.take(scored).interval(predicted)
     table["coverage"] = empirical_coverage(measured, lower, upper)
     table["width"] = (upper - lower).mean(0)
     for k in SCALES:

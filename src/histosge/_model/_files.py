@@ -16,7 +16,7 @@ import torch
 from histosge._atomic import naming, replacing
 from histosge._heads import Spots, get_head, restore_head
 from histosge._model._projection import Projection
-from histosge._model._schema import SCORES, check_tensors, config_of
+from histosge._model._schema import OF_SOME_SECTIONS, SCORES, check_tensors, config_of
 from histosge._statistics import PredictionIntervals
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class ModelError(ValueError):
 
 def contents(model: Model) -> tuple[str, dict[str, Tensor]]:
     """Return all of a model, as the text and the tensors of its file; raise where it cannot be read back."""
-    if list(model.scores) != list(SCORES):
+    if list(model.scores.drop(columns=list(OF_SOME_SECTIONS), errors="ignore")) != list(SCORES):
         msg = f"the model has scores {list(model.scores)}, but a file holds {list(SCORES)}. Leave others out."
         raise ModelError(msg)
     states = [head.state() for _, head in model.heads]
@@ -126,7 +126,7 @@ def load_model(folder: Path) -> dict[str, Any]:
         "genes": genes,
         "context_genes": pd.Index(config.context_genes),
         "heads": _restore(config, tensors, spots=spots, path=path),
-        "scores": pd.DataFrame({name: of["scores"][name].numpy() for name in SCORES}, index=genes),
+        "scores": _scores(of["scores"], genes),
         "held_out": values["held_out"],
         "config": encoders,
         "spots": spots,
@@ -135,6 +135,11 @@ def load_model(folder: Path) -> dict[str, Any]:
         "training": training_table({(one.head, one.fold): one.losses for one in config.training}),
         "projection": Projection.from_state(of["projection"]),
     }
+
+
+def _scores(tensors: Mapping[str, Tensor], genes: pd.Index) -> pd.DataFrame:
+    names = [name for name in (*SCORES, *OF_SOME_SECTIONS) if name in tensors]
+    return pd.DataFrame({name: tensors[name].numpy() for name in names}, index=genes)
 
 
 def training_table(losses: Mapping[tuple[str, int], Sequence[float]]) -> pd.DataFrame:

@@ -14,6 +14,7 @@ import pandas as pd
 from scipy import sparse
 
 from histosge._heads import POSITION_ONLY, AnyHead, get_head, head_name, parts_of, wrong_option
+from histosge._model._completion import complete, measured_together
 from histosge._model._context import section_numbers, stack_sections
 from histosge._model._crossfit import compare, cross_fit, score, summary
 from histosge._model._draw import check_max_spots
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from histosge._embedding import EmbeddingConfig, SpotParts
     from histosge._section import Section
+    from histosge._statistics import PredictionIntervals
 
 
 def fit_model(
@@ -58,13 +60,26 @@ def fit_model(
     spots that the sections have, where these here are drawn from them. Workers of dask fit on ``worker_device``.
     Arguments are checked by the caller: :func:`check_arguments`.
     """
-    listed = _common_genes(sections)
+    listed = genes_of(sections, genes)
     names = listed.sort_values()  # whatever the order of the tables, seeds draw the same weights for a gene
-    everything = sparse.vstack([s.expression[:, s.genes.get_indexer(names)] for s in sections]).tocsr()
+    measured_by = np.stack([names.isin(s.genes) for s in sections])  # (sections, genes)
+    everything = sparse.vstack([_columns(s, names) for s in sections]).tocsr()
     xy_um, number = np.vstack([s.xy_um for s in sections]), section_numbers(sections)
     fold = block_folds(xy_um, n_folds=n_folds, rng=rng, groups=number)
 
-    final, per_fold, highly_variable = select_genes(genes, names, everything, xy_um, groups=number, fold=fold)
+    final, per_fold, highly_variable = select_genes(
+        genes, names, everything, xy_um, groups=number, fold=fold, measured=measured_by
+    )
+    if not final.any():
+        keys = [s.spots_key for s in sections]
+        msg = f"genes={genes!r}: none of them is measured and seen on the spots to learn from, of sections {keys}."
+        raise ValueError(msg)
+    partly = int((final & ~measured_by.all(axis=0)).sum())
+    if partly:
+        logger.info(
+            "%d of %d genes are measured by some of the sections only: learnt from those, and filled in on the others",
+            partly, final.sum(),
+        )  # fmt: skip
     union = np.flatnonzero(final | per_fold.any(axis=0))
     spots = stack_sections(sections, embeddings, names[union], sub_spots=sub_spots).to(device)
     projection = Projection.fit(spots.embedding, config.splits)
@@ -94,6 +109,7 @@ def fit_model(
     gene_scores = score(fitted.held_out, measured, fold=fold)
     chosen_names = listed[listed.isin(names[final])]  # in the order of the tables again
     keep = names[union].get_indexer(chosen_names)
+    n_sections = measured_by.sum(axis=0)[union][keep]
     scores = pd.DataFrame(
         {
             "highly_variable": highly_variable[union][keep],
@@ -103,7 +119,9 @@ def fit_model(
         },
         index=pd.Index(names[union][keep], name="gene"),
     )
-    intervals = calibrate(fitted.held_out[:, keep], measured[:, keep], fold=fold)
+    if (n_sections < len(sections)).any():
+        scores["n_sections"] = n_sections
+    intervals = _intervals(fitted.held_out[:, keep], measured[:, keep], fold=fold)
     info = {
         "split": f"blocks, {n_folds} folds, each spot predicted by heads that never saw it",
         "n_folds": n_folds,
@@ -123,7 +141,7 @@ def fit_model(
         info["n_measured"] = n_measured
     scores.index.name = None
     found = pd.Index(scores.index), pd.Index(names[union]), fitted.heads
-    kept = replace(spots, sub_spots=None).to("cpu")
+    kept = replace(complete(spots), sub_spots=None).to("cpu")
     training = training_table(fitted.losses)
     return Model(name, *found, scores, held_out, config, kept, intervals, info, training, projection)
 
@@ -153,19 +171,19 @@ def check_arguments(
             "layer=, or give X the same unit in all."
         )
         raise ValueError(msg)
-    names = _common_genes(sections) if sections else pd.Index([], dtype=str)
+    names = genes_of(sections, genes) if sections else pd.Index([], dtype=str)
     if sections and len(names) == 0:
         msg = (
-            "the sections have no gene in common, so that nothing can be learnt from them together. Check that all use "
-            "the same names of genes, symbols or Ensembl ids."
+            "the sections have no gene in common. Check that all use the same names of genes, symbols or Ensembl ids. "
+            "Where they measure different genes, genes='union' learns each from the sections that measure it."
         )
         raise ValueError(msg)
     listed = isinstance(genes, Collection) and not isinstance(genes, str) and len(genes) > 0
     if not (is_whole(genes) and genes >= 1) and not listed and not isinstance(genes, str):
-        msg = f"genes={genes!r}: pass a number above 0, a list of gene names, or 'all'."
+        msg = f"genes={genes!r}: pass a number above 0, a list of gene names, 'all' or 'union'."
         raise ValueError(msg)
-    if isinstance(genes, str) and genes != "all":
-        msg = f"genes={genes!r}: pass a number, a list of gene names, or 'all' (one gene: genes=[{genes!r}])."
+    if isinstance(genes, str) and genes not in ("all", "union"):
+        msg = f"genes={genes!r}: pass a number, a list of gene names, 'all' or 'union' (one gene: genes=[{genes!r}])."
         raise ValueError(msg)
     if listed and sections:
         wanted = pd.Index([str(g) for g in cast("Sequence[str]", genes)])
@@ -193,12 +211,33 @@ def _kinds(sections: Sequence[Section]) -> Counter[str]:
     return Counter(f"{s.technology}, pitch {s.pitch_um:.3g} µm, {s.mpp:.1g} µm per pixel" for s in sections)
 
 
-def _common_genes(sections: Sequence[Section]) -> pd.Index:
-    """Genes that all sections have, in the order of the first."""
+def genes_of(sections: Sequence[Section], genes: int | Sequence[str] | str) -> pd.Index:
+    """Genes to choose from, in the order of the first section: those that all sections measure, or at least one."""
+    of_any = not is_whole(genes) and (not isinstance(genes, str) or genes == "union")
     names = sections[0].genes
     for other in sections[1:]:
-        names = names.intersection(other.genes, sort=False)
+        names = names.union(other.genes, sort=False) if of_any else names.intersection(other.genes, sort=False)
     return names
+
+
+def _columns(section: Section, names: pd.Index) -> sparse.csr_matrix:
+    """Expression (n, len(names)), without entries for genes that the section does not measure."""
+    at = section.genes.get_indexer(names)
+    there = np.flatnonzero(at >= 0)
+    pick = sparse.csr_matrix((np.ones(len(there), np.float32), (at[there], there)), (len(section.genes), len(names)))
+    return section.expression @ pick
+
+
+def _intervals(
+    held_out: NDArray[np.floating], measured: NDArray[np.floating], *, fold: NDArray[np.int64]
+) -> PredictionIntervals:
+    """Calibrate the intervals of each gene on the spots that measure it."""
+    groups = list(measured_together(measured))
+    each = [calibrate(held_out[rows][:, genes], measured[rows][:, genes], fold=fold[rows]) for rows, genes in groups]
+    numbers = np.empty((measured.shape[1], each[0].numbers.shape[1]), np.float32)
+    for (_, genes), found in zip(groups, each, strict=True):
+        numbers[genes] = found.numbers
+    return replace(each[0], numbers=numbers, n_spots=len(fold))
 
 
 def _check_options(head: AnyHead, options: dict[str, Any] | None) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import sparse
 
+from histosge._settings import logger
 from histosge._statistics import morans_i
 
 if TYPE_CHECKING:
@@ -50,8 +51,13 @@ def select_genes(
     *,
     groups: NDArray[np.int64],
     fold: NDArray[np.int64],
+    measured: NDArray[np.bool_],
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return genes to predict; genes chosen on each fold's training spots (folds, genes); which vary most in space."""
+    """Return genes to predict; genes chosen on each fold's training spots (folds, genes); which vary most in space.
+
+    ``measured`` (sections, genes) says which section measures which gene. Genes that are measured on the spots of one
+    fold only are not chosen.
+    """
     n_folds = int(fold.max()) + 1
     if isinstance(genes, (int, np.integer)):
         n = min(int(genes), len(names))
@@ -63,7 +69,21 @@ def select_genes(
         final = np.asarray((expression > 0).sum(axis=0)).ravel() > 0
     else:
         final = np.asarray(names.isin([str(g) for g in genes]))
-    variable = final & choose_genes(expression, xy, n_genes=min(1000, len(names)), groups=groups)
+    of_others = [np.any(measured[np.unique(groups[fold != f])], axis=0) for f in range(n_folds)]
+    learnt = np.all(np.stack(of_others), axis=0)
+    if not learnt[final].all():
+        logger.info(
+            "leaving out %d genes that are measured on the spots of one fold only (%s, ...)",
+            (final & ~learnt).sum(), names[final & ~learnt][0],
+        )  # fmt: skip
+    final &= learnt
+    # what a section does not measure is no pattern of a gene
+    everywhere = np.flatnonzero(measured.all(axis=0))
+    variable = np.zeros(len(names), dtype=bool)
+    if len(everywhere):
+        n = min(1000, len(everywhere))
+        variable[everywhere] = choose_genes(expression[:, everywhere], xy, n_genes=n, groups=groups)
+    variable &= final
     # scanpy's PCA uses the highly variable genes: mark some where none is marked
     highly_variable = variable if variable.any() else final
     return final, np.tile(final, (n_folds, 1)), highly_variable

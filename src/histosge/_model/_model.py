@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from histosge._heads import POSITION_ONLY, LowRank, Queries, Spots, get_head, workers
+from histosge._model._completion import complete
 from histosge._model._context import UNMEASURED, Context, stack_sections
 from histosge._model._files import contents, digest, load_model, save_model, training_table
 from histosge._model._projection import Projection
@@ -47,7 +48,8 @@ class Model:
     context_genes
         Genes it reads from measured neighbours: ``genes``, and those that only single folds chose.
     scores
-        One row for each gene: ``held_out_pcc``, ``held_out_mse``, ``predictable``, ``highly_variable``.
+        One row for each gene: ``held_out_pcc``, ``held_out_mse``, ``predictable``, ``highly_variable``; with
+        ``genes="union"`` also ``n_sections``, how many sections measure it.
     heads
         Fitted heads and their weights.
     held_out
@@ -114,14 +116,19 @@ class Model:
                 raise ValueError(msg)
             return self.condition(self.spots, section=UNMEASURED, device=device)
         missing = self.context_genes.difference(section.genes)
-        if len(missing):
+        if len(missing) and not self.of_some_sections:
             msg = (
                 f"{len(missing)} of the {len(self.context_genes)} genes of this model are not in the table of section "
                 f"{section.spots_key!r} (for example {list(missing[:3])}). Fit on genes that all sections have: genes=."
             )
             raise ValueError(msg)
-        spots = stack_sections([section], [embedding], self.context_genes).to(device)
-        return self.condition(self.projection.of_spots(spots), device=device)
+        spots = self.projection.of_spots(stack_sections([section], [embedding], self.context_genes).to(device))
+        return self.condition(complete(spots, by=self.spots.to(device)), device=device)
+
+    @property
+    def of_some_sections(self) -> bool:
+        """Whether some sections that it learnt from do not measure some of its genes."""
+        return "n_sections" in self.scores
 
     def condition(self, spots: Spots, *, device: torch.device, section: int = 0) -> Context:
         """Prepare to predict from measured spots with the genes ``context_genes``.

@@ -15,13 +15,13 @@ import torch
 
 from histosge._cluster import active_client, on_workers
 from histosge._embedding import EmbedderPlan
-from histosge._geometry import block_order, spot_by_bin
+from histosge._geometry import block_order
 from histosge._image import thumbnail
+from histosge._model._conservation import conservation_of
 from histosge._model._files import MODEL_FILE, ModelError, read_file, write_file
 from histosge._model._model import Model
 from histosge._section import PartWriter, TableStore, predicted_table, shapes_element
 from histosge._settings import available_memory, logger, progress_bar, settings
-from histosge._statistics import Conservation, noise_variance, shrinkage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from histosge._model._context import Context
     from histosge._remote import Place, Remote
     from histosge._section import Section
+    from histosge._statistics import Conservation
 
 _SPARE = 1.5
 """Peak memory of a prediction, as a multiple of the size of the table."""
@@ -72,7 +73,7 @@ class Predictor:
         predictor = cls(model, embedder, targets, at_spots, provenance)
         if not conserve:
             return predictor
-        conservation = _conservation(model, embedder, targets, predictor.context, at_spots)
+        conservation = conservation_of(model, embedder, targets, predictor.context, at_spots)
         return replace(predictor, conservation=conservation)
 
     @cached_property
@@ -127,64 +128,23 @@ class Predictor:
         self, rows: NDArray[np.int64] | None = None, *, matrices: dict[str, NDArray[np.float32]] | None = None
     ) -> AnnData:
         """Make the table of the predictions at some of the targets, by default all, in the given order."""
+        section, intervals = self.embedder.section, self.model.intervals
         var = self.model.scores.copy()
+        if self.model.of_some_sections and section.measured:
+            var["measured"] = var.index.isin(section.genes)
+            intervals = intervals.where(var["measured"].to_numpy())
         if self.conservation is not None:
             var["shrinkage"] = self.conservation.weight
         targets = self.targets if rows is None else self.targets.take(rows)
         return predicted_table(
-            self.embedder.section,
+            section,
             targets,
             matrices=matrices or {},
             # where nothing was measured, intervals of other sections are too narrow
-            intervals=self.model.intervals if self.embedder.section.measured else None,
+            intervals=intervals if section.measured else None,
             var=var,
             provenance=self.provenance,
         )
-
-
-def check_conservation(section: Section, targets: Targets) -> None:
-    """Raise, before the work starts, where bins cannot be scaled to the measurement of their spots."""
-    if not section.measured:
-        msg = "conserve=True needs measured spots, and nothing was measured on this section: leave conserve= out."
-        raise ValueError(msg)
-    if not targets.are_bins or np.median(targets.footprints.size_px) * section.mpp > section.spot_um / 2:
-        why = f"lays bins of at most half a spot ({section.spot_um / 2:g} µm): pass bin_um="
-    elif section.contiguous:
-        why = "is for spots with gaps between them, not for measured bins"
-    elif section.counts is None:
-        why = "needs raw counts, whose noise is known: name them, layer="
-    else:
-        return
-    msg = f"conserve=True {why}; or leave conserve= out."
-    raise ValueError(msg)
-
-
-def _conservation(
-    model: Model, embedder: Embedder, targets: Targets, context: Context, at_spots: NDArray[np.float32]
-) -> Conservation:
-    """Shrink the measurement of each spot towards the prediction of the model there, the spot in its context."""
-    section = embedder.section
-    check_conservation(section, targets)
-    counts, row, col = section.counts, targets.array_row, targets.array_col
-    if counts is None or row is None or col is None:
-        msg = "conserve=True needs raw counts and a grid of bins: pass bin_um=, or leave conserve= out."
-        raise ValueError(msg)
-    n = len(section.xy_px)
-    predicted = model.predict_from(context, embedding=at_spots, xy_um=section.xy_um, spot_index=np.full(n, -1))
-    columns = section.genes.get_indexer(model.genes)
-    noise = noise_variance(counts[:, columns], total=np.asarray(counts.sum(axis=1)).ravel())
-    shrunken = shrinkage(section.dense(model.genes), predicted, noise=noise)
-    bin_px = float(targets.footprints.size_px[0])
-    share = spot_by_bin(section.footprints, targets.xy_px, bin_px=bin_px, row=row, col=col)
-    inner_um = section.spot_um / 2 + bin_px * section.mpp / np.sqrt(2)
-    return Conservation(
-        share,
-        targets.xy_px * section.mpp,
-        section.xy_um,
-        (inner_um, max(inner_um, section.pitch_um / 2)),
-        np.expm1(shrunken.mean).astype(np.float32),
-        shrunken.weight.mean(0).astype(np.float32),
-    )
 
 
 def check_memory(n_targets: int, n_genes: int, *, n_layers: int, available: int | None = None) -> None:
@@ -351,7 +311,8 @@ class _PartsPlan:
     @classmethod
     def of(cls, predictor: Predictor, writer: PartWriter, order: NDArray[np.int64]) -> Self:
         model, section = predictor.model, predictor.embedder.section
-        if section.measured:  # the context is the section: the training spots stay here
+        complete = not len(model.context_genes.difference(section.genes))
+        if section.measured and complete:  # the context is the section: the training spots stay here
             model = replace(model, spots=model.spots.take(torch.empty(0, dtype=torch.long)))
         genes = model.context_genes if section.measured else None
         embedder = EmbedderPlan.of(predictor.embedder, genes=genes, target_key=predictor.targets.key)

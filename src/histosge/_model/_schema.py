@@ -30,6 +30,8 @@ SCORES = {
     "predictable": torch.bool,
 }
 """Columns of :attr:`Model.scores`"""
+OF_SOME_SECTIONS = {"n_sections": torch.int64}
+"""The column that is there as well where some sections do not measure some genes"""
 _BEFORE_QUANTILES = 4
 """Columns of the intervals that are no quantile"""
 
@@ -202,7 +204,8 @@ def _wanted(config: Config, tensors: Mapping[str, Tensor], *, n_joined: int) -> 
         "intervals.levels": (torch.float64, (None,)),
         "intervals.n_spots": (torch.int64, ()),
     }
-    wanted |= {f"scores.{name}": (dtype, (n_genes,)) for name, dtype in SCORES.items()}
+    scores = SCORES | (OF_SOME_SECTIONS if "scores.n_sections" in tensors else {})
+    wanted |= {f"scores.{name}": (dtype, (n_genes,)) for name, dtype in scores.items()}
     for i in range(n_joined):
         mean = tensors.get(f"projection.{i}.mean")
         d = mean.numel() if mean is not None else None

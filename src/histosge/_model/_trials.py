@@ -85,7 +85,9 @@ class Trial:
     spot_index: NDArray[np.int64]
     """(m,) training spot at the target, hidden from it; -1 for none"""
     truth: sparse.csr_matrix
-    """(m, genes of the first section) log1p expression measured there"""
+    """(m, genes) log1p expression measured there"""
+    genes: pd.Index
+    """Genes of ``truth``"""
     rows: NDArray[np.int64]
     """(m,) rows of the targets among the spots of the section that is scored"""
     ceiling: pd.Series | None = None
@@ -161,6 +163,7 @@ def _within(measured: Measured, split: Split, plan: Plan, repeat: int) -> Trial:
         section.xy_um[test],
         spot_index,
         section.expression[test],
+        section.genes,
         test,
         parts=None if measured.parts is None else [measured.parts.take(split.train)],
     )
@@ -168,26 +171,23 @@ def _within(measured: Measured, split: Split, plan: Plan, repeat: int) -> Trial:
 
 def _sections(sections: Sequence[Measured], plan: Plan, repeat: int, rng: np.random.Generator) -> Iterator[Trial]:
     """Hold out one section after the other. None of its spots are in the training set."""
-    # a gene that a section was not measured for is not zero: it is neither learnt nor scored
-    genes = sections[0].section.genes
-    for other in sections[1:]:
-        genes = genes.intersection(other.section.genes, sort=False)
-    of_genes = [m.section.with_genes(genes) for m in sections]
+    of_each = [m.section for m in sections]
     for split in group_splits(np.arange(len(sections))):
         (left,) = split.test
         known = [sections[i] for i in split.train]
         parts = [m.parts for m in known if m.parts is not None]
-        n = len(of_genes[left].xy_px)
+        n = len(of_each[left].xy_px)
         yield Trial(
             sections[left].name,
             repeat,
             split.fold,
-            [of_genes[i] for i in split.train],
+            [of_each[i] for i in split.train],
             [m.embedding for m in known],
             sections[left].embedding,
-            of_genes[left].xy_um,
+            of_each[left].xy_um,
             np.full(n, -1),
-            of_genes[left].expression,
+            of_each[left].expression,
+            of_each[left].genes,
             np.arange(n),
             parts=parts if len(parts) == len(known) else None,
             measured=False,
@@ -253,6 +253,7 @@ def pseudo_trial(
         section.xy_um[members],
         np.full(len(members), -1),
         per_target_sum(truth),
+        section.genes,
         members,
         # half the counts are noisier than all of them
         pd.Series(noise_ceiling(truth[seen]), section.genes),

@@ -126,15 +126,21 @@ class Section:
         )
 
     def with_genes(self, genes: pd.Index) -> Section:
-        """Return the section as if only some of its genes had been measured, in the given order."""
+        """Return the section as if only some of its genes had been measured, in the given order.
+
+        Genes that it does not measure are left out.
+        """
+        genes = genes[genes.isin(self.genes)]
         columns = self.genes.get_indexer(genes)
         counts = None if self.counts is None else self.counts[:, columns]
         return replace(self, expression=self.expression[:, columns], counts=counts, genes=genes)
 
     def dense(self, genes: Iterable[str]) -> NDArray[np.float32]:
-        """Expression of some genes: (n, len(genes)) float32."""
+        """Expression of some genes: (n, len(genes)) float32, NaN where the section does not measure a gene."""
         columns = self.genes.get_indexer(pd.Index(list(genes)))
-        return np.asarray(self.expression[:, columns].todense(), dtype=np.float32)
+        values = np.asarray(self.expression[:, columns].todense(), dtype=np.float32)
+        values[:, columns < 0] = np.nan
+        return values
 
 
 def read_section(

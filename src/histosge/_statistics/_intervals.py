@@ -70,6 +70,10 @@ class PredictionIntervals:
         """Return the intervals of some genes, by number."""
         return replace(self, numbers=self.numbers[genes])
 
+    def where(self, genes: Bools) -> Self:
+        """Return NaN for all genes but some, (g,)."""
+        return replace(self, numbers=np.where(genes[:, None], self.numbers, np.float32(np.nan)))
+
     def choose_level(self, level: float) -> float:
         """Return the level of the grid for ``level``; log where it differs or needs more spots."""
         number = isinstance(level, int | float | np.number) and not isinstance(level, bool)

@@ -220,13 +220,13 @@ def held_out_lines(held_out: dict[str, Any]) -> list[str]:
 
 
 class Genes(click.ParamType):
-    """A number, ``all``, or names with commas."""
+    """A number, ``all``, ``union``, or names with commas."""
 
     name = "genes"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str | list[str]:
         """Read it."""
-        if not isinstance(value, str) or value == "all":
+        if not isinstance(value, str) or value in ("all", "union"):
             return value
         return int(value) if value.isdigit() else _names(value)
 
@@ -322,7 +322,7 @@ def heads_option(text: str) -> tuple[Callable[[Any], Any], ...]:
 
 _OF_THE_SHELL: dict[str, dict[str, Any]] = {
     "encoder": {"help": "Encoder; see `histosge encoders`."},
-    "genes": {"type": Genes(), "help": "Number of genes, 'all', or names with commas."},
+    "genes": {"type": Genes(), "help": "Number of genes, 'all', 'union', or names with commas."},
     "device": {"help": "Where to compute: cpu, cuda, cuda:1 or mps. By default a GPU if there is one."},
     "progress": {"help": "Progress bars. By default where a terminal shows them."},
     "rng": {"param_decls": ("--rng", "--seed"), "type": int, "help": "Seed."},

@@ -43,7 +43,8 @@ def fit(
     sdata
         Section with an H&E image and measured spots, or a list of sections; each a ``SpatialData`` or a path, as for
         :func:`histosge.io.read`. Sections are opened one at a time, and only the spots that are learnt from stay in
-        memory. Genes are those that all sections have.
+        memory. On a section that does not measure a gene, ``genes="union"`` fills it in from the other genes and the
+        image, to learn the others from it; nothing is scored there.
     encoder
     head
         ``"in-context"`` (attention over measured neighbours), ``"aggregate"`` (the same, learnt through the mean of
