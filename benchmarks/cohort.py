@@ -19,6 +19,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from time import process_time, time
 
@@ -257,6 +258,7 @@ def main() -> None:
         command.add_argument("--seeds", type=int, default=3)
         command.add_argument("--head", default="in-context+kriging")
     options = parser.parse_args()
+    warnings.simplefilter("ignore")  # of zarr, about its own plans
     options.job(options)
 
 

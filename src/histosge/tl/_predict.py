@@ -160,7 +160,9 @@ def predict(
         ``obsm["spatial"]`` (n, 2) float64, (x, y) in pixels of the image. Without spots, ``distance_to_spot_um`` is
         NaN, and targets cover the tissue of the whole
         image. ``var``: ``highly_variable`` (bool), ``held_out_pcc``, ``held_out_mse`` (float32, on held-out spots),
-        ``predictable`` (bool, at a false discovery rate of 5 %). ``varm["histosge_intervals"]`` (genes, 105) float32:
+        ``predictable`` (bool, at a false discovery rate of 5 %); with a model of ``genes="union"`` also ``n_sections``
+        (int64, how many sections measure the gene) and ``measured`` (bool, whether this section does; if not, there are
+        no intervals). ``varm["histosge_intervals"]`` (genes, 105) float32:
         numbers from which :func:`histosge.tl.intervals` computes prediction intervals; ``uns["histosge"]["intervals"]``
         names the columns. It is absent without measured spots. ``uns["histosge"]``: encoder, head, scale, seed, split,
         versions, held-out scores of the head and the baselines, ``training``: the losses of heads that are trained in

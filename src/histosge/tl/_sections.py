@@ -99,7 +99,7 @@ class Sections:
     def drawn(self, genes: pd.Index, *, rng: np.random.Generator) -> Iterator[tuple[Section, NDArray[Any] | None]]:
         """Open each section again, and yield it with its drawn spots, and their labels.
 
-        Where there are several sections, they come with the genes that all have.
+        Where there are several sections, they come with those of ``genes`` that they measure.
         """
         wanted = spots_to_draw([each.n_spots for each in self._found], max_spots=self._options["max_spots"])
         # bins of all sections get one size
