@@ -129,6 +129,14 @@ def test_measured_sections_are_read_as_before(model, other, log):
     assert "prediction intervals are those of the model, calibrated on the 138 spots that it learnt from" in log.text
 
 
+def test_a_dense_model_predicts_an_image_alone(image_alone):
+    """There are no spots to embed; this ended in an error of numpy."""
+    other = sge.datasets.synthetic(n_rows=8, n_cols=8, n_genes=10, mpp=2.0, rng=1)
+    dense = sge.tl.fit(other, encoder="stain-texture", genes=5, head="ridge", n_folds=2, dense=True, progress=False)
+    table = sge.tl.predict(image_alone, model=dense, mpp=1.6, bin_um=25, inplace=False)
+    assert np.isfinite(table.X).all()
+
+
 def test_no_intervals_where_nothing_was_measured(model, image_alone, log, tmp_path):
     """Those of other sections would be too narrow, and nothing could tell."""
     sge.tl.predict(image_alone, model=model, mpp=1.6, upsample=2)

@@ -266,7 +266,9 @@ _WAYS: dict[tuple[bool, bool], Callable[..., Iterator[RowsAndValues]]] = {  # de
 
 
 def _reach(locations: Footprints) -> int:
-    """Largest distance of any footprint's edge from its centre, in whole pixels."""
+    """Largest distance of any footprint's edge from its centre, in whole pixels; 0 without any."""
+    if len(locations) == 0:
+        return 0
     bounds = locations.bounds()
     return int(np.ceil(max((locations.xy_px - bounds[:, :2]).max(), (bounds[:, 2:] - locations.xy_px).max())))
 
