@@ -282,6 +282,22 @@ def test_gene_that_was_not_measured_is_no_map_of_zeros(predicted):
     assert len(discs(axes[1, 1]).get_array()) == some.n_obs
 
 
+@pytest.mark.parametrize("upsample", [None, 2])
+def test_gene_without_intervals_and_a_column_without_values(predicted, tmp_path, upsample):
+    """Polygons and discs: a panel with nothing to draw says so. It ended in an IndexError."""
+    how = {"bin_um": 50} if upsample is None else {"upsample": upsample}
+    sge.tl.predict(predicted, encoder="stain-texture", head="mean", genes=20, n_folds=2, **how)
+    table = predicted["histosge"]
+    table.varm["histosge_intervals"][0] = np.nan  # a gene that this section does not measure
+    table.obs["empty"] = np.nan
+    axes = sge.pl.expression(predicted, list(table.var_names[:2]), panels=["predicted", "width"], obs="empty")
+    assert [t.get_text() for t in axes[0, 1].texts] == ["no interval: not measured"]
+    assert not axes[1, 1].texts
+    assert [t.get_text() for t in axes[0, 2].texts] == ["no values"]
+    page = sge.pl.report(predicted, tmp_path / "page.html", genes=[table.var_names[0]]).read_text()
+    assert "Traceback" not in page
+
+
 def test_section_without_spots(predicted):
     """Predicted from the image alone: there is no measured panel, and asking for one is an error."""
     for name in ("spots", "table"):

@@ -167,22 +167,6 @@ def on_workers(
                 client.run(_close, token, on_error="ignore")
 
 
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Let the C library keep freed memory for the next array, as it does by itself in other processes.
-
-    dask starts workers with the smallest threshold for trimming. Memory of every array above 128 kB then comes anew
-    from the kernel, which clears it: predictions took twice as long (docs/benchmarks.md). A threshold that the user
-    has chosen stays.
-    """
-    if sys.platform != "linux" or os.environ.get("MALLOC_TRIM_THRESHOLD_") != _TRIM_OF_DASK:
-        return
-    with suppress(OSError, AttributeError):  # only glibc has it
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, n_bytes in _MALLOC.items():
-            mallopt(parameter, n_bytes)
-
-
 def _cache_dir() -> str | None:
     chosen = settings.cache_dir or os.environ.get("HISTOSGE_CACHE")
     return str(Path(chosen).expanduser().absolute()) if chosen else None
@@ -276,6 +260,22 @@ def _work(function: Callable[[Any, Any], Any], opens: Callable[[Any], Any], item
                 _PLANS.opened.popitem(last=False)
     result = function(opened, item)
     return pack(result, folder / f"result-{uuid4().hex[:12]}")
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next array, as it does by itself in other processes.
+
+    dask starts workers with the smallest threshold for trimming. Memory of every array above 128 kB then comes anew
+    from the kernel, which clears it: predictions took twice as long (docs/benchmarks.md). A threshold that the user
+    has chosen stays.
+    """
+    if sys.platform != "linux" or os.environ.get("MALLOC_TRIM_THRESHOLD_") != _TRIM_OF_DASK:
+        return
+    with suppress(OSError, AttributeError):  # only glibc has it
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, n_bytes in _MALLOC.items():
+            mallopt(parameter, n_bytes)
 
 
 def _close(token: str) -> None:

@@ -185,7 +185,7 @@ def with_zarrs(array: Any, **config: Any) -> Any:
     try:
         from zarrs import ZarrsCodecPipeline
 
-        fast = array.with_config(config)  # a copy
+        fast = array.with_config({})  # a copy
         pipeline = ZarrsCodecPipeline.from_array_metadata_and_store(array_metadata=fast.metadata, store=fast.store)
         # zarr offers a setting of the whole process only: threads that set it at once would leave it set.
         object.__setattr__(fast._async_array, "codec_pipeline", pipeline)

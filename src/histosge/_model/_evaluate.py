@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from histosge._model._completion import complete
 from histosge._model._context import UNMEASURED, stack_sections
 from histosge._model._fit import fit_model
 from histosge._model._trials import trials
@@ -110,7 +109,7 @@ def predict_trial(
     Measured expression is NaN for genes that were not measured there.
     """
     spots = model.projection.of_spots(stack_sections(trial.sections, trial.embeddings, model.context_genes))
-    context = model.condition(complete(spots), section=0 if trial.measured else UNMEASURED, device=device)
+    context = model.condition(spots, section=0 if trial.measured else UNMEASURED, device=device)
     predicted = model.predict_from(context, embedding=trial.place, xy_um=trial.xy_um, spot_index=trial.spot_index)
     columns = trial.genes.get_indexer(model.genes)
     measured = np.asarray(trial.truth[:, columns].todense(), np.float32)

@@ -15,6 +15,7 @@ import torch
 
 from histosge._atomic import naming, replacing
 from histosge._heads import Spots, get_head, restore_head
+from histosge._model._completion import complete
 from histosge._model._projection import Projection
 from histosge._model._schema import OF_SOME_SECTIONS, SCORES, check_tensors, config_of
 from histosge._statistics import PredictionIntervals
@@ -125,7 +126,7 @@ def load_model(folder: Path) -> dict[str, Any]:
         "head": config.head,
         "genes": genes,
         "context_genes": pd.Index(config.context_genes),
-        "heads": _restore(config, tensors, spots=spots, path=path),
+        "heads": _restore(config, tensors, spots=complete(spots), path=path),
         "scores": _scores(of["scores"], genes),
         "held_out": values["held_out"],
         "config": encoders,

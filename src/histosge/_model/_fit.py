@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import sparse
 
 from histosge._heads import POSITION_ONLY, AnyHead, get_head, head_name, parts_of, wrong_option
-from histosge._model._completion import complete, measured_together
+from histosge._model._completion import measured_together
 from histosge._model._context import section_numbers, stack_sections
 from histosge._model._crossfit import compare, cross_fit, score, summary
 from histosge._model._draw import check_max_spots
@@ -72,7 +72,10 @@ def fit_model(
     )
     if not final.any():
         keys = [s.spots_key for s in sections]
-        msg = f"genes={genes!r}: none of them is measured and seen on the spots to learn from, of sections {keys}."
+        msg = (
+            f"genes={genes!r}: none of them is measured and seen on the spots to learn from, of sections {keys}. Choose "
+            "genes that these sections measure, or leave the sections out."
+        )
         raise ValueError(msg)
     partly = int((final & ~measured_by.all(axis=0)).sum())
     if partly:
@@ -141,7 +144,7 @@ def fit_model(
         info["n_measured"] = n_measured
     scores.index.name = None
     found = pd.Index(scores.index), pd.Index(names[union]), fitted.heads
-    kept = replace(complete(spots), sub_spots=None).to("cpu")
+    kept = replace(spots, sub_spots=None).to("cpu")
     training = training_table(fitted.losses)
     return Model(name, *found, scores, held_out, config, kept, intervals, info, training, projection)
 
@@ -155,7 +158,7 @@ def check_arguments(
     head_options: dict[str, Any] | None = None,
     max_spots: int = MAX_SPOTS,
 ) -> pd.Index:
-    """Check the arguments of :func:`fit_model` before the sections are embedded; return the genes that all have.
+    """Check the arguments of :func:`fit_model` before the sections are embedded; return the genes to choose from.
 
     Without sections, what does not depend on them is checked.
     """

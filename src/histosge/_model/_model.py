@@ -61,7 +61,8 @@ class Model:
     info
         Provenance: the split, numbers of folds, spots and sections, pitch and width of the spots in µm.
     spots
-        The spots it learnt from, with embedding and expression. Where nothing is measured, it predicts from these.
+        The spots it learnt from, with embedding and expression; NaN where their section does not measure a gene. Where
+        nothing is measured, it predicts from these.
     training
         One row for each epoch of every head that is trained in epochs: ``head`` and ``fold`` (held out), ``epoch``
         (from 1), ``loss`` (on the stopping spots).
@@ -134,9 +135,9 @@ class Model:
         """Prepare to predict from measured spots with the genes ``context_genes``.
 
         Heads are moved to ``device``, and compute what depends on the spots alone. ``section`` is the number of the
-        section that is predicted.
+        section that is predicted. Genes that a section does not measure (NaN) are filled in.
         """
-        spots = spots.to(device)
+        spots = complete(spots.to(device))
         heads: list[tuple[float, Head, Any]] = []
         with workers(device) as run:
             for weight, head in self.heads:

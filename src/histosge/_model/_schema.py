@@ -149,7 +149,10 @@ def check_tensors(config: Config, tensors: Mapping[str, Tensor], *, embedding: E
     missing = sorted(set(wanted) - set(tensors))
     _need(not missing, "tensors", sorted(tensors)[:3], f"{missing[:3]} as well")
     for name, (dtype, shape) in wanted.items():
-        check_tensor(name, tensors[name], dtype=dtype, shape=shape)
+        found = tensors[name]
+        if name == "spots.expression" and "scores.n_sections" in tensors:
+            found = _without_absent(found, section=tensors["spots.section"])
+        check_tensor(name, found, dtype=dtype, shape=shape)
     for name, head in head_of.items():
         if head in HEADS:  # those of others may hold what they like
             check_tensor(name, tensors[name], dtype=torch.float32)
@@ -170,6 +173,18 @@ def check_tensors(config: Config, tensors: Mapping[str, Tensor], *, embedding: E
         sections[:9],
         f"0 to {n_sections - 1}",
     )
+
+
+def _without_absent(expression: Tensor, *, section: Tensor) -> Tensor:
+    """Put 0 for genes that a whole section does not measure (NaN); other NaN stay, and are refused."""
+    if expression.ndim != 2 or section.shape != expression.shape[:1]:
+        return expression  # refused for its shape
+    found = expression.clone()
+    for one in section.unique():
+        rows = (section == one).nonzero()
+        absent = expression[rows[:, 0]].isnan().all(0).nonzero()[:, 0]
+        found[rows, absent] = 0.0
+    return found
 
 
 def check_tensor(name: str, tensor: Tensor, *, dtype: torch.dtype, shape: Shape | None = None) -> None:

@@ -74,10 +74,7 @@ class PartWriter:
 
     @cached_property
     def _matrices(self) -> dict[str, zarr.Array[Any]]:
-        """Arrays to write to, encoded by ``zarrs`` and without a search for empty chunks: half of the time.
-
-        (docs/benchmarks.md)
-        """
+        """Arrays to write to: ``zarrs`` encodes them, and nothing looks for empty chunks (docs/benchmarks.md)."""
         group = zarr.open_group(self.run_folder / STORE / "tables" / self.name, mode="r+", use_consolidated=False)
         return {key: with_zarrs(array, write_empty_chunks=True) for key, array in matrices_of(group).items()}
 

@@ -190,9 +190,19 @@ def lay_panels(n_rows: int, *, panel: tuple[float, float], gaps: Sequence[float]
     return axes
 
 
-def draw_numbers(ax: Axes, targets: Footprints, values: Any, *, cmap: str, label: str) -> None:
-    """Colour shapes by numbers, from the 1st to the 99th percentile, with a colour bar."""
+def write_in(ax: Axes, text: str) -> None:
+    """Write in the middle of a panel that has nothing to draw."""
+    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", fontsize=9)
+
+
+def draw_numbers(
+    ax: Axes, targets: Footprints, values: Any, *, cmap: str, label: str, absent: str = "no values"
+) -> None:
+    """Colour shapes by numbers, from the 1st to the 99th percentile, with a colour bar; write ``absent`` without any."""
     values = np.asarray(values, float)
+    if not np.isfinite(values).any():
+        write_in(ax, absent)
+        return
     drawn = fill(ax, targets, numbers=values, cmap=cmap, clim=_limits(values))
     inch = 1 / _inches(ax)[0]  # in widths of the panel
     bar = ax.figure.colorbar(drawn, cax=ax.inset_axes((1 + 0.06 * inch, 0.0, 0.12 * inch, 1.0)))

@@ -28,6 +28,7 @@ from histosge.pl._canvas import (
     predicted_table,
     region,
     to_show,
+    write_in,
 )
 
 if TYPE_CHECKING:
@@ -160,10 +161,11 @@ def expression(
             outlines, values = drawn[kind]
             ax.set_title(_title(kind, gene, table), fontsize=9)
             if kind == "measured" and gene not in measured:
-                ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", va="center", fontsize=9)
+                write_in(ax, "not measured")
                 continue
             label = _label(made) if kind != "width" else f"width of the {100 * level:g}% interval"
-            draw_numbers(ax, outlines, values[:, i], cmap=cmap if kind != "width" else "cividis", label=label)
+            colours = cmap if kind != "width" else "cividis"
+            draw_numbers(ax, outlines, values[:, i], cmap=colours, label=label, absent="no interval: not measured")
         if column is not None:
             row[-1].set_title(obs, fontsize=9)
             if named is None:

@@ -158,8 +158,7 @@ def predict(
         from it: this is no held-out prediction; false where bins are merged), ``in_spot`` (its centre lies inside a
         physical spot; bool), ``distance_to_spot_um`` (float32, to the centre of the nearest spot or merged bin).
         ``obsm["spatial"]`` (n, 2) float64, (x, y) in pixels of the image. Without spots, ``distance_to_spot_um`` is
-        NaN, and targets cover the tissue of the whole
-        image. ``var``: ``highly_variable`` (bool), ``held_out_pcc``, ``held_out_mse`` (float32, on held-out spots),
+        NaN, and targets cover the tissue of the whole image. ``var``: ``highly_variable`` (bool), ``held_out_pcc``, ``held_out_mse`` (float32, on held-out spots),
         ``predictable`` (bool, at a false discovery rate of 5 %); with a model of ``genes="union"`` also ``n_sections``
         (int64, how many sections measure the gene) and ``measured`` (bool, whether this section does; if not, there are
         no intervals). ``varm["histosge_intervals"]`` (genes, 105) float32:
